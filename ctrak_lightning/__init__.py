@@ -1,0 +1,30 @@
+"""Which training samples taught a diffusion model this concept? Traces while it is fine-tuned, answers afterwards."""
+
+from ctrak_lightning import methods
+from ctrak_lightning.attribution import Attribution, Attributor, Concept
+from ctrak_lightning.capture import Capture
+from ctrak_lightning.gradients import GradientTracer, Projection
+from ctrak_lightning.method import Method
+from ctrak_lightning.parameterization import NoiseSchedule
+from ctrak_lightning.task import DiffusionTask, Encoded
+from ctrak_lightning.traces import TraceStore, TraceWriter
+from ctrak_lightning.trajectory import Sampler
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attribution",
+    "Attributor",
+    "Capture",
+    "Concept",
+    "DiffusionTask",
+    "Encoded",
+    "GradientTracer",
+    "Method",
+    "NoiseSchedule",
+    "Projection",
+    "Sampler",
+    "TraceStore",
+    "TraceWriter",
+    "methods",
+]

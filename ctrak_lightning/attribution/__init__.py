@@ -1,0 +1,7 @@
+"""Scores generated concepts against stored traces."""
+
+from ctrak_lightning.attribution.attributor import Attributor
+from ctrak_lightning.attribution.concept import Concept
+from ctrak_lightning.attribution.result import Attribution, Record, Share
+
+__all__ = ["Attribution", "Attributor", "Concept", "Record", "Share"]

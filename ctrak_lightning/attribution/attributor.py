@@ -1,0 +1,254 @@
+"""Attributor: asks a trace store which samples taught the model a concept."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ctrak_lightning.attribution.concept import Concept, check_known
+from ctrak_lightning.attribution.result import Attribution
+from ctrak_lightning.attribution.solve import checkpoint_scores
+from ctrak_lightning.errors import GradientError, StoreMismatchError
+from ctrak_lightning.fingerprint import model_fingerprint
+from ctrak_lightning.gradients import GradientTracer, Projection, tracing_mode
+from ctrak_lightning.method import Method
+from ctrak_lightning.rng import isolated_rng
+from ctrak_lightning.task import Condition, Spec, resolve_task
+from ctrak_lightning.tracing import trace_query, warn_if_faint
+from ctrak_lightning.traces import TraceStore
+from ctrak_lightning.traces.schema import differences
+from ctrak_lightning.trajectory import Generated, Generation, Sampler, State, seeded_noise
+
+
+class Attributor:
+    """Scores generated concepts against the traces of a training run.
+
+    Args:
+        store: the traces, or the path of their folder.
+        module: the model that was traced: a LightningModule that is, or carries as ``task``, a DiffusionTask. Its present
+            weights do not matter (each checkpoint's are taken from the store and the present ones put back afterwards), the
+            frozen ones must be those of the traced run.
+        method: how to ask; by default as the store was made. Its training side must be the store's.
+        sampler: how images are generated.
+        batch_size: queries per forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        TaskError: the module is no DiffusionTask.
+        StoreMismatchError: the store is of another model or method; the message names what differs.
+    """
+
+    def __init__(
+        self,
+        store: TraceStore | str | Path,
+        module: Any,
+        *,
+        method: Method | None = None,
+        sampler: Sampler | None = None,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"Attributor(batch_size={batch_size}): expected at least 1.")
+        self.task = resolve_task(module)
+        self.store = store if isinstance(store, TraceStore) else TraceStore(store)
+        self.method = method or Method.from_dict(self.store.header.method)
+        self.sampler = sampler or Sampler()
+        self.batch_size = batch_size
+        self.progress = progress
+        self._owner: nn.Module = module if isinstance(module, nn.Module) else self.task.denoiser
+        self._trained = sorted(self.store.checkpoints[0].weights())
+        self._check_method()
+        self._check_model()
+        self._tracer: GradientTracer | None = None
+
+    def attribute(self, concept: Concept, seed: int = 0) -> Attribution:
+        """Generates the concept's image with ``seed`` and scores every training sample for the concept.
+
+        Raises:
+            ConceptError: the model does not know an attribute; the message lists the known ones.
+            GradientError: the query's gradient is zero or not finite.
+        """
+        return self.attribute_many([concept], seed)[0]
+
+    def attribute_many(
+        self, concepts: Sequence[Concept], seeds: int | Sequence[int] = 0, *, generation: Generation | None = None
+    ) -> list[Attribution]:
+        """The same for several concepts in one pass over the store.
+
+        Args:
+            concepts: the questions.
+            seeds: one for all, or one for each.
+            generation: the images, one for each concept, where :meth:`generate` has made them before (with the same
+                sampler, for another store of the same run).
+        """
+        seeds = [seeds] * len(concepts) if isinstance(seeds, int) else list(seeds)
+        if not concepts or len(seeds) != len(concepts):
+            raise ValueError(
+                f"attribute_many({len(concepts)} concepts, {len(seeds)} seeds): expected at least one concept, and one "
+                "seed for each."
+            )
+        for concept in concepts:
+            check_known(concept, self.task)
+        if generation is None:
+            generation = self.generate([concept.present for concept in concepts], seeds)
+        if len(generation.latents) != len(concepts):
+            raise ValueError(
+                f"attribute_many({len(concepts)} concepts, generation of {len(generation.latents)}): expected one image for "
+                "each concept."
+            )
+        with self._borrowed(), isolated_rng(0):
+            scores, strength = [], torch.zeros(len(concepts))
+            for index in tqdm(range(len(self.store.checkpoints)), desc="attribute", disable=not self.progress):
+                features, felt = self._query_features(index, concepts, generation)
+                self._refuse_unusable(features, concepts)
+                scores.append(checkpoint_scores(features, self.store.checkpoints[index], self.method.damping))
+                strength += felt / len(self.store.checkpoints)
+        warn_if_faint(strength, [concept.name for concept in concepts])
+        images = self.decode(generation.latents)
+        return [
+            Attribution(
+                concept=concept,
+                seed=seeds[i],
+                checkpoint_scores=torch.stack([row[i] for row in scores]),
+                steps=[checkpoint.step for checkpoint in self.store.checkpoints],
+                samples=self.store.samples,
+                method=self.method.to_dict(),
+                strength=float(strength[i]),
+                image=None if images is None else images[i],
+            )
+            for i, concept in enumerate(concepts)
+        ]
+
+    def generate(self, specs: Sequence[Spec], seeds: Sequence[int]) -> Generation:
+        """Generates one image per (spec, seed) with the last checkpoint's weights; the same seed gives the same noise.
+
+        Equal (spec, seed) are generated once.
+        """
+        keys = [(repr(sorted(spec.items()) if isinstance(spec, Mapping) else spec), seed) for spec, seed in zip(specs, seeds, strict=True)]
+        unique = {key: i for i, key in reversed(list(enumerate(keys)))}
+        if len(unique) < len(keys):
+            first = sorted(unique.values())
+            made = self.generate([specs[i] for i in first], [seeds[i] for i in first])
+            where = {i: position for position, i in enumerate(first)}
+            rows = torch.tensor([where[unique[key]] for key in keys])
+            return Generation([State(s.x_t[rows], s.t[rows]) for s in made.states], made.latents[rows])
+        shape = self.store.header.dataset["latent_shape"]
+        like = next(self.task.denoiser.parameters())
+        noise = torch.stack([seeded_noise(shape, seed, 0, "generation") for seed in seeds]).to(like)
+        parts: list[Generation] = []
+        with self._borrowed(), tracing_mode(self._owner), torch.no_grad():
+            self._load(-1)
+            batches = torch.arange(len(specs)).split(self.batch_size)
+            for rows in tqdm(batches, desc="generate", disable=not self.progress):
+                condition = self._condition([specs[i] for i in rows.tolist()])
+                null = self.task.condition({}, len(rows))
+                parts.append(self.sampler.run(self.task, noise[rows], condition, null))
+        states = [
+            State(torch.cat([p.states[i].x_t for p in parts]), torch.cat([p.states[i].t for p in parts]))
+            for i in range(len(parts[0].states))
+        ]
+        return Generation(states, torch.cat([part.latents for part in parts]))
+
+    def decode(self, latents: Tensor) -> Tensor | None:
+        """Images [B, 3, H, W] in [0, 1], or None where the task has no ``decode``."""
+        if not hasattr(self.task, "decode"):
+            return None
+        with torch.no_grad():
+            images: Tensor = self.task.decode(latents)
+        return images.detach().float().cpu().clamp(0, 1)
+
+    def _query_features(
+        self, index: int, concepts: Sequence[Concept], generation: Generation
+    ) -> tuple[Tensor, Tensor]:
+        self._load(index)
+        tracer = self._gradient_tracer()
+        features, strengths = [], []
+        for rows in torch.arange(len(concepts)).split(self.batch_size):
+            part = [concepts[i] for i in rows.tolist()]
+            with torch.no_grad():
+                conditions = {
+                    "present": self._condition([concept.present for concept in part]),
+                    "absent": self._condition([concept.absent for concept in part]),
+                }
+            x0 = generation.latents[rows]
+            states = self._states(generation, rows, x0, conditions["present"])
+            trace = trace_query(self.task, tracer, self.method, states, x0, conditions)  # type: ignore[arg-type]
+            features.append(trace.features)
+            strengths.append(trace.strength)
+        return torch.cat(features), torch.cat(strengths)
+
+    def _states(self, generation: Generation, rows: Tensor, x0: Tensor, condition: Condition) -> list[State]:
+        trajectory = self.method.query_trajectory
+        if isinstance(trajectory, Generated):
+            chosen = trajectory.select(generation, self.task.noise_schedule)
+            return [State(state.x_t[rows], state.t[rows]) for state in chosen]
+        with tracing_mode(self._owner), torch.no_grad():
+            return list(trajectory.states(self.task, x0, condition, [f"query-{int(i)}" for i in rows], 0))
+
+    def _condition(self, specs: Sequence[Spec]) -> Condition:
+        parts = [self.task.condition(spec, 1) for spec in specs]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _gradient_tracer(self) -> GradientTracer:
+        if self._tracer is None:
+            facts = self.store.header.projection
+            projection = Projection(**facts["projection"])
+            self._tracer = GradientTracer(self.task.denoiser, projection, layers=facts["layers"])
+            _refuse_differences("projection", facts, self._tracer.describe())
+        return self._tracer
+
+    def _check_method(self) -> None:
+        mine, stored = self.method.training_dict(), self.store.header.method["training"]
+        _refuse_differences("method.training", stored, mine)
+
+    def _check_model(self) -> None:
+        mine = model_fingerprint(self._owner, self._trained, self.task.noise_schedule)
+        _refuse_differences("model", self.store.header.model, mine)
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[None]:
+        """Lends the module: afterwards its weights and ``requires_grad`` flags are what they were."""
+        parameters = dict(self._owner.named_parameters())
+        flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+        values = {name: parameters[name].detach().clone() for name in self._trained}
+        try:
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(name in self._trained)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in values.items():
+                    parameters[name].copy_(value)
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(flags[name])
+
+    def _load(self, index: int) -> None:
+        parameters = dict(self._owner.named_parameters())
+        with torch.no_grad():
+            for name, value in self.store.checkpoints[index].weights().items():
+                parameters[name].copy_(value)
+
+    @staticmethod
+    def _refuse_unusable(features: Tensor, concepts: Sequence[Concept]) -> None:
+        bad = ~torch.isfinite(features).all(1) | (features == 0).all(1)
+        if bad.any():
+            names = [concepts[i].name for i in bad.nonzero().flatten().tolist()]
+            raise GradientError(
+                f"The gradients of these concepts are zero or not finite: {names}. Expected a model that tells `present` "
+                "from `absent`. HINT: look at the generated images, and at the loss of the run."
+            )
+
+
+def _refuse_differences(where: str, stored: Any, mine: Any) -> None:
+    found = differences(stored, mine, where)
+    if found:
+        listed = "; ".join(f"{field}: the store has {a!r}, this model or method has {b!r}" for field, a, b in found)
+        raise StoreMismatchError(
+            f"The store was made with another set-up: {listed}. HINT: build the module as in the traced run (same base "
+            "weights, same adapters, same scheduler), or name the store's own method."
+        )

@@ -1,0 +1,163 @@
+"""Attribution: the answer to one query."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctrak_lightning.attribution.concept import Concept
+from ctrak_lightning.attribution.solve import ensemble, standardised
+from ctrak_lightning.traces import SampleTable
+
+RESERVED = ("rank", "score", "sample_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One training sample in a ranking; rank 1 taught the concept most."""
+
+    sample_id: str
+    score: float
+    rank: int
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A group's share of a concept, in [0, 1], with the bounds of its bootstrap interval."""
+
+    group: str
+    share: float
+    low: float
+    high: float
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """Scores of every training sample for one concept; higher means that the sample taught the concept.
+
+    Args:
+        concept: the question.
+        seed: of the generated image.
+        checkpoint_scores: raw scores per checkpoint [M, N].
+        steps: training step of each checkpoint.
+        samples: ids and metadata of the N samples.
+        method: the method's facts, as JSON values.
+        strength: relative size of the concept direction (see :func:`ctrak_lightning.tracing.trace_query`).
+        image: the generated image [3, H, W] in [0, 1], or None.
+    """
+
+    concept: Concept
+    seed: int
+    checkpoint_scores: Tensor
+    steps: list[int]
+    samples: SampleTable
+    method: dict[str, Any]
+    strength: float
+    image: Tensor | None = None
+
+    @property
+    def scores(self) -> Tensor:
+        """Checkpoint-ensembled scores [N], float32: each checkpoint in units of its own standard deviation, averaged."""
+        return ensemble(self.checkpoint_scores.double()).float()
+
+    def timeline(self) -> Tensor:
+        """The scores of each checkpoint [M, N], float32, each in units of its own standard deviation."""
+        return standardised(self.checkpoint_scores.double()).float()
+
+    def top(self, n: int = 10) -> list[Record]:
+        """The ``n`` samples that taught the concept most, best first (ties by position in the data set).
+
+        Raises:
+            ValueError: ``n`` is below 1.
+        """
+        if n < 1:
+            raise ValueError(f"top({n}): expected at least 1.")
+        scores = self.scores
+        order = torch.argsort(scores, descending=True, stable=True)[:n].tolist()
+        return [
+            Record(self.samples.sample_ids[i], float(scores[i]), rank, self._metadata(i))
+            for rank, i in enumerate(order, start=1)
+        ]
+
+    def by_group(
+        self, column: str, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+    ) -> list[Share]:
+        """Each group's share of the concept, largest first: the positive scores of its samples over all positive scores.
+
+        The interval is the percentile bootstrap over samples (Efron 1979): it says how much the shares hang on single
+        images, not whether the method is right.
+
+        Args:
+            column: a metadata column, such as ``"owner"``.
+            confidence: of the interval.
+            resamples: bootstrap resamples.
+            seed: of the resampling.
+
+        Raises:
+            ValueError: no such column (the message lists them), or no positive score.
+        """
+        if column not in self.samples.metadata:
+            known = ", ".join(sorted(self.samples.metadata)) or "none"
+            raise ValueError(f"by_group({column!r}): no such metadata column. The store has: {known}.")
+        positive = self.scores.double().clamp(min=0)
+        if not positive.sum() > 0:
+            raise ValueError(f"by_group({column!r}): no sample has a positive score for {self.concept.name!r}.")
+        values = self.samples.metadata[column]
+        groups = sorted(set(values))
+        membership = torch.tensor([groups.index(value) for value in values])
+        totals = torch.zeros(len(groups), dtype=torch.float64).index_add_(0, membership, positive)
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.randint(len(values), (resamples, len(values)), generator=generator)
+        sums = torch.zeros(resamples, len(groups), dtype=torch.float64)
+        sums.scatter_add_(1, membership[draws], positive[draws])
+        shares = sums / sums.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        tail = (1 - confidence) / 2
+        low, high = torch.quantile(shares, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+        counts = torch.bincount(membership, minlength=len(groups))
+        found = [
+            Share(group, float(totals[i] / totals.sum()), float(low[i]), float(high[i]), int(counts[i]))
+            for i, group in enumerate(groups)
+        ]
+        return sorted(found, key=lambda share: (-share.share, share.group))
+
+    def to_csv(self, path: str | Path) -> None:
+        """Writes the whole ranking: rank, score, sample_id and the metadata columns, one row per sample."""
+        columns = sorted(self.samples.metadata)
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([*RESERVED, *columns])
+            for record in self.top(len(self.samples.sample_ids)):
+                values = [record.metadata[column] for column in columns]
+                writer.writerow([record.rank, repr(record.score), record.sample_id, *values])
+
+    def to_json(self, path: str | Path) -> None:
+        """Writes the question, the method, the ranking and the scores per checkpoint."""
+        timeline = self.timeline()
+        positions = {sample_id: i for i, sample_id in enumerate(self.samples.sample_ids)}
+        document = {
+            "concept": self.concept.to_dict(),
+            "seed": self.seed,
+            "method": self.method,
+            "steps": self.steps,
+            "strength": self.strength if self.strength == self.strength else None,
+            "samples": [
+                {
+                    "rank": record.rank,
+                    "score": record.score,
+                    "sample_id": record.sample_id,
+                    "timeline": timeline[:, positions[record.sample_id]].tolist(),
+                    "metadata": record.metadata,
+                }
+                for record in self.top(len(self.samples.sample_ids))
+            ],
+        }
+        Path(path).write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+
+    def _metadata(self, index: int) -> dict[str, str]:
+        return {column: values[index] for column, values in self.samples.metadata.items()}

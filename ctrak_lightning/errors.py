@@ -1,0 +1,33 @@
+"""The library's typed errors. Each says what was given, what was expected and what to do."""
+
+
+class TaskError(TypeError):
+    """An object that should be a :class:`~ctrak_lightning.DiffusionTask` lacks members."""
+
+
+class BatchError(ValueError):
+    """A batch lacks a field or holds one of the wrong kind."""
+
+
+class ConceptError(ValueError):
+    """A concept names an attribute or value that the task does not know."""
+
+
+class GradientError(ValueError):
+    """Per-sample gradients are zero or not finite, or a parameter cannot be traced."""
+
+
+class StoreError(ValueError):
+    """A trace store cannot be used as it is."""
+
+
+class StoreMismatchError(StoreError):
+    """A trace store was made with another method, projection, model or dataset."""
+
+
+class DatasetChangedError(StoreMismatchError):
+    """The samples differ from those that the store describes."""
+
+
+class CorruptStoreError(StoreError):
+    """A file of a trace store is missing, truncated or altered."""

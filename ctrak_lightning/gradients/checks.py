@@ -1,0 +1,94 @@
+"""What the engines require of a forward pass and its cotangents, and errors that explain autograd's own."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from ctrak_lightning.errors import GradientError
+
+Forward = Callable[[Tensor], Tensor]
+Cotangent = Callable[[Tensor, Tensor], Tensor]
+
+
+def run_forward(forward: Forward, rows: Tensor) -> Tensor:
+    """The network's output [B, ...] for these rows, with its graph.
+
+    Raises:
+        GradientError: it is not a floating-point tensor with one row per sample and a graph.
+    """
+    with explained_errors():
+        output = forward(rows)
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        given = f"{output.dtype}" if isinstance(output, Tensor) else type(output).__name__
+        raise GradientError(
+            f"`forward(rows)` returned {given}, expected the network's floating-point output. "
+            "HINT: with diffusers, take `model(..., return_dict=False)[0]`."
+        )
+    if output.dim() == 0 or len(output) != len(rows):
+        raise GradientError(
+            f"`forward(rows)` returned shape {tuple(output.shape)} for {len(rows)} rows, expected [{len(rows)}, ...]. "
+            "HINT: index the inputs with `rows` and keep the batch dimension."
+        )
+    if not output.requires_grad:
+        raise GradientError(
+            "`forward(rows)` returned an output without a graph, so no traced parameter has a gradient. "
+            "HINT: it must call the traced module, without `torch.no_grad()`, `.detach()` or reentrant checkpointing."
+        )
+    return output
+
+
+def run_cotangent(cotangent: Cotangent, output: Tensor, rows: Tensor) -> Tensor:
+    """The cotangent v of an output, detached, in its shape and dtype.
+
+    Raises:
+        GradientError: v has another shape.
+    """
+    with explained_errors():
+        v = cotangent(output, rows)
+    if not isinstance(v, Tensor) or v.shape != output.shape:
+        given = f"shape {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
+        raise GradientError(
+            f"`cotangent(e, rows)` returned {given}, expected e's shape {tuple(output.shape)}. "
+            "HINT: return one number per element of e; the scalar loss itself is never needed."
+        )
+    return v.detach().to(output)
+
+
+def pull_back(
+    output: Tensor, inputs: Sequence[Tensor] | Sequence[GradientEdge], v: Tensor, keep_graph: bool
+) -> list[Tensor | None]:
+    """`torch.autograd.grad` of an output with respect to tensors or graph edges; an unused one gives None."""
+    with explained_errors():
+        return list(torch.autograd.grad(output, inputs, v, retain_graph=keep_graph, allow_unused=True))
+
+
+def require_contribution(has_any: bool) -> None:
+    """Raises a GradientError where no traced parameter is in the output's graph."""
+    if not has_any:
+        raise GradientError(
+            "The output of `forward(rows)` does not depend on any traced parameter. Expected it to call the traced module. "
+            "HINT: give the tracer the module that `forward` calls; avoid `torch.no_grad()` and reentrant checkpointing."
+        )
+
+
+@contextmanager
+def explained_errors() -> Iterator[None]:
+    """Turns the autograd errors that a user can cause into GradientErrors that say what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        for symptom, hint in _HINTS.items():
+            if symptom in str(error):
+                raise GradientError(f"Tracing failed in autograd: {error} HINT: {hint}") from error
+        raise
+
+
+_HINTS = {
+    "use_reentrant": "turn on gradient checkpointing with `use_reentrant=False`; reentrant checkpointing cannot be traced.",
+    "second time": "a cotangent that calls `torch.autograd.grad` must pass `retain_graph=True`.",
+    "modified by an inplace operation": "an operation such as `ReLU(inplace=True)` overwrites what a gradient needs.",
+    "Inference tensor": "clone the tensors that were made under `torch.inference_mode()`.",
+}

@@ -1,0 +1,211 @@
+"""The hook engine: one forward pass, one vector-Jacobian product per cotangent, for all samples of a batch at once."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from ctrak_lightning.errors import GradientError
+from ctrak_lightning.gradients.checks import (
+    Cotangent,
+    Forward,
+    pull_back,
+    require_contribution,
+    run_cotangent,
+    run_forward,
+)
+from ctrak_lightning.gradients.layers import Layer
+from ctrak_lightning.gradients.modes import full_precision
+from ctrak_lightning.gradients.projection import BlockProjector
+
+
+def hooked_vjps(
+    layers: Sequence[Layer],
+    projector: BlockProjector,
+    forward: Forward,
+    cotangents: Sequence[Cotangent],
+    rows: Tensor,
+) -> list[dict[str, Tensor]]:
+    """Projected per-sample gradients J^T v.
+
+    Args:
+        layers: the traced layers.
+        projector: their projections.
+        forward: rows [B] -> e [B, ...], calling the traced module.
+        cotangents: each (e, rows) -> v of e's shape.
+        rows: the sample indices [B].
+
+    Returns:
+        for each cotangent, blocks [B, p_out * p_in] by name; a layer without a contribution is absent.
+
+    Raises:
+        GradientError: a layer's gradient would not be exact.
+    """
+    recorder = _Recorder(layers, projector, len(rows))
+    with recorder.hooked():
+        with recorder.recording():
+            output = run_forward(forward, rows)
+        recorder.check(output)
+        edges = [call.edge for call in recorder.calls]
+        results = []
+        for position, cotangent in enumerate(cotangents, start=1):
+            v = run_cotangent(cotangent, output, rows)
+            results.append(
+                recorder.blocks(pull_back(output, edges, v, keep_graph=position < len(cotangents)))
+            )
+    return results
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One recorded call of a layer: where its output's cotangent will arrive, and its projected input."""
+
+    layer: Layer
+    edge: GradientEdge
+    input_shape: tuple[int, ...]
+    kept: Tensor | None
+    version: int
+
+
+class _Recorder:
+    def __init__(self, layers: Sequence[Layer], projector: BlockProjector, batch_size: int) -> None:
+        self.calls: list[_Call] = []
+        self._layers = layers
+        self._projector = projector
+        self._batch_size = batch_size
+        self._is_recording = False
+        self._without_graph: set[str] = set()
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Hooks on the layers; they stay during the backward passes, where checkpointing runs layers again."""
+        handles = []
+        try:
+            for layer in self._layers:
+                hook = self._hook(layer)
+                handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """The part in which calls are recorded."""
+        self._is_recording = True
+        try:
+            yield
+        finally:
+            self._is_recording = False
+
+    def check(self, output: Tensor) -> None:
+        """Refuses layers whose parameters influence the output in another way than by the recorded calls."""
+        called = {call.layer.name for call in self.calls}
+        if without_graph := sorted(self._without_graph - called):
+            raise GradientError(
+                f"These traced layers ran without a graph (`torch.no_grad()` or reentrant checkpointing): {without_graph}. "
+                "Expected gradients to flow through them. HINT: use checkpointing with `use_reentrant=False`, "
+                "or exclude them with `layers=`."
+            )
+        nodes, uses = _walk(output)
+        reached = Counter(call.layer.name for call in self.calls if call.edge.node in nodes)
+        for layer in self._layers:
+            for name, parameter in layer.parameters.items():
+                if uses[parameter] > reached[layer.name]:
+                    raise GradientError(
+                        f"Parameter {name!r} enters the output {uses[parameter]} times, but only {reached[layer.name]} calls "
+                        f"of its {type(layer.module).__name__} could be recorded. HINT: if its weight is used without "
+                        "calling the layer, or its output is overwritten in place, exclude the layer with `layers=` "
+                        'or use `engine="loop"`.'
+                    )
+        require_contribution(bool(reached))
+
+    def blocks(self, gradients: list[Tensor | None]) -> dict[str, Tensor]:
+        """Blocks from the cotangents of the recorded calls' outputs; consumes the list to free them early."""
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        for position, call in enumerate(self.calls):
+            gradient, gradients[position] = gradients[position], None
+            if gradient is None:
+                continue
+            if call.kept is None:
+                raise GradientError(
+                    f"Layer {call.layer.name!r} saw an input of shape {call.input_shape} in a batch of "
+                    f"{self._batch_size} samples, expected a leading dimension divisible by {self._batch_size}. HINT: "
+                    "give the network one row per sample of every input (also of the timesteps), or exclude the layer."
+                )
+            if call.kept._version != call.version:
+                raise GradientError(
+                    f"The input of layer {call.layer.name!r} was overwritten in place after the layer used it, expected it "
+                    "unchanged. HINT: exclude the layer with `layers=`, or make the operation after it not in-place."
+                )
+            left, right = self._projector.matrices(call.layer.name, gradient.device)
+            with full_precision(gradient.device):
+                parts[call.layer.name].append(
+                    call.layer.contract(call.kept, gradient, left, right).flatten(1)
+                )
+        return {name: torch.stack(several).sum(0) for name, several in parts.items()}
+
+    def _hook(self, layer: Layer) -> Any:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+        ) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                if self._is_recording:
+                    self._without_graph.add(layer.name)
+                return None
+            replaced = None
+            if not output.requires_grad:
+                # A leaf, so that a frozen layer on a constant input has a cotangent; the clone may be overwritten in place.
+                # Recomputation under checkpointing must do the same, or it would save other tensors than the first pass.
+                output = replaced = output.detach().requires_grad_().clone()
+            if self._is_recording:
+                self._record(layer, args[0] if args else next(iter(kwargs.values())), output)
+            return replaced
+
+        return hook
+
+    def _record(self, layer: Layer, x: Tensor, output: Tensor) -> None:
+        x = x.detach()
+        leading = x.shape[0] if x.dim() > layer.event_dims(x) else 1
+        kept = None
+        if leading % self._batch_size == 0:
+            _, right = self._projector.matrices(layer.name, x.device)
+            with full_precision(x.device):
+                kept = layer.keep(x, output, right, self._batch_size)
+        edge = get_gradient_edge(_anchor(output))
+        self.calls.append(_Call(layer, edge, tuple(x.shape), kept, 0 if kept is None else kept._version))
+
+
+def _anchor(output: Tensor) -> Tensor:
+    """The tensor at whose graph node the output's cotangent is taken.
+
+    A Linear with a bias returns a view of a matrix. An in-place operation on that view gives it a new node, which would
+    bypass the old one, but still leads to the node of the matrix.
+    """
+    base = output._base
+    if base is None or base.grad_fn is None or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
+
+
+def _walk(output: Tensor) -> tuple[set[Node], Counter[Tensor]]:
+    """All nodes of an output's graph, and how many edges lead to each leaf that requires a gradient."""
+    uses: Counter[Tensor] = Counter()
+    root = output.grad_fn
+    nodes: set[Node] = set() if root is None else {root}
+    pending = list(nodes)
+    while pending:
+        for node, _ in pending.pop().next_functions:
+            if node is None:
+                continue
+            if node.name() == "torch::autograd::AccumulateGrad":
+                uses[node.variable] += 1  # type: ignore[attr-defined]
+            elif node not in nodes:
+                nodes.add(node)
+                pending.append(node)
+    return nodes, uses

@@ -1,0 +1,64 @@
+"""The state a network is in while it is traced, and its restoration."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ctrak_lightning.errors import GradientError
+
+
+@contextmanager
+def tracing_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, gradients on, batch-independent attention; everything is as before on exit, also after an error.
+
+    Every submodule's own training flag is restored. Attention uses the math backend, because fused kernels make a
+    sample's gradient depend on the rest of its batch. Compiled submodules run eagerly.
+
+    Args:
+        module: the network to be traced.
+
+    Raises:
+        GradientError: inference mode is on, where no gradient exists.
+
+    Example:
+        >>> network = nn.Dropout(0.5).train()
+        >>> with tracing_mode(network):
+        ...     network.training
+        False
+        >>> network.training
+        True
+    """
+    if torch.is_inference_mode_enabled():
+        raise GradientError(
+            "Tracing was started inside `torch.inference_mode()`, but needs autograd. HINT: wrap it in "
+            "`with torch.inference_mode(False):` and `.clone()` there every tensor that was made in inference mode."
+        )
+    flags = [(submodule, submodule.training) for submodule in module.modules()]
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.enable_grad())
+        if any(_is_compiled(submodule) for submodule, _ in flags):
+            # A compiled graph does not call the hooks of its layers.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            for submodule, _ in flags:
+                # Not `.eval()`: an overridden `train()` may have effects of its own, such as merging weights.
+                submodule.training = False
+            yield
+        finally:
+            for submodule, training in flags:
+                submodule.training = training
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No gradients and no autocast on this device: what is projected here stays float32."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield

@@ -1,0 +1,116 @@
+"""Which parameters of a network are traced, and in which blocks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ctrak_lightning.errors import GradientError
+from ctrak_lightning.gradients.layers import BareParameter, Layer, layer_kind
+
+SHOWN_NAMES = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The selected parameters.
+
+    Args:
+        layers: blocks of layers with a known kind.
+        bare: the other parameters, each with the reason why the hook engine cannot trace it.
+    """
+
+    layers: list[Layer]
+    bare: list[tuple[BareParameter, str]]
+
+
+def plan_blocks(module: nn.Module, patterns: Sequence[str] | None) -> Plan:
+    """Sorts the parameters that require a gradient into blocks.
+
+    Args:
+        module: the network.
+        patterns: `fnmatch` patterns for the names of the modules that own them; None takes all.
+
+    Raises:
+        GradientError: nothing requires a gradient, or a pattern matches nothing that does.
+    """
+    owners: dict[int, list[str]] = {}
+    candidates: dict[str, tuple[nn.Module, list[str]]] = {}
+    for name, submodule in module.named_modules():
+        trainable = [own for own, parameter in _own_parameters(submodule) if parameter.requires_grad]
+        if trainable:
+            candidates[name] = (submodule, trainable)
+        for own in trainable:
+            owners.setdefault(id(submodule.get_parameter(own)), []).append(_qualified(name, own))
+    if not candidates:
+        raise GradientError(
+            f"`GradientTracer({type(module).__name__})`: no parameter requires a gradient, so there is nothing to trace. "
+            f"It has: {_listed([name for name, _ in module.named_parameters()])}. "
+            "HINT: call `requires_grad_()` on the parameters to trace, or add the adapter first."
+        )
+    _require_matches(patterns or [], list(candidates))
+    in_attention = {
+        id(submodule.out_proj)
+        for submodule in module.modules()
+        if isinstance(submodule, nn.MultiheadAttention)
+    }
+    layers: list[Layer] = []
+    bare: list[tuple[BareParameter, str]] = []
+    seen: set[int] = set()
+    for name, (submodule, trainable) in candidates.items():
+        if patterns is not None and not any(fnmatchcase(name, pattern) for pattern in patterns):
+            continue
+        reasons = {}
+        for own in trainable:
+            shared = owners[id(submodule.get_parameter(own))]
+            if len(shared) > 1:
+                reasons[own] = f"shared as {', '.join(shared)}"
+        exact = [own for own in trainable if own not in reasons]
+        layer, reason = _layer(name, submodule, exact, called=id(submodule) not in in_attention)
+        if layer is not None:
+            layers.append(layer)
+        reasons |= {own: reason for own in exact if layer is None or own not in layer.own_names}
+        for own, why in reasons.items():
+            if id(submodule.get_parameter(own)) not in seen:
+                seen.add(id(submodule.get_parameter(own)))
+                bare.append((BareParameter(_qualified(name, own), submodule, own), why))
+    return Plan(layers=layers, bare=bare)
+
+
+def _layer(name: str, module: nn.Module, own_names: list[str], called: bool) -> tuple[Layer | None, str]:
+    """The layer that traces the parameters it knows, and why the others are not traced."""
+    kind = layer_kind(module)
+    if not called:
+        return None, "used inside nn.MultiheadAttention without a call of its layer"
+    if kind is None:
+        return None, f"{type(module).__name__} is not a known layer kind"
+    known = [own for own in own_names if own in ("weight", "bias")]
+    if not known:
+        return None, f"not the weight or bias of its {type(module).__name__}"
+    try:
+        return kind(name, module, known), f"not the weight or bias of its {type(module).__name__}"
+    except GradientError as error:
+        return None, str(error)
+
+
+def _require_matches(patterns: Sequence[str], names: list[str]) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise GradientError(
+                f"`GradientTracer(layers={list(patterns)!r})`: {pattern!r} matches no module that owns a trainable "
+                f"parameter. Expected `fnmatch` patterns for: {_listed(names)}. HINT: e.g. '*attn2*'."
+            )
+
+
+def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((own, parameter) for own, parameter in module._parameters.items() if parameter is not None)
+
+
+def _qualified(name: str, own: str) -> str:
+    return f"{name}.{own}" if name else own
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:SHOWN_NAMES]) or "none"
+    return shown + (f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else "")

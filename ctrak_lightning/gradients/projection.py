@@ -1,0 +1,133 @@
+"""Two-sided random projections of per-layer gradient matrices, and the count-sketch that joins them."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How gradients become features; the same numbers on every device, and for every layer regardless of the others.
+
+    A layer's gradient matrix G [rows, cols] becomes ``P_out.T @ G @ P_in`` with Gaussian sides of variance 1/p (the
+    identity where a side has at most ``rank`` entries); the layers' blocks are then count-sketched to ``dim`` numbers.
+    Both steps keep inner products without bias: E<phi(G), phi(H)> = <G, H>.
+
+    Args:
+        rank: columns p of each side of a layer's projection.
+        dim: length of a feature row; None concatenates the blocks without a sketch.
+        seed: seed of all matrices and hashes.
+
+    Raises:
+        ValueError: a field is not an integer of its range.
+
+    Example:
+        >>> Projection(rank=8, dim=None).to_dict()
+        {'rank': 8, 'dim': None, 'seed': 0}
+    """
+
+    rank: int = 16
+    dim: int | None = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_integer("rank", self.rank, minimum=1)
+        _require_integer("seed", self.seed, minimum=0)
+        if self.dim is not None:
+            _require_integer("dim", self.dim, minimum=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON facts; ``Projection(**facts)`` makes the projection again."""
+        return asdict(self)
+
+
+class BlockProjector:
+    """The projection matrices of named blocks, and the map from blocks to feature rows.
+
+    Args:
+        projection: the settings.
+        shapes: for each block's name its gradient matrix's (rows, cols).
+    """
+
+    def __init__(self, projection: Projection, shapes: Mapping[str, tuple[int, int]]) -> None:
+        self.projection = projection
+        self.names = sorted(shapes)
+        self._shapes = dict(shapes)
+        rank = projection.rank
+        self._sizes = {name: min(rows, rank) * min(cols, rank) for name, (rows, cols) in shapes.items()}
+        self._matrices: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+        self._hashes: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def dim(self) -> int:
+        """Length k of a feature row."""
+        return self.projection.dim or sum(self._sizes.values())
+
+    def matrices(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """P_out [rows, min(rows, rank)] and P_in [cols, min(cols, rank)] of a block, float32."""
+        key = (name, device)
+        if key not in self._matrices:
+            rows, cols = self._shapes[name]
+            self._matrices[key] = (
+                self._side(name, "out", rows).to(device),
+                self._side(name, "in", cols).to(device),
+            )
+        return self._matrices[key]
+
+    def project(self, name: str, matrices: Tensor) -> Tensor:
+        """Features [B, p_out * p_in] of a block's explicit gradients [B, rows, cols]."""
+        left, right = self.matrices(name, matrices.device)
+        return (left.mT @ matrices.float() @ right).flatten(1)
+
+    def combine(self, blocks: Mapping[str, Tensor], batch_size: int, device: torch.device) -> Tensor:
+        """Feature rows [B, k] float32 from blocks [B, p_out * p_in]; a missing block counts as zero."""
+        joined = torch.zeros(batch_size, sum(self._sizes.values()), device=device)
+        for name, part in zip(
+            self.names, joined.split([self._sizes[name] for name in self.names], dim=1), strict=True
+        ):
+            if name in blocks:
+                part.copy_(blocks[name])
+        if self.projection.dim is None:
+            return joined
+        buckets, signs = self._hash(device)
+        return joined.new_zeros(batch_size, self.projection.dim).index_add_(1, buckets, joined * signs)
+
+    def _side(self, name: str, side: str, size: int) -> Tensor:
+        rank = self.projection.rank
+        if size <= rank:
+            return torch.eye(size)
+        return torch.randn(size, rank, generator=_generator(self.projection.seed, side, name)) / math.sqrt(
+            rank
+        )
+
+    def _hash(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Bucket and sign of each coordinate of the joined blocks; each block draws its own."""
+        if device not in self._hashes:
+            buckets, signs = [], []
+            for name in self.names:
+                generator = _generator(self.projection.seed, "sketch", name)
+                size = (self._sizes[name],)
+                buckets.append(torch.randint(self.dim, size, generator=generator))
+                signs.append(torch.randint(2, size, generator=generator).float() * 2 - 1)
+            self._hashes[device] = (torch.cat(buckets).to(device), torch.cat(signs).to(device))
+        return self._hashes[device]
+
+
+def _generator(*key: int | str) -> torch.Generator:
+    # A CPU generator: CUDA's draws other numbers from the same seed.
+    digest = hashlib.sha256(json.dumps(key).encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _require_integer(field: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(
+            f"`Projection({field}={value!r})`: expected an integer of at least {minimum}"
+            f"{' or None (no sketch)' if field == 'dim' else ''}. HINT: the default is {getattr(Projection, field)!r}."
+        )

@@ -1,0 +1,204 @@
+"""GradientTracer: features of samples from one forward pass and one vector-Jacobian product per cotangent."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ctrak_lightning.errors import GradientError
+from ctrak_lightning.gradients.checks import Cotangent, Forward
+from ctrak_lightning.gradients.hooks import hooked_vjps
+from ctrak_lightning.gradients.layers import Block
+from ctrak_lightning.gradients.modes import tracing_mode
+from ctrak_lightning.gradients.plan import plan_blocks
+from ctrak_lightning.gradients.projection import BlockProjector, Projection
+from ctrak_lightning.gradients.reference import functional_vjps, looped_vjps
+
+Engine = Literal["hooks", "loop", "functional"]
+CHECK_TOLERANCE = 1e-3
+DEFAULT_PROJECTION = Projection()
+
+
+class UntracedParameterWarning(UserWarning):
+    """Parameters that require a gradient but that the hook engine cannot trace exactly; the message names them all."""
+
+
+class GradientTracer:
+    """Projected per-sample gradients J^T v of a network's output over its trainable parameters.
+
+    The network must treat its samples independently and lay them out batch first: a layer that sees [B * F, ...] is taken
+    to see F positions of the first sample, then F of the second. :meth:`check` compares that with the per-sample loop.
+
+    Args:
+        module: the network. Which of its parameters require a gradient is read once, here.
+        projection: rank, length and seed of the features.
+        layers: `fnmatch` patterns for the names of the modules whose parameters are traced; None traces all.
+        engine: "hooks"; or, as references, "loop" (a pass per sample) and "functional" (`torch.func`), which also trace
+            parameters without a known layer kind.
+
+    Raises:
+        GradientError: nothing can be traced, a pattern matches nothing, or an argument is of the wrong kind.
+
+    Warns:
+        UntracedParameterWarning: the hook engine cannot trace some of the parameters.
+
+    Example:
+        >>> network = nn.Linear(4, 4)
+        >>> x = torch.randn(3, 4)
+        >>> tracer = GradientTracer(network, Projection(rank=2, dim=None))
+        >>> [features] = tracer.vjps(lambda rows: network(x[rows]), [lambda e, rows: e], batch_size=3)
+        >>> features.shape
+        torch.Size([3, 4])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        projection: Projection = DEFAULT_PROJECTION,
+        *,
+        layers: Sequence[str] | None = None,
+        engine: Engine = "hooks",
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise GradientError(
+                f"`GradientTracer(module={type(module).__name__})`: expected the network, an `nn.Module`. "
+                "HINT: give a task's `denoiser`."
+            )
+        if engine not in get_args(Engine):
+            raise GradientError(
+                f"`GradientTracer(engine={engine!r})`: expected one of {get_args(Engine)}. HINT: use 'hooks'."
+            )
+        if isinstance(layers, str) or layers == []:
+            raise GradientError(
+                f"`GradientTracer(layers={layers!r})`: expected a list of patterns, or None for all layers. HINT: ['*attn2*']."
+            )
+        self.module = module
+        self.projection = projection
+        self.engine = engine
+        self._patterns = None if layers is None else list(layers)
+        plan = plan_blocks(module, self._patterns)
+        self._layers = plan.layers
+        self._blocks: list[Block] = list(plan.layers)
+        if engine != "hooks":
+            self._blocks += [block for block, _ in plan.bare]
+        elif plan.bare:
+            named = "; ".join(f"{block.name} ({reason})" for block, reason in plan.bare)
+            if not plan.layers:
+                raise GradientError(
+                    f"`GradientTracer(engine='hooks')`: none of the trainable parameters can be traced: {named}. "
+                    'Expected Linear, Conv, Embedding or norm layers. HINT: use `engine="loop"`.'
+                )
+            warnings.warn(
+                f"These trainable parameters are not traced: {named}. HINT: freeze them, or leave their modules out with "
+                "`layers=`, if that is meant.",
+                UntracedParameterWarning,
+                stacklevel=2,
+            )
+        self._projector = BlockProjector(
+            projection, {block.name: (block.rows, block.cols) for block in self._blocks}
+        )
+
+    @property
+    def dim(self) -> int:
+        """Length k of a feature row."""
+        return self._projector.dim
+
+    @property
+    def block_names(self) -> list[str]:
+        """Names of the blocks, in the order of their concatenation."""
+        return list(self._projector.names)
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of the traced parameters within the module, sorted."""
+        return sorted(name for block in self._blocks for name in block.parameters)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON facts that decide what a feature row means; rows of tracers with equal facts are comparable."""
+        shapes = {name: list(p.shape) for block in self._blocks for name, p in block.parameters.items()}
+        digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+        return {
+            "projection": self.projection.to_dict(),
+            "dim": self.dim,
+            "layers": self._patterns,
+            "parameters": len(shapes),
+            "parameters_sha256": digest,
+        }
+
+    def vjps(self, forward: Forward, cotangents: Sequence[Cotangent], batch_size: int) -> list[Tensor]:
+        """Features of a batch, one tensor per cotangent.
+
+        Runs in :func:`~ctrak_lightning.gradients.tracing_mode`; `.grad`, training flags and random state stay as they are.
+
+        Args:
+            forward: maps row indices [b] (int64, on the module's device) to the network's output e [b, ...] for these rows,
+                with its graph. The calls of the module made inside it are the ones traced.
+            cotangents: each maps (e, rows) to v of e's shape. It may call `torch.autograd.grad(..., retain_graph=True)`.
+            batch_size: number of rows B.
+
+        Returns:
+            for each cotangent, features [B, k] float32.
+
+        Raises:
+            GradientError: the outputs or cotangents have the wrong shape, or a layer cannot be traced exactly.
+        """
+        rows = self._rows(batch_size)
+        return [
+            self._projector.combine(blocks, batch_size, rows.device)
+            for blocks in self._run(forward, cotangents, rows)
+        ]
+
+    def check(self, forward: Forward, cotangents: Sequence[Cotangent], batch_size: int) -> None:
+        """Compares the first and last row of a batch with the per-sample loop, which assumes nothing about the layout.
+
+        Args:
+            forward: as in :meth:`vjps`.
+            cotangents: as in :meth:`vjps`.
+            batch_size: number of rows B.
+
+        Raises:
+            GradientError: they differ by more than a thousandth of the row's norm; names the layers.
+        """
+        rows = self._rows(batch_size)
+        ends = torch.unique(rows[[0, -1]])
+        batched = self._run(forward, cotangents, rows)
+        with tracing_mode(self.module):
+            looped = looped_vjps(self._blocks, self._projector, forward, cotangents, ends)
+        for ours, theirs in zip(batched, looped, strict=True):
+            norms = torch.stack([block.norm(dim=1) for block in theirs.values()]).norm(dim=0)  # [2]
+            wrong = [
+                name
+                for name, block in theirs.items()
+                if ((ours[name][ends] if name in ours else 0 * block) - block)
+                .norm(dim=1)
+                .gt(CHECK_TOLERANCE * norms)
+                .any()
+            ]
+            if wrong:
+                raise GradientError(
+                    f"Features of a batch of {batch_size} differ from the per-sample ones in {len(wrong)} layers: {wrong}. "
+                    "Expected samples to be independent and batch first in every layer. HINT: exclude these layers with "
+                    '`layers=`, trace with a batch of 1, or use `engine="loop"`.'
+                )
+
+    def _run(
+        self, forward: Forward, cotangents: Sequence[Cotangent], rows: Tensor
+    ) -> list[dict[str, Tensor]]:
+        with tracing_mode(self.module):
+            if self.engine == "hooks":
+                return hooked_vjps(self._layers, self._projector, forward, cotangents, rows)
+            if self.engine == "loop":
+                return looped_vjps(self._blocks, self._projector, forward, cotangents, rows)
+            return functional_vjps(self._blocks, self._projector, self.module, forward, cotangents, rows)
+
+    def _rows(self, batch_size: int) -> Tensor:
+        if batch_size < 1:
+            raise GradientError(
+                f"`batch_size={batch_size!r}`: expected at least one row. HINT: skip empty batches."
+            )
+        device = next(iter(self._blocks[0].parameters.values())).device
+        return torch.arange(batch_size, device=device)

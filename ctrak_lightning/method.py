@@ -1,0 +1,103 @@
+"""Method: everything that decides an attribution score, apart from the model and the data."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ctrak_lightning.objective import (
+    ConceptDirection,
+    Denoising,
+    Objective,
+    PosteriorSampling,
+    SquaredNorm,
+    Term,
+)
+from ctrak_lightning.trajectory import Generated, Inverted, Noised, Trajectory
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    cls.__name__: cls for cls in (ConceptDirection, Denoising, PosteriorSampling, SquaredNorm)
+}
+TRAJECTORIES: dict[str, type[Trajectory]] = {cls.__name__: cls for cls in (Generated, Inverted, Noised)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """An attribution method.
+
+    Args:
+        name: shown in stores, tables and reports.
+        training: objective of the training samples.
+        training_trajectory: the states of a training sample.
+        query: the terms whose sum is a query's gradient at a state.
+        query_trajectory: the states of a query.
+        unit_norm: scale every projected gradient to norm 1 per sample and timestep, before timesteps are summed.
+        damping: lambda of the kernel, relative to the mean eigenvalue ``tr(K) / min(n, k)``; None uses no kernel at all
+            (the limit of strong damping).
+
+    Raises:
+        ValueError: no query term, or a damping that is not positive.
+    """
+
+    name: str
+    training: Objective
+    training_trajectory: Trajectory
+    query: tuple[Term, ...]
+    query_trajectory: Trajectory
+    unit_norm: bool = True
+    damping: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.query:
+            raise ValueError(f"Method({self.name!r}, query=()): expected at least one Term.")
+        if self.damping is not None and not self.damping > 0:
+            raise ValueError(f"Method({self.name!r}, damping={self.damping}): expected a number > 0, or None.")
+        if isinstance(self.training_trajectory, Generated):
+            raise ValueError(f"Method({self.name!r}): Generated() is a query trajectory; training images have no states.")
+
+    def training_dict(self) -> dict[str, Any]:
+        """The part that traces depend on, as JSON values: a store holds it and refuses another."""
+        return {
+            "objective": self.training.to_dict(),
+            "trajectory": self.training_trajectory.to_dict(),
+            "unit_norm": self.unit_norm,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON values."""
+        return {
+            "name": self.name,
+            "training": self.training_dict(),
+            "query": [term.to_dict() for term in self.query],
+            "query_trajectory": self.query_trajectory.to_dict(),
+            "damping": self.damping,
+        }
+
+    @classmethod
+    def from_dict(cls, facts: dict[str, Any]) -> "Method":
+        """The method that :meth:`to_dict` described.
+
+        Raises:
+            ValueError: a class or argument is unknown here (a store of a newer version, or an altered one).
+        """
+        try:
+            training = facts["training"]
+            return cls(
+                name=facts["name"],
+                training=_built(OBJECTIVES, training["objective"]),
+                training_trajectory=_built(TRAJECTORIES, training["trajectory"]),
+                query=tuple(
+                    Term(_built(OBJECTIVES, term["objective"]), term["side"], term["weight"]) for term in facts["query"]
+                ),
+                query_trajectory=_built(TRAJECTORIES, facts["query_trajectory"]),
+                unit_norm=training["unit_norm"],
+                damping=facts["damping"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"Method.from_dict: these facts describe no method: {error!r}.") from error
+
+
+def _built(known: dict[str, Any], facts: dict[str, Any]) -> Any:
+    arguments = dict(facts)
+    name = arguments.pop("class")
+    if name not in known:
+        raise ValueError(f"Method.from_dict: unknown class {name!r}. Known: {', '.join(sorted(known))}.")
+    return known[name](**arguments)

@@ -1,0 +1,126 @@
+"""Attribution objectives: each is the cotangent ``v`` of one vector-Jacobian product ``J^T v`` (METHODS, first table).
+
+``J = d e / d theta``; ``D`` is the number of elements of a latent. A cotangent is always a constant: the published losses
+stop the gradient through their targets, and for the losses that do not, the cotangent is already their derivative.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ctrak_lightning.parameterization import NoiseSchedule
+
+Side = Literal["present", "absent"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the network says of a state, under one condition.
+
+    Args:
+        x_t: states [B, ...].
+        t: timesteps [B].
+        x0: the sample's clean latents [B, ...].
+        output: what the network returned [B, ...], with its graph.
+        e: the noise prediction that the output stands for [B, ...], with its graph.
+        reference: noise prediction under the concept's absent condition [B, ...], without graph, or None.
+        schedule: the noise levels.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    x0: Tensor
+    output: Tensor
+    e: Tensor
+    reference: Tensor | None
+    schedule: NoiseSchedule
+
+    @property
+    def x0_hat(self) -> Tensor:
+        """The predicted clean latents [B, ...], with their graph."""
+        return self.schedule.x0_hat(self.output, self.x_t, self.t)
+
+
+class Objective(ABC):
+    """A rule that gives the cotangent of a prediction."""
+
+    needs_input_gradient: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
+
+    @abstractmethod
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        """The cotangent ``v`` [B, ...] with respect to ``prediction.e``."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The class and its arguments, as JSON values."""
+        return {"class": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True, slots=True)
+class Denoising(Objective):
+    """The training loss ``mean((e - eps)^2)`` (TRAK on diffusion; Park et al. 2023, arXiv 2303.14186)."""
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        a, s = prediction.schedule.levels(prediction.t, prediction.x_t)
+        # The noise that the state holds, however it was made: drawn, inverted or generated.
+        noise = (prediction.x_t - a * prediction.x0) / s
+        return 2 * (prediction.e - noise).detach() / _elements(prediction)
+
+
+@dataclass(frozen=True, slots=True)
+class SquaredNorm(Objective):
+    """``mean(e^2)``, the output function of D-TRAK (Zheng et al. 2024, arXiv 2311.00500)."""
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        return 2 * prediction.e.detach() / _elements(prediction)
+
+
+@dataclass(frozen=True, slots=True)
+class PosteriorSampling(Objective):
+    """Concept-TRAK's training loss (arXiv 2507.06547): ``mean((stop[e + d] - e)^2)`` with the diffusion-posterior-sampling
+    direction ``d = grad_{x_t} mean((x0_hat - x0)^2)``. Needs states that require grad."""
+
+    needs_input_gradient: ClassVar[bool] = True
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        error = (prediction.x0_hat - prediction.x0).square().flatten(1).mean(1).sum()
+        (direction,) = torch.autograd.grad(error, prediction.x_t, retain_graph=True)
+        return -2 * direction / _elements(prediction)
+
+
+@dataclass(frozen=True, slots=True)
+class ConceptDirection(Objective):
+    """Concept-TRAK's concept loss (arXiv 2507.06547): ``mean((stop[e + w u] - e)^2)`` with the direction
+    ``u = e(c) - e(c_minus)`` that tells the condition with the concept from the one without."""
+
+    needs_reference: ClassVar[bool] = True
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        if prediction.reference is None:
+            raise ValueError("ConceptDirection needs the prediction under the absent condition; it serves queries only.")
+        return -2 * (prediction.e.detach() - prediction.reference) / _elements(prediction)
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One summand ``weight * J(side)^T v(side)`` of a query's gradient."""
+
+    objective: Objective
+    side: Side = "present"
+    weight: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values that identify the term."""
+        return {"objective": self.objective.to_dict(), "side": self.side, "weight": self.weight}
+
+
+def contrast(objective: Objective) -> tuple[Term, Term]:
+    """``J(c)^T v(c) - J(c_minus)^T v(c_minus)``: cancels what the two conditions share in the weights' space."""
+    return Term(objective, "present", 1.0), Term(objective, "absent", -1.0)
+
+
+def _elements(prediction: Prediction) -> int:
+    return prediction.e[0].numel()

@@ -1,0 +1,155 @@
+"""What a network predicts, as the noise ``e`` and the clean latent ``x0_hat`` (METHODS notation: ``x_t = a x0 + s eps``)."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+Spacing = Literal["leading", "trailing", "linspace"]
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoiseSchedule:
+    """The noise levels of a variance-preserving diffusion process and the meaning of its network's output.
+
+    Args:
+        alpha_bar: cumulative signal power per timestep [T], in [0, 1], decreasing; ``a = sqrt(alpha_bar)`` and
+            ``s = sqrt(1 - alpha_bar)``.
+        prediction_type: what the network predicts.
+        spacing: how a sampler with fewer than T steps places them (diffusers' ``timestep_spacing``).
+        steps_offset: added to the timesteps of ``"leading"`` spacing.
+        final_alpha_bar: signal power after the last sampling step.
+        clip: range to which a sampler clips ``x0_hat``, or None.
+
+    Raises:
+        ValueError: an unknown prediction type or spacing, or powers outside [0, 1].
+    """
+
+    alpha_bar: Tensor
+    prediction_type: PredictionType = "epsilon"
+    spacing: Spacing = "leading"
+    steps_offset: int = 0
+    final_alpha_bar: float = 1.0
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"NoiseSchedule(prediction_type={self.prediction_type!r}): expected one of {PREDICTION_TYPES}."
+            )
+        if self.spacing not in SPACINGS:
+            raise ValueError(f"NoiseSchedule(spacing={self.spacing!r}): expected one of {SPACINGS}.")
+        if self.alpha_bar.ndim != 1 or not ((self.alpha_bar >= 0) & (self.alpha_bar < 1)).all():
+            raise ValueError("NoiseSchedule(alpha_bar=...): expected a 1-d tensor of values in [0, 1).")
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any) -> "NoiseSchedule":
+        """The schedule of a diffusers scheduler of the DDPM family (DDPM, DDIM and others with ``alphas_cumprod``).
+
+        Raises:
+            TypeError: the scheduler has no ``alphas_cumprod`` (flow matching and sigma-space schedulers).
+            ValueError: it uses dynamic thresholding, or a prediction type unknown here.
+        """
+        alpha_bar = getattr(scheduler, "alphas_cumprod", None)
+        config = getattr(scheduler, "config", None)
+        if alpha_bar is None or config is None:
+            raise TypeError(
+                f"NoiseSchedule.from_scheduler({type(scheduler).__name__}): expected a diffusers scheduler with "
+                "`alphas_cumprod` (DDPMScheduler, DDIMScheduler). HINT: build one with the same betas via "
+                "`DDIMScheduler.from_config(scheduler.config)`."
+            )
+        if config.get("thresholding"):
+            raise ValueError(
+                f"NoiseSchedule.from_scheduler({type(scheduler).__name__}(thresholding=True)): dynamic thresholding is "
+                "not a function of one latent and cannot be traced. HINT: set thresholding=False."
+            )
+        final = getattr(scheduler, "final_alpha_cumprod", 1.0)
+        return cls(
+            alpha_bar=alpha_bar.detach().double().cpu(),
+            prediction_type=config.get("prediction_type", "epsilon"),
+            spacing=config.get("timestep_spacing", "leading"),
+            steps_offset=config.get("steps_offset", 0),
+            final_alpha_bar=float(final),
+            clip=float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else None,
+        )
+
+    def __len__(self) -> int:
+        return len(self.alpha_bar)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a store records of the schedule: JSON values only."""
+        return {
+            "timesteps": len(self),
+            "prediction_type": self.prediction_type,
+            "alpha_bar_mean": round(float(self.alpha_bar.mean()), 9),
+        }
+
+    def levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """``(a, s)`` at timesteps ``t`` [B], shaped to broadcast over ``like`` [B, ...]."""
+        power = self.alpha_bar[t.cpu()].view(-1, *[1] * (like.ndim - 1))
+        return power.sqrt().to(like), (1 - power).sqrt().to(like)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """``x_t = a x0 + s eps``, all [B, ...]."""
+        a, s = self.levels(t, x0)
+        return a * x0 + s * noise
+
+    def epsilon(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise prediction ``e`` [B, ...] that a network's output stands for; differentiable in both."""
+        a, s = self.levels(t, x_t)
+        if self.prediction_type == "epsilon":
+            return output
+        if self.prediction_type == "v_prediction":
+            return s * x_t + a * output
+        return (x_t - a * output) / s
+
+    def x0_hat(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The clean latent that a network's output stands for [B, ...]; differentiable in both.
+
+        Raises:
+            ValueError: a noise prediction at a timestep without signal (zero terminal SNR) says nothing of x0.
+        """
+        a, s = self.levels(t, x_t)
+        if self.prediction_type == "sample":
+            return output
+        if self.prediction_type == "v_prediction":
+            return a * x_t - s * output
+        if bool((a == 0).any()):
+            raise ValueError(
+                "NoiseSchedule(prediction_type='epsilon') has a timestep with zero signal (zero terminal SNR), where "
+                "x0_hat is undefined. HINT: train with prediction_type='v_prediction', or without "
+                "rescale_betas_zero_snr."
+            )
+        return (x_t - s * output) / a
+
+    def sampling_timesteps(self, steps: int) -> list[int]:
+        """The timesteps of a sampler of ``steps`` steps, most noise first, spaced as the scheduler spaces them.
+
+        Raises:
+            ValueError: ``steps`` outside [1, T].
+        """
+        total = len(self)
+        if not 1 <= steps <= total:
+            raise ValueError(f"sampling_timesteps({steps}): expected between 1 and {total} steps.")
+        if self.spacing == "leading":
+            grid = torch.arange(steps) * (total // steps) + self.steps_offset
+        elif self.spacing == "linspace":
+            grid = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long()
+        else:
+            grid = (total - torch.arange(steps, dtype=torch.float64) * total / steps).round().long().flip(0) - 1
+        return grid.clamp(0, total - 1).flip(0).tolist()
+
+    def even_timesteps(self, count: int) -> list[int]:
+        """``count`` timesteps in the middles of equal parts of [0, T), least noise first: never quite clean or quite noise.
+
+        Raises:
+            ValueError: ``count`` outside [1, T].
+        """
+        total = len(self)
+        if not 1 <= count <= total:
+            raise ValueError(f"even_timesteps({count}): expected between 1 and {total} timesteps.")
+        return [int((i + 0.5) * total / count) for i in range(count)]

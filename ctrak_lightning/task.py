@@ -1,0 +1,123 @@
+"""How a model is addressed: the seam between this library and a user's LightningModule."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctrak_lightning.errors import BatchError, TaskError
+from ctrak_lightning.parameterization import NoiseSchedule
+
+Condition = dict[str, Tensor]
+Spec = Mapping[str, str] | str
+MEMBERS = ("denoiser", "noise_schedule", "encode", "condition")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """A batch as the network sees it.
+
+    Args:
+        latents: clean latents x0 [B, ...].
+        condition: the network's keyword arguments, each [B, ...].
+        sample_ids: the dataset's own ids, one per row.
+        metadata: columns of facts for reports (owner, licence, caption, ...), each of length B.
+
+    Raises:
+        BatchError: the parts have different lengths.
+    """
+
+    latents: Tensor
+    condition: Condition
+    sample_ids: list[str]
+    metadata: dict[str, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rows = len(self.latents)
+        lengths = {f"condition[{name!r}]": len(value) for name, value in self.condition.items()}
+        lengths |= {f"metadata[{name!r}]": len(value) for name, value in self.metadata.items()}
+        lengths["sample_ids"] = len(self.sample_ids)
+        wrong = {name: length for name, length in lengths.items() if length != rows}
+        if wrong:
+            raise BatchError(
+                f"Encoded(latents with {rows} rows): these parts have another length: {wrong}. "
+                "HINT: `encode(batch)` must return one row of each per image."
+            )
+
+
+class DiffusionTask:
+    """What a LightningModule must offer to be traced. Inherit from it (before ``LightningModule``) for the defaults.
+
+    A task has these members:
+
+    - ``denoiser``: the ``nn.Module`` whose trainable parameters are traced;
+    - ``noise_schedule``: a :class:`~ctrak_lightning.NoiseSchedule`, from ``NoiseSchedule.from_scheduler``;
+    - ``encode(batch) -> Encoded``: clean latents, condition and sample ids of a batch;
+    - ``condition(spec, n) -> dict[str, Tensor]``: the condition of a concept's ``present`` or ``absent`` (a mapping of
+      attributes, or a prompt), repeated ``n`` times; what the spec does not name is dropped, so ``{}`` is the null condition;
+    - ``predict(x_t, t, condition)``: the network's output; the default calls ``denoiser`` as diffusers' models are called;
+    - ``decode(latents)``: images [B, 3, H, W] in [0, 1], optional, for thumbnails and reports;
+    - ``known_attributes()``: the values each attribute of a spec may take, optional, for error messages.
+    """
+
+    denoiser: nn.Module
+    noise_schedule: NoiseSchedule
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The network's output [B, ...] for states ``x_t`` [B, ...] at timesteps ``t`` [B]."""
+        output: Tensor = self.denoiser(x_t, t, return_dict=False, **condition)[0]
+        return output
+
+
+def resolve_task(candidate: Any) -> Any:
+    """The DiffusionTask that ``candidate`` is, or carries as its attribute ``task``.
+
+    Raises:
+        TaskError: it is none; the message names the missing members.
+    """
+    carried = getattr(candidate, "task", None)
+    task = candidate if carried is None else carried
+    missing = [name for name in (*MEMBERS, "predict") if not hasattr(task, name)]
+    if missing:
+        raise TaskError(
+            f"{type(task).__name__} is no DiffusionTask: it lacks {', '.join(missing)}. HINT: let the module inherit "
+            "from ctrak_lightning.DiffusionTask and define denoiser, noise_schedule, encode(batch) and "
+            "condition(spec, n); predict has a default."
+        )
+    if not isinstance(task.denoiser, nn.Module):
+        raise TaskError(f"{type(task).__name__}.denoiser is {type(task.denoiser).__name__}, expected an nn.Module.")
+    if not isinstance(task.noise_schedule, NoiseSchedule):
+        raise TaskError(
+            f"{type(task).__name__}.noise_schedule is {type(task.noise_schedule).__name__}, expected a NoiseSchedule. "
+            "HINT: NoiseSchedule.from_scheduler(scheduler)."
+        )
+    return task
+
+
+def encode(task: Any, batch: Any) -> Encoded:
+    """``task.encode(batch)`` without gradient, with a batch that lacks fields reported as such.
+
+    Raises:
+        BatchError: a field is missing, or the result is no :class:`Encoded`.
+    """
+    try:
+        with torch.no_grad():
+            encoded = task.encode(batch)
+    except KeyError as error:
+        fields = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise BatchError(
+            f"{type(task).__name__}.encode(batch) asked for {error}, and the batch has {fields}. "
+            "HINT: let the dataset return that field, or change encode()."
+        ) from error
+    if not isinstance(encoded, Encoded):
+        raise BatchError(
+            f"{type(task).__name__}.encode(batch) returned {type(encoded).__name__}, expected ctrak_lightning.Encoded."
+        )
+    return encoded
+
+
+def select(condition: Condition, rows: Tensor) -> Condition:
+    """The rows [b] of a condition."""
+    return {name: value[rows] for name, value in condition.items()}

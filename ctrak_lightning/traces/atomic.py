@@ -1,0 +1,95 @@
+"""Files that are either whole or absent: write aside, fsync, rename, fsync the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ctrak_lightning.errors import StoreError
+
+TEMPORARY_SUFFIX = ".ctrak-tmp"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRecord:
+    """What the manifest remembers of one file."""
+
+    sha256: str
+    """Hex digest of the content."""
+    bytes: int
+    """Size in bytes."""
+
+
+def write_atomically(path: Path, fill: Callable[[Path], None]) -> FileRecord:
+    """Let ``fill`` write a temporary file beside ``path``, then put it in place durably.
+
+    Args:
+        path: Where the file is to be; replaced if it exists.
+        fill: Writes the whole content to the path that it is given and closes it.
+
+    Returns:
+        Digest and size of what was written.
+
+    Raises:
+        StoreError: The file cannot be written; whatever stood at ``path`` is untouched.
+    """
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    try:
+        fill(temporary)
+        record = FileRecord(sha256=sha256_of(temporary), bytes=temporary.stat().st_size)
+        _fsync(temporary)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    # h5py reports a full disk as RuntimeError when it only notices on close.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StoreError(
+            f"{path} cannot be written ({error}). HINT: check the permissions and the free space of its "
+            "folder; "
+            "everything recorded earlier is intact, so run again to continue."
+        ) from error
+    return record
+
+
+def make_folder(folder: Path) -> None:
+    """Create ``folder`` and its parents durably; a no-op where it exists.
+
+    Raises:
+        StoreError: It cannot be created, or a file has its name.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fsync_folder(folder.parent)
+    except OSError as error:
+        raise StoreError(
+            f"{folder} cannot be used as a folder ({error}). HINT: give a path that is a folder or does not "
+            "exist yet, "
+            "below a folder that this user may write to."
+        ) from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable; only POSIX can fsync a folder, elsewhere a no-op."""
+    if os.name == "posix":
+        _fsync(folder)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of the content of ``path``."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

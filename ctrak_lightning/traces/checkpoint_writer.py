@@ -1,0 +1,250 @@
+"""Writes the traces of one checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreError
+from ctrak_lightning.traces.atomic import FileRecord, make_folder, write_atomically
+from ctrak_lightning.traces.kernel import gram, write_kernel
+from ctrak_lightning.traces.schema import CheckpointRecord, StoreHeader
+from ctrak_lightning.traces.shards import Rows, read_column, read_shard, write_shard
+
+Commit = Callable[[CheckpointRecord, dict[str, FileRecord]], None]
+
+_SHOWN = 5
+
+
+class CheckpointWriter:
+    """Takes the traces of one checkpoint in batches and seals them in shards.
+
+    Made by ``TraceWriter.begin_checkpoint``. A shard is sealed whenever ``shard_rows`` rows have come,
+    whatever the batch size, so a capture that was interrupted and continued with the same order of samples
+    gives the same bytes as one that was not. As a context manager it drops, on leaving, the rows in no shard
+    yet; sealed shards stay for the next run.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        record: CheckpointRecord,
+        header: StoreHeader,
+        sample_ids: list[str],
+        *,
+        shard_rows: int,
+        rank: int,
+        commit: Commit,
+    ) -> None:
+        self._root = root
+        self._record = record
+        self._header = header
+        self._sample_ids = sample_ids
+        self._shard_rows = shard_rows
+        self._rank = rank
+        self._commit = commit
+        self._buffer: list[Rows] = []
+        self._open = True
+        self._seen = torch.zeros(len(sample_ids), dtype=torch.bool)
+        for name in record.shards:
+            index = read_column(root / name, "index", "int64", max_rows=record.rows)
+            if bool(((index < 0) | (index >= len(sample_ids))).any()):
+                raise CorruptStoreError(
+                    f"{root / name}: index has values outside the {len(sample_ids)} samples."
+                )
+            self._seen[index] = True
+        if int(self._seen.sum()) != record.rows:
+            raise CorruptStoreError(
+                f"{root / record.folder}: the shards hold {int(self._seen.sum())} samples, the manifest "
+                f"records {record.rows}. "
+                f"HINT: TraceWriter.discard_after({record.step - 1}) removes this checkpoint, to capture it "
+                "again."
+            )
+        make_folder(root / record.folder)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken at this checkpoint."""
+        return self._record.step
+
+    @property
+    def rows_done(self) -> int:
+        """Rows in sealed shards: how many, in the order of appending, a continued capture skips."""
+        return self._record.rows
+
+    def append(self, indices: Tensor, features: Tensor, loss: Tensor) -> None:
+        """Add the traces of n samples; a batch that is refused leaves nothing behind.
+
+        Args:
+            indices: Positions in the sample table, int64 [n].
+            features: Projected gradients, float32 [n, k].
+            loss: Loss of each sample, float32 [n].
+
+        Raises:
+            ValueError: Wrong shape or dtype, or a position that is outside the table or was appended already.
+            GradientError: A row is zero or not finite; names the samples.
+            StoreError: This checkpoint is sealed or closed, or a shard cannot be written.
+        """
+        self._require_open("append")
+        self._check_arrays(indices, features, loss)
+        if not len(indices):
+            return
+        indices, features, loss = indices.cpu(), features.detach().cpu(), loss.detach().cpu()
+        self._check_indices(indices)
+        self._refuse_rows(indices, ~features.isfinite().all(dim=1), "features that are not finite")
+        self._refuse_rows(indices, ~loss.isfinite(), "a loss that is not finite")
+        self._refuse_rows(indices, (features == 0).all(dim=1), "features that are all zero")
+        self._buffer.append(self._unit_rows(indices, features, loss))
+        self._seen[indices] = True
+        while sum(map(len, self._buffer)) >= self._shard_rows:
+            self._seal_shard()
+
+    def seal(self, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write the rows that are left, the weights and the kernel, then mark the checkpoint sealed.
+
+        Args:
+            weights: The traced parameters by name, or None to store none.
+
+        Raises:
+            StoreError: Samples are missing, this checkpoint is sealed or closed, or a file cannot be written.
+        """
+        self._require_open("seal")
+        missing = (~self._seen).nonzero().flatten()
+        if len(missing):
+            raise StoreError(
+                f"checkpoint {self.step} cannot be sealed: {len(missing)} of {len(self._seen)} samples have "
+                "no trace: "
+                f"{self._names(missing)}. HINT: append the traces of every sample first."
+            )
+        if self._buffer:
+            self._seal_shard()
+        files = {}
+        if weights is not None:
+            files[self._record.weights] = self._write_weights(weights)
+        files[self._record.kernel] = self._write_kernel()
+        self._commit(sealed := replace(self._record, sealed=True), files)
+        self._record = sealed
+        self.close()
+
+    def close(self) -> None:
+        """Drop the rows that no shard holds and refuse further calls; idempotent."""
+        self._open = False
+        self._buffer = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _require_open(self, call: str) -> None:
+        if not self._open:
+            state = "sealed" if self._record.sealed else "closed"
+            raise StoreError(
+                f"CheckpointWriter.{call}(): checkpoint {self.step} is {state}. "
+                "HINT: TraceWriter.begin_checkpoint() opens the next one, or continues one that is not "
+                "sealed."
+            )
+
+    def _check_arrays(self, indices: Tensor, features: Tensor, loss: Tensor) -> None:
+        n = features.shape[0] if features.dim() else 0
+        for name, given, shape, dtype in (
+            ("features", features, (n, self._header.dim), torch.float32),
+            ("indices", indices, (n,), torch.int64),
+            ("loss", loss, (n,), torch.float32),
+        ):
+            if tuple(given.shape) != shape or given.dtype != dtype:
+                expected = f"[n, {self._header.dim}]" if name == "features" else f"[{n}]"
+                raise ValueError(
+                    f"CheckpointWriter.append({name}): got {given.dtype} {list(given.shape)}, expected "
+                    f"{dtype} {expected}."
+                )
+
+    def _check_indices(self, indices: Tensor) -> None:
+        outside = indices[(indices < 0) | (indices >= len(self._seen))]
+        if len(outside):
+            raise ValueError(
+                f"CheckpointWriter.append(indices): {outside[:_SHOWN].tolist()} lie outside the sample "
+                "table, "
+                f"which has positions 0 to {len(self._seen) - 1}."
+            )
+        values, counts = torch.unique(indices, return_counts=True)
+        again = values[self._seen[values] | (counts > 1)]
+        if len(again):
+            raise ValueError(
+                f"CheckpointWriter.append(indices): checkpoint {self.step} would get more than one trace of "
+                f"{self._names(again)}. HINT: a continued capture skips the first rows_done={self.rows_done} "
+                "samples."
+            )
+
+    def _refuse_rows(self, indices: Tensor, refused: Tensor, what: str) -> None:
+        if bool(refused.any()):
+            raise GradientError(
+                f"checkpoint {self.step}: {int(refused.sum())} of {len(refused)} samples have {what}: "
+                f"{self._names(indices[refused])}. Nothing of this batch was stored. HINT: look at these "
+                "samples, the "
+                "precision of the forward pass, and whether the objective depends on the traced parameters."
+            )
+
+    def _unit_rows(self, indices: Tensor, features: Tensor, loss: Tensor) -> Rows:
+        # float64, because squares of float32 gradients under- and overflow float32.
+        wide = features.double()
+        norm = wide.norm(dim=1).float()
+        self._refuse_rows(indices, ~norm.isfinite(), "features whose norm is beyond float32")
+        unit = (wide / norm.double()[:, None]).to(getattr(torch, self._header.dtype))
+        return Rows(index=indices.clone(), unit=unit, norm=norm, loss=loss.clone())
+
+    def _seal_shard(self) -> None:
+        rows, rest = Rows.concatenate(self._buffer).split(self._shard_rows)
+        name = self._record.shard(self._rank)
+        known = write_atomically(self._root / name, lambda path: write_shard(path, rows))
+        record = replace(
+            self._record, rows=self._record.rows + len(rows), shards=(*self._record.shards, name)
+        )
+        self._commit(record, {name: known})
+        self._record = record
+        self._buffer = [rest] if len(rest) else []
+
+    def _write_weights(self, weights: Mapping[str, Tensor]) -> FileRecord:
+        # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
+        plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+        return write_atomically(self._root / self._record.weights, lambda path: save_file(plain, path))
+
+    def _write_kernel(self) -> FileRecord:
+        n, k = len(self._seen), self._header.dim
+        # From the files, not from memory: what was stored is what is described, also after an interruption.
+        blocks = self._stored_features() if k <= n else iter([self._stored_in_table_order()])
+        kernel = gram(blocks, n, k)
+        return write_atomically(self._root / self._record.kernel, lambda path: write_kernel(path, kernel))
+
+    def _stored_features(self) -> Iterator[Tensor]:
+        return (rows.features() for rows in self._stored_rows())
+
+    def _stored_in_table_order(self) -> Tensor:
+        features = torch.empty(len(self._seen), self._header.dim)
+        for rows in self._stored_rows():
+            features[rows.index] = rows.features()
+        return features
+
+    def _stored_rows(self) -> Iterator[Rows]:
+        for name in self._record.shards:
+            yield read_shard(
+                self._root / name,
+                dim=self._header.dim,
+                dtype=self._header.dtype,
+                max_rows=self._record.rows,
+                samples=len(self._seen),
+            )
+
+    def _names(self, indices: Tensor) -> str:
+        shown = ", ".join(repr(self._sample_ids[i]) for i in indices[:_SHOWN].tolist())
+        return shown if len(indices) <= _SHOWN else f"{shown} and {len(indices) - _SHOWN} more"

@@ -1,0 +1,98 @@
+"""One shard: consecutive traces of a checkpoint, as unit-norm rows and their norms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import torch
+from torch import Tensor
+
+from ctrak_lightning.traces.arrays import corrupt, find_dataset, open_for_reading, read_array, write_array
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """Traces of n samples."""
+
+    index: Tensor
+    """Position of each sample in the sample table, int64 [n]."""
+    unit: Tensor
+    """Features divided by their norm, [n, k]: float16 overflows at 65504, a unit-norm row never does."""
+    norm: Tensor
+    """Norm of the features, float32 [n]."""
+    loss: Tensor
+    """Loss, float32 [n]."""
+
+    def __len__(self) -> int:
+        return self.index.shape[0]
+
+    def features(self) -> Tensor:
+        """The features with their scale, float32 [n, k]."""
+        return self.unit.float() * self.norm[:, None]
+
+    def split(self, n: int) -> tuple[Rows, Rows]:
+        """The first ``n`` rows, and the others."""
+        fields = ("index", "unit", "norm", "loss")
+        first = Rows(**{name: getattr(self, name)[:n] for name in fields})
+        # Cloned, so that a few rows left over do not keep the whole batch in memory.
+        return first, Rows(**{name: getattr(self, name)[n:].clone() for name in fields})
+
+    @staticmethod
+    def concatenate(parts: list[Rows]) -> Rows:
+        """All rows of ``parts``, in order."""
+        return Rows(
+            index=torch.cat([part.index for part in parts]),
+            unit=torch.cat([part.unit for part in parts]),
+            norm=torch.cat([part.norm for part in parts]),
+            loss=torch.cat([part.loss for part in parts]),
+        )
+
+
+def write_shard(path: Path, rows: Rows) -> None:
+    """Write ``rows`` to a new HDF5 file; equal rows give equal bytes."""
+    with h5py.File(path, "w") as file:
+        write_array(file, "features", rows.unit)
+        write_array(file, "norm", rows.norm)
+        write_array(file, "loss", rows.loss)
+        write_array(file, "index", rows.index)
+
+
+def read_shard(path: Path, *, dim: int, dtype: str, max_rows: int, samples: int) -> Rows:
+    """Read a shard of at most ``max_rows`` rows of ``dim`` features, of a table of ``samples`` samples.
+
+    Raises:
+        CorruptStoreError: The file is damaged, or holds other shapes or impossible values.
+    """
+    with open_for_reading(path) as file:
+        n = _row_count(file, path, max_rows)
+        rows = Rows(
+            index=read_array(file, path, "index", (n,), "int64"),
+            unit=read_array(file, path, "features", (n, dim), dtype),
+            norm=read_array(file, path, "norm", (n,), "float32"),
+            loss=read_array(file, path, "loss", (n,), "float32"),
+        )
+    _check_index(rows.index, path, samples)
+    # HDF5 reads a chunk that was never written as zeros, and the writer refuses zero rows.
+    if not bool((rows.norm.isfinite() & (rows.norm > 0)).all()):
+        raise corrupt(path, "norm has values that are not positive and finite")
+    return rows
+
+
+def read_column(path: Path, name: str, dtype: str, *, max_rows: int) -> Tensor:
+    """Read one dataset [n] of a shard, without its features."""
+    with open_for_reading(path) as file:
+        return read_array(file, path, name, (_row_count(file, path, max_rows),), dtype)
+
+
+def _row_count(file: h5py.File, path: Path, max_rows: int) -> int:
+    shape = find_dataset(file, path, "index").shape
+    if len(shape) != 1 or not 1 <= shape[0] <= max_rows:
+        raise corrupt(path, f"index has shape {shape}, expected 1 to {max_rows} rows")
+    return int(shape[0])
+
+
+def _check_index(index: Tensor, path: Path, samples: int) -> None:
+    if int(index.min()) < 0 or int(index.max()) >= samples:
+        raise corrupt(path, f"index has values outside the {samples} samples of the store")

@@ -1,0 +1,246 @@
+"""Reads a store of traces."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ctrak_lightning.errors import CorruptStoreError, StoreError
+from ctrak_lightning.traces.arrays import check_digest, corrupt
+from ctrak_lightning.traces.atomic import FileRecord, sha256_of
+from ctrak_lightning.traces.kernel import Kernel, read_kernel
+from ctrak_lightning.traces.manifest import read_manifest
+from ctrak_lightning.traces.samples import SampleTable, count_samples, read_samples
+from ctrak_lightning.traces.schema import MANIFEST, SAMPLES, CheckpointRecord, Manifest, StoreHeader
+from ctrak_lightning.traces.shards import Rows, read_column, read_shard
+
+
+class IncompleteStoreWarning(UserWarning):
+    """A store has checkpoints whose capture was interrupted."""
+
+
+class TraceStore:
+    """The traces at ``path``, to read; files are opened within calls only.
+
+    Opening compares every recorded file's size with the manifest; :meth:`verify` compares every byte.
+
+    Args:
+        path: Folder that a :class:`TraceWriter` wrote.
+
+    Raises:
+        StoreError: There is no store, it is another version's, or no checkpoint is sealed.
+        CorruptStoreError: The manifest is invalid, or a recorded file is missing or truncated.
+
+    Warns:
+        IncompleteStoreWarning: Some checkpoints are not sealed; they are left out.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._manifest = read_manifest(self.path)
+        sealed = [record for record in self._manifest.checkpoints if record.sealed]
+        unsealed = [record.step for record in self._manifest.checkpoints if not record.sealed]
+        if not sealed:
+            raise StoreError(
+                f"{self.path} has no sealed checkpoint (begun: {unsealed or 'none'}): the capture was "
+                "interrupted. "
+                "HINT: run the training again with the same callback and folder; it continues where it "
+                "stopped."
+            )
+        self._size = count_samples(self.path / SAMPLES)
+        for record in sealed:
+            if record.rows != self._size:
+                raise CorruptStoreError(
+                    f"{self.path / MANIFEST}: checkpoint {record.step} is sealed with {record.rows} rows, "
+                    f"{SAMPLES} has "
+                    f"{self._size} samples. HINT: restore the store from a copy or capture again into a new "
+                    "folder."
+                )
+        self.checkpoints = [Checkpoint(self.path, record, self._manifest, self._size) for record in sealed]
+        """The sealed checkpoints, by step."""
+        if unsealed:
+            warnings.warn(
+                f"{self.path}: the checkpoints of steps {unsealed} are not sealed and are left out. "
+                "HINT: run the training again with the same callback and folder to complete them.",
+                IncompleteStoreWarning,
+                stacklevel=2,
+            )
+
+    @property
+    def header(self) -> StoreHeader:
+        """What all traces of the store have in common."""
+        return self._manifest.header
+
+    @property
+    def run_id(self) -> str:
+        """Name of the run that created the store."""
+        return self._manifest.run_id
+
+    @cached_property
+    def samples(self) -> SampleTable:
+        """The sample table, read at first use.
+
+        Raises:
+            CorruptStoreError: Its file is not the one that was sealed.
+        """
+        check_digest(self.path / SAMPLES, self._manifest.files[SAMPLES])
+        return read_samples(self.path / SAMPLES)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def verify(self) -> list[str]:
+        """Compare every byte with the manifest.
+
+        Returns:
+            One line per file that is missing, altered or not recorded; empty when all is well.
+        """
+        problems = [_problem(self.path, name, known) for name, known in sorted(self._manifest.files.items())]
+        recorded = {MANIFEST, *self._manifest.files}
+        present = (
+            entry.relative_to(self.path).as_posix() for entry in self.path.rglob("*") if not entry.is_dir()
+        )
+        return [line for line in problems if line] + [
+            f"{name}: not recorded in the manifest" for name in sorted(present) if name not in recorded
+        ]
+
+
+class Checkpoint:
+    """The traces of one sealed checkpoint; one of ``TraceStore.checkpoints``."""
+
+    def __init__(self, root: Path, record: CheckpointRecord, manifest: Manifest, size: int) -> None:
+        self.step = record.step
+        """Optimizer steps taken when the traces were captured."""
+        self.epoch = record.epoch
+        """Epoch of the capture."""
+        self.learning_rate = record.learning_rate
+        """Learning rate at the capture, or None."""
+        self.rows = record.rows
+        """Number of samples, N."""
+        self._root = root
+        self._record = record
+        self._manifest = manifest
+        self._size = size
+
+    def shards(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The traces in the order of capture, a shard at a time: index int64 [n] and features float32 [n, k].
+
+        Raises:
+            CorruptStoreError: A shard is damaged, or the shards do not hold every sample once.
+        """
+        for rows in self._rows():
+            yield rows.index, rows.features()
+
+    def features(self) -> Tensor:
+        """Features of all samples, float32 [N, k], in the order of the sample table.
+
+        Raises:
+            CorruptStoreError: As :meth:`shards`.
+        """
+        # The manifest's row count was compared with the files' sizes: this allocates no more than they hold.
+        features = torch.empty(self._size, self._manifest.header.dim)
+        for index, values in self.shards():
+            features[index] = values
+        return features
+
+    def losses(self) -> Tensor:
+        """Loss of each sample at the capture, float32 [N], in the order of the sample table.
+
+        Raises:
+            CorruptStoreError: As :meth:`shards`.
+        """
+        return self._column("loss")
+
+    def norms(self) -> Tensor:
+        """Norm of each sample's features, float32 [N], in the order of the sample table.
+
+        Raises:
+            CorruptStoreError: As :meth:`shards`.
+        """
+        return self._column("norm")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the traced parameters were stored."""
+        return self._record.weights in self._manifest.files
+
+    def weights(self) -> dict[str, Tensor]:
+        """The traced parameters by name, in their own dtypes.
+
+        Raises:
+            StoreError: They were not stored.
+            CorruptStoreError: The file is not the one that was sealed.
+        """
+        if not self.has_weights:
+            raise StoreError(
+                f"checkpoint {self.step} was sealed without weights. HINT: load the training checkpoint of "
+                "this step instead."
+            )
+        path = self._root / self._record.weights
+        check_digest(path, self._manifest.files[self._record.weights])
+        try:
+            return load_file(path)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise corrupt(path, f"safetensors reports: {error}") from error
+
+    def kernel(self) -> Kernel:
+        """The Gram matrix of :meth:`features` and its eigenvalues.
+
+        Raises:
+            CorruptStoreError: The file is damaged.
+        """
+        return read_kernel(self._root / self._record.kernel, self._size, self._manifest.header.dim)
+
+    def _rows(self) -> Iterator[Rows]:
+        seen = torch.zeros(self._size, dtype=torch.bool)
+        header = self._manifest.header
+        for name in self._record.shards:
+            path = self._root / name
+            rows = read_shard(
+                path, dim=header.dim, dtype=header.dtype, max_rows=self._size, samples=self._size
+            )
+            self._note(seen, rows.index, path)
+            yield rows
+        self._require_all(seen)
+
+    def _column(self, column: str) -> Tensor:
+        values = torch.empty(self._size)
+        seen = torch.zeros(self._size, dtype=torch.bool)
+        for name in self._record.shards:
+            path = self._root / name
+            index = read_column(path, "index", "int64", max_rows=self._size)
+            self._note(seen, index, path)
+            values[index] = read_column(path, column, "float32", max_rows=self._size)
+        self._require_all(seen)
+        return values
+
+    def _note(self, seen: Tensor, index: Tensor, path: Path) -> None:
+        inside = bool(((index >= 0) & (index < self._size)).all())
+        if not inside or bool(seen[index].any()) or len(torch.unique(index)) < len(index):
+            raise corrupt(
+                path, f"index names a sample twice, or one outside the {self._size} samples of the store"
+            )
+        seen[index] = True
+
+    def _require_all(self, seen: Tensor) -> None:
+        if not bool(seen.all()):
+            raise corrupt(
+                self._root / self._record.folder, f"{int((~seen).sum())} samples have no trace in the shards"
+            )
+
+
+def _problem(root: Path, name: str, known: FileRecord) -> str | None:
+    try:
+        found = sha256_of(root / name)
+    except OSError as error:
+        return f"{name}: cannot be read ({error})"
+    return (
+        None if found == known.sha256 else f"{name}: sha256 is {found}, the manifest records {known.sha256}"
+    )

@@ -1,0 +1,261 @@
+"""Creates a store of traces, or continues one."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from pathlib import Path
+
+from ctrak_lightning.errors import DatasetChangedError, StoreError, StoreMismatchError
+from ctrak_lightning.traces.arrays import check_digest
+from ctrak_lightning.traces.atomic import TEMPORARY_SUFFIX, FileRecord, make_folder, write_atomically
+from ctrak_lightning.traces.checkpoint_writer import CheckpointWriter
+from ctrak_lightning.traces.manifest import is_checkpoint_folder, read_manifest, write_manifest
+from ctrak_lightning.traces.samples import SampleTable, check_unchanged, read_samples, write_samples
+from ctrak_lightning.traces.schema import (
+    MANIFEST,
+    SAMPLES,
+    CheckpointRecord,
+    Manifest,
+    StoreHeader,
+    is_integer,
+)
+
+
+class TraceWriter:
+    """Creates the store at ``path``, or continues the one that is there.
+
+    A store has one writer at a time: opening it removes what a killed run left unfinished. A file is first
+    written beside its place, then renamed, then recorded in the manifest, so a crash costs the shard in
+    progress and no more.
+
+    Args:
+        path: Folder of the store; created if it does not exist.
+        header: What all traces of the store have in common.
+        run_id: Name of a new store's run, a random one by default; an existing store keeps its own.
+        shard_rows: Samples per shard. Continue with the same number to get the bytes of an uninterrupted run.
+        rank: Stands in the shards' names.
+
+    Raises:
+        StoreMismatchError: The store that is there has another header; names each field that differs.
+        DatasetChangedError: It describes another dataset.
+        StoreError: The folder cannot be written, or holds files that are not a store's.
+        CorruptStoreError: The store that is there is damaged.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from ctrak_lightning.traces import SampleTable, StoreHeader, TraceStore, TraceWriter
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> facts = {"method": {}, "projection": {}, "model": {}, "dataset": {"size": 2}}
+        >>> header = StoreHeader(**facts, dim=3, dtype="float32")
+        >>> writer = TraceWriter(folder.name, header)
+        >>> writer.write_samples(SampleTable(["cat.png", "dog.png"], ["", ""], {"owner": ["ann", "bo"]}))
+        >>> with writer.begin_checkpoint(300, epoch=2) as checkpoint:
+        ...     checkpoint.append(torch.arange(2), torch.ones(2, 3), torch.zeros(2))
+        ...     checkpoint.seal()
+        >>> TraceStore(folder.name).checkpoints[0].features().shape
+        torch.Size([2, 3])
+        >>> folder.cleanup()
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        header: StoreHeader,
+        *,
+        run_id: str | None = None,
+        shard_rows: int = 1024,
+        rank: int = 0,
+    ) -> None:
+        if not is_integer(shard_rows) or shard_rows < 1:
+            raise StoreError(f"TraceWriter(shard_rows={shard_rows!r}): expected an int of at least 1.")
+        if not is_integer(rank) or rank < 0:
+            raise StoreError(f"TraceWriter(rank={rank!r}): expected an int of at least 0.")
+        if run_id is not None and (not isinstance(run_id, str) or not run_id):
+            raise StoreError(f"TraceWriter(run_id={run_id!r}): expected a str that is not empty, or None.")
+        self.path = Path(path)
+        self._shard_rows = shard_rows
+        self._rank = rank
+        self._table: SampleTable | None = None
+        self._current: CheckpointWriter | None = None
+        make_folder(self.path)
+        if (self.path / MANIFEST).exists():
+            self._manifest = read_manifest(self.path)
+            _check_header(self._manifest.header, header, self.path)
+        else:
+            _refuse_foreign_files(self.path)
+            self._manifest = Manifest(header=header, run_id=run_id or uuid.uuid4().hex)
+        # Written even where nothing changes: an unwritable folder shows now, not hours into training.
+        self._save(self._manifest)
+        self._remove_unrecorded()
+
+    @property
+    def header(self) -> StoreHeader:
+        """What all traces of the store have in common."""
+        return self._manifest.header
+
+    @property
+    def run_id(self) -> str:
+        """Name of the run that created the store."""
+        return self._manifest.run_id
+
+    @property
+    def sealed_steps(self) -> list[int]:
+        """Steps of the sealed checkpoints, ascending."""
+        return [record.step for record in self._manifest.checkpoints if record.sealed]
+
+    def write_samples(self, table: SampleTable) -> None:
+        """Store the sample table, or compare it with the stored one; needed before the first checkpoint.
+
+        Metadata and thumbnails may differ from the stored ones, which are kept.
+
+        Raises:
+            DatasetChangedError: Ids, their order or content differ from the stored ones; names the samples.
+        """
+        if SAMPLES in self._manifest.files:
+            check_unchanged(self._stored_table(), table, self.path)
+            return
+        known = write_atomically(self.path / SAMPLES, lambda path: write_samples(path, table))
+        self._save(self._manifest.with_files({SAMPLES: known}))
+        self._table = table
+
+    def begin_checkpoint(
+        self, step: int, *, epoch: int, learning_rate: float | None = None
+    ) -> CheckpointWriter:
+        """Open the checkpoint of ``step``, or continue it where an interrupted capture left it.
+
+        A checkpoint that is still open is closed first.
+
+        Raises:
+            StoreError: It is sealed, was begun with another epoch or learning rate, or there are no samples.
+        """
+        given = CheckpointRecord(
+            step=_count("step", step), epoch=_count("epoch", epoch), learning_rate=_rate(learning_rate)
+        )
+        if SAMPLES not in self._manifest.files:
+            raise StoreError(
+                "TraceWriter.begin_checkpoint(): the store has no samples. HINT: call write_samples() first."
+            )
+        if self._current is not None:
+            self._current.close()
+        record = self._manifest.find(given.step)
+        if record is None:
+            self._commit(given, {})
+            record = given
+        self._check_continues(record, given)
+        self._current = CheckpointWriter(
+            self.path,
+            record,
+            self.header,
+            self._stored_table().sample_ids,
+            shard_rows=self._shard_rows,
+            rank=self._rank,
+            commit=self._commit,
+        )
+        return self._current
+
+    def discard_after(self, step: int) -> list[int]:
+        """Remove the checkpoints later than ``step``, sealed or not; for training that resumes from there.
+
+        Returns:
+            The steps removed, ascending.
+        """
+        steps = [record.step for record in self._manifest.checkpoints if record.step > step]
+        if self._current is not None and self._current.step in steps:
+            self._current.close()
+        if steps:
+            # First the manifest: a crash in between leaves unrecorded files, never records without files.
+            self._save(self._manifest.without_steps(steps))
+            self._remove_unrecorded()
+        return steps
+
+    def _check_continues(self, record: CheckpointRecord, given: CheckpointRecord) -> None:
+        if record.sealed:
+            raise StoreError(
+                f"TraceWriter.begin_checkpoint(step={record.step}): this checkpoint is sealed already. HINT: "
+                "skip it, or "
+                f"discard_after({record.step - 1}) to capture it again."
+            )
+        if (record.epoch, record.learning_rate) != (given.epoch, given.learning_rate):
+            raise StoreError(
+                f"TraceWriter.begin_checkpoint(step={record.step}): it was begun at epoch {record.epoch} "
+                "with learning rate "
+                f"{record.learning_rate}, now epoch {given.epoch} and {given.learning_rate} are given. HINT: "
+                "the model is "
+                f"not the same; discard_after({record.step - 1}) removes what was captured."
+            )
+
+    def _stored_table(self) -> SampleTable:
+        if self._table is None:
+            check_digest(self.path / SAMPLES, self._manifest.files[SAMPLES])
+            self._table = read_samples(self.path / SAMPLES)
+        return self._table
+
+    def _commit(self, record: CheckpointRecord, files: dict[str, FileRecord]) -> None:
+        self._save(self._manifest.with_checkpoint(record).with_files(files))
+
+    def _save(self, manifest: Manifest) -> None:
+        write_manifest(self.path, manifest)
+        self._manifest = manifest
+
+    def _remove_unrecorded(self) -> None:
+        """Remove temporary files, and those that have a store's names but are not in the manifest."""
+        unrecorded = {SAMPLES} - self._manifest.files.keys()
+        try:
+            for entry in sorted(self.path.iterdir()):
+                if entry.is_dir() and not entry.is_symlink() and is_checkpoint_folder(entry.name):
+                    self._remove_unrecorded_in(entry)
+                elif entry.name.endswith(TEMPORARY_SUFFIX) or entry.name in unrecorded:
+                    entry.unlink()
+        except OSError as error:
+            raise StoreError(
+                f"{self.path}: what an interrupted run left cannot be removed ({error}). HINT: check the "
+                "permissions."
+            ) from error
+
+    def _remove_unrecorded_in(self, folder: Path) -> None:
+        for entry in folder.iterdir():
+            if not entry.is_dir() and f"{folder.name}/{entry.name}" not in self._manifest.files:
+                entry.unlink()
+        recorded = any(record.folder == folder.name for record in self._manifest.checkpoints)
+        if not recorded and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _check_header(stored: StoreHeader, given: StoreHeader, path: Path) -> None:
+    differences = stored.differences(given)
+    if not differences:
+        return
+    fields = "; ".join(
+        f"{name}: the store has {mine!r}, this run {theirs!r}" for name, mine, theirs in differences
+    )
+    dataset = any(name.split(".")[0] == "dataset" for name, _, _ in differences)
+    raise (DatasetChangedError if dataset else StoreMismatchError)(
+        f"{path} holds traces made otherwise: {fields}. HINT: use the settings of the store, or write to a "
+        "new folder."
+    )
+
+
+def _refuse_foreign_files(path: Path) -> None:
+    foreign = sorted(entry.name for entry in path.iterdir() if not entry.name.endswith(TEMPORARY_SUFFIX))
+    if foreign:
+        raise StoreError(
+            f"{path} has no {MANIFEST} but holds {len(foreign)} other files, such as {foreign[0]!r}. "
+            "HINT: give an empty folder, or one that does not exist yet."
+        )
+
+
+def _count(name: str, value: int) -> int:
+    if not is_integer(value) or value < 0:
+        raise StoreError(f"TraceWriter.begin_checkpoint({name}={value!r}): expected an int of at least 0.")
+    return value
+
+
+def _rate(value: float | None) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise StoreError(
+            f"TraceWriter.begin_checkpoint(learning_rate={value!r}): expected a finite number, or None."
+        )
+    return float(value)

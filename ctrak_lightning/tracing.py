@@ -1,0 +1,175 @@
+"""One batch through the four rooms: trajectory, network, objective, gradient tracer. Both sides, training and query."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctrak_lightning.gradients import GradientTracer, tracing_mode
+from ctrak_lightning.method import Method
+from ctrak_lightning.objective import Objective, Prediction, Side, Term
+from ctrak_lightning.task import Condition, Encoded, select
+from ctrak_lightning.trajectory import State
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Projected gradients of a batch, summed over the states: ``features`` [B, k], and the mean denoising ``loss`` [B]."""
+
+    features: Tensor
+    loss: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class QueryTrace:
+    """Projected gradients of queries: ``features`` [B, k], and ``strength`` [B], the mean over the states of
+    ``||e(c) - e(c_minus)|| / ||e(c)||``, or NaN where the method looks at one condition only."""
+
+    features: Tensor
+    strength: Tensor
+
+
+def trace_batch(task: Any, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int) -> Trace:
+    """The training side: one forward pass and one or two vector-Jacobian products per state (``method.training``).
+
+    Args:
+        task: a DiffusionTask.
+        tracer: the gradient tracer of ``task.denoiser``.
+        method: what to trace.
+        encoded: the batch.
+        seed: of the trajectory's noise.
+    """
+    with tracing_mode(tracer.module), torch.no_grad():
+        trajectory = method.training_trajectory
+        states = list(trajectory.states(task, encoded.latents, encoded.condition, encoded.sample_ids, seed))
+    features = torch.zeros(len(encoded.latents), tracer.dim)
+    loss = torch.zeros(len(encoded.latents))
+    for state in states:
+        evaluation = _Evaluation(task, state, encoded.latents, encoded.condition, None)
+        row = evaluation.vjp(tracer, method.training)
+        features += _scaled(row, method.unit_norm)
+        loss += evaluation.denoising_loss() / len(states)
+    return Trace(features, loss)
+
+
+def trace_query(
+    task: Any,
+    tracer: GradientTracer,
+    method: Method,
+    states: Sequence[State],
+    x0: Tensor,
+    conditions: Mapping[Side, Condition],
+) -> QueryTrace:
+    """The query side: at every state the weighted sum of the terms' vector-Jacobian products (``method.query``).
+
+    Args:
+        task: a DiffusionTask.
+        tracer: the gradient tracer of ``task.denoiser``.
+        method: what to ask.
+        states: the states of the queries, each [B, ...].
+        x0: the queries' clean latents [B, ...].
+        conditions: the condition with and without the concept.
+    """
+    features = torch.zeros(len(x0), tracer.dim)
+    strength = torch.zeros(len(x0))
+    for state in states:
+        gradient = torch.zeros(len(x0), tracer.dim)
+        predictions: dict[Side, Tensor] = {}
+        if any(term.objective.needs_reference for term in method.query):
+            with tracing_mode(tracer.module):
+                predictions["absent"] = _noise_prediction(task, state, conditions["absent"])
+        for term in method.query:
+            gradient += term.weight * _term(task, tracer, term, state, x0, conditions, predictions)
+        features += _scaled(gradient, method.unit_norm)
+        strength += _relative_difference(predictions) / len(states)
+    return QueryTrace(features, strength)
+
+
+def _term(
+    task: Any,
+    tracer: GradientTracer,
+    term: Term,
+    state: State,
+    x0: Tensor,
+    conditions: Mapping[Side, Condition],
+    predictions: dict[Side, Tensor],
+) -> Tensor:
+    reference = predictions["absent"] if term.objective.needs_reference else None
+    evaluation = _Evaluation(task, state, x0, conditions[term.side], reference)
+    row = evaluation.vjp(tracer, term.objective)
+    predictions[term.side] = evaluation.e
+    return row
+
+
+class _Evaluation:
+    """The network at one state under one condition, and what is kept of it."""
+
+    def __init__(self, task: Any, state: State, x0: Tensor, condition: Condition, reference: Tensor | None) -> None:
+        self.task, self.state, self.x0, self.condition, self.reference = task, state, x0, condition, reference
+        self.e = torch.empty_like(x0)
+        self.prediction: Prediction | None = None
+
+    def vjp(self, tracer: GradientTracer, objective: Objective) -> Tensor:
+        """``J^T v`` of the objective, projected, [B, k] on the CPU."""
+        x_t = self.state.x_t.detach().requires_grad_(objective.needs_input_gradient)
+
+        def forward(rows: Tensor) -> Tensor:
+            x, t = x_t[rows], self.state.t[rows]
+            output = self.task.predict(x, t, select(self.condition, rows))
+            schedule = self.task.noise_schedule
+            e = schedule.epsilon(output, x, t)
+            reference = None if self.reference is None else self.reference[rows]
+            self.prediction = Prediction(x, t, self.x0[rows], output, e, reference, schedule)
+            return e
+
+        def cotangent(e: Tensor, rows: Tensor) -> Tensor:
+            assert self.prediction is not None
+            self.e[rows] = e.detach().to(self.e)
+            return objective.cotangent(self.prediction)
+
+        (row,) = tracer.vjps(forward, [cotangent], len(x_t))
+        self.prediction = None
+        return row.cpu()
+
+    def denoising_loss(self) -> Tensor:
+        """``mean((e - eps)^2)`` [B]."""
+        a, s = self.task.noise_schedule.levels(self.state.t, self.state.x_t)
+        noise = (self.state.x_t - a * self.x0) / s
+        return (self.e - noise).square().flatten(1).mean(1).float().cpu()
+
+
+@torch.no_grad()
+def _noise_prediction(task: Any, state: State, condition: Condition) -> Tensor:
+    e: Tensor = task.noise_schedule.epsilon(task.predict(state.x_t, state.t, condition), state.x_t, state.t)
+    return e
+
+
+def _relative_difference(predictions: Mapping[Side, Tensor]) -> Tensor:
+    if len(predictions) < 2:
+        return torch.tensor(float("nan"))
+    present, absent = (predictions[side].flatten(1).float().cpu() for side in ("present", "absent"))
+    return (present - absent).norm(dim=1) / present.norm(dim=1).clamp(min=1e-12)
+
+
+def _scaled(gradient: Tensor, unit_norm: bool) -> Tensor:
+    """Rows scaled to norm 1; an all-zero row stays zero, so that a state without gradient counts for nothing."""
+    if not unit_norm:
+        return gradient
+    norm = gradient.norm(dim=1, keepdim=True)
+    return torch.where(norm > 0, gradient / norm.clamp(min=torch.finfo(gradient.dtype).tiny), gradient)
+
+
+def warn_if_faint(strength: Tensor, names: Sequence[str], threshold: float = 1e-3) -> None:
+    """Warns of concepts whose direction is within noise: the model tells the two conditions hardly apart."""
+    faint = [f"{name} ({value:.1e})" for name, value in zip(names, strength.tolist(), strict=True) if value < threshold]
+    if faint:
+        warnings.warn(
+            f"The concept direction ||e(c) - e(c_minus)|| / ||e(c)|| is below {threshold} for: {', '.join(faint)}. The "
+            "model has hardly learnt these concepts and their scores say nothing. HINT: look at the generated images "
+            "first, and train longer.",
+            UserWarning,
+            stacklevel=3,
+        )

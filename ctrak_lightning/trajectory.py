@@ -1,0 +1,203 @@
+"""Which states ``(x_t, t)`` of a sample are used: noised, inverted, or those of the generation itself."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctrak_lightning.task import Condition
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Noisy latents ``x_t`` [B, ...] and the timestep ``t`` [B] (int64) they are at."""
+
+    x_t: Tensor
+    t: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A finished generation: its ``states``, most noise first, and the clean ``latents`` [B, ...]."""
+
+    states: list[State]
+    latents: Tensor
+
+
+class Trajectory(ABC):
+    """A rule that gives the states of a sample."""
+
+    @abstractmethod
+    def states(
+        self, task: Any, latents: Tensor, condition: Condition, sample_ids: Sequence[str], seed: int
+    ) -> Iterator[State]:
+        """Yields the states of clean ``latents`` [B, ...] under their own ``condition``."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The class and its arguments, as JSON values."""
+        return {"class": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Noised(Trajectory):
+    """``x_t = a x0 + s eps`` at evenly spaced timesteps.
+
+    Args:
+        timesteps: how many.
+        shared_noise: draw ``eps`` per timestep, the same for all samples; otherwise per (sample id, timestep). Either way
+            it depends on nothing else: not on the batch, its order, or the device.
+    """
+
+    timesteps: int = 10
+    shared_noise: bool = True
+
+    def states(
+        self, task: Any, latents: Tensor, condition: Condition, sample_ids: Sequence[str], seed: int
+    ) -> Iterator[State]:
+        for timestep in task.noise_schedule.even_timesteps(self.timesteps):
+            keys = [""] if self.shared_noise else sample_ids
+            rows = [seeded_noise(latents.shape[1:], seed, timestep, key) for key in keys]
+            noise = torch.stack(rows).to(latents).expand_as(latents)
+            t = _repeat(timestep, latents)
+            yield State(task.noise_schedule.add_noise(latents, noise, t), t)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inverted(Trajectory):
+    """Deterministic DDIM inversion (eta = 0; Song et al. 2021, arXiv 2010.02502, eq. 14) of the clean latents.
+
+    The network is told the timestep of the state it is given; the clean latents count as timestep 0.
+
+    Args:
+        steps: inversion steps, evenly spaced; every step costs one forward pass, with guidance two.
+        guidance: classifier-free guidance scale; 1 is none. ``condition({})`` is the unconditional side.
+        timesteps: how many of the states to use, evenly spaced; None uses all.
+    """
+
+    steps: int = 10
+    guidance: float = 1.0
+    timesteps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.timesteps is not None and not 1 <= self.timesteps <= self.steps:
+            raise ValueError(
+                f"Inverted(steps={self.steps}, timesteps={self.timesteps}): expected 1 <= timesteps <= steps."
+            )
+
+    def states(
+        self, task: Any, latents: Tensor, condition: Condition, sample_ids: Sequence[str], seed: int
+    ) -> Iterator[State]:
+        grid = task.noise_schedule.even_timesteps(self.steps)
+        used = {grid[i] for i in _evenly(self.steps, self.timesteps or self.steps)}
+        null = task.condition({}, len(latents)) if self.guidance != 1.0 else None
+        x, at = latents, 0
+        alpha_bar = 1.0
+        for target in grid:
+            output = _guided_output(task, x, _repeat(at, x), condition, null, self.guidance)
+            x0_hat, e = _clean_and_noise(task, output, x, at, alpha_bar)
+            alpha_bar = float(task.noise_schedule.alpha_bar[target])
+            x, at = alpha_bar**0.5 * x0_hat + (1 - alpha_bar) ** 0.5 * e, target
+            if target in used:
+                yield State(x, _repeat(target, x))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generated(Trajectory):
+    """The states of the very generation that made an image (queries only), evenly spaced.
+
+    Args:
+        timesteps: how many of the generation's states to use; None uses all.
+    """
+
+    timesteps: int | None = None
+
+    def states(
+        self, task: Any, latents: Tensor, condition: Condition, sample_ids: Sequence[str], seed: int
+    ) -> Iterator[State]:
+        raise TypeError(
+            "Generated() gives the states of a generation; a stored image has none. HINT: use Inverted() or Noised() "
+            "for the training side, and Generated() for queries."
+        )
+
+    def select(self, generation: Generation, schedule: Any) -> list[State]:
+        """The states to use, most noise first. States without any signal are left out: no gradient passes there.
+
+        Raises:
+            ValueError: the generation has fewer usable states than ``timesteps``.
+        """
+        usable = [state for state in generation.states if float(schedule.alpha_bar[state.t[0].cpu()]) > 0]
+        count = self.timesteps or len(usable)
+        if count > len(usable):
+            raise ValueError(
+                f"Generated(timesteps={count}): the generation has {len(usable)} usable states. HINT: use "
+                f"Sampler(steps={count + 1}) or more, or fewer timesteps."
+            )
+        return [usable[i] for i in _evenly(len(usable), count)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampler:
+    """Deterministic DDIM sampling (eta = 0, arXiv 2010.02502) with the scheduler's own timestep spacing.
+
+    Args:
+        steps: sampling steps.
+        guidance: classifier-free guidance scale; 1 is none.
+    """
+
+    steps: int = 25
+    guidance: float = 2.0
+
+    @torch.no_grad()
+    def run(self, task: Any, noise: Tensor, condition: Condition, null: Condition) -> Generation:
+        """Denoises ``noise`` [B, ...] under ``condition``; ``null`` is the unconditional side of the guidance."""
+        schedule = task.noise_schedule
+        grid = schedule.sampling_timesteps(self.steps)
+        x, states = noise, []
+        for i, at in enumerate(grid):
+            t = _repeat(at, x)
+            states.append(State(x, t))
+            output = _guided_output(task, x, t, condition, null, self.guidance)
+            x0_hat, e = _clean_and_noise(task, output, x, at, float(schedule.alpha_bar[at]))
+            if schedule.clip is not None:
+                x0_hat = x0_hat.clamp(-schedule.clip, schedule.clip)
+            last = i + 1 == len(grid)
+            alpha_bar = schedule.final_alpha_bar if last else float(schedule.alpha_bar[grid[i + 1]])
+            x = alpha_bar**0.5 * x0_hat + (1 - alpha_bar) ** 0.5 * e
+        return Generation(states, x)
+
+
+def seeded_noise(shape: Sequence[int], seed: int, timestep: int, key: str) -> Tensor:
+    """Standard normal noise (float32, CPU) that depends on these arguments alone."""
+    digest = hashlib.sha256(f"{seed}/{timestep}/{key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(tuple(shape), generator=generator)
+
+
+def _guided_output(
+    task: Any, x: Tensor, t: Tensor, condition: Condition, null: Condition | None, guidance: float
+) -> Tensor:
+    # Guidance acts on the raw output: every parameterization is affine in it, and at zero signal it is all that is defined.
+    output: Tensor = task.predict(x, t, condition)
+    if guidance == 1.0 or null is None:
+        return output
+    unconditional: Tensor = task.predict(x, t, null)
+    return unconditional + guidance * (output - unconditional)
+
+
+def _clean_and_noise(task: Any, output: Tensor, x: Tensor, t: int, alpha_bar: float) -> tuple[Tensor, Tensor]:
+    schedule = task.noise_schedule
+    timesteps = _repeat(t, x)
+    x0_hat = schedule.x0_hat(output, x, timesteps) if alpha_bar < 1 else x
+    return x0_hat, schedule.epsilon(output, x, timesteps)
+
+
+def _repeat(timestep: int, like: Tensor) -> Tensor:
+    return torch.full((len(like),), timestep, dtype=torch.long, device=like.device)
+
+
+def _evenly(total: int, count: int) -> list[int]:
+    return [int((i + 0.5) * total / count) for i in range(count)]

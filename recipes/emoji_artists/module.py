@@ -1,0 +1,125 @@
+"""The LightningModule of the EmojiArtists recipe."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ctrak_lightning import DiffusionTask, Encoded, NoiseSchedule
+from recipes.emoji_artists.data import METADATA, NEW_ARTISTS, Emoji
+from recipes.emoji_artists.network import NULL, Vocabulary, build_scheduler, build_unet, patchify, unpatchify
+
+BASE = Path(__file__).parent / "base.safetensors"
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+class EmojiDiffusion(DiffusionTask, L.LightningModule):
+    """Diffusion on emoji, conditioned on an artist token and an object token.
+
+    Args:
+        adaptation: ``"none"`` trains all weights from scratch on the base vocabulary (pre-training); ``"lora"`` starts from
+            the base model and trains a LoRA on its attention and the new names' tokens; ``"full"`` starts from the base
+            model and trains all of it.
+        learning_rate: AdamW's.
+        token_learning_rate: AdamW's for the tokens of new names.
+        rank: of the LoRA.
+        drop: probability of dropping each of the two tokens, independently, in a training step.
+    """
+
+    def __init__(
+        self,
+        adaptation: Literal["none", "lora", "full"] = "lora",
+        learning_rate: float = 2e-3,
+        token_learning_rate: float = 2e-2,
+        rank: int = 16,
+        drop: float = 0.12,
+    ) -> None:
+        super().__init__()
+        self.learning_rate = learning_rate
+        self.token_learning_rate = token_learning_rate
+        self.drop = drop
+        emoji = Emoji.load()
+        base_objects, new_objects = emoji.split_objects()
+        tuned = adaptation != "none"
+        self.denoiser = build_unet()
+        self.artist = Vocabulary(emoji.base_artists(), list(NEW_ARTISTS) if tuned else [])
+        self.object = Vocabulary(base_objects, new_objects if tuned else [])
+        self.scheduler = build_scheduler()
+        self.noise_schedule = NoiseSchedule.from_scheduler(self.scheduler)
+        if tuned:
+            self._start_from_base()
+        if adaptation == "lora":
+            self.requires_grad_(False)
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=ATTENTION, init_lora_weights="gaussian")
+            self.denoiser.add_adapter(config)
+            for vocabulary in (self.artist, self.object):
+                assert vocabulary.new is not None
+                vocabulary.new.requires_grad_(True)
+
+    def _start_from_base(self) -> None:
+        weights = {name: value.float() for name, value in load_file(BASE).items()}
+        missing, unexpected = self.load_state_dict(weights, strict=False)
+        if unexpected or set(missing) != {"artist.new", "object.new"}:
+            raise ValueError(f"{BASE.name} does not fit the network: missing {missing}, unexpected {unexpected}.")
+        generator = torch.Generator().manual_seed(0)
+        self.artist.initialise_new(generator)
+        self.object.initialise_new(generator)
+
+    def known_attributes(self) -> dict[str, list[str]]:
+        return {"artist": list(self.artist.index), "object": list(self.object.index)}
+
+    def encode(self, batch: dict[str, Any]) -> Encoded:
+        return Encoded(
+            latents=patchify(batch["image"]),
+            condition={"encoder_hidden_states": self._tokens(batch["artist"], batch["object"])},
+            sample_ids=list(batch["sample_id"]),
+            metadata={name: list(batch[name]) for name in METADATA},
+        )
+
+    def condition(self, spec: Mapping[str, str] | str, n: int) -> dict[str, Tensor]:
+        if isinstance(spec, str):
+            raise TypeError(f"EmojiDiffusion.condition({spec!r}): expected attributes such as {{'object': 'owl'}}.")
+        return {"encoder_hidden_states": self._tokens([spec.get("artist")] * n, [spec.get("object")] * n)}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return ((unpatchify(latents) + 1) / 2).clamp(0, 1)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        latents = patchify(batch["image"])
+        noise = torch.randn_like(latents)
+        t = torch.randint(0, len(self.noise_schedule), (len(latents),), device=self.device)
+        noised = self.noise_schedule.add_noise(latents, noise, t)
+        condition = {"encoder_hidden_states": self._tokens(batch["artist"], batch["object"], self.drop)}
+        predicted = self.predict(noised, t, condition)
+        alpha_bar = self.noise_schedule.levels(t, latents)[0].square()
+        # The weight of a v-prediction loss, SNR + 1, cut at 5 (min-SNR, arXiv 2303.09556).
+        weight = (1 / (1 - alpha_bar)).clamp(max=5.0)
+        loss = (weight * (predicted - latents).square()).mean()
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        tokens = [v.new for v in (self.artist, self.object) if v.new is not None]
+        rest = [p for p in self.parameters() if p.requires_grad and not any(p is token for token in tokens)]
+        groups: list[dict[str, Any]] = [{"params": rest, "lr": self.learning_rate, "weight_decay": 0.01}]
+        if tokens:
+            groups.append({"params": tokens, "lr": self.token_learning_rate, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups)
+        warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=200 if not tokens else 20)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+
+    def _tokens(self, artists: list[str | None], objects: list[str | None], drop: float = 0.0) -> Tensor:
+        """Condition vectors [B, 2 x TOKEN_VECTORS, TOKEN_DIM]; a name that is None, or is dropped, gives the null token."""
+        parts = []
+        for vocabulary, names in ((self.artist, artists), (self.object, objects)):
+            indices = [NULL if name is None else vocabulary.index[name] for name in names]
+            rows = torch.tensor(indices, device=self.device)
+            if drop:
+                rows = torch.where(torch.rand(len(rows), device=self.device) < drop, NULL, rows)
+            parts.append(vocabulary(rows))
+        return torch.cat(parts, 1)

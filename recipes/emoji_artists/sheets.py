@@ -1,0 +1,83 @@
+"""Contact sheets: a generated image beside the training images that taught its object and its artist."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ctrak_lightning import Attribution
+from recipes.emoji_artists.data import to_uint8
+
+CELL, GAP, MARGIN, LINE = 96, 12, 20, 15
+INK, FAINT, RIGHT, WRONG = (28, 30, 34), (110, 114, 122), (18, 128, 72), (150, 154, 162)
+TOP = 10
+
+
+def contact_sheet(path: Path, results: Sequence[Attribution], real: Tensor | None = None) -> None:
+    """Writes one PNG: the generated image on the left, the top ten of each result in a row on the right.
+
+    Training images that carry the asked label have a green frame; the label is not used by the scores' ranking itself.
+
+    Args:
+        path: of the PNG.
+        results: attributions of the same image, one row each.
+        real: the artist's own drawing that training never saw [3, H, W] in [0, 1], shown below the generated one.
+    """
+    row = CELL + 4 * LINE + GAP
+    left = MARGIN + CELL + 3 * GAP
+    size = (left + TOP * (CELL + GAP) + MARGIN, 2 * MARGIN + 2 * LINE + len(results) * row)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    title, body = ImageFont.load_default(15), ImageFont.load_default(11)
+    present = results[0].concept.present
+    assert not isinstance(present, str)
+    draw.text((MARGIN, MARGIN - 6), f"{present['object']}, in the style of {present['artist']}", INK, title)
+    top = MARGIN + 2 * LINE
+    _place(sheet, draw, results[0].image, (MARGIN, top), INK)
+    draw.text((MARGIN, top + CELL + 4), f"generated, seed {results[0].seed}", FAINT, body)
+    if real is not None:
+        _place(sheet, draw, real, (MARGIN, top + row), WRONG)
+        draw.text((MARGIN, top + row + CELL + 4), "held out: never shown", FAINT, body)
+    for i, result in enumerate(results):
+        kind = next(key for key, value in present.items() if result.concept.absent.get(key) != value)  # type: ignore[union-attr]
+        y = top + i * row
+        draw.text((left, y - LINE - 2), f"who taught the {kind} '{result.concept.name}'?", INK, body)
+        positions = {sample_id: j for j, sample_id in enumerate(result.samples.sample_ids)}
+        for j, record in enumerate(result.top(TOP)):
+            x = left + j * (CELL + GAP)
+            hit = record.metadata[kind] == result.concept.name
+            thumbnails = result.samples.thumbnails
+            assert thumbnails is not None
+            picture = Image.fromarray(thumbnails[positions[record.sample_id]].numpy())
+            sheet.paste(picture.resize((CELL, CELL), Image.Resampling.NEAREST), (x, y))
+            draw.rectangle((x - 2, y - 2, x + CELL + 1, y + CELL + 1), outline=RIGHT if hit else WRONG, width=2)
+            draw.text((x, y + CELL + 4), f"{record.rank}.  score {record.score:.2f}", INK, body)
+            draw.text((x, y + CELL + 4 + LINE), _short(record.metadata["object"]), FAINT, body)
+            draw.text((x, y + CELL + 4 + 2 * LINE), _short(record.metadata["artist"]), FAINT, body)
+    sheet.save(path, optimize=True)
+
+
+def image_grid(path: Path, images: Tensor, columns: int, scale: int = 2) -> None:
+    """Writes images [n, 3, H, W] in [0, 1] as one PNG, row by row."""
+    pixels = to_uint8(images)
+    blank = np.full_like(pixels[:1], 255)
+    pixels = np.concatenate([pixels, *[blank] * (-len(pixels) % columns)])
+    rows = [np.concatenate(list(pixels[i : i + columns]), axis=1) for i in range(0, len(pixels), columns)]
+    grid = Image.fromarray(np.concatenate(rows, axis=0))
+    grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST).save(path, optimize=True)
+
+
+def _place(
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, image: Tensor | None, at: tuple[int, int], colour: tuple[int, int, int]
+) -> None:
+    if image is None:
+        return
+    picture = Image.fromarray(to_uint8(image[None])[0])
+    sheet.paste(picture.resize((CELL, CELL), Image.Resampling.NEAREST), at)
+    draw.rectangle((at[0] - 2, at[1] - 2, at[0] + CELL + 1, at[1] + CELL + 1), outline=colour, width=2)
+
+
+def _short(text: str, most: int = 17) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,0 +1,269 @@
+"""Attributor against a dense reference: a per-sample loop for every gradient and numpy for the rest."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ctrak_lightning import Attributor, Concept, GradientTracer, Method, Projection, Sampler, TraceStore, methods
+from ctrak_lightning.capture import Capture
+from ctrak_lightning.errors import ConceptError, GradientError, StoreError, StoreMismatchError, TaskError
+from ctrak_lightning.objective import Prediction
+from ctrak_lightning.trajectory import Generated, seeded_noise
+
+from ..toy import ToyData, ToyDiffusion
+
+RED = Concept("red", {"colour": "red", "shape": "bar"}, {"shape": "bar"})
+BAR = Concept("bar", {"colour": "red", "shape": "bar"}, {"colour": "red"})
+SAMPLER = Sampler(steps=6, guidance=2.0)
+METHODS = {
+    "concept_trak": methods.concept_trak(timesteps=2, inversion_steps=4, guidance=2.0),
+    "contrastive_d_trak": methods.contrastive_d_trak(timesteps=2),
+    "trak": methods.trak(timesteps=2),
+}
+
+
+def traced(path: Path, method: Method, copies: int = 1) -> ToyDiffusion:
+    """A module traced at two checkpoints, with different weights; float64, since concept directions are small differences."""
+    module = ToyDiffusion().double()
+    batches = list(ToyData(batch_size=5, copies=copies).train_dataloader())
+    loader = torch.utils.data.DataLoader(ToyData(copies=copies).toys, 5)
+    capture = Capture(
+        str(path),
+        module,
+        module,
+        loader,
+        method=method,
+        tracer=GradientTracer(module.denoiser, Projection(rank=4, dim=64)),
+        progress=False,
+    )
+    optimizer = module.configure_optimizers()
+    for step in (1, 2):
+        for batch in batches:
+            optimizer.zero_grad()
+            with torch.random.fork_rng():
+                torch.manual_seed(step)
+                module.training_step(batch | {"image": batch["image"].double()}, 0).backward()
+            optimizer.step()
+        capture.run(step, epoch=0, learning_rate=1e-3)
+    return module
+
+
+def dense_scores(module: ToyDiffusion, store: TraceStore, method: Method, concept: Concept, seed: int) -> np.ndarray:
+    """The whole chain again, one sample, one state, one condition at a time; [M, N]."""
+    schedule = module.noise_schedule
+    tracer = GradientTracer(module.denoiser, Projection(rank=4, dim=64), engine="loop")
+    noise = seeded_noise([3, 8, 8], seed, 0, "generation")[None].double()
+
+    def sides_now() -> dict[str, dict[str, Tensor]]:
+        """The embeddings are trained too: each checkpoint has its own."""
+        return {"present": module.condition(concept.present, 1), "absent": module.condition(concept.absent, 1)}
+
+    def load(index: int) -> None:
+        module.load_state_dict(store.checkpoints[index].weights(), strict=False)
+
+    def unit(x: Tensor) -> Tensor:
+        return x / x.norm()
+
+    def vjp(objective: Any, x_t: Tensor, t: Tensor, x0: Tensor, condition: Any, reference: Tensor | None) -> Tensor:
+        x = x_t.detach().requires_grad_()
+        cell = {}
+
+        def forward(rows: Tensor) -> Tensor:
+            output = module.predict(x, t, condition)
+            e = schedule.epsilon(output, x, t)
+            cell["p"] = Prediction(x, t, x0, output, e, reference, schedule)
+            return e
+
+        return tracer.vjps(forward, [lambda e, rows: objective.cotangent(cell["p"])], 1)[0][0]
+
+    module.eval()
+    load(-1)
+    with torch.no_grad():
+        generation = SAMPLER.run(module, noise, sides_now()["present"], module.condition({}, 1))
+    scores = []
+    for index in range(len(store.checkpoints)):
+        load(index)
+        sides = sides_now()
+        rows = []
+        for item in ToyData().toys:
+            encoded = module.encode({k: (v[None] if isinstance(v, Tensor) else [v]) for k, v in item.items()})
+            with torch.no_grad():
+                states = list(
+                    method.training_trajectory.states(module, encoded.latents, encoded.condition, encoded.sample_ids, 0)
+                )
+            parts = [vjp(method.training, s.x_t, s.t, encoded.latents, encoded.condition, None) for s in states]
+            rows.append(sum(unit(part) for part in parts))
+        if isinstance(method.query_trajectory, Generated):
+            states = method.query_trajectory.select(generation, schedule)
+        else:
+            states = list(method.query_trajectory.states(module, generation.latents, sides["present"], ["x"], 0))
+        query = torch.zeros(64)
+        for state in states:
+            with torch.no_grad():
+                output = module.predict(state.x_t, state.t, sides["absent"])
+                reference = schedule.epsilon(output, state.x_t, state.t)
+            terms = [
+                term.weight
+                * vjp(term.objective, state.x_t, state.t, generation.latents, sides[term.side], reference)
+                for term in method.query
+            ]
+            query += unit(sum(terms))  # type: ignore[arg-type]
+        phi, q = torch.stack(rows).double().numpy(), query.double().numpy()  # type: ignore[arg-type]
+        ridge = method.damping * np.trace(phi @ phi.T) / min(phi.shape)
+        scores.append(phi @ np.linalg.inv(phi.T @ phi + ridge * np.eye(64)) @ q)
+    return np.stack(scores)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_scores_equal_a_dense_reference(tmp_path: Path, name: str) -> None:
+    method = METHODS[name]
+    module = traced(tmp_path / "s", method)
+    store = TraceStore(tmp_path / "s")
+    result = Attributor(store, module, sampler=SAMPLER).attribute(RED, seed=4)
+    expected = dense_scores(module, store, method, RED, seed=4)
+    np.testing.assert_allclose(
+        result.checkpoint_scores.numpy(), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max()
+    )
+    spread = expected.std(axis=1, keepdims=True)
+    np.testing.assert_allclose(result.scores.numpy(), (expected / spread).mean(0), rtol=1e-3, atol=1e-3)
+    assert result.steps == [1, 2]
+
+
+def test_the_module_is_given_back_as_it_was(tmp_path: Path) -> None:
+    module = traced(tmp_path / "s", METHODS["concept_trak"])
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.01)
+    module.denoiser.conv_in.requires_grad_(False)
+    module.train()
+    module.denoiser.mid_block.eval()
+    weights = {name: value.clone() for name, value in module.state_dict().items()}
+    flags = {name: value.requires_grad for name, value in module.named_parameters()}
+    modes = {name: m.training for name, m in module.named_modules()}
+    torch.manual_seed(9)
+    state = torch.get_rng_state()
+    attributor = Attributor(tmp_path / "s", module, sampler=SAMPLER)
+    first = attributor.attribute(RED)
+    with pytest.raises(ConceptError):
+        attributor.attribute(Concept("x", {"colour": "puce"}, {}))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(weights[name], value) for name, value in module.state_dict().items())
+    assert flags == {name: value.requires_grad for name, value in module.named_parameters()}
+    assert modes == {name: m.training for name, m in module.named_modules()}
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in module.parameters())
+    torch.testing.assert_close(attributor.attribute(RED).checkpoint_scores, first.checkpoint_scores, rtol=0, atol=0)
+
+
+def test_many_concepts_at_once_and_any_batch_size_give_the_same_scores(tmp_path: Path) -> None:
+    module = traced(tmp_path / "s", METHODS["contrastive_d_trak"])
+    one = Attributor(tmp_path / "s", module, sampler=SAMPLER, batch_size=1)
+    many = Attributor(tmp_path / "s", module, sampler=SAMPLER, batch_size=2)
+    together = many.attribute_many([RED, BAR, RED], [0, 0, 5])
+    for concept, seed, result in zip([RED, BAR, RED], [0, 0, 5], together, strict=True):
+        alone = one.attribute(concept, seed)
+        torch.testing.assert_close(result.checkpoint_scores, alone.checkpoint_scores, rtol=1e-3, atol=1e-5)
+        assert result.image is not None
+        torch.testing.assert_close(result.image, alone.image, rtol=1e-4, atol=1e-5)
+    assert (together[0].image - together[2].image).abs().max() > 1e-3  # type: ignore[operator]
+    generation = many.generate([RED.present] * 2, [0, 5])
+    reused = many.attribute_many([RED, RED], [0, 5], generation=generation)
+    torch.testing.assert_close(reused[1].checkpoint_scores, together[2].checkpoint_scores, rtol=1e-3, atol=1e-5)
+
+
+def test_duplicate_samples_get_equal_scores(tmp_path: Path) -> None:
+    module = traced(tmp_path / "s", METHODS["concept_trak"], copies=2)
+    scores = Attributor(tmp_path / "s", module, sampler=SAMPLER).attribute(RED).scores
+    assert len(scores) == 24
+    torch.testing.assert_close(scores[:12], scores[12:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_store_answers_another_method_with_the_same_traces(tmp_path: Path) -> None:
+    module = traced(tmp_path / "s", METHODS["contrastive_d_trak"])
+    whole = Attributor(tmp_path / "s", module, method=methods.d_trak(timesteps=2), sampler=SAMPLER)
+    red, bar = whole.attribute_many([RED, BAR])
+    torch.testing.assert_close(red.scores, bar.scores)  # a whole-image method does not see the concept
+    red, bar = Attributor(tmp_path / "s", module, sampler=SAMPLER).attribute_many([RED, BAR])
+    assert (red.scores - bar.scores).abs().max() > 0.1
+    with pytest.raises(StoreMismatchError, match=r"method\.training\.objective\.class.*SquaredNorm.*Denoising.*HINT"):
+        Attributor(tmp_path / "s", module, method=methods.trak(timesteps=2))
+
+
+def test_a_store_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    module = ToyDiffusion()
+    module.denoiser.conv_in.requires_grad_(False)
+    tracer = GradientTracer(module.denoiser, Projection(rank=4, dim=64))
+    loader = torch.utils.data.DataLoader(ToyData().toys, 5)
+    Capture(
+        str(tmp_path / "s"), module, module, loader, method=METHODS["trak"], tracer=tracer, progress=False
+    ).run(1, epoch=0)
+    Attributor(tmp_path / "s", module)
+    with pytest.raises(StoreMismatchError, match=r"model\.frozen_weights.*HINT"):
+        Attributor(tmp_path / "s", ToyDiffusion(seed=1))
+    with pytest.raises(StoreMismatchError, match=r"model\.noise_schedule"):
+        other = ToyDiffusion("v_prediction")
+        other.load_state_dict(module.state_dict())
+        Attributor(tmp_path / "s", other)
+    with pytest.raises(StoreMismatchError, match=r"model\.trained_parameters"):
+        module.denoiser.conv_out = torch.nn.Conv2d(8, 5, 3)
+        Attributor(tmp_path / "s", module)
+
+
+def test_a_module_that_carries_a_task_will_do(tmp_path: Path) -> None:
+    module = traced(tmp_path / "s", METHODS["trak"])
+
+    class Carrier(L.LightningModule):
+        task = module
+
+    direct = Attributor(tmp_path / "s", module, sampler=SAMPLER).attribute(RED)
+    # The carrier's own parameters are none; the store's names are those of the carried module.
+    with pytest.raises(StoreMismatchError, match="trained_parameters"):
+        Attributor(tmp_path / "s", Carrier(), sampler=SAMPLER)
+    with pytest.raises(TaskError, match="Linear is no DiffusionTask: it lacks denoiser, noise_schedule"):
+        Attributor(tmp_path / "s", torch.nn.Linear(1, 1))
+    assert direct.scores.isfinite().all()
+
+
+def test_unknown_attributes_list_the_known_ones(tmp_path: Path) -> None:
+    attributor = Attributor(tmp_path / "s", traced(tmp_path / "s", METHODS["trak"]), sampler=SAMPLER)
+    with pytest.raises(ConceptError, match=r"unknown attribute 'color'. Known: colour, shape"):
+        attributor.attribute(Concept("x", {"color": "red"}, {}))
+    with pytest.raises(ConceptError, match=r"unknown colour 'rod'. Known: red, blue, green"):
+        attributor.attribute(Concept("x", {"colour": "rod"}, {}))
+    with pytest.raises(ConceptError, match="takes attributes, not prompts"):
+        attributor.attribute(Concept("x", "a red bar", "a bar"))
+    with pytest.raises(ValueError, match="one seed for each"):
+        attributor.attribute_many([RED, BAR], [1])
+    with pytest.raises(ValueError, match="at least one concept"):
+        attributor.attribute_many([])
+
+
+def test_a_concept_the_model_has_not_learnt_is_reported(tmp_path: Path) -> None:
+    class Deaf(ToyDiffusion):
+        scale = 0.0
+
+        def tokens(self, colours: Any, shapes: Any) -> Tensor:
+            rows = super().tokens(colours, shapes)
+            return torch.cat([rows[:, :1] * self.scale, rows[:, 1:]], 1)
+
+    module = Deaf().double()
+    module.load_state_dict(traced(tmp_path / "s", METHODS["concept_trak"]).state_dict())
+    attributor = Attributor(tmp_path / "s", module, sampler=SAMPLER)
+    with pytest.raises(GradientError, match=r"zero or not finite: \['red'\]"):
+        attributor.attribute(RED)
+    Deaf.scale = 1e-3
+    with pytest.warns(UserWarning, match="hardly learnt.*HINT|red.*hardly learnt"):
+        attributor.attribute(RED)
+
+
+def test_an_interrupted_store_is_refused_with_the_way_on(tmp_path: Path) -> None:
+    module = ToyDiffusion()
+    tracer = GradientTracer(module.denoiser, Projection(rank=4, dim=64))
+    loader = torch.utils.data.DataLoader(ToyData().toys, 5)
+    Capture(str(tmp_path / "s"), module, module, loader, method=METHODS["trak"], tracer=tracer, progress=False)
+    with pytest.raises(StoreError, match="interrupted.*HINT"):
+        Attributor(tmp_path / "s", module)

@@ -1,0 +1,109 @@
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctrak_lightning import Attribution, Concept, methods
+from ctrak_lightning.errors import ConceptError
+from ctrak_lightning.traces import SampleTable
+
+CONCEPT = Concept("owl", {"object": "owl", "artist": "noto"}, {"artist": "noto"})
+
+
+def result_of(scores: torch.Tensor, owners: list[str]) -> Attribution:
+    n = scores.shape[1]
+    table = SampleTable([f"s{i}" for i in range(n)], [""] * n, {"owner": owners})
+    return Attribution(
+        concept=CONCEPT,
+        seed=3,
+        checkpoint_scores=scores,
+        steps=[10 * (i + 1) for i in range(len(scores))],
+        samples=table,
+        method=methods.concept_trak().to_dict(),
+        strength=float("nan"),
+    )
+
+
+def test_top_ranks_by_the_ensemble_and_breaks_ties_by_position() -> None:
+    scores = torch.tensor([[1.0, 5.0, -2.0, 5.0], [100.0, 500.0, -200.0, 500.0]])
+    result = result_of(scores, ["a", "b", "a", "b"])
+    spread = float(np.std([1.0, 5.0, -2.0, 5.0]))
+    np.testing.assert_allclose(result.scores.numpy(), np.array([1.0, 5.0, -2.0, 5.0]) / spread, rtol=1e-6)
+    top = result.top(3)
+    assert [(r.sample_id, r.rank) for r in top] == [("s1", 1), ("s3", 2), ("s0", 3)]
+    assert top[0].metadata == {"owner": "b"}
+    assert result.timeline().shape == (2, 4)
+    torch.testing.assert_close(result.timeline().mean(0), result.scores)
+    assert len(result.top(100)) == 4
+    with pytest.raises(ValueError, match="at least 1"):
+        result.top(0)
+
+
+def test_by_group_shares_are_those_of_the_positive_scores() -> None:
+    result = result_of(torch.tensor([[3.0, -7.0, 1.0, 4.0, 0.0]]), ["x", "x", "y", "y", "z"])
+    shares = result.by_group("owner")
+    assert [(s.group, s.samples) for s in shares] == [("y", 2), ("x", 2), ("z", 1)]
+    np.testing.assert_allclose([s.share for s in shares], [5 / 8, 3 / 8, 0], rtol=1e-6)
+    for share in shares:
+        assert 0 <= share.low <= share.share <= share.high <= 1
+    assert shares == result.by_group("owner")
+    with pytest.raises(ValueError, match=r"by_group\('licence'\).*The store has: owner"):
+        result.by_group("licence")
+    with pytest.raises(ValueError, match="no sample has a positive score"):
+        result_of(torch.tensor([[-1.0, -2.0]]), ["x", "y"]).by_group("owner")
+
+
+def test_by_group_interval_is_the_bootstraps() -> None:
+    """Against a plain numpy bootstrap loop with resamples of its own: the bounds agree to Monte Carlo error."""
+    generator = np.random.default_rng(0)
+    values = generator.exponential(size=40)
+    owners = ["x" if i % 3 else "y" for i in range(40)]
+    shares = {s.group: s for s in result_of(torch.tensor(values)[None], owners).by_group("owner", resamples=4000)}
+    is_x = np.array([owner == "x" for owner in owners])
+    draws = generator.integers(40, size=(4000, 40))
+    sampled = [values[d][is_x[d]].sum() / values[d].sum() for d in draws]
+    np.testing.assert_allclose(
+        [shares["x"].low, shares["x"].high], np.quantile(sampled, [0.025, 0.975]), atol=0.015
+    )
+
+
+def test_csv_and_json_hold_the_whole_ranking(tmp_path: Path) -> None:
+    result = result_of(torch.tensor([[1.0, 2.0, -1.0], [1.0, 0.5, 4.0]]), ['a,"b"\n', "naïve 猫", "=cmd()"])
+    result.to_csv(tmp_path / "r.csv")
+    with open(tmp_path / "r.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    expected = result.top(3)
+    assert [row["sample_id"] for row in rows] == [r.sample_id for r in expected]
+    assert [float(row["score"]) for row in rows] == [r.score for r in expected]
+    assert {row["sample_id"]: row["owner"] for row in rows} == dict(
+        zip(["s0", "s1", "s2"], ['a,"b"\n', "naïve 猫", "=cmd()"], strict=True)
+    )
+    result.to_json(tmp_path / "r.json")
+    document = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert document["concept"] == CONCEPT.to_dict()
+    assert document["strength"] is None
+    assert [s["sample_id"] for s in document["samples"]] == [r.sample_id for r in expected]
+    first = document["samples"][0]
+    np.testing.assert_allclose(np.mean(first["timeline"]), first["score"], rtol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20))
+def test_top_is_a_sorted_permutation(values: list[float]) -> None:
+    result = result_of(torch.tensor([values], dtype=torch.float64), ["x"] * len(values))
+    top = result.top(len(values))
+    assert sorted(r.sample_id for r in top) == sorted(result.samples.sample_ids)
+    scores = [r.score for r in top]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_a_concept_must_change_something() -> None:
+    with pytest.raises(ConceptError, match="present and absent are both.*HINT"):
+        Concept("owl", {"object": "owl"}, {"object": "owl"})
+    with pytest.raises(ConceptError, match="expected a name"):
+        Concept("", {"object": "owl"}, {})

@@ -1,0 +1,120 @@
+"""Tracing mode: what it turns on, and that everything is as before afterwards."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ctrak_lightning.errors import GradientError
+from ctrak_lightning.gradients import GradientTracer, Projection, tracing_mode
+from tests.gradients.zoo import PROJECTION, SAMPLES, Case, build, features, weighted
+
+
+class Merging(nn.Linear):
+    """Has an effect on `train()`, as layers that merge their adapters have."""
+
+    def train(self, mode: bool = True) -> "Merging":
+        raise AssertionError("train() was called")
+
+
+def mixed() -> nn.Module:
+    module = nn.Sequential(
+        nn.Linear(4, 4), nn.Dropout(), nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(), Merging(4, 4))
+    )
+    module[0].training = False
+    module[2][0].training = False
+    return module
+
+
+def flags(module: nn.Module) -> list[bool]:
+    return [submodule.training for submodule in module.modules()]
+
+
+def test_mixed_flags_are_restored() -> None:
+    module = mixed()
+    before = flags(module)
+    assert len(set(before)) == 2
+    with tracing_mode(module):
+        assert not any(flags(module))
+    assert flags(module) == before
+
+
+def test_flags_are_restored_after_exceptions() -> None:
+    module = mixed()
+    before = flags(module)
+
+    def fails(rows: Tensor) -> Tensor:
+        raise KeyError("inside")
+
+    tracer = GradientTracer(module, PROJECTION, layers=["0"])
+    with pytest.raises(KeyError, match="inside"):
+        tracer.vjps(fails, [weighted], SAMPLES)
+    assert flags(module) == before
+    assert not any(submodule._forward_hooks for submodule in module.modules())
+
+
+def test_traces_in_evaluation_mode() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4)).train()
+    case = Case(module, (torch.randn(SAMPLES, 4),))
+    dropped = features(case)
+    module.eval()
+    assert torch.equal(dropped, features(case))
+
+
+def test_gradients_are_on_inside_no_grad() -> None:
+    case = build("linear_2d")
+    with torch.no_grad():
+        inside = features(case)
+        assert not torch.is_grad_enabled()
+    assert torch.equal(inside, features(case))
+
+
+def test_inference_mode_is_refused() -> None:
+    with torch.inference_mode(), pytest.raises(GradientError, match=r"inference_mode.*needs autograd.*HINT"):
+        features(build("linear_2d"))
+
+
+def test_attention_uses_the_math_backend() -> None:
+    with tracing_mode(nn.Identity()):
+        assert torch.backends.cuda.math_sdp_enabled()
+        assert not torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_grad_rng_and_parameters_are_untouched() -> None:
+    case = build("lora_unet")
+    parameters = dict(case.module.named_parameters())
+    for parameter in parameters.values():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, 2.0)
+    facts = {n: (p.requires_grad, p.grad, p._version, p.detach().clone()) for n, p in parameters.items()}
+    state = torch.get_rng_state()
+    for engine in ("hooks", "loop", "functional"):
+        features(case, engine)
+        assert torch.equal(torch.get_rng_state(), state)
+        for name, parameter in case.module.named_parameters():
+            requires_grad, grad, version, value = facts[name]
+            assert parameter is parameters[name]
+            assert parameter.requires_grad == requires_grad
+            assert parameter.grad is grad
+            assert grad is None or bool((grad == 2).all())
+            assert parameter._version == version
+            assert torch.equal(parameter, value)
+        assert not any(submodule._forward_hooks for submodule in case.module.modules())
+
+
+@pytest.mark.parametrize("name", ["called_twice", "conditional_unet"])
+@pytest.mark.parametrize("engine", ["hooks", "loop", "functional"])
+def test_modules_own_their_parameters_afterwards(name: str, engine: str) -> None:
+    case = build(name)
+    before = {n: id(p) for n, p in case.module.named_parameters(remove_duplicate=False)}
+    features(case, engine)
+    assert {n: id(p) for n, p in case.module.named_parameters(remove_duplicate=False)} == before
+
+
+def test_compiled_modules_run_eagerly() -> None:
+    case = build("linear_2d")
+    expected = features(case, projection=Projection(rank=99, dim=None))
+    case.module[0].compile(backend="eager")  # type: ignore[operator, index]
+    compiled = Case(torch.compile(case.module, backend="eager"), case.inputs)  # type: ignore[arg-type]
+    compiled.module(*case.inputs)
+    assert torch.equal(features(compiled, projection=Projection(rank=99, dim=None)), expected)

@@ -1,0 +1,258 @@
+"""GradientTracer: what it selects and names, what it warns of, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ctrak_lightning.errors import GradientError
+from ctrak_lightning.gradients import GradientTracer, Projection, UntracedParameterWarning
+from tests.gradients.zoo import (
+    PROJECTION,
+    SAMPLES,
+    TOLERANCE,
+    Case,
+    build,
+    features,
+    randomized,
+    row_error,
+    weighted,
+)
+
+
+class Mixed(nn.Module):
+    """A known layer beside a bare parameter, an unknown layer and shared weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+        self.head.weight = self.embed.weight
+        self.scale = nn.Parameter(torch.ones(4))
+        self.up = nn.ConvTranspose1d(4, 3, 2)
+        self.last = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.head(self.embed(x).tanh()) * self.scale
+        return self.last(self.up(h.mT))
+
+
+def mixed() -> Case:
+    torch.manual_seed(0)
+    return Case(randomized(Mixed()), (torch.randn(SAMPLES, 4, 4),))
+
+
+def test_untraced_parameters_are_named_once() -> None:
+    case = mixed()
+    with pytest.warns(UntracedParameterWarning) as caught:
+        tracer = GradientTracer(case.module, PROJECTION)
+    message = str(caught.pop().message)
+    assert not caught.list
+    for part in (
+        "scale (",
+        "up.weight (ConvTranspose1d",
+        "up.bias (",
+        "embed.weight (shared as embed.weight, head.weight)",
+    ):
+        assert part in message
+    assert tracer.block_names == ["head", "last"]
+    assert tracer.parameter_names == ["head.bias", "last.bias", "last.weight"]
+    loop = GradientTracer(case.module, PROJECTION, engine="loop")
+    assert loop.block_names == ["embed.weight", "head", "last", "scale", "up.bias", "up.weight"]
+    [ours] = tracer.vjps(case.forward, [weighted], SAMPLES)
+    [theirs] = loop.vjps(case.forward, [weighted], SAMPLES)
+    sizes = [4, 4, 2 * 4, 4, 3, 4]
+    parts = dict(zip(loop.block_names, theirs.split(sizes, dim=1), strict=True))
+    assert row_error(ours, torch.cat([parts["head"], parts["last"]], dim=1)) < TOLERANCE
+
+
+def test_reference_engines_trace_bare_and_shared_parameters() -> None:
+    case = mixed()
+    loop = features(case, "loop")
+    assert row_error(features(case, "functional"), loop) < TOLERANCE
+    exact = features(case, "loop", Projection(rank=1000, dim=None))
+    case.module.zero_grad()
+    (
+        case.forward(torch.tensor([1])) * weighted(case.forward(torch.tensor([1])), torch.tensor([1]))
+    ).sum().backward()
+    squares = sum(float(p.grad.square().sum()) for p in case.module.parameters() if p.grad is not None)
+    assert exact[1].square().sum().item() == pytest.approx(squares, rel=1e-5)
+
+
+@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])
+def test_embedding_options_are_not_traced(option: dict[str, Any]) -> None:
+    module = nn.Sequential(nn.Embedding(5, 4, **option), nn.Linear(4, 4))
+    with pytest.warns(UntracedParameterWarning, match=rf"0\.weight \(nn\.Embedding\({next(iter(option))}"):
+        assert GradientTracer(module, PROJECTION).block_names == ["1"]
+    with pytest.raises(GradientError, match="none of the trainable parameters can be traced"):
+        GradientTracer(module[0], PROJECTION)
+
+
+def test_layers_with_a_forward_of_their_own_are_not_traced() -> None:
+    class Other(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.weight.sum()
+
+    with pytest.raises(GradientError, match="Other is not a known layer kind"):
+        GradientTracer(Other(3, 3))
+
+
+def test_attention_of_torch_is_not_traced() -> None:
+    module = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
+    with pytest.warns(
+        UntracedParameterWarning, match=r"0\.self_attn\.out_proj\.weight \(used inside nn\.MultiheadAttention"
+    ):
+        tracer = GradientTracer(module, PROJECTION)
+    assert tracer.block_names == ["0.linear1", "0.linear2", "0.norm1", "0.norm2"]
+    x = torch.randn(SAMPLES, 3, 4)
+    [ours] = tracer.vjps(lambda rows: module(x[rows]), [weighted], SAMPLES)
+    loop = GradientTracer(module, PROJECTION, engine="loop", layers=["*linear*", "*norm*"])
+    assert row_error(ours, loop.vjps(lambda rows: module(x[rows]), [weighted], SAMPLES)[0]) < TOLERANCE
+
+
+def test_parametrized_weights_are_not_traced() -> None:
+    module = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    with pytest.warns(UntracedParameterWarning, match=r"parametrizations\.weight\.original0"):
+        tracer = GradientTracer(module, PROJECTION)
+    assert tracer.parameter_names == ["bias"]
+
+
+def test_patterns_select_layers() -> None:
+    case = build("conditional_unet")
+    tracer = GradientTracer(case.module, PROJECTION, layers=["*attn2*", "conv_in"])
+    assert all("attn2" in name or name == "conv_in" for name in tracer.block_names)
+    assert "conv_in" in tracer.block_names
+    assert len(tracer.block_names) == 17
+    assert (
+        row_error(
+            tracer.vjps(case.forward, [weighted], SAMPLES)[0],
+            features(case, "loop", layers=["*attn2*", "conv_in"]),
+        )
+        < TOLERANCE
+    )
+
+
+def test_lora_traces_the_adapter_alone() -> None:
+    tracer = GradientTracer(build("lora_unet").module, PROJECTION)
+    assert len(tracer.block_names) == 4 * 2 * 4 * 2
+    assert all(".lora_A.default" in name or ".lora_B.default" in name for name in tracer.block_names)
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    module = build("conditional_unet").module
+    with pytest.raises(GradientError, match=r"'\*attn3\*' matches no module.*'conv_in'.*and \d+ more.*HINT"):
+        GradientTracer(module, layers=["*attn2*", "*attn3*"])
+
+
+def test_nothing_to_trace_is_refused() -> None:
+    with pytest.raises(GradientError, match=r"no parameter requires a gradient.*'weight', 'bias'.*HINT"):
+        GradientTracer(nn.Linear(2, 2).requires_grad_(False))
+    with pytest.raises(GradientError, match="It has: none"):
+        GradientTracer(nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"module": "unet"}, "module=str"),
+        ({"engine": "fast"}, "engine='fast'"),
+        ({"layers": "*attn*"}, r"layers='\*attn\*'"),
+        ({"layers": []}, r"layers=\[\]"),
+    ],
+)
+def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(GradientError, match=rf"{message}.*expected.*HINT"):
+        GradientTracer(**{"module": nn.Linear(2, 2), **options})
+
+
+def test_description() -> None:
+    module = build("unet").module
+    tracer = GradientTracer(module, Projection(rank=3, dim=32), layers=["*conv*"])
+    facts = json.loads(json.dumps(tracer.describe()))
+    assert (
+        facts
+        == GradientTracer(module, Projection(rank=3, dim=32), layers=["*conv*"], engine="loop").describe()
+    )
+    assert facts["projection"] == {"rank": 3, "dim": 32, "seed": 0}
+    assert facts["layers"] == ["*conv*"]
+    assert facts["dim"] == tracer.dim == 32
+    others = [
+        GradientTracer(module, tracer.projection),
+        GradientTracer(nn.Linear(2, 3)),
+        GradientTracer(nn.Linear(3, 2)),
+    ]
+    assert (
+        len({facts["parameters_sha256"], *(other.describe()["parameters_sha256"] for other in others)}) == 4
+    )
+
+
+def test_dim_without_sketch() -> None:
+    module = nn.Sequential(nn.Linear(9, 7), nn.LayerNorm(7), nn.Linear(7, 2, bias=False))
+    tracer = GradientTracer(module, Projection(rank=4, dim=None))
+    assert tracer.dim == 16 + 4 + 8
+    x = torch.randn(3, 9)
+    assert tracer.vjps(lambda rows: module(x[rows]), [weighted], 3)[0].shape == (3, 28)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "loop", "functional"])
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda m, x: (m(x),), "returned tuple"),
+        (lambda m, x: m(x).long(), "returned torch.int64"),
+        (lambda m, x: m(x).sum(), r"returned shape \(\)"),
+        (lambda m, x: m(x)[:0], r"returned shape \(0, 4\)"),
+        (lambda m, x: m(x).detach(), "without a graph"),
+        (
+            lambda m, x: x.clone().requires_grad_(),
+            "does not depend on any traced parameter|cannot run this forward",
+        ),
+    ],
+)
+def test_wrong_forwards_are_refused(forward: Callable[..., Any], message: str, engine: str) -> None:
+    case = Case(nn.Linear(4, 4), (torch.randn(SAMPLES, 4),), forward)
+    with pytest.raises(GradientError, match=message):
+        features(case, engine)
+
+
+@pytest.mark.parametrize(
+    "cotangent", [lambda e, rows: e.sum(), lambda e, rows: None, lambda e, rows: e[..., :1]]
+)
+def test_wrong_cotangents_are_refused(cotangent: Callable[..., Any]) -> None:
+    with pytest.raises(GradientError, match=r"cotangent\(e, rows\)` returned.*expected e's shape"):
+        features(build("linear_2d"), cotangents=[cotangent])
+
+
+def test_empty_batches_are_refused() -> None:
+    with pytest.raises(GradientError, match="batch_size=0"):
+        GradientTracer(nn.Linear(2, 2)).vjps(lambda rows: rows, [], 0)
+
+
+def test_an_input_shared_by_the_batch_is_refused() -> None:
+    module = nn.ModuleDict({"time": nn.Linear(3, 4), "main": nn.Linear(4, 4)})
+    t = torch.randn(1, 3)
+    case = Case(module, (torch.randn(SAMPLES, 4),), lambda m, x: m["main"](x + m["time"](t)))
+    with pytest.raises(GradientError, match=r"'time' saw an input of shape \(1, 3\) in a batch of 6.*HINT"):
+        features(case)
+    assert row_error(features(case.rows(0, 1)), features(case.rows(0, 1), "loop")) < TOLERANCE
+    unused = Case(module, case.inputs, lambda m, x: m["main"](x + m["time"](t).detach()))
+    assert row_error(features(unused), features(unused, "loop")) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["conditional_unet", "folded_batch", "called_twice"])
+def test_check_passes(name: str) -> None:
+    case = build(name)
+    for batch_size in (1, SAMPLES):
+        GradientTracer(case.module, PROJECTION).check(case.forward, [weighted], batch_size)
+
+
+def test_check_finds_layouts_that_are_not_batch_first() -> None:
+    def guided(module: nn.Module, x: Tensor) -> Tensor:
+        both = module(torch.cat([x, 2 * x]))
+        return both[: len(x)] + both[len(x) :] * 0.5
+
+    case = Case(nn.Linear(4, 4), (torch.randn(SAMPLES, 4),), guided)
+    with pytest.raises(GradientError, match=r"batch of 6 differ.*1 layers: \[''\].*batch first.*HINT"):
+        GradientTracer(case.module, PROJECTION).check(case.forward, [weighted], SAMPLES)

@@ -1,0 +1,141 @@
+"""The command line, run as a user runs it, and the YAML files that are attached to runs."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ctrak_lightning import TraceStore
+from ctrak_lightning.cli import load_module, main, parse_spec
+from ctrak_lightning.errors import ConceptError
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_config(folder: Path) -> Path:
+    config = {
+        "seed_everything": 1,
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "default_root_dir": str(folder),
+            "callbacks": [],
+        },
+        "model": {"class_path": "tests.toy.ToyDiffusion", "init_args": {"seed": 3}},
+        "data": {"class_path": "tests.toy.ToyData"},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def write_callback(folder: Path, name: str = "concept_tracer.yaml") -> Path:
+    """The committed YAML, with its store in ``folder``."""
+    facts = yaml.safe_load((ROOT / "callbacks" / name).read_text())
+    facts["trainer"]["callbacks+"][0]["init_args"]["dirpath"] = str(folder / "traces")
+    path = folder / name
+    path.write_text(yaml.safe_dump(facts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run: ``ctrak fit`` with the callback's YAML as a second ``--config``."""
+    folder = tmp_path_factory.mktemp("run")
+    config, callback = write_config(folder), write_callback(folder)
+    command = [sys.executable, "-m", "ctrak_lightning.cli", "fit", f"--config={config}", f"--config={callback}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_fit_attaches_the_callback_from_its_yaml(run: Path) -> None:
+    store = TraceStore(run / "traces")
+    assert store.header.method["name"] == "concept_trak"
+    assert [c.step for c in store.checkpoints] == [6]
+    assert len(store) == 12
+
+
+def test_attribute_prints_and_writes_the_ranking(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["attribute", str(run / "traces"), "--config", str(run / "run.yaml"), "--seed", "2", "--steps", "12"]
+    question = ["--present", "colour=red", "shape=bar", "--absent", "shape=bar", "--group", "owner"]
+    main([*arguments, *question, "--top", "3", "--csv", str(run / "r.csv"), "--json", str(run / "r.json")])
+    printed = capsys.readouterr().out
+    document = json.loads((run / "r.json").read_text())
+    assert document["concept"] == {
+        "name": "red",
+        "present": {"colour": "red", "shape": "bar"},
+        "absent": {"shape": "bar"},
+    }
+    with open(run / "r.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    ranked = [line.split() for line in printed.splitlines() if line[:4].strip().isdigit()]
+    assert [line[2] for line in ranked] == [row["sample_id"] for row in rows[:3]]
+    assert "owner of red" in printed
+
+
+def test_attribute_reports_an_unknown_value(run: Path) -> None:
+    arguments = ["attribute", str(run / "traces"), "--config", str(run / "run.yaml")]
+    with pytest.raises(SystemExit, match=r"ctrak attribute: .*unknown colour 'rad'. Known: red"):
+        main([*arguments, "--present", "colour=rad"])
+
+
+def test_info_shows_and_verifies(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["info", str(run / "traces"), "--verify"])
+    printed = capsys.readouterr().out
+    assert "concept_trak" in printed
+    assert "12, metadata: colour, owner, shape" in printed
+    assert "verified" in printed
+    import shutil
+
+    shutil.copytree(run / "traces", tmp_path / "broken")
+    shard = next((tmp_path / "broken").rglob("rank0-*.h5"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(SystemExit):
+        main(["info", str(tmp_path / "broken"), "--verify"])
+    assert shard.name in capsys.readouterr().out
+
+
+def test_mistakes_end_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="unknown command 'atribute'; known: fit, attribute"):
+        main(["atribute"])
+    with pytest.raises(SystemExit, match="ctrak info: .*nowhere"):
+        main(["info", str(tmp_path / "nowhere")])
+    main([])
+    assert "usage: ctrak" in capsys.readouterr().out
+    (tmp_path / "x.yaml").write_text("trainer: {}\n")
+    with pytest.raises(ValueError, match="class_path"):
+        load_module(tmp_path / "x.yaml")
+
+
+def test_a_config_builds_the_module_of_the_run(tmp_path: Path) -> None:
+    from .toy import ToyDiffusion
+
+    module = load_module(write_config(tmp_path))
+    expected = ToyDiffusion(seed=3).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
+
+
+def test_specs() -> None:
+    assert parse_spec(["a red bar"]) == "a red bar"
+    assert parse_spec([]) == {}
+    assert parse_spec(["object=a=b", "artist="]) == {"object": "a=b", "artist": ""}
+    for wrong in (["object=x", "artist"], ["=x", "a=b"], ["a=b", "a=c"]):
+        with pytest.raises(ConceptError, match="attribute=value"):
+            parse_spec(wrong)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_callback_yaml_is_named_in_the_readme(path: Path) -> None:
+    assert f"callbacks/{path.name}" in (ROOT / "README.md").read_text()

@@ -1,0 +1,42 @@
+import json
+
+import pytest
+
+from ctrak_lightning import Method, methods
+from ctrak_lightning.objective import SquaredNorm, Term
+from ctrak_lightning.trajectory import Generated, Noised
+
+
+@pytest.mark.parametrize("name", list(methods.PRESETS))
+def test_a_method_survives_json(name: str) -> None:
+    method = methods.by_name(name)
+    assert method.name == name
+    assert Method.from_dict(json.loads(json.dumps(method.to_dict()))) == method
+
+
+def test_presets_with_the_same_traces_say_so() -> None:
+    assert methods.d_trak().training_dict() == methods.contrastive_d_trak().training_dict()
+    assert methods.d_trak().training_dict() != methods.trak().training_dict()
+    assert methods.d_trak(timesteps=4).training_dict() != methods.d_trak(timesteps=5).training_dict()
+    assert methods.d_trak(damping=2.0).training_dict() == methods.d_trak().training_dict()
+
+
+def test_unknown_names_and_classes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"by_name\('trakk'\).*concept_trak, contrastive_d_trak"):
+        methods.by_name("trakk")
+    facts = methods.trak().to_dict()
+    facts["query"][0]["objective"]["class"] = "os.system"
+    with pytest.raises(ValueError, match=r"unknown class 'os.system'"):
+        Method.from_dict(facts)
+    with pytest.raises(ValueError, match="describe no method"):
+        Method.from_dict({"name": "x"})
+
+
+def test_a_method_that_cannot_work_is_refused() -> None:
+    good = {"name": "m", "training": SquaredNorm(), "training_trajectory": Noised(), "query_trajectory": Generated()}
+    with pytest.raises(ValueError, match="at least one Term"):
+        Method(**good, query=())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="damping=0"):
+        Method(**good, query=(Term(SquaredNorm()),), damping=0.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="query trajectory"):
+        Method(**(good | {"training_trajectory": Generated()}), query=(Term(SquaredNorm()),))  # type: ignore[arg-type]

@@ -1,0 +1,84 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctrak_lightning import NoiseSchedule
+
+KINDS = ("epsilon", "v_prediction", "sample")
+
+
+def outputs(x0: torch.Tensor, noise: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a perfect network of each kind returns, from the definitions (v: Salimans & Ho 2022, arXiv 2202.00512)."""
+    return {"epsilon": noise, "v_prediction": a * noise - s * x0, "sample": x0}
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), t=st.integers(0, 999), kind=st.sampled_from(KINDS), ddpm=st.booleans())
+def test_every_parameterization_recovers_the_same_clean_latents_and_noise(
+    seed: int, t: int, kind: str, ddpm: bool
+) -> None:
+    cls = DDPMScheduler if ddpm else DDIMScheduler
+    scheduler = cls(prediction_type=kind, beta_schedule="squaredcos_cap_v2")
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    generator = torch.Generator().manual_seed(seed)
+    x0, noise = torch.randn(2, 2, 3, 4, 4, generator=generator, dtype=torch.float64)
+    timesteps = torch.full((2,), t)
+    a = scheduler.alphas_cumprod[t].double().sqrt()
+    s = (1 - scheduler.alphas_cumprod[t].double()).sqrt()
+    x_t = schedule.add_noise(x0, noise, timesteps)
+    torch.testing.assert_close(x_t, scheduler.add_noise(x0, noise, timesteps), rtol=1e-5, atol=1e-5)
+    output = outputs(x0, noise, a, s)[kind]
+    tolerance = 1e-6 / float(min(a, s))
+    torch.testing.assert_close(schedule.x0_hat(output, x_t, timesteps), x0, rtol=0, atol=tolerance)
+    torch.testing.assert_close(schedule.epsilon(output, x_t, timesteps), noise, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_zero_terminal_signal_is_exact(kind: str) -> None:
+    scheduler = DDIMScheduler(prediction_type=kind, rescale_betas_zero_snr=True)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    x0, noise = torch.randn(2, 2, 3, 4, 4)
+    t = torch.tensor([999, 999])
+    a, s = schedule.levels(t, x0)
+    assert float(a.abs().max()) == 0.0
+    torch.testing.assert_close(schedule.add_noise(x0, noise, t), noise)
+    output = outputs(x0, noise, a, s)[kind]
+    torch.testing.assert_close(schedule.x0_hat(output, noise, t), x0)
+    torch.testing.assert_close(schedule.epsilon(output, noise, t), noise)
+
+
+def test_noise_prediction_without_signal_is_refused() -> None:
+    schedule = NoiseSchedule.from_scheduler(DDIMScheduler(rescale_betas_zero_snr=True))
+    x = torch.randn(1, 3, 4, 4)
+    with pytest.raises(ValueError, match="zero terminal SNR.*HINT"):
+        schedule.x0_hat(x, x, torch.tensor([999]))
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1, 7, 10, 50])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_sampling_timesteps_are_those_of_diffusers(spacing: str, steps: int, offset: int) -> None:
+    scheduler = DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
+    scheduler.set_timesteps(steps)
+    assert NoiseSchedule.from_scheduler(scheduler).sampling_timesteps(steps) == scheduler.timesteps.tolist()
+
+
+def test_even_timesteps_are_the_middles_of_equal_parts() -> None:
+    schedule = NoiseSchedule.from_scheduler(DDIMScheduler())
+    assert schedule.even_timesteps(4) == [125, 375, 625, 875]
+    assert schedule.even_timesteps(1) == [500]
+    with pytest.raises(ValueError, match="between 1 and 1000"):
+        schedule.even_timesteps(0)
+
+
+def test_bad_schedulers_are_refused() -> None:
+    with pytest.raises(TypeError, match="FlowMatchEulerDiscreteScheduler.*alphas_cumprod"):
+        NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="thresholding"):
+        NoiseSchedule.from_scheduler(DDIMScheduler(thresholding=True))
+    with pytest.raises(ValueError, match="prediction_type='vv'"):
+        NoiseSchedule(alpha_bar=torch.tensor([0.9, 0.5]), prediction_type="vv")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="alpha_bar"):
+        NoiseSchedule(alpha_bar=torch.tensor([1.5]))
