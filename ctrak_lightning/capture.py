@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from ctrak_lightning.gradients import GradientTracer, tracing_mode
 from ctrak_lightning.method import Method
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.task import Encoded, encode
-from ctrak_lightning.tracing import trace_batch
 from ctrak_lightning.traces import SampleTable, StoreHeader, TraceWriter
+from ctrak_lightning.tracing import trace_batch
 
 THUMBNAIL = 64
 
@@ -49,7 +49,7 @@ class Capture:
         method: Method,
         tracer: GradientTracer,
         seed: int = 0,
-        dtype: str = "float32",
+        dtype: Literal["float32", "float16"] = "float32",
         thumbnails: bool = True,
         device: torch.device | str = "cpu",
         progress: bool = True,
@@ -81,11 +81,14 @@ class Capture:
             DatasetChangedError: the batches no longer hold the samples of the store.
             GradientError: a sample's gradient is zero or not finite; the message names the samples.
         """
-        weights = trained_parameters(self.owner)
-        checkpoint = self.writer.begin_checkpoint(step, epoch=epoch, learning_rate=learning_rate)
+        checkpoint = self.writer.begin_checkpoint(
+            step, epoch=epoch, learning_rate=learning_rate, weights=trained_parameters(self.owner)
+        )
         position = 0
         with checkpoint, isolated_rng(self.seed), tracing_mode(self.owner):
-            bar = tqdm(total=len(self.sample_ids), desc=f"trace step {step}", unit="img", disable=not self.progress)
+            bar = tqdm(
+                total=len(self.sample_ids), desc=f"trace step {step}", unit="img", disable=not self.progress
+            )
             with bar:
                 for batch in self.batches:
                     encoded = self._encode(batch)
@@ -99,7 +102,7 @@ class Capture:
                         checkpoint.append(indices, trace.features, trace.loss)
                     position += rows
                     bar.update(rows)
-            checkpoint.seal(weights)
+            checkpoint.seal()
 
     def _survey(self, thumbnails: bool) -> tuple[SampleTable, torch.Size]:
         """One pass over the data without the network: who the samples are."""
@@ -109,7 +112,9 @@ class Capture:
         images: list[Tensor] = []
         shape: torch.Size | None = None
         with isolated_rng(self.seed), tracing_mode(self.owner), torch.no_grad():
-            for batch in tqdm(self.batches, desc="survey", unit="batch", leave=False, disable=not self.progress):
+            for batch in tqdm(
+                self.batches, desc="survey", unit="batch", leave=False, disable=not self.progress
+            ):
                 encoded = self._encode(batch)
                 if shape is not None and shape != encoded.latents.shape[1:]:
                     raise GradientError(
@@ -169,5 +174,7 @@ def _thumbnails(images: Tensor) -> Tensor:
     longest = max(images.shape[-2:])
     if longest > THUMBNAIL:
         scale = THUMBNAIL / longest
-        images = torch.nn.functional.interpolate(images.float(), scale_factor=scale, mode="bilinear", antialias=True)
+        images = torch.nn.functional.interpolate(
+            images.float(), scale_factor=scale, mode="bilinear", antialias=True
+        )
     return images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()

@@ -90,12 +90,22 @@ def _fit(argv: Sequence[str]) -> None:
 
 
 def _attribute(argv: Sequence[str]) -> None:
-    parser = ArgumentParser(prog="ctrak attribute", description="Which training samples taught the model a concept?")
+    parser = ArgumentParser(
+        prog="ctrak attribute", description="Which training samples taught the model a concept?"
+    )
     parser.add_argument("store", type=str, help="the folder of the traces")
-    parser.add_argument("--config", type=str, required=True, help="the YAML of the run (its `model` section is used)")
-    parser.add_argument("--present", nargs="+", required=True, help="attribute=value words, or one quoted prompt")
-    parser.add_argument("--absent", nargs="*", default=[], help="the same without the concept; nothing: the null condition")
-    parser.add_argument("--name", type=str, default=None, help="the concept's name; by default what `absent` lacks")
+    parser.add_argument(
+        "--config", type=str, required=True, help="the YAML of the run (its `model` section is used)"
+    )
+    parser.add_argument(
+        "--present", nargs="+", required=True, help="attribute=value words, or one quoted prompt"
+    )
+    parser.add_argument(
+        "--absent", nargs="*", default=[], help="the same without the concept; nothing: the null condition"
+    )
+    parser.add_argument(
+        "--name", type=str, default=None, help="the concept's name; by default what `absent` lacks"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the generated image")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance scale")
@@ -117,13 +127,17 @@ def _attribute(argv: Sequence[str]) -> None:
 
 
 def _print_result(result: Attribution, args: Namespace) -> None:
-    print(f"{result.concept.name}: {len(result.samples.sample_ids)} samples, checkpoints at steps {result.steps}")
+    print(
+        f"{result.concept.name}: {len(result.samples.sample_ids)} samples, checkpoints at steps {result.steps}"
+    )
     for record in result.top(args.top):
         print(f"{record.rank:4d}  {record.score:8.3f}  {record.sample_id}")
     if args.group:
         print(f"share by {args.group} (95 % bootstrap interval):")
         for share in result.by_group(args.group):
-            print(f"  {share.share:6.1%}  [{share.low:.1%}, {share.high:.1%}]  {share.group} ({share.samples} samples)")
+            print(
+                f"  {share.share:6.1%}  [{share.low:.1%}, {share.high:.1%}]  {share.group} ({share.samples} samples)"
+            )
 
 
 def _difference(present: Spec, absent: Spec) -> str:
@@ -144,7 +158,9 @@ def _info(argv: Sequence[str]) -> None:
     print(f"samples    {len(store)}, metadata: {', '.join(sorted(store.samples.metadata)) or 'none'}")
     print(f"traces     {header.dim} x {header.dtype}, projection {header.projection}")
     for checkpoint in store.checkpoints:
-        print(f"checkpoint step {checkpoint.step}, epoch {checkpoint.epoch}, mean loss {checkpoint.losses().mean():.4f}")
+        print(
+            f"checkpoint step {checkpoint.step}, epoch {checkpoint.epoch}, mean loss {checkpoint.losses().mean():.4f}"
+        )
     for name, value in header.model.items():
         print(f"model      {name} {value[:16]}")
     if args.verify:

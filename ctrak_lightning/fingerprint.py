@@ -58,7 +58,11 @@ def _as_fields(batch: Any) -> Iterable[Any]:
 def _has_rows(value: Any, rows: int) -> bool:
     if isinstance(value, Tensor):
         return value.ndim > 0 and len(value) == rows
-    return isinstance(value, (list, tuple)) and len(value) == rows and all(isinstance(v, (str, int)) for v in value)
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == rows
+        and all(isinstance(v, (str, int)) for v in value)
+    )
 
 
 def _bytes(value: Tensor) -> bytes:

@@ -49,9 +49,13 @@ class Method:
         if not self.query:
             raise ValueError(f"Method({self.name!r}, query=()): expected at least one Term.")
         if self.damping is not None and not self.damping > 0:
-            raise ValueError(f"Method({self.name!r}, damping={self.damping}): expected a number > 0, or None.")
+            raise ValueError(
+                f"Method({self.name!r}, damping={self.damping}): expected a number > 0, or None."
+            )
         if isinstance(self.training_trajectory, Generated):
-            raise ValueError(f"Method({self.name!r}): Generated() is a query trajectory; training images have no states.")
+            raise ValueError(
+                f"Method({self.name!r}): Generated() is a query trajectory; training images have no states."
+            )
 
     def training_dict(self) -> dict[str, Any]:
         """The part that traces depend on, as JSON values: a store holds it and refuses another."""
@@ -85,7 +89,8 @@ class Method:
                 training=_built(OBJECTIVES, training["objective"]),
                 training_trajectory=_built(TRAJECTORIES, training["trajectory"]),
                 query=tuple(
-                    Term(_built(OBJECTIVES, term["objective"]), term["side"], term["weight"]) for term in facts["query"]
+                    Term(_built(OBJECTIVES, term["objective"]), term["side"], term["weight"])
+                    for term in facts["query"]
                 ),
                 query_trajectory=_built(TRAJECTORIES, facts["query_trajectory"]),
                 unit_norm=training["unit_norm"],

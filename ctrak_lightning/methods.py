@@ -3,7 +3,14 @@
 from collections.abc import Callable
 
 from ctrak_lightning.method import Method
-from ctrak_lightning.objective import ConceptDirection, Denoising, PosteriorSampling, SquaredNorm, Term, contrast
+from ctrak_lightning.objective import (
+    ConceptDirection,
+    Denoising,
+    PosteriorSampling,
+    SquaredNorm,
+    Term,
+    contrast,
+)
 from ctrak_lightning.trajectory import Generated, Inverted, Noised
 
 

@@ -100,7 +100,9 @@ class ConceptDirection(Objective):
 
     def cotangent(self, prediction: Prediction) -> Tensor:
         if prediction.reference is None:
-            raise ValueError("ConceptDirection needs the prediction under the absent condition; it serves queries only.")
+            raise ValueError(
+                "ConceptDirection needs the prediction under the absent condition; it serves queries only."
+            )
         return -2 * (prediction.e.detach() - prediction.reference) / _elements(prediction)
 
 

@@ -140,7 +140,9 @@ class NoiseSchedule:
         elif self.spacing == "linspace":
             grid = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long()
         else:
-            grid = (total - torch.arange(steps, dtype=torch.float64) * total / steps).round().long().flip(0) - 1
+            grid = (total - torch.arange(steps, dtype=torch.float64) * total / steps).round().long().flip(
+                0
+            ) - 1
         return grid.clamp(0, total - 1).flip(0).tolist()
 
     def even_timesteps(self, count: int) -> list[int]:

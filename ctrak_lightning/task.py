@@ -87,7 +87,9 @@ def resolve_task(candidate: Any) -> Any:
             "condition(spec, n); predict has a default."
         )
     if not isinstance(task.denoiser, nn.Module):
-        raise TaskError(f"{type(task).__name__}.denoiser is {type(task.denoiser).__name__}, expected an nn.Module.")
+        raise TaskError(
+            f"{type(task).__name__}.denoiser is {type(task.denoiser).__name__}, expected an nn.Module."
+        )
     if not isinstance(task.noise_schedule, NoiseSchedule):
         raise TaskError(
             f"{type(task).__name__}.noise_schedule is {type(task.noise_schedule).__name__}, expected a NoiseSchedule. "

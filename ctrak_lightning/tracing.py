@@ -107,7 +107,9 @@ def _term(
 class _Evaluation:
     """The network at one state under one condition, and what is kept of it."""
 
-    def __init__(self, task: Any, state: State, x0: Tensor, condition: Condition, reference: Tensor | None) -> None:
+    def __init__(
+        self, task: Any, state: State, x0: Tensor, condition: Condition, reference: Tensor | None
+    ) -> None:
         self.task, self.state, self.x0, self.condition, self.reference = task, state, x0, condition, reference
         self.e = torch.empty_like(x0)
         self.prediction: Prediction | None = None
@@ -120,7 +122,7 @@ class _Evaluation:
             x, t = x_t[rows], self.state.t[rows]
             output = self.task.predict(x, t, select(self.condition, rows))
             schedule = self.task.noise_schedule
-            e = schedule.epsilon(output, x, t)
+            e: Tensor = schedule.epsilon(output, x, t)
             reference = None if self.reference is None else self.reference[rows]
             self.prediction = Prediction(x, t, self.x0[rows], output, e, reference, schedule)
             return e
@@ -130,15 +132,16 @@ class _Evaluation:
             self.e[rows] = e.detach().to(self.e)
             return objective.cotangent(self.prediction)
 
-        (row,) = tracer.vjps(forward, [cotangent], len(x_t))
+        row: Tensor = tracer.vjps(forward, [cotangent], len(x_t))[0].cpu()
         self.prediction = None
-        return row.cpu()
+        return row
 
     def denoising_loss(self) -> Tensor:
         """``mean((e - eps)^2)`` [B]."""
         a, s = self.task.noise_schedule.levels(self.state.t, self.state.x_t)
         noise = (self.state.x_t - a * self.x0) / s
-        return (self.e - noise).square().flatten(1).mean(1).float().cpu()
+        loss: Tensor = (self.e - noise).square().flatten(1).mean(1).float().cpu()
+        return loss
 
 
 @torch.no_grad()
@@ -151,7 +154,8 @@ def _relative_difference(predictions: Mapping[Side, Tensor]) -> Tensor:
     if len(predictions) < 2:
         return torch.tensor(float("nan"))
     present, absent = (predictions[side].flatten(1).float().cpu() for side in ("present", "absent"))
-    return (present - absent).norm(dim=1) / present.norm(dim=1).clamp(min=1e-12)
+    ratio: Tensor = (present - absent).norm(dim=1) / present.norm(dim=1).clamp(min=1e-12)
+    return ratio
 
 
 def _scaled(gradient: Tensor, unit_norm: bool) -> Tensor:
@@ -164,7 +168,11 @@ def _scaled(gradient: Tensor, unit_norm: bool) -> Tensor:
 
 def warn_if_faint(strength: Tensor, names: Sequence[str], threshold: float = 1e-3) -> None:
     """Warns of concepts whose direction is within noise: the model tells the two conditions hardly apart."""
-    faint = [f"{name} ({value:.1e})" for name, value in zip(names, strength.tolist(), strict=True) if value < threshold]
+    faint = [
+        f"{name} ({value:.1e})"
+        for name, value in zip(names, strength.tolist(), strict=True)
+        if value < threshold
+    ]
     if faint:
         warnings.warn(
             f"The concept direction ||e(c) - e(c_minus)|| / ||e(c)|| is below {threshold} for: {', '.join(faint)}. The "

@@ -51,7 +51,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run: ``ctrak fit`` with the callback's YAML as a second ``--config``."""
     folder = tmp_path_factory.mktemp("run")
     config, callback = write_config(folder), write_callback(folder)
-    command = [sys.executable, "-m", "ctrak_lightning.cli", "fit", f"--config={config}", f"--config={callback}"]
+    command = [
+        sys.executable,
+        "-m",
+        "ctrak_lightning.cli",
+        "fit",
+        f"--config={config}",
+        f"--config={callback}",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder
@@ -65,7 +72,16 @@ def test_fit_attaches_the_callback_from_its_yaml(run: Path) -> None:
 
 
 def test_attribute_prints_and_writes_the_ranking(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["attribute", str(run / "traces"), "--config", str(run / "run.yaml"), "--seed", "2", "--steps", "12"]
+    arguments = [
+        "attribute",
+        str(run / "traces"),
+        "--config",
+        str(run / "run.yaml"),
+        "--seed",
+        "2",
+        "--steps",
+        "12",
+    ]
     question = ["--present", "colour=red", "shape=bar", "--absent", "shape=bar", "--group", "owner"]
     main([*arguments, *question, "--top", "3", "--csv", str(run / "r.csv"), "--json", str(run / "r.json")])
     printed = capsys.readouterr().out

@@ -33,7 +33,12 @@ def test_unknown_names_and_classes_are_refused() -> None:
 
 
 def test_a_method_that_cannot_work_is_refused() -> None:
-    good = {"name": "m", "training": SquaredNorm(), "training_trajectory": Noised(), "query_trajectory": Generated()}
+    good = {
+        "name": "m",
+        "training": SquaredNorm(),
+        "training_trajectory": Noised(),
+        "query_trajectory": Generated(),
+    }
     with pytest.raises(ValueError, match="at least one Term"):
         Method(**good, query=())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="damping=0"):

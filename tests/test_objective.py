@@ -32,7 +32,7 @@ class Setting:
         self.present = self.task.condition({"colour": "red", "shape": "dot"}, 2)
         self.absent = self.task.condition({"shape": "dot"}, 2)
         self.x_t = self.task.noise_schedule.add_noise(self.x0, self.noise, self.t).requires_grad_()
-        self.parameters = [p for p in self.task.denoiser.parameters()]
+        self.parameters = list(self.task.denoiser.parameters())
 
     def e(self, condition: dict[str, Tensor], x_t: Tensor | None = None) -> Tensor:
         x = self.x_t if x_t is None else x_t
@@ -45,7 +45,8 @@ class Setting:
         reference = self.e(self.absent).detach()
         prediction = Prediction(self.x_t, self.t, self.x0, output, e, reference, self.task.noise_schedule)
         v = objective.cotangent(prediction)
-        assert not v.requires_grad and v.shape == e.shape
+        assert not v.requires_grad
+        assert v.shape == e.shape
         return self.flat(torch.autograd.grad(e, self.parameters, v, allow_unused=True))
 
     def loss_gradient(self, loss: Callable[[], Tensor]) -> Tensor:
@@ -131,7 +132,9 @@ def test_posterior_sampling_points_at_the_sample() -> None:
     before = distance()
     step = 1e-4 * gradient / gradient.norm()
     with torch.no_grad():
-        for parameter, change in zip(s.parameters, step.split([p.numel() for p in s.parameters]), strict=True):
+        for parameter, change in zip(
+            s.parameters, step.split([p.numel() for p in s.parameters]), strict=True
+        ):
             parameter.sub_(change.view_as(parameter))
     assert distance() < before
 

@@ -9,7 +9,9 @@ from ctrak_lightning import NoiseSchedule
 KINDS = ("epsilon", "v_prediction", "sample")
 
 
-def outputs(x0: torch.Tensor, noise: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> dict[str, torch.Tensor]:
+def outputs(
+    x0: torch.Tensor, noise: torch.Tensor, a: torch.Tensor, s: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """What a perfect network of each kind returns, from the definitions (v: Salimans & Ho 2022, arXiv 2202.00512)."""
     return {"epsilon": noise, "v_prediction": a * noise - s * x0, "sample": x0}
 

@@ -51,7 +51,9 @@ def test_sampler_equals_diffusers_ddim(kind: str, clip: bool) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_inversion_equals_diffusers_inverse_scheduler_with_the_states_own_timestep(kind: str, guidance: float) -> None:
+def test_inversion_equals_diffusers_inverse_scheduler_with_the_states_own_timestep(
+    kind: str, guidance: float
+) -> None:
     task, x, condition, null = setup(kind, clip_sample=False)
     steps = 10
     states = list(Inverted(steps=steps, guidance=guidance).states(task, x, condition, ["a", "b"], 0))
@@ -115,12 +117,18 @@ def test_noise_depends_on_seed_timestep_and_sample_only() -> None:
 
 
 def test_generated_selects_states_with_signal() -> None:
-    task, x, condition, null = setup("sample", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
+    task, x, condition, null = setup(
+        "sample", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
+    )
     generation = Sampler(steps=10, guidance=1.0).run(task, x, condition, null)
     assert int(generation.states[0].t[0]) == 99
     chosen = Generated().select(generation, task.noise_schedule)
     assert [int(state.t[0]) for state in chosen] == [89, 79, 69, 59, 49, 39, 29, 19, 9]
-    assert [int(state.t[0]) for state in Generated(timesteps=3).select(generation, task.noise_schedule)] == [79, 49, 19]
+    assert [int(state.t[0]) for state in Generated(timesteps=3).select(generation, task.noise_schedule)] == [
+        79,
+        49,
+        19,
+    ]
     with pytest.raises(ValueError, match="9 usable states.*HINT"):
         Generated(timesteps=10).select(generation, task.noise_schedule)
 

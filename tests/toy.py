@@ -68,7 +68,11 @@ class ToyDiffusion(DiffusionTask, L.LightningModule):
     """A UNet conditioned on a colour token and a shape token."""
 
     def __init__(
-        self, prediction_type: str = "epsilon", dropout: float = 0.0, denoiser: nn.Module | None = None, seed: int = 0
+        self,
+        prediction_type: str = "epsilon",
+        dropout: float = 0.0,
+        denoiser: nn.Module | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         with torch.random.fork_rng():

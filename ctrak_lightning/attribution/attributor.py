@@ -18,9 +18,9 @@ from ctrak_lightning.gradients import GradientTracer, Projection, tracing_mode
 from ctrak_lightning.method import Method
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.task import Condition, Spec, resolve_task
-from ctrak_lightning.tracing import trace_query, warn_if_faint
 from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.traces.schema import differences
+from ctrak_lightning.tracing import trace_query, warn_if_faint
 from ctrak_lightning.trajectory import Generated, Generation, Sampler, State, seeded_noise
 
 
@@ -76,7 +76,11 @@ class Attributor:
         return self.attribute_many([concept], seed)[0]
 
     def attribute_many(
-        self, concepts: Sequence[Concept], seeds: int | Sequence[int] = 0, *, generation: Generation | None = None
+        self,
+        concepts: Sequence[Concept],
+        seeds: int | Sequence[int] = 0,
+        *,
+        generation: Generation | None = None,
     ) -> list[Attribution]:
         """The same for several concepts in one pass over the store.
 
@@ -103,7 +107,9 @@ class Attributor:
             )
         with self._borrowed(), isolated_rng(0):
             scores, strength = [], torch.zeros(len(concepts))
-            for index in tqdm(range(len(self.store.checkpoints)), desc="attribute", disable=not self.progress):
+            for index in tqdm(
+                range(len(self.store.checkpoints)), desc="attribute", disable=not self.progress
+            ):
                 features, felt = self._query_features(index, concepts, generation)
                 self._refuse_unusable(features, concepts)
                 scores.append(checkpoint_scores(features, self.store.checkpoints[index], self.method.damping))
@@ -129,7 +135,10 @@ class Attributor:
 
         Equal (spec, seed) are generated once.
         """
-        keys = [(repr(sorted(spec.items()) if isinstance(spec, Mapping) else spec), seed) for spec, seed in zip(specs, seeds, strict=True)]
+        keys = [
+            (repr(sorted(spec.items()) if isinstance(spec, Mapping) else spec), seed)
+            for spec, seed in zip(specs, seeds, strict=True)
+        ]
         unique = {key: i for i, key in reversed(list(enumerate(keys)))}
         if len(unique) < len(keys):
             first = sorted(unique.values())
@@ -247,7 +256,9 @@ class Attributor:
 def _refuse_differences(where: str, stored: Any, mine: Any) -> None:
     found = differences(stored, mine, where)
     if found:
-        listed = "; ".join(f"{field}: the store has {a!r}, this model or method has {b!r}" for field, a, b in found)
+        listed = "; ".join(
+            f"{field}: the store has {a!r}, this model or method has {b!r}" for field, a, b in found
+        )
         raise StoreMismatchError(
             f"The store was made with another set-up: {listed}. HINT: build the module as in the traced run (same base "
             "weights, same adapters, same scheduler), or name the store's own method."

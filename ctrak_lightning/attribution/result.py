@@ -107,7 +107,9 @@ class Attribution:
             raise ValueError(f"by_group({column!r}): no such metadata column. The store has: {known}.")
         positive = self.scores.double().clamp(min=0)
         if not positive.sum() > 0:
-            raise ValueError(f"by_group({column!r}): no sample has a positive score for {self.concept.name!r}.")
+            raise ValueError(
+                f"by_group({column!r}): no sample has a positive score for {self.concept.name!r}."
+            )
         values = self.samples.metadata[column]
         groups = sorted(set(values))
         membership = torch.tensor([groups.index(value) for value in values])
@@ -157,7 +159,9 @@ class Attribution:
                 for record in self.top(len(self.samples.sample_ids))
             ],
         }
-        Path(path).write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        Path(path).write_text(
+            json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
+        )
 
     def _metadata(self, index: int) -> dict[str, str]:
         return {column: values[index] for column, values in self.samples.metadata.items()}

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -67,7 +67,7 @@ class ConceptTracer(Callback):
         rank: int = 16,
         dim: int | None = 2048,
         batch_size: int | None = None,
-        dtype: str = "float32",
+        dtype: Literal["float32", "float16"] = "float32",
         thumbnails: bool = True,
         seed: int = 0,
     ) -> None:
@@ -166,7 +166,9 @@ class ConceptTracer(Callback):
             self._trace(trainer)
 
     @override
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         self._capture = None
 
     @override
@@ -231,7 +233,8 @@ class ConceptTracer(Callback):
             writer.discard_after(step)
 
     def _trace_batches(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
-        for owner in (getattr(trainer, "datamodule", None), pl_module):
+        owners: tuple[Any, ...] = (getattr(trainer, "datamodule", None), pl_module)
+        for owner in owners:
             if owner is not None and hasattr(owner, "trace_dataloader"):
                 return owner.trace_dataloader()
         loader = trainer.train_dataloader

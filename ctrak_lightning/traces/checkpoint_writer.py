@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreError
@@ -106,11 +105,8 @@ class CheckpointWriter:
         while sum(map(len, self._buffer)) >= self._shard_rows:
             self._seal_shard()
 
-    def seal(self, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Write the rows that are left, the weights and the kernel, then mark the checkpoint sealed.
-
-        Args:
-            weights: The traced parameters by name, or None to store none.
+    def seal(self) -> None:
+        """Write the rows that are left and the kernel, then mark the checkpoint sealed.
 
         Raises:
             StoreError: Samples are missing, this checkpoint is sealed or closed, or a file cannot be written.
@@ -125,10 +121,7 @@ class CheckpointWriter:
             )
         if self._buffer:
             self._seal_shard()
-        files = {}
-        if weights is not None:
-            files[self._record.weights] = self._write_weights(weights)
-        files[self._record.kernel] = self._write_kernel()
+        files = {self._record.kernel: self._write_kernel()}
         self._commit(sealed := replace(self._record, sealed=True), files)
         self._record = sealed
         self.close()
@@ -213,11 +206,6 @@ class CheckpointWriter:
         self._commit(record, {name: known})
         self._record = record
         self._buffer = [rest] if len(rest) else []
-
-    def _write_weights(self, weights: Mapping[str, Tensor]) -> FileRecord:
-        # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
-        plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-        return write_atomically(self._root / self._record.weights, lambda path: save_file(plain, path))
 
     def _write_kernel(self) -> FileRecord:
         n, k = len(self._seen), self._header.dim

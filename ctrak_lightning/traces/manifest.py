@@ -183,7 +183,7 @@ def _check_files_belong(manifest: Manifest, source: str) -> None:
         raise _corrupt(f"{source}: files lacks {SAMPLES}, which the checkpoints refer to")
     owned = {SAMPLES}
     for record in manifest.checkpoints:
-        owned |= {record.kernel, record.weights, *record.shards} if record.sealed else set(record.shards)
+        owned |= {record.weights, *record.shards, *([record.kernel] if record.sealed else [])}
     if strangers := sorted(manifest.files.keys() - owned):
         raise _corrupt(f"{source}: files has {strangers[0]}, which belongs to no recorded checkpoint")
 

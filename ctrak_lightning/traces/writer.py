@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ctrak_lightning.errors import DatasetChangedError, StoreError, StoreMismatchError
 from ctrak_lightning.traces.arrays import check_digest
@@ -120,11 +124,23 @@ class TraceWriter:
         self._table = table
 
     def begin_checkpoint(
-        self, step: int, *, epoch: int, learning_rate: float | None = None
+        self,
+        step: int,
+        *,
+        epoch: int,
+        learning_rate: float | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> CheckpointWriter:
         """Open the checkpoint of ``step``, or continue it where an interrupted capture left it.
 
-        A checkpoint that is still open is closed first.
+        A checkpoint that is still open is closed first. One that was begun with other weights is begun anew: traces of
+        two models do not mix.
+
+        Args:
+            step: Optimizer steps taken.
+            epoch: Epoch of the capture.
+            learning_rate: Learning rate at the capture, or None.
+            weights: The traced parameters by name, stored beside the traces; None stores none.
 
         Raises:
             StoreError: It is sealed, was begun with another epoch or learning rate, or there are no samples.
@@ -139,10 +155,9 @@ class TraceWriter:
         if self._current is not None:
             self._current.close()
         record = self._manifest.find(given.step)
-        if record is None:
-            self._commit(given, {})
-            record = given
-        self._check_continues(record, given)
+        if record is not None:
+            self._check_continues(record, given)
+        record = self._store_weights(record, given, weights)
         self._current = CheckpointWriter(
             self.path,
             record,
@@ -168,6 +183,26 @@ class TraceWriter:
             self._save(self._manifest.without_steps(steps))
             self._remove_unrecorded()
         return steps
+
+    def _store_weights(
+        self, record: CheckpointRecord | None, given: CheckpointRecord, weights: Mapping[str, Tensor] | None
+    ) -> CheckpointRecord:
+        """Write the weights and record the checkpoint, without shards unless the same weights gave them."""
+        files = {}
+        if weights is not None:
+            # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
+            plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+            make_folder(self.path / given.folder)
+            files[given.weights] = write_atomically(
+                self.path / given.weights, lambda path: save_file(plain, path)
+            )
+        if record is not None and self._manifest.files.get(given.weights) == files.get(given.weights):
+            return record
+        if record is not None:
+            self._save(self._manifest.without_steps([given.step]))
+        self._commit(given, files)
+        self._remove_unrecorded()
+        return given
 
     def _check_continues(self, record: CheckpointRecord, given: CheckpointRecord) -> None:
         if record.sealed:

@@ -42,7 +42,10 @@ class Emoji:
     def load(cls, path: Path = DATA) -> "Emoji":
         with np.load(path) as file:
             return cls(
-                file["images"], file["objects"].tolist(), file["categories"].tolist(), file["artists"].tolist()
+                file["images"],
+                file["objects"].tolist(),
+                file["categories"].tolist(),
+                file["artists"].tolist(),
             )
 
     def split_objects(self) -> tuple[list[str], list[str]]:
@@ -107,7 +110,9 @@ class EmojiArtists(L.LightningDataModule):
         artists = artists or emoji.artists
         unknown = sorted(set(artists) - set(emoji.artists))
         if unknown:
-            raise ValueError(f"EmojiArtists(artists={artists}): unknown {unknown}. Known: {', '.join(emoji.artists)}.")
+            raise ValueError(
+                f"EmojiArtists(artists={artists}): unknown {unknown}. Known: {', '.join(emoji.artists)}."
+            )
         base_objects, new_objects = emoji.split_objects()
         self.held_out: list[tuple[str, str]] = []
         if split == "base":

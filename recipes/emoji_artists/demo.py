@@ -1,6 +1,6 @@
 """The main job: fine-tune on new emoji, trace, generate pairs that were held out, and ask who taught them.
 
-    python -m recipes.emoji_artists.demo --help
+python -m recipes.emoji_artists.demo --help
 """
 
 import json
@@ -51,9 +51,15 @@ def traced_methods() -> dict[str, Method]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="ctrak demo", description=__doc__)
-    parser.add_argument("--out", type=str, default="demo", help="folder for pictures, tables and traces; emptied first")
-    parser.add_argument("--epochs", type=int, default=48, help="of the fine-tune; a third of them between two traces")
-    parser.add_argument("--adaptation", type=str, default="lora", choices=["lora", "full"], help="what is fine-tuned")
+    parser.add_argument(
+        "--out", type=str, default="demo", help="folder for pictures, tables and traces; emptied first"
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=48, help="of the fine-tune; a third of them between two traces"
+    )
+    parser.add_argument(
+        "--adaptation", type=str, default="lora", choices=["lora", "full"], help="what is fine-tuned"
+    )
     parser.add_argument("--artists", type=str, default=",".join(ARTISTS), help="comma-separated, or 'all'")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(None if argv is None else list(argv))
@@ -129,14 +135,21 @@ def _ask(module: EmojiDiffusion, out: Path, asked: list[Question], seed: int) ->
 def _draw(results: list[Attribution], data: EmojiArtists, out: Path) -> None:
     pairs = [results[i : i + len(KINDS)] for i in range(0, len(results), len(KINDS))]
     real = (data.held_out_set.images + 1) / 2
-    for (name, artist), pair, drawing in tqdm(zip(data.held_out, pairs, real, strict=True), "contact sheets", len(pairs)):
+    for (name, artist), pair, drawing in tqdm(
+        zip(data.held_out, pairs, real, strict=True), "contact sheets", len(pairs)
+    ):
         contact_sheet(out / "sheets" / f"{artist}--{name}.png", pair, drawing)
     generated = torch.stack([pair[0].image for pair in pairs if pair[0].image is not None])
     image_grid(out / "generated.png", torch.stack([generated, real], 1).flatten(0, 1), columns=16)
 
 
 def _report(
-    table: dict[str, dict[str, float]], args: Any, seconds: dict[str, float], out: Path, traced: int, held_out: int
+    table: dict[str, dict[str, float]],
+    args: Any,
+    seconds: dict[str, float],
+    out: Path,
+    traced: int,
+    held_out: int,
 ) -> None:
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     packages = {name: version(name) for name in ("torch", "lightning", "diffusers")}

@@ -47,7 +47,9 @@ def label_search(question: Question, samples: SampleTable) -> Tensor:
     return relevant(question, samples).float()
 
 
-def r_precision(asked: Sequence[Question], scores: Sequence[Tensor], samples: SampleTable) -> dict[str, float]:
+def r_precision(
+    asked: Sequence[Question], scores: Sequence[Tensor], samples: SampleTable
+) -> dict[str, float]:
     """Mean R-precision per kind of concept: of the R best-ranked samples, the share that is relevant, R = all relevant."""
     result = {}
     for kind in KINDS:
@@ -63,6 +65,8 @@ def r_precision(asked: Sequence[Question], scores: Sequence[Tensor], samples: Sa
 def chance(asked: Sequence[Question], samples: SampleTable) -> dict[str, float]:
     """Expected R-precision of a random ranking: the mean share of relevant samples."""
     return {
-        kind: float(torch.stack([relevant(q, samples).float().mean() for q in asked if q.kind == kind]).mean())
+        kind: float(
+            torch.stack([relevant(q, samples).float().mean() for q in asked if q.kind == kind]).mean()
+        )
         for kind in KINDS
     }

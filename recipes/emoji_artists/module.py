@@ -1,6 +1,6 @@
 """The LightningModule of the EmojiArtists recipe."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import Parameter
 
 from ctrak_lightning import DiffusionTask, Encoded, NoiseSchedule
 from recipes.emoji_artists.data import METADATA, NEW_ARTISTS, Emoji
@@ -29,6 +30,7 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
         token_learning_rate: AdamW's for the tokens of new names.
         rank: of the LoRA.
         drop: probability of dropping each of the two tokens, independently, in a training step.
+        warmup_steps: steps of linear learning-rate warm-up.
     """
 
     def __init__(
@@ -38,11 +40,13 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
         token_learning_rate: float = 2e-2,
         rank: int = 16,
         drop: float = 0.12,
+        warmup_steps: int = 20,
     ) -> None:
         super().__init__()
         self.learning_rate = learning_rate
         self.token_learning_rate = token_learning_rate
         self.drop = drop
+        self.warmup_steps = warmup_steps
         emoji = Emoji.load()
         base_objects, new_objects = emoji.split_objects()
         tuned = adaptation != "none"
@@ -55,8 +59,10 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
             self._start_from_base()
         if adaptation == "lora":
             self.requires_grad_(False)
-            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=ATTENTION, init_lora_weights="gaussian")
-            self.denoiser.add_adapter(config)
+            config = LoraConfig(
+                r=rank, lora_alpha=rank, target_modules=ATTENTION, init_lora_weights="gaussian"
+            )
+            self.denoiser.add_adapter(config)  # type: ignore[operator]
             for vocabulary in (self.artist, self.object):
                 assert vocabulary.new is not None
                 vocabulary.new.requires_grad_(True)
@@ -65,7 +71,9 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
         weights = {name: value.float() for name, value in load_file(BASE).items()}
         missing, unexpected = self.load_state_dict(weights, strict=False)
         if unexpected or set(missing) != {"artist.new", "object.new"}:
-            raise ValueError(f"{BASE.name} does not fit the network: missing {missing}, unexpected {unexpected}.")
+            raise ValueError(
+                f"{BASE.name} does not fit the network: missing {missing}, unexpected {unexpected}."
+            )
         generator = torch.Generator().manual_seed(0)
         self.artist.initialise_new(generator)
         self.object.initialise_new(generator)
@@ -83,7 +91,9 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
 
     def condition(self, spec: Mapping[str, str] | str, n: int) -> dict[str, Tensor]:
         if isinstance(spec, str):
-            raise TypeError(f"EmojiDiffusion.condition({spec!r}): expected attributes such as {{'object': 'owl'}}.")
+            raise TypeError(
+                f"EmojiDiffusion.condition({spec!r}): expected attributes such as {{'object': 'owl'}}."
+            )
         return {"encoder_hidden_states": self._tokens([spec.get("artist")] * n, [spec.get("object")] * n)}
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -104,13 +114,18 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        tokens = [v.new for v in (self.artist, self.object) if v.new is not None]
-        rest = [p for p in self.parameters() if p.requires_grad and not any(p is token for token in tokens)]
-        groups: list[dict[str, Any]] = [{"params": rest, "lr": self.learning_rate, "weight_decay": 0.01}]
-        if tokens:
-            groups.append({"params": tokens, "lr": self.token_learning_rate, "weight_decay": 0.0})
+        vocabularies = [*self.artist.parameters(), *self.object.parameters()]
+        # A token is seen in few batches: at the network's rate it would hardly leave its random start.
+        groups: list[dict[str, Any]] = [
+            {
+                "params": _trainable(self.denoiser.parameters()),
+                "lr": self.learning_rate,
+                "weight_decay": 0.01,
+            },
+            {"params": _trainable(vocabularies), "lr": self.token_learning_rate, "weight_decay": 0.0},
+        ]
         optimizer = torch.optim.AdamW(groups)
-        warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=200 if not tokens else 20)
+        warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=self.warmup_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 
     def _tokens(self, artists: list[str | None], objects: list[str | None], drop: float = 0.0) -> Tensor:
@@ -123,3 +138,7 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
                 rows = torch.where(torch.rand(len(rows), device=self.device) < drop, NULL, rows)
             parts.append(vocabulary(rows))
         return torch.cat(parts, 1)
+
+
+def _trainable(parameters: Iterable[Parameter]) -> list[Parameter]:
+    return [parameter for parameter in parameters if parameter.requires_grad]

@@ -52,7 +52,9 @@ def contact_sheet(path: Path, results: Sequence[Attribution], real: Tensor | Non
             assert thumbnails is not None
             picture = Image.fromarray(thumbnails[positions[record.sample_id]].numpy())
             sheet.paste(picture.resize((CELL, CELL), Image.Resampling.NEAREST), (x, y))
-            draw.rectangle((x - 2, y - 2, x + CELL + 1, y + CELL + 1), outline=RIGHT if hit else WRONG, width=2)
+            draw.rectangle(
+                (x - 2, y - 2, x + CELL + 1, y + CELL + 1), outline=RIGHT if hit else WRONG, width=2
+            )
             draw.text((x, y + CELL + 4), f"{record.rank}.  score {record.score:.2f}", INK, body)
             draw.text((x, y + CELL + 4 + LINE), _short(record.metadata["object"]), FAINT, body)
             draw.text((x, y + CELL + 4 + 2 * LINE), _short(record.metadata["artist"]), FAINT, body)
@@ -70,7 +72,11 @@ def image_grid(path: Path, images: Tensor, columns: int, scale: int = 2) -> None
 
 
 def _place(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, image: Tensor | None, at: tuple[int, int], colour: tuple[int, int, int]
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    image: Tensor | None,
+    at: tuple[int, int],
+    colour: tuple[int, int, int],
 ) -> None:
     if image is None:
         return

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctrak_lightning import Attributor, Concept, GradientTracer, Method, Projection, Sampler, TraceStore, methods
+from ctrak_lightning import (
+    Attributor,
+    Concept,
+    GradientTracer,
+    Method,
+    Projection,
+    Sampler,
+    TraceStore,
+    methods,
+)
 from ctrak_lightning.capture import Capture
 from ctrak_lightning.errors import ConceptError, GradientError, StoreError, StoreMismatchError, TaskError
 from ctrak_lightning.objective import Prediction
@@ -53,7 +62,9 @@ def traced(path: Path, method: Method, copies: int = 1) -> ToyDiffusion:
     return module
 
 
-def dense_scores(module: ToyDiffusion, store: TraceStore, method: Method, concept: Concept, seed: int) -> np.ndarray:
+def dense_scores(
+    module: ToyDiffusion, store: TraceStore, method: Method, concept: Concept, seed: int
+) -> np.ndarray:
     """The whole chain again, one sample, one state, one condition at a time; [M, N]."""
     schedule = module.noise_schedule
     tracer = GradientTracer(module.denoiser, Projection(rank=4, dim=64), engine="loop")
@@ -61,7 +72,10 @@ def dense_scores(module: ToyDiffusion, store: TraceStore, method: Method, concep
 
     def sides_now() -> dict[str, dict[str, Tensor]]:
         """The embeddings are trained too: each checkpoint has its own."""
-        return {"present": module.condition(concept.present, 1), "absent": module.condition(concept.absent, 1)}
+        return {
+            "present": module.condition(concept.present, 1),
+            "absent": module.condition(concept.absent, 1),
+        }
 
     def load(index: int) -> None:
         module.load_state_dict(store.checkpoints[index].weights(), strict=False)
@@ -69,7 +83,9 @@ def dense_scores(module: ToyDiffusion, store: TraceStore, method: Method, concep
     def unit(x: Tensor) -> Tensor:
         return x / x.norm()
 
-    def vjp(objective: Any, x_t: Tensor, t: Tensor, x0: Tensor, condition: Any, reference: Tensor | None) -> Tensor:
+    def vjp(
+        objective: Any, x_t: Tensor, t: Tensor, x0: Tensor, condition: Any, reference: Tensor | None
+    ) -> Tensor:
         x = x_t.detach().requires_grad_()
         cell = {}
 
@@ -94,14 +110,20 @@ def dense_scores(module: ToyDiffusion, store: TraceStore, method: Method, concep
             encoded = module.encode({k: (v[None] if isinstance(v, Tensor) else [v]) for k, v in item.items()})
             with torch.no_grad():
                 states = list(
-                    method.training_trajectory.states(module, encoded.latents, encoded.condition, encoded.sample_ids, 0)
+                    method.training_trajectory.states(
+                        module, encoded.latents, encoded.condition, encoded.sample_ids, 0
+                    )
                 )
-            parts = [vjp(method.training, s.x_t, s.t, encoded.latents, encoded.condition, None) for s in states]
+            parts = [
+                vjp(method.training, s.x_t, s.t, encoded.latents, encoded.condition, None) for s in states
+            ]
             rows.append(sum(unit(part) for part in parts))
         if isinstance(method.query_trajectory, Generated):
             states = method.query_trajectory.select(generation, schedule)
         else:
-            states = list(method.query_trajectory.states(module, generation.latents, sides["present"], ["x"], 0))
+            states = list(
+                method.query_trajectory.states(module, generation.latents, sides["present"], ["x"], 0)
+            )
         query = torch.zeros(64)
         for state in states:
             with torch.no_grad():
@@ -156,7 +178,9 @@ def test_the_module_is_given_back_as_it_was(tmp_path: Path) -> None:
     assert flags == {name: value.requires_grad for name, value in module.named_parameters()}
     assert modes == {name: m.training for name, m in module.named_modules()}
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in module.parameters())
-    torch.testing.assert_close(attributor.attribute(RED).checkpoint_scores, first.checkpoint_scores, rtol=0, atol=0)
+    torch.testing.assert_close(
+        attributor.attribute(RED).checkpoint_scores, first.checkpoint_scores, rtol=0, atol=0
+    )
 
 
 def test_many_concepts_at_once_and_any_batch_size_give_the_same_scores(tmp_path: Path) -> None:
@@ -172,7 +196,9 @@ def test_many_concepts_at_once_and_any_batch_size_give_the_same_scores(tmp_path:
     assert (together[0].image - together[2].image).abs().max() > 1e-3  # type: ignore[operator]
     generation = many.generate([RED.present] * 2, [0, 5])
     reused = many.attribute_many([RED, RED], [0, 5], generation=generation)
-    torch.testing.assert_close(reused[1].checkpoint_scores, together[2].checkpoint_scores, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        reused[1].checkpoint_scores, together[2].checkpoint_scores, rtol=1e-3, atol=1e-5
+    )
 
 
 def test_duplicate_samples_get_equal_scores(tmp_path: Path) -> None:
@@ -189,7 +215,9 @@ def test_a_store_answers_another_method_with_the_same_traces(tmp_path: Path) -> 
     torch.testing.assert_close(red.scores, bar.scores)  # a whole-image method does not see the concept
     red, bar = Attributor(tmp_path / "s", module, sampler=SAMPLER).attribute_many([RED, BAR])
     assert (red.scores - bar.scores).abs().max() > 0.1
-    with pytest.raises(StoreMismatchError, match=r"method\.training\.objective\.class.*SquaredNorm.*Denoising.*HINT"):
+    with pytest.raises(
+        StoreMismatchError, match=r"method\.training\.objective\.class.*SquaredNorm.*Denoising.*HINT"
+    ):
         Attributor(tmp_path / "s", module, method=methods.trak(timesteps=2))
 
 
@@ -204,12 +232,12 @@ def test_a_store_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     Attributor(tmp_path / "s", module)
     with pytest.raises(StoreMismatchError, match=r"model\.frozen_weights.*HINT"):
         Attributor(tmp_path / "s", ToyDiffusion(seed=1))
+    other = ToyDiffusion("v_prediction")
+    other.load_state_dict(module.state_dict())
     with pytest.raises(StoreMismatchError, match=r"model\.noise_schedule"):
-        other = ToyDiffusion("v_prediction")
-        other.load_state_dict(module.state_dict())
         Attributor(tmp_path / "s", other)
+    module.denoiser.conv_out = torch.nn.Conv2d(8, 5, 3)
     with pytest.raises(StoreMismatchError, match=r"model\.trained_parameters"):
-        module.denoiser.conv_out = torch.nn.Conv2d(8, 5, 3)
         Attributor(tmp_path / "s", module)
 
 
@@ -264,6 +292,8 @@ def test_an_interrupted_store_is_refused_with_the_way_on(tmp_path: Path) -> None
     module = ToyDiffusion()
     tracer = GradientTracer(module.denoiser, Projection(rank=4, dim=64))
     loader = torch.utils.data.DataLoader(ToyData().toys, 5)
-    Capture(str(tmp_path / "s"), module, module, loader, method=METHODS["trak"], tracer=tracer, progress=False)
+    Capture(
+        str(tmp_path / "s"), module, module, loader, method=METHODS["trak"], tracer=tracer, progress=False
+    )
     with pytest.raises(StoreError, match="interrupted.*HINT"):
         Attributor(tmp_path / "s", module)

@@ -63,7 +63,9 @@ def test_by_group_interval_is_the_bootstraps() -> None:
     generator = np.random.default_rng(0)
     values = generator.exponential(size=40)
     owners = ["x" if i % 3 else "y" for i in range(40)]
-    shares = {s.group: s for s in result_of(torch.tensor(values)[None], owners).by_group("owner", resamples=4000)}
+    shares = {
+        s.group: s for s in result_of(torch.tensor(values)[None], owners).by_group("owner", resamples=4000)
+    }
     is_x = np.array([owner == "x" for owner in owners])
     draws = generator.integers(40, size=(4000, 40))
     sampled = [values[d][is_x[d]].sum() / values[d].sum() for d in draws]

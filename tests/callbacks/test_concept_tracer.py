@@ -13,7 +13,13 @@ from torch.utils.data import DataLoader
 
 from ctrak_lightning import Encoded, TraceStore, methods
 from ctrak_lightning.callbacks import ConceptTracer
-from ctrak_lightning.errors import BatchError, DatasetChangedError, GradientError, StoreError, StoreMismatchError
+from ctrak_lightning.errors import (
+    BatchError,
+    DatasetChangedError,
+    GradientError,
+    StoreError,
+    StoreMismatchError,
+)
 
 from ..toy import ToyData, ToyDiffusion
 
@@ -26,7 +32,12 @@ def tracer(path: Path, **kwargs: Any) -> ConceptTracer:
 
 
 def fit(
-    module: L.LightningModule, callbacks: list[Any], *, data: Any = None, ckpt_path: str | None = None, **kwargs: Any
+    module: L.LightningModule,
+    callbacks: list[Any],
+    *,
+    data: Any = None,
+    ckpt_path: str | None = None,
+    **kwargs: Any,
 ) -> L.Trainer:
     arguments: dict[str, Any] = {"max_epochs": 2, "enable_checkpointing": False}
     arguments["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in callbacks)
@@ -38,7 +49,9 @@ def fit(
         callbacks=callbacks,
         **(arguments | kwargs),
     )
-    trainer.fit(module, datamodule=data or ToyData(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    trainer.fit(
+        module, datamodule=data or ToyData(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None
+    )
     return trainer
 
 
@@ -47,7 +60,9 @@ def weights_after(path: Path | None, ema: bool = True, **kwargs: Any) -> dict[st
     module = ToyDiffusion(dropout=0.2)
     callbacks: list[Any] = [EMAWeightAveraging(decay=0.9)] if ema else []
     if path is not None:
-        callbacks.append(tracer(path, method=methods.concept_trak(timesteps=2, inversion_steps=2), every_n_train_steps=1))
+        callbacks.append(
+            tracer(path, method=methods.concept_trak(timesteps=2, inversion_steps=2), every_n_train_steps=1)
+        )
     fit(module, callbacks, **kwargs)
     return {name: value.clone() for name, value in module.state_dict().items()}
 
@@ -191,7 +206,9 @@ def resumed_store(path: Path, stop_after: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
-def test_a_resumed_run_leaves_the_store_of_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_leaves_the_store_of_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("uuid.uuid4", lambda: type("Fixed", (), {"hex": "0" * 32}))
     # Shuffling draws from the global generator, which Lightning does not restore: both runs use a fixed order here.
     monkeypatch.setattr(ToyData, "train_dataloader", lambda self: DataLoader(self.toys, 4))
@@ -205,7 +222,9 @@ def test_a_resumed_run_leaves_the_store_of_an_uninterrupted_one(tmp_path: Path, 
 
 def deterministic_step(self: ToyDiffusion, batch: dict[str, Any], batch_idx: int) -> Tensor:
     t = torch.full((len(batch["image"]),), 10 + 20 * (self.trainer.global_step % 4))
-    noise = torch.randn(batch["image"].shape, generator=torch.Generator().manual_seed(self.trainer.global_step))
+    noise = torch.randn(
+        batch["image"].shape, generator=torch.Generator().manual_seed(self.trainer.global_step)
+    )
     noised = self.scheduler.add_noise(batch["image"], noise, t)
     condition = {"encoder_hidden_states": self.tokens(batch["colour"], batch["shape"])}
     return (self.predict(noised, t, condition) - noise).square().mean()
@@ -294,7 +313,9 @@ def test_samples_that_change_between_captures_are_refused(tmp_path: Path) -> Non
 
             return Loader()
 
-    with pytest.raises(DatasetChangedError, match="differ from those the store began with.*HINT: no shuffling"):
+    with pytest.raises(
+        DatasetChangedError, match="differ from those the store began with.*HINT: no shuffling"
+    ):
         fit(ToyDiffusion(), [tracer(tmp_path)], data=Shuffled())
     with pytest.warns(UserWarning, match="not sealed"):
         assert [c.step for c in TraceStore(tmp_path / "traces").checkpoints] == [3]
@@ -328,7 +349,9 @@ def test_a_module_that_is_no_task_is_refused_with_what_it_lacks(tmp_path: Path) 
 
         def configure_optimizers(self) -> None: ...
 
-    with pytest.raises(MisconfigurationException, match="lacks noise_schedule, encode, condition, predict.*HINT"):
+    with pytest.raises(
+        MisconfigurationException, match="lacks noise_schedule, encode, condition, predict.*HINT"
+    ):
         fit(Plain(), [tracer(tmp_path)])
 
 

@@ -78,11 +78,12 @@ class Capture:
     def run_checkpoint(self, writer: TraceWriter, step: int, batch: int = 3, stop: int | None = None) -> None:
         """Capture one checkpoint in batches; with ``stop``, leave after so many rows and do not seal."""
         features, loss = self.traces(step)
-        with writer.begin_checkpoint(step, epoch=step // 100, learning_rate=0.1) as checkpoint:
+        options = {"epoch": step // 100, "learning_rate": 0.1, "weights": self.weights(step)}
+        with writer.begin_checkpoint(step, **options) as checkpoint:
             for rows in self.order(step)[:stop][checkpoint.rows_done :].split(batch):
                 checkpoint.append(rows, features[rows], loss[rows])
             if stop is None:
-                checkpoint.seal(self.weights(step))
+                checkpoint.seal()
 
 
 def read_bytes(path: Path) -> dict[str, bytes]:

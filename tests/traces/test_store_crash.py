@@ -36,9 +36,8 @@ def test_capture_that_stopped_goes_on_where_its_shards_end(
     writer = capture.open(tmp_path / "stopped")
     writer.write_samples(make_table())
     capture.run_checkpoint(writer, 300, batch, stop=stop)
-    assert capture.open(tmp_path / "stopped").begin_checkpoint(300, epoch=3, learning_rate=0.1).rows_done == (
-        stop // 4 * 4
-    )
+    options = {"epoch": 3, "learning_rate": 0.1, "weights": capture.weights(300)}
+    assert capture.open(tmp_path / "stopped").begin_checkpoint(300, **options).rows_done == (stop // 4 * 4)
     assert read_bytes(capture.run(tmp_path / "stopped", batch)) == whole
 
 
@@ -99,7 +98,7 @@ def test_disk_that_fails_once_loses_and_doubles_nothing(
     writer.write_samples(make_table())
     features, loss = capture.traces(300)
     order = capture.order(300)
-    checkpoint = writer.begin_checkpoint(300, epoch=3, learning_rate=0.1)
+    checkpoint = writer.begin_checkpoint(300, epoch=3, learning_rate=0.1, weights=capture.weights(300))
     checkpoint.append(order[:4], features[order[:4]], loss[order[:4]])
     replace = os.replace
 
@@ -114,7 +113,7 @@ def test_disk_that_fails_once_loses_and_doubles_nothing(
             checkpoint.append(order[4:8], features[order[4:8]], loss[order[4:8]])
     assert isinstance(caught.value.__cause__, OSError)
     checkpoint.append(order[8:], features[order[8:]], loss[order[8:]])
-    checkpoint.seal(capture.weights(300))
+    checkpoint.seal()
     assert read_bytes(capture.run(tmp_path / "failed")) == whole
 
 
@@ -147,3 +146,18 @@ def test_content_and_names_are_durable_before_the_manifest_says_so(
         "replace manifest.json",
         f"fsync {tmp_path.name}",
     ]
+
+
+def test_other_weights_begin_the_checkpoint_anew(tmp_path: Path, capture: Capture) -> None:
+    """A capture that was cut and whose training then went another way must not keep the first model's rows."""
+    whole = read_bytes(capture.run(tmp_path / "whole"))
+    writer = capture.open(tmp_path / "cut")
+    writer.write_samples(make_table())
+    features, loss = capture.traces(300)
+    options = {"epoch": 3, "learning_rate": 0.1}
+    other = {name: value + 1 for name, value in capture.weights(300).items()}
+    with writer.begin_checkpoint(300, **options, weights=other) as checkpoint:
+        checkpoint.append(torch.arange(10), features + 1, loss)
+    again = capture.open(tmp_path / "cut").begin_checkpoint(300, **options, weights=capture.weights(300))
+    assert again.rows_done == 0
+    assert read_bytes(capture.run(tmp_path / "cut")) == whole

@@ -134,9 +134,9 @@ def test_weights_that_share_memory_are_stored_and_absent_ones_are_an_error(tmp_p
     features, loss = make_traces(10, 6)
     tied = torch.nn.Parameter(torch.rand(3, 4))
     for step, weights in ((1, {"head": tied, "embedding": tied.T}), (2, None)):
-        with writer.begin_checkpoint(step, epoch=0) as checkpoint:
+        with writer.begin_checkpoint(step, epoch=0, weights=weights) as checkpoint:
             checkpoint.append(torch.arange(10), features, loss)
-            checkpoint.seal(weights)
+            checkpoint.seal()
     first, second = TraceStore(tmp_path).checkpoints
     assert torch.equal(first.weights()["embedding"], tied.detach().T)
     assert (first.has_weights, second.has_weights) == (True, False)
