@@ -1,10 +1,13 @@
-"""Makes the base model.
+"""Makes the base model, in two stages (about four hours on 2 cores in all), and draws samples of it.
 
-python -m recipes.emoji_artists.pretrain                                     # train (about two hours on 2 cores)
-python -m recipes.emoji_artists.pretrain --export runs/emoji_base/last.ckpt  # averaged weights -> base.safetensors
+python -m recipes.emoji_artists.pretrain --out runs/stage1 --batch-size 64 --token-learning-rate 6e-4 --max-steps 2500
+python -m recipes.emoji_artists.pretrain --out runs/stage2 --init runs/stage1/step=2500.ckpt --seed 1 --max-steps 10000
+python -m recipes.emoji_artists.pretrain --export runs/stage2/step=10000.ckpt   # averaged weights -> base.safetensors
+python -m recipes.emoji_artists.pretrain --draw                                 # results/base_samples.png
 """
 
 import argparse
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -12,8 +15,11 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import save_file
 
-from recipes.emoji_artists.data import EmojiArtists
+from ctrak_lightning import Sampler
+from ctrak_lightning.trajectory import seeded_noise
+from recipes.emoji_artists.data import Emoji, EmojiArtists, EmojiPairs
 from recipes.emoji_artists.module import BASE, EmojiDiffusion
+from recipes.emoji_artists.sheets import image_grid
 
 
 def export(checkpoint: str) -> None:
@@ -21,6 +27,24 @@ def export(checkpoint: str) -> None:
     facts = torch.load(checkpoint, weights_only=True, map_location="cpu")
     save_file({name: value.half().contiguous() for name, value in facts["state_dict"].items()}, BASE)
     print(f"step {facts['global_step']}: {BASE}, {BASE.stat().st_size:,} bytes")
+
+
+@torch.no_grad()
+def draw(path: Path = BASE.parent / "results" / "base_samples.png") -> None:
+    """Draws twelve base objects by the six base artists: generated on the left, the artists' own on the right."""
+    module = EmojiDiffusion("lora").eval()  # an untrained adapter changes nothing
+    emoji = Emoji.load()
+    names, artists = emoji.split_objects()[0][::33][:12], emoji.base_artists()
+    pairs = [(name, artist) for name in names for artist in artists]
+    noise = torch.stack([seeded_noise((48, 8, 8), seed, 0, "generation") for seed in range(len(pairs))])
+    parts = [module.condition({"object": name, "artist": artist}, 1) for name, artist in pairs]
+    condition = {"encoder_hidden_states": torch.cat([part["encoder_hidden_states"] for part in parts])}
+    generation = Sampler(steps=20, guidance=2.5).run(
+        module, noise, condition, module.condition({}, len(pairs))
+    )
+    generated = module.decode(generation.latents).view(len(names), len(artists), 3, 32, 32)
+    real = ((EmojiPairs(emoji, pairs).images + 1) / 2).view_as(generated)
+    image_grid(path, torch.cat([generated, real], 1).flatten(0, 1), columns=2 * len(artists))
 
 
 def main() -> None:
@@ -38,7 +62,13 @@ def main() -> None:
     parser.add_argument(
         "--export", metavar="CKPT", default=None, help="export this checkpoint instead of training"
     )
+    parser.add_argument(
+        "--draw", action="store_true", help="draw samples of the base model instead of training"
+    )
     args = parser.parse_args()
+    if args.draw:
+        draw()
+        return
     if args.export:
         export(args.export)
         return
