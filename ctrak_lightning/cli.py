@@ -80,7 +80,7 @@ def load_module(config: str | Path) -> Any:
         raise ValueError(f"{config}: expected a LightningCLI YAML with `model: {{class_path: ...}}`.")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningModule, "model")
-    return parser.instantiate_classes(parser.parse_object({"model": facts["model"]})).model
+    return parser.instantiate(parser.parse_object({"model": facts["model"]})).model
 
 
 def _fit(argv: Sequence[str]) -> None:

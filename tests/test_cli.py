@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,8 +96,8 @@ def test_attribute_prints_and_writes_the_ranking(run: Path, capsys: pytest.Captu
     with open(run / "r.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12
-    ranked = [line.split() for line in printed.splitlines() if line[:4].strip().isdigit()]
-    assert [line[2] for line in ranked] == [row["sample_id"] for row in rows[:3]]
+    ranked = re.findall(r"^ +\d+ +-?\d+\.\d+ +(\S+)$", printed, re.MULTILINE)
+    assert ranked == [row["sample_id"] for row in rows[:3]]
     assert "owner of red" in printed
 
 
@@ -111,8 +113,6 @@ def test_info_shows_and_verifies(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert "concept_trak" in printed
     assert "12, metadata: colour, owner, shape" in printed
     assert "verified" in printed
-    import shutil
-
     shutil.copytree(run / "traces", tmp_path / "broken")
     shard = next((tmp_path / "broken").rglob("rank0-*.h5"))
     content = bytearray(shard.read_bytes())
