@@ -14,16 +14,16 @@ CPU = torch.device("cpu")
 SEEDS = 1500
 
 
-@pytest.mark.parametrize("dim", [None, 5])
-def test_inner_products_are_unbiased(dim: int | None) -> None:
+@pytest.mark.parametrize(("rank", "dim"), [(3, None), (3, 5), (9, 5)])
+def test_inner_products_are_unbiased(rank: int, dim: int | None) -> None:
     shapes = {"a": (6, 9), "b": (2, 7), "c": (5, 1)}
     generator = torch.Generator().manual_seed(0)
-    gradients = {name: torch.randn(2, *shape, generator=generator) for name, shape in shapes.items()}
+    gradients = {name: torch.randn(2, *shape, generator=generator) + 0.5 for name, shape in shapes.items()}
     gradients = {name: g + 0.5 * g[:1] for name, g in gradients.items()}
     exact = sum(float((g[0] * g[1]).sum()) for g in gradients.values())
     products = []
     for seed in range(SEEDS):
-        projector = BlockProjector(Projection(rank=3, dim=dim, seed=seed), shapes)
+        projector = BlockProjector(Projection(rank=rank, dim=dim, seed=seed), shapes)
         first, second = projector.combine({n: projector.project(n, g) for n, g in gradients.items()}, 2, CPU)
         products.append(float(first @ second))
     mean, deviation = torch.tensor(products).mean(), torch.tensor(products).std()

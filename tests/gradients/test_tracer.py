@@ -225,6 +225,13 @@ def test_wrong_cotangents_are_refused(cotangent: Callable[..., Any]) -> None:
         features(build("linear_2d"), cotangents=[cotangent])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
+def test_cotangents_of_another_dtype(dtype: torch.dtype) -> None:
+    case = build("linear_2d")
+    ours = features(case, cotangents=[lambda e, rows: (4 * weighted(e, rows)).round().to(dtype)])
+    assert torch.equal(ours, features(case, cotangents=[lambda e, rows: (4 * weighted(e, rows)).round()]))
+
+
 def test_empty_batches_are_refused() -> None:
     with pytest.raises(GradientError, match="batch_size=0"):
         GradientTracer(nn.Linear(2, 2)).vjps(lambda rows: rows, [], 0)
