@@ -1,6 +1,7 @@
 """Capture: the traces of a whole data set at one checkpoint. For callbacks and for raw training loops."""
 
 import hashlib
+import warnings
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from ctrak_lightning.errors import DatasetChangedError, GradientError
 from ctrak_lightning.fingerprint import content_hashes, model_fingerprint, trained_parameters
-from ctrak_lightning.gradients import GradientTracer, tracing_mode
+from ctrak_lightning.gradients import GradientTracer, UntracedParameterWarning, tracing_mode
 from ctrak_lightning.method import Method
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.task import Encoded, encode
@@ -37,6 +38,9 @@ class Capture:
 
     Raises:
         StoreMismatchError: the folder holds traces of another method, projection, model or data set.
+
+    Warns:
+        UntracedParameterWarning: the owner trains parameters outside the denoiser.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Capture:
     ) -> None:
         self.owner, self.task, self.batches, self.method, self.tracer = owner, task, batches, method, tracer
         self.seed, self.device, self.progress = seed, torch.device(device), progress
+        self._warn_of_parameters_outside()
         table, latent_shape = self._survey(thumbnails)
         header = StoreHeader(
             method=method.to_dict(),
@@ -103,6 +108,20 @@ class Capture:
                     position += rows
                     bar.update(rows)
             checkpoint.seal()
+
+    def _warn_of_parameters_outside(self) -> None:
+        inside = {id(parameter) for parameter in self.tracer.module.parameters()}
+        outside = sorted(
+            name for name, value in trained_parameters(self.owner).items() if id(value) not in inside
+        )
+        if outside:
+            warnings.warn(
+                f"These trained parameters are outside the denoiser and are not traced: {', '.join(outside)}. What samples "
+                "taught through them alone is missed. HINT: that is usual for token embeddings; freeze them, or make them "
+                "part of `denoiser`, if it matters.",
+                UntracedParameterWarning,
+                stacklevel=3,
+            )
 
     def _survey(self, thumbnails: bool) -> tuple[SampleTable, torch.Size]:
         """One pass over the data without the network: who the samples are."""

@@ -1,5 +1,6 @@
 """ConceptTracer: training stays as it was, and the store says what happened."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ctrak_lightning.errors import (
     StoreError,
     StoreMismatchError,
 )
+from ctrak_lightning.gradients import UntracedParameterWarning
 
 from ..toy import ToyData, ToyDiffusion
 
@@ -390,6 +392,16 @@ def test_gradients_that_are_not_finite_name_the_samples(tmp_path: Path) -> None:
 
     with pytest.raises(GradientError, match="not finite.*green-box-6"):
         fit(Poisoned(), [tracer(tmp_path)])
+
+
+def test_trained_parameters_outside_the_denoiser_are_named(tmp_path: Path) -> None:
+    with pytest.warns(UntracedParameterWarning, match="outside the denoiser.*: embedding.weight. "):
+        fit(ToyDiffusion(), [tracer(tmp_path / "outside")], max_epochs=1)
+    module = ToyDiffusion()
+    module.embedding.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UntracedParameterWarning)
+        fit(module, [tracer(tmp_path / "inside")], max_epochs=1)
 
 
 def test_two_tracers_work_side_by_side(tmp_path: Path) -> None:
