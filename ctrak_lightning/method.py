@@ -1,22 +1,26 @@
 """Method: everything that decides an attribution score, apart from the model and the data."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ctrak_lightning.objective import (
     ConceptDirection,
     Denoising,
+    MeanOutput,
     Objective,
     PosteriorSampling,
     SquaredNorm,
     Term,
 )
-from ctrak_lightning.trajectory import Generated, Inverted, Noised, Trajectory
+from ctrak_lightning.trajectory import Generated, Inverted, Noised, Renoised, Trajectory
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    cls.__name__: cls for cls in (ConceptDirection, Denoising, PosteriorSampling, SquaredNorm)
+    cls.__name__: cls for cls in (ConceptDirection, Denoising, MeanOutput, PosteriorSampling, SquaredNorm)
 }
-TRAJECTORIES: dict[str, type[Trajectory]] = {cls.__name__: cls for cls in (Generated, Inverted, Noised)}
+TRAJECTORIES: dict[str, type[Trajectory]] = {
+    cls.__name__: cls for cls in (Generated, Inverted, Noised, Renoised)
+}
+Ensemble = Literal["standardised", "learning_rate"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,9 +36,12 @@ class Method:
         unit_norm: scale every projected gradient to norm 1 per sample and timestep, before timesteps are summed.
         damping: lambda of the kernel, relative to the mean eigenvalue ``tr(K) / min(n, k)``; None uses no kernel at all
             (the limit of strong damping).
+        residual: multiply a sample's score by its mean denoising loss at the checkpoint (DAS).
+        ensemble: how checkpoints are joined: ``"standardised"`` averages them, each in units of its own standard deviation
+            over the samples; ``"learning_rate"`` adds them, each times the learning rate it was made at (TracIn).
 
     Raises:
-        ValueError: no query term, or a damping that is not positive.
+        ValueError: no query term, an unknown ensemble, or a damping that is not positive.
     """
 
     name: str
@@ -44,6 +51,8 @@ class Method:
     query_trajectory: Trajectory
     unit_norm: bool = True
     damping: float | None = 1.0
+    residual: bool = False
+    ensemble: Ensemble = "standardised"
 
     def __post_init__(self) -> None:
         if not self.query:
@@ -52,9 +61,14 @@ class Method:
             raise ValueError(
                 f"Method({self.name!r}, damping={self.damping}): expected a number > 0, or None."
             )
+        if self.ensemble not in get_args(Ensemble):
+            raise ValueError(
+                f"Method({self.name!r}, ensemble={self.ensemble!r}): expected one of {get_args(Ensemble)}."
+            )
         if isinstance(self.training_trajectory, Generated):
             raise ValueError(
-                f"Method({self.name!r}): Generated() is a query trajectory; training images have no states."
+                f"Method({self.name!r}): {type(self.training_trajectory).__name__}() is a query trajectory; training images "
+                "have no states."
             )
 
     def training_dict(self) -> dict[str, Any]:
@@ -73,6 +87,8 @@ class Method:
             "query": [term.to_dict() for term in self.query],
             "query_trajectory": self.query_trajectory.to_dict(),
             "damping": self.damping,
+            "residual": self.residual,
+            "ensemble": self.ensemble,
         }
 
     @classmethod
@@ -95,6 +111,9 @@ class Method:
                 query_trajectory=_built(TRAJECTORIES, facts["query_trajectory"]),
                 unit_norm=training["unit_norm"],
                 damping=facts["damping"],
+                # Absent in stores of version 0.1.
+                residual=facts.get("residual", False),
+                ensemble=facts.get("ensemble", "standardised"),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"Method.from_dict: these facts describe no method: {error!r}.") from error

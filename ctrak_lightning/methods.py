@@ -1,17 +1,20 @@
 """Named presets of :class:`~ctrak_lightning.method.Method`, after the published ones."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ctrak_lightning.method import Method
 from ctrak_lightning.objective import (
     ConceptDirection,
     Denoising,
+    MeanOutput,
+    Objective,
     PosteriorSampling,
     SquaredNorm,
     Term,
     contrast,
 )
-from ctrak_lightning.trajectory import Generated, Inverted, Noised
+from ctrak_lightning.trajectory import Generated, Inverted, Noised, Renoised
 
 
 def concept_trak(
@@ -48,25 +51,58 @@ def contrastive_d_trak(timesteps: int = 10, damping: float | None = 1.0) -> Meth
 
 
 def d_trak(timesteps: int = 10, damping: float | None = 1.0) -> Method:
-    """D-TRAK (Zheng et al. 2024, arXiv 2311.00500): attributes the whole generated image, whatever the concept."""
-    return Method(
-        name="d_trak",
-        training=SquaredNorm(),
-        training_trajectory=Noised(timesteps=timesteps),
-        query=(Term(SquaredNorm()),),
-        query_trajectory=Noised(timesteps=timesteps),
-        damping=damping,
-    )
+    """D-TRAK (Zheng et al. 2024, arXiv 2311.00500): ``mean(e^2)`` of the whole image, whatever the concept."""
+    return _whole_image("d_trak", SquaredNorm(), timesteps, damping)
 
 
 def trak(timesteps: int = 10, damping: float | None = 1.0) -> Method:
-    """TRAK on the denoising loss (Park et al. 2023, arXiv 2303.14186): attributes the whole generated image."""
+    """TRAK on the denoising loss (Park et al. 2023, arXiv 2303.14186) of the whole image."""
+    return _whole_image("trak", Denoising(), timesteps, damping)
+
+
+def das(timesteps: int = 10, damping: float | None = 1.0, absolute: bool = False) -> Method:
+    """DAS (arXiv 2410.18639): the mean output's gradient, unit-normalised per timestep; a sample's score is multiplied by its
+    denoising loss.
+
+    Args:
+        timesteps: states per sample and per query.
+        damping: see :class:`~ctrak_lightning.method.Method`.
+        absolute: ``mean(|e|)`` instead, as Concept-TRAK's authors re-ran it.
+    """
+    method = _whole_image("das", MeanOutput(absolute), timesteps, damping)
+    return replace(method, unit_norm=True, residual=True)
+
+
+def journey_trak(timesteps: int = 10, damping: float | None = 1.0) -> Method:
+    """Journey-TRAK (arXiv 2312.06205): the denoising loss along the generation, against the clean image predicted at each
+    step. (Training timesteps are evenly spaced, where the paper draws them.)"""
+    method = _whole_image("journey_trak", Denoising(), timesteps, damping)
+    return replace(method, query_trajectory=Renoised(timesteps=timesteps))
+
+
+def tracin(timesteps: int = 10) -> Method:
+    """Diffusion-TracIn (arXiv 2401.09031, eq. 5): denoising gradients' inner products, added over checkpoints times the
+    learning rate; no kernel."""
+    method = _whole_image("tracin", Denoising(), timesteps, None)
+    return replace(method, ensemble="learning_rate")
+
+
+def retrac(timesteps: int = 10) -> Method:
+    """Diffusion-ReTrac (arXiv 2401.09031): TracIn with gradients of unit norm, so that timesteps and samples with large
+    gradients do not decide alone."""
+    return replace(tracin(timesteps), name="retrac", unit_norm=True)
+
+
+def _whole_image(name: str, objective: Objective, timesteps: int, damping: float | None) -> Method:
+    """The same objective on both sides, on noised images, gradients as they are."""
+    noised = Noised(timesteps=timesteps)
     return Method(
-        name="trak",
-        training=Denoising(),
-        training_trajectory=Noised(timesteps=timesteps),
-        query=(Term(Denoising()),),
-        query_trajectory=Noised(timesteps=timesteps),
+        name=name,
+        training=objective,
+        training_trajectory=noised,
+        query=(Term(objective),),
+        query_trajectory=noised,
+        unit_norm=False,
         damping=damping,
     )
 
@@ -74,8 +110,12 @@ def trak(timesteps: int = 10, damping: float | None = 1.0) -> Method:
 PRESETS: dict[str, Callable[..., Method]] = {
     "concept_trak": concept_trak,
     "contrastive_d_trak": contrastive_d_trak,
-    "d_trak": d_trak,
     "trak": trak,
+    "d_trak": d_trak,
+    "das": das,
+    "journey_trak": journey_trak,
+    "tracin": tracin,
+    "retrac": retrac,
 }
 
 

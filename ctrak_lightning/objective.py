@@ -79,6 +79,21 @@ class SquaredNorm(Objective):
 
 
 @dataclass(frozen=True, slots=True)
+class MeanOutput(Objective):
+    """``mean(e)``, the output function of DAS (arXiv 2410.18639), or ``mean(|e|)`` as Concept-TRAK's authors re-ran it.
+
+    Args:
+        absolute: take the mean of absolute values.
+    """
+
+    absolute: bool = False
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        e = prediction.e.detach()
+        return (e.sign() if self.absolute else torch.ones_like(e)) / _elements(prediction)
+
+
+@dataclass(frozen=True, slots=True)
 class PosteriorSampling(Objective):
     """Concept-TRAK's training loss (arXiv 2507.06547): ``mean((stop[e + d] - e)^2)`` with the diffusion-posterior-sampling
     direction ``d = grad_{x_t} mean((x0_hat - x0)^2)``. Needs states that require grad."""

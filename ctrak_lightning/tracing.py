@@ -70,7 +70,7 @@ def trace_query(
         tracer: the gradient tracer of ``task.denoiser``.
         method: what to ask.
         states: the states of the queries, each [B, ...].
-        x0: the queries' clean latents [B, ...].
+        x0: the queries' clean latents [B, ...]; a state's own ``x0`` goes before it.
         conditions: the condition with and without the concept.
     """
     features = torch.zeros(len(x0), tracer.dim)
@@ -98,7 +98,8 @@ def _term(
     predictions: dict[Side, Tensor],
 ) -> Tensor:
     reference = predictions["absent"] if term.objective.needs_reference else None
-    evaluation = _Evaluation(task, state, x0, conditions[term.side], reference)
+    clean = x0 if state.x0 is None else state.x0
+    evaluation = _Evaluation(task, state, clean, conditions[term.side], reference)
     row = evaluation.vjp(tracer, term.objective)
     predictions[term.side] = evaluation.e
     return row

@@ -14,18 +14,31 @@ from ctrak_lightning.task import Condition
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Noisy latents ``x_t`` [B, ...] and the timestep ``t`` [B] (int64) they are at."""
+    """Noisy latents ``x_t`` [B, ...] and the timestep ``t`` [B] (int64) they are at.
+
+    ``x0`` [B, ...] is the clean latent that the state is taken to be a noising of, where that is not the finished image.
+    """
 
     x_t: Tensor
     t: Tensor
+    x0: Tensor | None = None
+
+    def rows(self, rows: Tensor) -> "State":
+        """The same of some rows [b] only."""
+        return State(self.x_t[rows], self.t[rows], None if self.x0 is None else self.x0[rows])
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A finished generation: its ``states``, most noise first, and the clean ``latents`` [B, ...]."""
+    """A finished generation: its ``states``, most noise first, each with the ``x0`` predicted there, and the clean
+    ``latents`` [B, ...]."""
 
     states: list[State]
     latents: Tensor
+
+    def rows(self, rows: Tensor) -> "Generation":
+        """The same of some rows [b] only."""
+        return Generation([state.rows(rows) for state in self.states], self.latents[rows])
 
 
 class Trajectory(ABC):
@@ -129,6 +142,9 @@ class Generated(Trajectory):
         Raises:
             ValueError: the generation has fewer usable states than ``timesteps``.
         """
+        return [State(state.x_t, state.t) for state in self._chosen(generation, schedule)]
+
+    def _chosen(self, generation: Generation, schedule: Any) -> list[State]:
         usable = [state for state in generation.states if float(schedule.alpha_bar[state.t[0].cpu()]) > 0]
         count = self.timesteps or len(usable)
         if count > len(usable):
@@ -137,6 +153,21 @@ class Generated(Trajectory):
                 f"Sampler(steps={count + 1}) or more, or fewer timesteps."
             )
         return [usable[i] for i in _evenly(len(usable), count)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Renoised(Generated):
+    """Journey-TRAK's states (arXiv 2312.06205): at evenly spaced timesteps of the generation, the clean latent predicted
+    there is noised again, with noise that the timestep fixes; the loss is held against that prediction."""
+
+    def select(self, generation: Generation, schedule: Any) -> list[State]:
+        chosen = []
+        for state in self._chosen(generation, schedule):
+            assert state.x0 is not None
+            timestep = int(state.t[0])
+            noise = seeded_noise(state.x0.shape[1:], 0, timestep, "renoised").to(state.x0).expand_as(state.x0)
+            chosen.append(State(schedule.add_noise(state.x0, noise, state.t), state.t, state.x0))
+        return chosen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,11 +190,11 @@ class Sampler:
         x, states = noise, []
         for i, at in enumerate(grid):
             t = _repeat(at, x)
-            states.append(State(x, t))
             output = _guided_output(task, x, t, condition, null, self.guidance)
             x0_hat, e = _clean_and_noise(task, output, x, at, float(schedule.alpha_bar[at]))
             if schedule.clip is not None:
                 x0_hat = x0_hat.clamp(-schedule.clip, schedule.clip)
+            states.append(State(x, t, x0_hat))
             last = i + 1 == len(grid)
             alpha_bar = schedule.final_alpha_bar if last else float(schedule.alpha_bar[grid[i + 1]])
             x = alpha_bar**0.5 * x0_hat + (1 - alpha_bar) ** 0.5 * e

@@ -9,6 +9,7 @@ from torch import Tensor
 from ctrak_lightning.objective import (
     ConceptDirection,
     Denoising,
+    MeanOutput,
     Objective,
     PosteriorSampling,
     Prediction,
@@ -77,6 +78,18 @@ def test_denoising_is_the_gradient_of_the_noise_prediction_loss(kind: str) -> No
 def test_squared_norm_is_the_gradient_of_d_traks_output_function(kind: str) -> None:
     s = Setting(kind)
     close(s.vjp(SquaredNorm()), s.loss_gradient(lambda: per_sample_mean(s.e(s.present).square())))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_mean_output_is_the_gradient_of_das_output_functions(kind: str, absolute: bool) -> None:
+    s = Setting(kind)
+
+    def output() -> Tensor:
+        e = s.e(s.present)
+        return per_sample_mean(e.abs() if absolute else e)
+
+    close(s.vjp(MeanOutput(absolute)), s.loss_gradient(output))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,18 @@ from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.traces.schema import differences
 from ctrak_lightning.tracing import trace_query, warn_if_faint
 from ctrak_lightning.trajectory import Generated, Generation, Sampler, State, seeded_noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """What was asked, and its gradients: ``features`` [M, Q, k] per checkpoint, the concept ``strength`` [Q] (see
+    :func:`ctrak_lightning.tracing.trace_query`), and the generated ``images`` [Q, 3, H, W] where the task can decode."""
+
+    concepts: list[Concept]
+    seeds: list[int]
+    features: Tensor
+    strength: Tensor
+    images: Tensor | None
 
 
 class Attributor:
@@ -82,7 +95,17 @@ class Attributor:
         *,
         generation: Generation | None = None,
     ) -> list[Attribution]:
-        """The same for several concepts in one pass over the store.
+        """The same for several concepts in one pass over the store; :meth:`query`, then :meth:`score`."""
+        return self.score(self.query(concepts, seeds, generation=generation))
+
+    def query(
+        self,
+        concepts: Sequence[Concept],
+        seeds: int | Sequence[int] = 0,
+        *,
+        generation: Generation | None = None,
+    ) -> Query:
+        """The queries' own gradients, under the weights of every checkpoint.
 
         Args:
             concepts: the questions.
@@ -93,8 +116,7 @@ class Attributor:
         seeds = [seeds] * len(concepts) if isinstance(seeds, int) else list(seeds)
         if not concepts or len(seeds) != len(concepts):
             raise ValueError(
-                f"attribute_many({len(concepts)} concepts, {len(seeds)} seeds): expected at least one concept, and one "
-                "seed for each."
+                f"query({len(concepts)} concepts, {len(seeds)} seeds): expected at least one concept, and one seed for each."
             )
         for concept in concepts:
             check_known(concept, self.task)
@@ -102,32 +124,81 @@ class Attributor:
             generation = self.generate([concept.present for concept in concepts], seeds)
         if len(generation.latents) != len(concepts):
             raise ValueError(
-                f"attribute_many({len(concepts)} concepts, generation of {len(generation.latents)}): expected one image for "
-                "each concept."
+                f"query({len(concepts)} concepts, generation of {len(generation.latents)}): expected one image for each "
+                "concept."
             )
         with self._borrowed(), isolated_rng(0):
-            scores, strength = [], torch.zeros(len(concepts))
+            features, strength = [], torch.zeros(len(concepts))
             for index in tqdm(
                 range(len(self.store.checkpoints)), desc="attribute", disable=not self.progress
             ):
-                features, felt = self._query_features(index, concepts, generation)
-                self._refuse_unusable(features, concepts)
-                scores.append(checkpoint_scores(features, self.store.checkpoints[index], self.method.damping))
+                rows, felt = self._query_features(index, concepts, generation)
+                self._refuse_unusable(rows, concepts)
+                features.append(rows)
                 strength += felt / len(self.store.checkpoints)
         warn_if_faint(strength, [concept.name for concept in concepts])
-        images = self.decode(generation.latents)
+        return Query(
+            concepts=list(concepts),
+            seeds=seeds,
+            features=torch.stack(features),
+            strength=strength,
+            images=self.decode(generation.latents),
+        )
+
+    def query_global(self, concepts: Sequence[Concept], seed: int = 0, *, images: int = 8) -> Query:
+        """The concepts themselves rather than one image of each: the mean gradient over images generated from the concept
+        alone, against the null condition.
+
+        Args:
+            concepts: the questions; see :meth:`Concept.isolated`.
+            seed: of the first image; the others follow.
+            images: how many images for each concept.
+        """
+        if images < 1:
+            raise ValueError(f"query_global(images={images}): expected at least 1.")
+        isolated = [concept.isolated() for concept in concepts for _ in range(images)]
+        seeds = [seed + i for _ in concepts for i in range(images)]
+        each = self.query(isolated, seeds)
+        shape = (len(self.store.checkpoints), len(concepts), images, -1)
+        return Query(
+            concepts=list(concepts),
+            seeds=[seed] * len(concepts),
+            features=each.features.view(shape).mean(2),
+            strength=each.strength.view(-1, images).mean(1),
+            images=None if each.images is None else each.images[::images],
+        )
+
+    def score(self, query: Query, damping: float | Literal["method"] | None = "method") -> list[Attribution]:
+        """Scores of all training samples for every question of a query.
+
+        Args:
+            query: from :meth:`query` or :meth:`query_global`.
+            damping: another one than the method's; None leaves the kernel out.
+        """
+        used = self.method if damping == "method" else replace(self.method, damping=damping)
+        scores = [
+            checkpoint_scores(features, checkpoint, used.damping)
+            for features, checkpoint in zip(query.features, self.store.checkpoints, strict=True)
+        ]
+        if used.residual:
+            scores = [
+                row * checkpoint.losses().double()
+                for row, checkpoint in zip(scores, self.store.checkpoints, strict=True)
+            ]
+        weights = self._learning_rates() if used.ensemble == "learning_rate" else None
         return [
             Attribution(
                 concept=concept,
-                seed=seeds[i],
+                seed=query.seeds[i],
                 checkpoint_scores=torch.stack([row[i] for row in scores]),
                 steps=[checkpoint.step for checkpoint in self.store.checkpoints],
                 samples=self.store.samples,
-                method=self.method.to_dict(),
-                strength=float(strength[i]),
-                image=None if images is None else images[i],
+                method=used.to_dict(),
+                strength=float(query.strength[i]),
+                image=None if query.images is None else query.images[i],
+                weights=weights,
             )
-            for i, concept in enumerate(concepts)
+            for i, concept in enumerate(query.concepts)
         ]
 
     def generate(self, specs: Sequence[Spec], seeds: Sequence[int]) -> Generation:
@@ -145,7 +216,7 @@ class Attributor:
             made = self.generate([specs[i] for i in first], [seeds[i] for i in first])
             where = {i: position for position, i in enumerate(first)}
             rows = torch.tensor([where[unique[key]] for key in keys])
-            return Generation([State(s.x_t[rows], s.t[rows]) for s in made.states], made.latents[rows])
+            return made.rows(rows)
         shape = self.store.header.dataset["latent_shape"]
         like = next(self.task.denoiser.parameters())
         noise = torch.stack([seeded_noise(shape, seed, 0, "generation") for seed in seeds]).to(like)
@@ -157,10 +228,7 @@ class Attributor:
                 condition = self._condition([specs[i] for i in rows.tolist()])
                 null = self.task.condition({}, len(rows))
                 parts.append(self.sampler.run(self.task, noise[rows], condition, null))
-        states = [
-            State(torch.cat([p.states[i].x_t for p in parts]), torch.cat([p.states[i].t for p in parts]))
-            for i in range(len(parts[0].states))
-        ]
+        states = [_joined([part.states[i] for part in parts]) for i in range(len(parts[0].states))]
         return Generation(states, torch.cat([part.latents for part in parts]))
 
     def decode(self, latents: Tensor) -> Tensor | None:
@@ -194,10 +262,19 @@ class Attributor:
     def _states(self, generation: Generation, rows: Tensor, x0: Tensor, condition: Condition) -> list[State]:
         trajectory = self.method.query_trajectory
         if isinstance(trajectory, Generated):
-            chosen = trajectory.select(generation, self.task.noise_schedule)
-            return [State(state.x_t[rows], state.t[rows]) for state in chosen]
+            return trajectory.select(generation.rows(rows), self.task.noise_schedule)
         with tracing_mode(self._owner), torch.no_grad():
             return list(trajectory.states(self.task, x0, condition, [f"query-{int(i)}" for i in rows], 0))
+
+    def _learning_rates(self) -> list[float]:
+        rates = [checkpoint.learning_rate for checkpoint in self.store.checkpoints]
+        missing = [c.step for c, rate in zip(self.store.checkpoints, rates, strict=True) if rate is None]
+        if missing:
+            raise StoreMismatchError(
+                f"Method({self.method.name!r}, ensemble='learning_rate'): the store has no learning rate for steps {missing}. "
+                "HINT: Capture.run(..., learning_rate=...), or ensemble='standardised'."
+            )
+        return [float(rate) for rate in rates if rate is not None]
 
     def _condition(self, specs: Sequence[Spec]) -> Condition:
         parts = [self.task.condition(spec, 1) for spec in specs]
@@ -251,6 +328,16 @@ class Attributor:
                 f"The gradients of these concepts are zero or not finite: {names}. Expected a model that tells `present` "
                 "from `absent`. HINT: look at the generated images, and at the loss of the run."
             )
+
+
+def _joined(states: Sequence[State]) -> State:
+    """The same state of several batches, as one."""
+    clean = [state.x0 for state in states if state.x0 is not None]
+    return State(
+        torch.cat([state.x_t for state in states]),
+        torch.cat([state.t for state in states]),
+        torch.cat(clean) if clean else None,
+    )
 
 
 def _refuse_differences(where: str, stored: Any, mine: Any) -> None:

@@ -17,6 +17,7 @@ class Concept:
         name: shown in results.
         present: attributes (or the prompt) the image was made with.
         absent: the same without the concept. What it does not name is dropped; ``{}`` is the null condition.
+        alone: the concept and nothing else, for global queries; of attributes it is what ``absent`` lacks.
 
     Raises:
         ConceptError: the name is empty, or both sides are the same.
@@ -29,6 +30,7 @@ class Concept:
     name: str
     present: Spec
     absent: Spec
+    alone: Spec | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -38,6 +40,22 @@ class Concept:
                 f"Concept({self.name!r}): present and absent are both {self.present!r}; expected the absent side to lack "
                 "the concept. HINT: absent is `present` without the concept's attribute or words."
             )
+
+    def isolated(self) -> "Concept":
+        """The concept on its own against the null condition, of which global queries generate images.
+
+        Raises:
+            ConceptError: the concept is asked by prompt and has no ``alone``.
+        """
+        alone = self.alone
+        if alone is None:
+            if isinstance(self.present, str) or isinstance(self.absent, str):
+                raise ConceptError(
+                    f"Concept({self.name!r}, present={self.present!r}): a global query needs the prompt of the concept alone. "
+                    "HINT: Concept(..., alone='a cat')."
+                )
+            alone = {key: value for key, value in self.present.items() if self.absent.get(key) != value}
+        return Concept(self.name, alone, "" if isinstance(alone, str) else {})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

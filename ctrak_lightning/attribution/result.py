@@ -50,6 +50,7 @@ class Attribution:
         method: the method's facts, as JSON values.
         strength: relative size of the concept direction (see :func:`ctrak_lightning.tracing.trace_query`).
         image: the generated image [3, H, W] in [0, 1], or None.
+        weights: of the checkpoints, where the method adds them with weights of their own (learning rates); else None.
     """
 
     concept: Concept
@@ -60,11 +61,13 @@ class Attribution:
     method: dict[str, Any]
     strength: float
     image: Tensor | None = None
+    weights: list[float] | None = None
 
     @property
     def scores(self) -> Tensor:
-        """Checkpoint-ensembled scores [N], float32: each checkpoint in units of its own standard deviation, averaged."""
-        return ensemble(self.checkpoint_scores.double()).float()
+        """Checkpoint-ensembled scores [N], float32: each checkpoint in units of its own standard deviation, averaged; or
+        the sum with the method's own weights."""
+        return ensemble(self.checkpoint_scores.double(), self.weights).float()
 
     def timeline(self) -> Tensor:
         """The scores of each checkpoint [M, N], float32, each in units of its own standard deviation."""

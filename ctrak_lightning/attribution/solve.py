@@ -1,5 +1,7 @@
 """Scores of one checkpoint: ``q (K + lambda I)^-1 Phi^T`` with ``K = Phi^T Phi`` (TRAK, arXiv 2303.14186, eq. 13)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,12 +31,18 @@ def checkpoint_scores(queries: Tensor, checkpoint: Checkpoint, damping: float | 
     return torch.cholesky_solve(_dots(q, checkpoint).T, factor).T
 
 
-def ensemble(per_checkpoint: Tensor) -> Tensor:
-    """Mean over checkpoints of scores [M, ..., N], each scaled by its own standard deviation over the samples first.
+def ensemble(per_checkpoint: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    """Checkpoints' scores [M, ..., N] as one [..., N].
 
-    (Gradients shrink as training proceeds; without the scaling the first checkpoint would decide alone.)
+    Without weights, the mean of the checkpoints, each scaled by its own standard deviation over the samples first.
+    (Gradients shrink as training proceeds; without the scaling the first checkpoint would decide alone.) With weights, the
+    weighted sum of the scores as they are.
     """
-    return standardised(per_checkpoint).mean(0)
+    if weights is None:
+        return standardised(per_checkpoint).mean(0)
+    return sum(
+        (w * scores for w, scores in zip(weights, per_checkpoint, strict=True)), per_checkpoint.new_zeros(())
+    )
 
 
 def standardised(scores: Tensor) -> Tensor:

@@ -2,20 +2,25 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 DATA = Path(__file__).parent / "data" / "emoji_artists.npz"
 NEW_ARTISTS = ("twemoji", "openmoji")
 BASE_OBJECTS = 400
 NEW_OBJECTS = 64
 SPLIT_SEED = 20251
-METADATA = ("object", "artist", "owner", "licence", "category", "caption")
+METADATA = ("object", "artist", "object_token", "artist_token", "owner", "licence", "category", "caption")
+KINDS = ("object", "artist")
+Setting = Literal["labelled", "hidden", "mislabelled"]
+SETTINGS = ("labelled", "hidden", "mislabelled")
+HIDDEN_SHARE, WRONG_SHARE = 1 / 3, 0.1
+NO_TOKEN = ""
 
 LICENCES = {
     "noto": "Apache-2.0 (Google)",
@@ -63,11 +68,50 @@ def held_out_artist(index: int, artists: list[str]) -> str:
     return artists[index % len(artists)]
 
 
-class EmojiPairs(Dataset[dict[str, Any]]):
-    """One item per (object, artist) pair: image float [3, 32, 32] in [-1, 1], its names, and ``sample_id``."""
+def tokens(pairs: list[tuple[str, str]], setting: Setting) -> list[tuple[str, str]]:
+    """What the network is told of each image, as (object, artist); :data:`NO_TOKEN` where it is told nothing.
 
-    def __init__(self, emoji: Emoji, pairs: list[tuple[str, str]]) -> None:
+    - ``labelled``: the truth;
+    - ``hidden``: a third of the images of every object never carry its token, and a third of every artist's neither;
+    - ``mislabelled``: a tenth of all images carry another object's token, and another tenth another artist's.
+
+    Raises:
+        ValueError: an unknown setting.
+    """
+    if setting not in SETTINGS:
+        raise ValueError(f"tokens(setting={setting!r}): expected one of {SETTINGS}.")
+    rng = np.random.default_rng(SPLIT_SEED + SETTINGS.index(setting))
+    told = [list(pair) for pair in pairs]
+    if setting == "hidden":
+        for axis in range(len(KINDS)):
+            for name in sorted({pair[axis] for pair in pairs}):
+                rows = [i for i, pair in enumerate(pairs) if pair[axis] == name]
+                for i in rng.choice(rows, int(len(rows) * HIDDEN_SHARE), replace=False):
+                    told[i][axis] = NO_TOKEN
+    if setting == "mislabelled":
+        order = rng.permutation(len(pairs))
+        wrong = int(len(pairs) * WRONG_SHARE)
+        for axis in range(len(KINDS)):
+            names = sorted({pair[axis] for pair in pairs})
+            for i in order[axis * wrong : (axis + 1) * wrong].tolist():
+                told[i][axis] = str(rng.choice([name for name in names if name != pairs[i][axis]]))
+    return [(name, artist) for name, artist in told]
+
+
+class EmojiPairs(Dataset[dict[str, Any]]):
+    """One item per (object, artist) pair: image float [3, 32, 32] in [-1, 1], its names, and ``sample_id``.
+
+    Args:
+        emoji: the data.
+        pairs: what each image shows.
+        told: what the network is told of each image (see :func:`tokens`); the truth by default.
+    """
+
+    def __init__(
+        self, emoji: Emoji, pairs: list[tuple[str, str]], told: list[tuple[str, str]] | None = None
+    ) -> None:
         self.pairs = pairs
+        self.told = pairs if told is None else told
         rows = [emoji.objects.index(name) for name, _ in pairs]
         columns = [emoji.artists.index(name) for _, name in pairs]
         self.categories = [emoji.categories[row] for row in rows]
@@ -79,15 +123,18 @@ class EmojiPairs(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         name, artist = self.pairs[index]
+        object_token, artist_token = self.told[index]
         return {
             "image": self.images[index],
             "object": name,
             "artist": artist,
+            "object_token": object_token,
+            "artist_token": artist_token,
             "sample_id": f"{artist}/{name}",
             "owner": artist,
             "licence": LICENCES[artist],
             "category": self.categories[index],
-            "caption": f"{name} by {artist}",
+            "caption": f"{object_token or 'something'} by {artist_token or 'somebody'}",
         }
 
 
@@ -99,9 +146,18 @@ class EmojiArtists(L.LightningDataModule):
             ``artists``, one artist per object held out.
         artists: of the fine-tune; all eight by default.
         batch_size: images per training batch.
+        setting: what the network is told of the training images (see :func:`tokens`).
+        kept: positions in the training set to train on; all by default. What is traced stays the whole set.
     """
 
-    def __init__(self, split: str = "new", artists: list[str] | None = None, batch_size: int = 32) -> None:
+    def __init__(
+        self,
+        split: str = "new",
+        artists: list[str] | None = None,
+        batch_size: int = 32,
+        setting: Setting = "labelled",
+        kept: list[int] | None = None,
+    ) -> None:
         super().__init__()
         if split not in ("base", "new"):
             raise ValueError(f"EmojiArtists(split={split!r}): expected 'base' or 'new'.")
@@ -121,11 +177,13 @@ class EmojiArtists(L.LightningDataModule):
             self.held_out = [(name, held_out_artist(i, artists)) for i, name in enumerate(new_objects)]
             pairs = [(name, artist) for name in new_objects for artist in artists]
             pairs = [pair for pair in pairs if pair not in set(self.held_out)]
-        self.train_set = EmojiPairs(emoji, pairs)
+        self.train_set = EmojiPairs(emoji, pairs, tokens(pairs, setting))
+        self.kept = list(range(len(pairs))) if kept is None else kept
         self.held_out_set = EmojiPairs(emoji, self.held_out)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True)
+        kept = Subset(self.train_set, self.kept)
+        return DataLoader(kept, self.batch_size, shuffle=True, drop_last=True)
 
     def trace_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The samples to trace: the training images in their own order."""

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from ctrak_lightning import Attribution, Attributor, Method, Sampler, methods
 from ctrak_lightning.callbacks import ConceptTracer
-from recipes.emoji_artists.data import EmojiArtists
-from recipes.emoji_artists.evaluate import KINDS, Question, chance, label_search, questions, r_precision
+from recipes.emoji_artists.data import KINDS, EmojiArtists
+from recipes.emoji_artists.evaluate import Question, chance, label_search, questions, r_precision
 from recipes.emoji_artists.module import EmojiDiffusion
 from recipes.emoji_artists.sheets import contact_sheet, image_grid
 

@@ -9,8 +9,7 @@ from torchmetrics.retrieval import RetrievalRPrecision
 
 from ctrak_lightning import Concept
 from ctrak_lightning.traces import SampleTable
-
-KINDS = ("object", "artist")
+from recipes.emoji_artists.data import KINDS
 
 
 @dataclass(frozen=True)

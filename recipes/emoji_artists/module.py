@@ -1,6 +1,6 @@
 """The LightningModule of the EmojiArtists recipe."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,7 +84,7 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
     def encode(self, batch: dict[str, Any]) -> Encoded:
         return Encoded(
             latents=patchify(batch["image"]),
-            condition={"encoder_hidden_states": self._tokens(batch["artist"], batch["object"])},
+            condition={"encoder_hidden_states": self._tokens(batch["artist_token"], batch["object_token"])},
             sample_ids=list(batch["sample_id"]),
             metadata={name: list(batch[name]) for name in METADATA},
         )
@@ -104,7 +104,8 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
         noise = torch.randn_like(latents)
         t = torch.randint(0, len(self.noise_schedule), (len(latents),), device=self.device)
         noised = self.noise_schedule.add_noise(latents, noise, t)
-        condition = {"encoder_hidden_states": self._tokens(batch["artist"], batch["object"], self.drop)}
+        tokens = self._tokens(batch["artist_token"], batch["object_token"], self.drop)
+        condition = {"encoder_hidden_states": tokens}
         predicted = self.predict(noised, t, condition)
         alpha_bar = self.noise_schedule.levels(t, latents)[0].square()
         # The weight of a v-prediction loss, SNR + 1, cut at 5 (min-SNR, arXiv 2303.09556).
@@ -128,11 +129,13 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
         warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=self.warmup_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 
-    def _tokens(self, artists: list[str | None], objects: list[str | None], drop: float = 0.0) -> Tensor:
-        """Condition vectors [B, 2 x TOKEN_VECTORS, TOKEN_DIM]; a name that is None, or is dropped, gives the null token."""
+    def _tokens(
+        self, artists: Sequence[str | None], objects: Sequence[str | None], drop: float = 0.0
+    ) -> Tensor:
+        """Condition vectors [B, 2 x TOKEN_VECTORS, TOKEN_DIM]; None, an empty name and a dropped one give the null token."""
         parts = []
         for vocabulary, names in ((self.artist, artists), (self.object, objects)):
-            indices = [NULL if name is None else vocabulary.index[name] for name in names]
+            indices = [vocabulary.index[name] if name else NULL for name in names]
             rows = torch.tensor(indices, device=self.device)
             if drop:
                 rows = torch.where(torch.rand(len(rows), device=self.device) < drop, NULL, rows)

@@ -1,5 +1,6 @@
 """Attributor against a dense reference: a per-sample loop for every gradient and numpy for the rest."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ctrak_lightning import (
 from ctrak_lightning.capture import Capture
 from ctrak_lightning.errors import ConceptError, GradientError, StoreError, StoreMismatchError, TaskError
 from ctrak_lightning.objective import Prediction
-from ctrak_lightning.trajectory import Generated, seeded_noise
+from ctrak_lightning.trajectory import Generated, Renoised, State, seeded_noise
 
 from ..toy import ToyData, ToyDiffusion
 
@@ -33,7 +34,14 @@ METHODS = {
     "concept_trak": methods.concept_trak(timesteps=2, inversion_steps=4, guidance=2.0),
     "contrastive_d_trak": methods.contrastive_d_trak(timesteps=2),
     "trak": methods.trak(timesteps=2),
+    "d_trak": methods.d_trak(timesteps=2),
+    "das": methods.das(timesteps=2),
+    "das_absolute": methods.das(timesteps=2, absolute=True),
+    "journey_trak": methods.journey_trak(timesteps=2),
+    "tracin": methods.tracin(timesteps=2),
+    "retrac": methods.retrac(timesteps=2),
 }
+LEARNING_RATES = {1: 1e-3, 2: 4e-4}
 
 
 def traced(path: Path, method: Method, copies: int = 1) -> ToyDiffusion:
@@ -58,7 +66,7 @@ def traced(path: Path, method: Method, copies: int = 1) -> ToyDiffusion:
                 torch.manual_seed(step)
                 module.training_step(batch | {"image": batch["image"].double()}, 0).backward()
             optimizer.step()
-        capture.run(step, epoch=0, learning_rate=1e-3)
+        capture.run(step, epoch=0, learning_rate=LEARNING_RATES[step])
     return module
 
 
@@ -81,7 +89,22 @@ def dense_scores(
         module.load_state_dict(store.checkpoints[index].weights(), strict=False)
 
     def unit(x: Tensor) -> Tensor:
-        return x / x.norm()
+        return x / x.norm() if method.unit_norm else x
+
+    @torch.no_grad()
+    def clean(state: State, condition: Any) -> Tensor:
+        """x0_hat from the noise prediction, under guidance."""
+        with_concept, without = (
+            module.predict(state.x_t, state.t, c) for c in (condition, module.condition({}, 1))
+        )
+        a, s = schedule.levels(state.t, state.x_t)
+        return (state.x_t - s * (without + SAMPLER.guidance * (with_concept - without))) / a
+
+    @torch.no_grad()
+    def loss(state: State, x0: Tensor, condition: Any) -> float:
+        a, s = schedule.levels(state.t, state.x_t)
+        noise = (state.x_t - a * x0) / s
+        return float((module.predict(state.x_t, state.t, condition) - noise).square().mean())
 
     def vjp(
         objective: Any, x_t: Tensor, t: Tensor, x0: Tensor, condition: Any, reference: Tensor | None
@@ -101,11 +124,13 @@ def dense_scores(
     load(-1)
     with torch.no_grad():
         generation = SAMPLER.run(module, noise, sides_now()["present"], module.condition({}, 1))
+        # The generation's own predictions of the clean image, made with the last checkpoint's weights.
+        predicted = [clean(state, sides_now()["present"]) for state in generation.states]
     scores = []
     for index in range(len(store.checkpoints)):
         load(index)
         sides = sides_now()
-        rows = []
+        rows, losses = [], []
         for item in ToyData().toys:
             encoded = module.encode({k: (v[None] if isinstance(v, Tensor) else [v]) for k, v in item.items()})
             with torch.no_grad():
@@ -118,7 +143,15 @@ def dense_scores(
                 vjp(method.training, s.x_t, s.t, encoded.latents, encoded.condition, None) for s in states
             ]
             rows.append(sum(unit(part) for part in parts))
-        if isinstance(method.query_trajectory, Generated):
+            each = [loss(state, encoded.latents, encoded.condition) for state in states]
+            losses.append(sum(each) / len(each))
+        if isinstance(method.query_trajectory, Renoised):
+            states = []
+            for i in (1, 4):  # of six states, evenly
+                t = generation.states[i].t
+                eps = seeded_noise([3, 8, 8], 0, int(t), "renoised")[None].double()
+                states.append(State(schedule.add_noise(predicted[i], eps, t), t, predicted[i]))
+        elif isinstance(method.query_trajectory, Generated):
             states = method.query_trajectory.select(generation, schedule)
         else:
             states = list(
@@ -131,13 +164,23 @@ def dense_scores(
                 reference = schedule.epsilon(output, state.x_t, state.t)
             terms = [
                 term.weight
-                * vjp(term.objective, state.x_t, state.t, generation.latents, sides[term.side], reference)
+                * vjp(
+                    term.objective,
+                    state.x_t,
+                    state.t,
+                    generation.latents if state.x0 is None else state.x0,
+                    sides[term.side],
+                    reference,
+                )
                 for term in method.query
             ]
             query += unit(sum(terms))  # type: ignore[arg-type]
         phi, q = torch.stack(rows).double().numpy(), query.double().numpy()  # type: ignore[arg-type]
-        ridge = method.damping * np.trace(phi @ phi.T) / min(phi.shape)
-        scores.append(phi @ np.linalg.inv(phi.T @ phi + ridge * np.eye(64)) @ q)
+        inverse = np.eye(64)
+        if method.damping is not None:
+            ridge = method.damping * np.trace(phi @ phi.T) / min(phi.shape)
+            inverse = np.linalg.inv(phi.T @ phi + ridge * np.eye(64))
+        scores.append(phi @ inverse @ q * (np.array(losses) if method.residual else 1))
     return np.stack(scores)
 
 
@@ -151,9 +194,61 @@ def test_scores_equal_a_dense_reference(tmp_path: Path, name: str) -> None:
     np.testing.assert_allclose(
         result.checkpoint_scores.numpy(), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max()
     )
-    spread = expected.std(axis=1, keepdims=True)
-    np.testing.assert_allclose(result.scores.numpy(), (expected / spread).mean(0), rtol=1e-3, atol=1e-3)
+    if name in ("tracin", "retrac"):
+        joined = LEARNING_RATES[1] * expected[0] + LEARNING_RATES[2] * expected[1]
+    else:
+        joined = (expected / expected.std(axis=1, keepdims=True)).mean(0)
+    np.testing.assert_allclose(result.scores.numpy(), joined, rtol=1e-3, atol=1e-3 * np.abs(joined).max())
     assert result.steps == [1, 2]
+
+
+def test_a_query_is_scored_again_with_another_damping(tmp_path: Path) -> None:
+    module = traced(tmp_path / "s", METHODS["trak"])
+    attributor = Attributor(tmp_path / "s", module, sampler=SAMPLER)
+    query = attributor.query([RED, BAR], seeds=[4, 5])
+    for damping in (0.1, None):
+        method = replace(METHODS["trak"], damping=damping)
+        afresh = Attributor(tmp_path / "s", module, sampler=SAMPLER, method=method).attribute(BAR, seed=5)
+        again = attributor.score(query, damping=damping)[1]
+        torch.testing.assert_close(again.checkpoint_scores, afresh.checkpoint_scores, rtol=1e-5, atol=0)
+        assert again.method == afresh.method
+    assert torch.equal(
+        attributor.score(query)[0].scores, attributor.attribute_many([RED, BAR], [4, 5])[0].scores
+    )
+
+
+def test_a_global_query_is_the_mean_over_images_of_the_concept_alone(tmp_path: Path) -> None:
+    module = traced(tmp_path / "s", METHODS["trak"])
+    attributor = Attributor(tmp_path / "s", module, sampler=SAMPLER)
+    alone = [Concept("red", {"colour": "red"}, {}), Concept("bar", {"shape": "bar"}, {})]
+    expected = torch.stack(
+        [
+            torch.stack([attributor.query([c], seed).features[:, 0] for seed in (7, 8, 9)]).mean(0)
+            for c in alone
+        ],
+        1,
+    )
+    found = attributor.query_global([RED, BAR], seed=7, images=3)
+    torch.testing.assert_close(found.features, expected, rtol=1e-4, atol=1e-7)
+    assert [c.name for c in found.concepts] == ["red", "bar"]
+    assert [len(r.scores) for r in attributor.score(found)] == [12, 12]
+    with pytest.raises(ConceptError, match="HINT: Concept.*alone="):
+        attributor.query_global([Concept("red", "a red bar", "a bar")])
+    with pytest.raises(ValueError, match="images=0"):
+        attributor.query_global([RED], images=0)
+
+
+def test_tracin_asks_for_the_learning_rates(tmp_path: Path) -> None:
+    module = ToyDiffusion().double()
+    loader = torch.utils.data.DataLoader(ToyData().toys, 5)
+    tracer = GradientTracer(module.denoiser, Projection(rank=4, dim=64))
+    method = METHODS["tracin"]
+    capture = Capture(
+        str(tmp_path / "s"), module, module, loader, method=method, tracer=tracer, progress=False
+    )
+    capture.run(1, epoch=0)
+    with pytest.raises(StoreMismatchError, match=r"no learning rate for steps \[1\].*HINT"):
+        Attributor(tmp_path / "s", module, sampler=SAMPLER).attribute(RED)
 
 
 def test_the_module_is_given_back_as_it_was(tmp_path: Path) -> None:

@@ -4,13 +4,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctrak_lightning import TraceStore
+from ctrak_lightning import Capture, GradientTracer, Projection, TraceStore, methods
 from ctrak_lightning.traces import SampleTable
-from recipes.emoji_artists.data import NEW_ARTISTS, Emoji, EmojiArtists
+from ctrak_lightning.trajectory import seeded_noise
+from recipes.benchmarks.replay import replay, save_trained, saved_steps
+from recipes.emoji_artists.data import KINDS, NEW_ARTISTS, Emoji, EmojiArtists
 from recipes.emoji_artists.demo import main
-from recipes.emoji_artists.evaluate import KINDS, chance, label_search, questions, r_precision
+from recipes.emoji_artists.evaluate import chance, label_search, questions, r_precision
+from recipes.emoji_artists.judge import EmojiJudge, denoising_losses
 from recipes.emoji_artists.module import EmojiDiffusion
 from recipes.emoji_artists.network import patchify, unpatchify
+from recipes.emoji_artists.retrain import plan
+
+from ..toy import ToyData, ToyDiffusion
 
 
 def test_the_splits_share_no_object_and_hold_one_pair_per_object_out() -> None:
@@ -70,6 +76,130 @@ def test_dropped_tokens_are_the_null_token() -> None:
     assert torch.equal(both[:, :4], artist[:, :4])
     assert torch.equal(artist[:, 4:], null[:, 4:])
     assert not torch.equal(both[:, 4:], artist[:, 4:])
+
+
+def test_hidden_tokens_are_a_third_of_every_concept_and_never_reach_the_network() -> None:
+    data = EmojiArtists("new", setting="hidden")
+    pairs, told = data.train_set.pairs, data.train_set.told
+    for axis in (0, 1):
+        for name in {pair[axis] for pair in pairs}:
+            rows = [i for i, pair in enumerate(pairs) if pair[axis] == name]
+            assert sum(told[i][axis] == "" for i in rows) == len(rows) // 3
+            assert all(told[i][axis] in ("", name) for i in rows)
+    i = next(i for i in range(len(pairs)) if told[i][0] == "" and told[i][1] != "")
+    batch = torch.utils.data.default_collate([data.train_set[i]])
+    assert batch["object"] == [pairs[i][0]]
+    module = EmojiDiffusion("lora")
+    [shown] = module.encode(batch).condition["encoder_hidden_states"]
+    [expected] = module.condition({"artist": pairs[i][1]}, 1)["encoder_hidden_states"]
+    assert torch.equal(shown, expected)
+    assert pairs[i][0] not in batch["caption"][0]
+
+
+def test_wrong_tokens_are_a_tenth_of_the_images_for_each_kind() -> None:
+    data = EmojiArtists("new", setting="mislabelled")
+    pairs, told = data.train_set.pairs, data.train_set.told
+    wrong = [{i for i in range(448) if told[i][axis] != pairs[i][axis]} for axis in (0, 1)]
+    assert [len(rows) for rows in wrong] == [44, 44]
+    assert not wrong[0] & wrong[1]
+    assert {told[i][0] for i in wrong[0]} <= {name for name, _ in pairs}
+    assert EmojiArtists("new").train_set.told == pairs
+    with pytest.raises(ValueError, match="expected one of.*hidden"):
+        EmojiArtists("new", setting="secret")  # type: ignore[arg-type]
+
+
+def test_training_sees_the_kept_images_only_and_tracing_all() -> None:
+    data = EmojiArtists("new", kept=list(range(64)), batch_size=16)
+    seen = {name for batch in data.train_dataloader() for name in batch["sample_id"]}
+    assert seen == {data.train_set[i]["sample_id"] for i in range(64)}
+    assert sum(len(batch["sample_id"]) for batch in data.trace_dataloader()) == 448
+
+
+def test_retraining_plans_leave_out_what_they_say() -> None:
+    data = EmojiArtists("new", setting="hidden")
+    pairs, told = data.train_set.pairs, data.train_set.told
+    halves = plan("half", data)
+    assert len({tuple(run.kept) for run in halves}) == len(halves) == 32
+    assert all(len(run.kept) == 224 == len(set(run.kept)) for run in halves)
+    assert halves == plan("half", data)
+    runs = {run.name: set(run.kept) for run in plan("without-artist", data)}
+    assert len(runs) == 8
+    left_out = set(range(448)) - runs["without-artist-openmoji"]
+    assert left_out == {i for i, pair in enumerate(pairs) if pair[1] == "openmoji"}
+    runs = {run.name: set(run.kept) for run in plan("without-hidden", data)}
+    left_out = set(range(448)) - runs["without-hidden-openmoji"]
+    assert left_out == {i for i in range(448) if pairs[i][1] == "openmoji" and told[i][1] == ""}
+    data = EmojiArtists("new", setting="mislabelled")
+    runs = {run.name: set(run.kept) for run in plan("without-wrong", data)}
+    left_out = set(range(448)) - runs["without-wrong-openmoji"]
+    pairs, told = data.train_set.pairs, data.train_set.told
+    assert left_out == {i for i in range(448) if told[i][1] == "openmoji" != pairs[i][1]}
+    with pytest.raises(ValueError, match="no such images"):
+        plan("without-wrong", EmojiArtists("new"))
+    with pytest.raises(ValueError, match="unknown. Known: full"):
+        plan("quarter", data)
+
+
+def test_the_judge_knows_the_real_drawings_and_doubts_others() -> None:
+    data = EmojiArtists("new")
+    images = (data.held_out_set.images + 1) / 2
+    objects, artists = [name for name, _ in data.held_out], [artist for _, artist in data.held_out]
+    judge = EmojiJudge.trained()
+    right = judge.log_odds(images, objects, artists)
+    wrong = judge.log_odds(images, objects[1:] + objects[:1], artists[1:] + artists[:1])
+    assert (right[:, 0] > 0).float().mean() > 0.95
+    assert (right[:, 1] > 0).float().mean() > 0.9
+    assert (wrong < 0).float().mean() > 0.95
+    grey = judge.log_odds(torch.full((1, 3, 32, 32), 0.5), objects[:1], artists[:1])
+    assert grey.isfinite().all()
+    logits = judge(images[:1])[0].double().softmax(1)
+    p = logits[0, Emoji.load().objects.index(objects[0])]
+    assert float(right[0, 0]) == pytest.approx(float(torch.log(p / (1 - p))), rel=1e-3)
+
+
+def test_denoising_losses_are_those_of_the_four_conditions() -> None:
+    module, data = EmojiDiffusion("lora").eval(), EmojiArtists("new")
+    images, pairs = data.held_out_set.images[:3], data.held_out[:3]
+    found = denoising_losses(module, images, pairs)
+    name, artist = pairs[1]
+    told = [{"object": name, "artist": artist}, {"artist": artist}, {"object": name}, {}]
+    latents = patchify(images[1:2])
+    for column, spec in enumerate(told):
+        losses = []
+        for t in (50, 150, 250, 350, 450, 550, 650, 750, 850, 950):
+            noise = seeded_noise((48, 8, 8), 0, t, "")[None]
+            timestep = torch.tensor([t])
+            x_t = module.noise_schedule.add_noise(latents, noise, timestep)
+            with torch.no_grad():
+                losses.append(
+                    (module.predict(x_t, timestep, module.condition(spec, 1)) - latents).square().mean()
+                )
+        assert float(found[1, column]) == pytest.approx(float(sum(losses)) / 10, rel=1e-4)
+
+
+def test_a_replayed_run_has_the_traces_of_the_run_itself(tmp_path: Path) -> None:
+    module, data = ToyDiffusion(), ToyData()
+    method, projection = methods.trak(timesteps=2), Projection(rank=4, dim=64)
+    save_trained(module, tmp_path, 3)
+    tracer = GradientTracer(module.denoiser, projection)
+    loader = torch.utils.data.DataLoader(data.toys, 4)
+    live = Capture(
+        str(tmp_path / "live"), module, module, loader, method=method, tracer=tracer, progress=False
+    )
+    live.run(3, epoch=0, learning_rate=0.5)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1)
+    store = replay(
+        tmp_path, module, loader, method, tmp_path / "again", projection=projection, learning_rate=0.5
+    )
+    expected = TraceStore(tmp_path / "live").checkpoints[0]
+    assert saved_steps(tmp_path) == [c.step for c in store.checkpoints] == [3]
+    assert torch.equal(store.checkpoints[0].features(), expected.features())
+    assert store.checkpoints[0].learning_rate == 0.5
+    before = (tmp_path / "again" / "manifest.json").stat().st_mtime_ns
+    replay(tmp_path, module, loader, method, tmp_path / "again", projection=projection)
+    assert (tmp_path / "again" / "manifest.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.slow

@@ -1,0 +1,72 @@
+"""Traces of a fine-tune that is over, from the weights it saved: one training serves every method that is compared."""
+
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ctrak_lightning import Capture, GradientTracer, Method, Projection, TraceStore
+from ctrak_lightning.fingerprint import trained_parameters
+
+_SAVED = re.compile(r"step-(\d{8})\.safetensors")
+
+
+def save_trained(module: nn.Module, folder: Path, step: int) -> None:
+    """Saves what training changes, as ``step-00000100.safetensors``."""
+    weights = {name: value.detach().clone() for name, value in trained_parameters(module).items()}
+    save_file(weights, folder / f"step-{step:08d}.safetensors")
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps whose weights a folder holds, ascending."""
+    return sorted(int(match[1]) for path in folder.iterdir() if (match := _SAVED.fullmatch(path.name)))
+
+
+def load_trained(module: nn.Module, folder: Path, step: int) -> None:
+    """Loads weights that :func:`save_trained` wrote."""
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, value in load_file(folder / f"step-{step:08d}.safetensors").items():
+            parameters[name].copy_(value)
+
+
+def replay(
+    folder: Path,
+    module: Any,
+    batches: Iterable[Any],
+    method: Method,
+    store: Path,
+    *,
+    steps: Sequence[int] | None = None,
+    layers: Sequence[str] | None = None,
+    projection: Projection | None = None,
+    learning_rate: float = 1.0,
+) -> TraceStore:
+    """Traces ``batches`` at the saved steps of a fine-tune into ``store``; a finished store is opened as it is.
+
+    Args:
+        folder: of the saved weights.
+        module: the model, a DiffusionTask.
+        batches: the samples, in a fixed order.
+        method: what to trace.
+        store: the store's folder.
+        steps: which of the saved steps; all by default.
+        layers: name patterns of the layers to trace.
+        projection: of the gradients; the library's default by default.
+        learning_rate: what the checkpoints record (TracIn weighs them by it).
+    """
+    done = store / "finished"
+    if not done.exists():
+        shutil.rmtree(store, ignore_errors=True)
+        tracer = GradientTracer(module.denoiser, projection or Projection(), layers=layers)
+        capture = Capture(str(store), module, module, batches, method=method, tracer=tracer, progress=False)
+        for step in saved_steps(folder) if steps is None else steps:
+            load_trained(module, folder, step)
+            capture.run(step, epoch=0, learning_rate=learning_rate)
+        done.touch()
+    return TraceStore(store)

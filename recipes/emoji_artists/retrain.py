@@ -1,0 +1,177 @@
+"""Fine-tunes from the base on chosen parts of the training set, and keeps the evidence of what each model can do.
+
+python -m recipes.emoji_artists.retrain runs/emoji/labelled --plan full --seeds 0 1 2
+python -m recipes.emoji_artists.retrain runs/emoji/labelled --plan half --seeds 0 1
+python -m recipes.emoji_artists.retrain runs/emoji/hidden --setting hidden --plan full half --seeds 0
+
+Every run is a folder with `facts.json`, the trained weights at each saved step (`step-00000300.safetensors`) and
+`evidence.safetensors`. Finished runs are not repeated, so that a run that was cut goes on with the same command.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from recipes.benchmarks.replay import save_trained
+from recipes.emoji_artists.data import SETTINGS, EmojiArtists, Setting, to_uint8
+from recipes.emoji_artists.judge import denoising_losses, generate_pairs
+from recipes.emoji_artists.module import EmojiDiffusion
+
+STEPS = 300
+SAVED_STEPS = (50, 100, 150, 200, 250, 300)
+HALVES = 32
+IMAGE_SEEDS = (0, 1)
+PLANS = ("full", "half", "without-artist", "without-object", "without-hidden", "without-wrong")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tune: its name without the seed, and which positions of the training set it sees."""
+
+    name: str
+    kept: list[int]
+
+
+def plan(kind: str, data: EmojiArtists) -> list[Run]:
+    """The runs of a plan.
+
+    ``full``: everything. ``half``: 32 random halves. ``without-artist`` / ``without-object``: one group left out at a time
+    (every eighth object). ``without-hidden`` / ``without-wrong``: without the images that lack, or have a wrong, token of
+    one object (every eighth) or one artist.
+
+    Raises:
+        ValueError: an unknown plan, or one that the setting has no images for.
+    """
+    pairs, told = data.train_set.pairs, data.train_set.told
+    everything = list(range(len(pairs)))
+    objects = sorted({name for name, _ in pairs})[::8]
+    artists = sorted({artist for _, artist in pairs})
+    if kind == "full":
+        return [Run("full", everything)]
+    if kind == "half":
+        return [Run(f"half-{i:02d}", half(i, len(pairs))) for i in range(HALVES)]
+    if kind not in PLANS:
+        raise ValueError(f"plan({kind!r}): unknown. Known: {', '.join(PLANS)}.")
+    groups: dict[str, set[int]] = {}
+    if kind == "without-artist":
+        groups = {artist: {i for i in everything if pairs[i][1] == artist} for artist in artists}
+    elif kind == "without-object":
+        groups = {name: {i for i in everything if pairs[i][0] == name} for name in objects}
+    else:
+        for axis, names in ((0, objects), (1, artists)):
+            for name in names:
+                odd = {i for i in everything if told[i][axis] != pairs[i][axis]}
+                side = pairs if kind == "without-hidden" else told
+                groups[name] = {i for i in odd if side[i][axis] == name}
+    runs = [
+        Run(f"{kind}-{name}", [i for i in everything if i not in left_out])
+        for name, left_out in groups.items()
+        if left_out
+    ]
+    if not runs:
+        raise ValueError(
+            f"plan({kind!r}): this setting has no such images. Known settings: {', '.join(SETTINGS)}."
+        )
+    return runs
+
+
+def half(index: int, size: int) -> list[int]:
+    """The ``index``-th random half of ``size`` positions, sorted."""
+    order = np.random.default_rng([20252, index]).permutation(size)
+    return sorted(order[: size // 2].tolist())
+
+
+class SaveTrained(Callback):
+    """Saves the trained weights after chosen optimizer steps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step in SAVED_STEPS:
+            save_trained(pl_module, self.folder, trainer.global_step)
+
+
+def fine_tune(folder: Path, run: Run, seed: int, setting: Setting, every_step: bool) -> EmojiDiffusion:
+    """Fine-tunes the base on a run's images for a fixed number of steps, whatever their number."""
+    L.seed_everything(seed, verbose=False)
+    module = EmojiDiffusion("lora")
+    data = EmojiArtists("new", setting=setting, kept=run.kept)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=STEPS,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        callbacks=[SaveTrained(folder)],
+    )
+    trainer.fit(module, datamodule=data)
+    if not every_step:
+        for step in SAVED_STEPS[:-1]:
+            (folder / f"step-{step:08d}.safetensors").unlink()
+    return module
+
+
+def evidence(module: EmojiDiffusion, data: EmojiArtists) -> dict[str, Tensor]:
+    """From what the strength of every concept in a model is judged afterwards.
+
+    Returns:
+        ``images`` uint8 [64 * seeds, 32, 32, 3]: generated for the held-out pairs, seeds running fastest;
+        ``losses`` [64, 4]: see :func:`~recipes.emoji_artists.judge.denoising_losses`, on the real held-out images.
+    """
+    images = generate_pairs(module, data.held_out, list(IMAGE_SEEDS))
+    return {
+        "images": torch.from_numpy(np.ascontiguousarray(to_uint8(images))),
+        "losses": denoising_losses(module, data.held_out_set.images, data.held_out),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--setting", choices=SETTINGS, default="labelled")
+    parser.add_argument("--plan", nargs="+", choices=PLANS, default=["full"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    args = parser.parse_args()
+    data = EmojiArtists("new", setting=args.setting)
+    jobs = [(run, seed) for kind in args.plan for seed in args.seeds for run in plan(kind, data)]
+    for run, seed in tqdm(jobs, "fine-tunes"):
+        folder = args.out / f"{run.name}-seed{seed}"
+        if (folder / "facts.json").exists():
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        started = time.monotonic()
+        module = fine_tune(folder, run, seed, args.setting, every_step=run.name == "full")
+        save_file(evidence(module, data), folder / "evidence.safetensors")
+        facts = {
+            "run": run.name,
+            "seed": seed,
+            "setting": args.setting,
+            "steps": STEPS,
+            "kept": run.kept,
+            "seconds": round(time.monotonic() - started, 1),
+            "torch": torch.__version__,
+        }
+        (folder / "facts.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
