@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics.retrieval import RetrievalRPrecision
 
 from ctrak_lightning import Concept
+from ctrak_lightning.metrics import ConceptRPrecision
 from ctrak_lightning.traces import SampleTable
 from recipes.emoji_artists.data import KINDS
 
@@ -52,11 +52,10 @@ def r_precision(
     """Mean R-precision per kind of concept: of the R best-ranked samples, the share that is relevant, R = all relevant."""
     result = {}
     for kind in KINDS:
-        metric = RetrievalRPrecision(empty_target_action="error")
-        for i, question in enumerate(asked):
+        metric = ConceptRPrecision()
+        for question, found in zip(asked, scores, strict=True):
             if question.kind == kind:
-                found, target = scores[i], relevant(question, samples)
-                metric.update(found, target, indexes=torch.full((len(found),), i))
+                metric.update(found, relevant(question, samples))
         result[kind] = float(metric.compute())
     return result
 

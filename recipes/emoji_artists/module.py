@@ -36,8 +36,8 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
     def __init__(
         self,
         adaptation: Literal["none", "lora", "full"] = "lora",
-        learning_rate: float = 2e-3,
-        token_learning_rate: float = 2e-2,
+        learning_rate: float = 4e-3,
+        token_learning_rate: float = 4e-2,
         rank: int = 16,
         drop: float = 0.12,
         warmup_steps: int = 20,
@@ -50,6 +50,7 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
         emoji = Emoji.load()
         base_objects, new_objects = emoji.split_objects()
         tuned = adaptation != "none"
+        self.decays = tuned
         self.denoiser = build_unet()
         self.artist = Vocabulary(emoji.base_artists(), list(NEW_ARTISTS) if tuned else [])
         self.object = Vocabulary(base_objects, new_objects if tuned else [])
@@ -126,8 +127,17 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
             {"params": _trainable(vocabularies), "lr": self.token_learning_rate, "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups)
-        warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=self.warmup_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate(self, step: int) -> float:
+        """Linear warm-up; in its last third a fine-tune falls linearly to zero, and so does the noise of its last batches.
+        (Pre-training averages its weights instead.)"""
+        warm = min(1.0, (step + 1) / self.warmup_steps)
+        if not self.decays or self._trainer is None:
+            return warm
+        total = self.trainer.estimated_stepping_batches
+        return warm * min(1.0, 3 * max(0.0, 1 - step / total)) if total != float("inf") else warm
 
     def _tokens(
         self, artists: Sequence[str | None], objects: Sequence[str | None], drop: float = 0.0

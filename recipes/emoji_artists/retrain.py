@@ -33,7 +33,8 @@ STEPS = 300
 SAVED_STEPS = (50, 100, 150, 200, 250, 300)
 HALVES = 32
 IMAGE_SEEDS = (0, 1)
-PLANS = ("full", "half", "without-artist", "without-object", "without-hidden", "without-wrong")
+ARTIST_HALVES = 16
+PLANS = ("full", "half", "artist-half", "without-artist", "without-object", "without-hidden", "without-wrong")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Run:
 def plan(kind: str, data: EmojiArtists) -> list[Run]:
     """The runs of a plan.
 
-    ``full``: everything. ``half``: 32 random halves. ``without-artist`` / ``without-object``: one group left out at a time
+    ``full``: everything. ``half``: 32 random halves. ``artist-half``: all images of 4 of the 8 artists, 16 times. ``without-artist`` / ``without-object``: one group left out at a time
     (every eighth object). ``without-hidden`` / ``without-wrong``: without the images that lack, or have a wrong, token of
     one object (every eighth) or one artist.
 
@@ -62,6 +63,11 @@ def plan(kind: str, data: EmojiArtists) -> list[Run]:
         return [Run("full", everything)]
     if kind == "half":
         return [Run(f"half-{i:02d}", half(i, len(pairs))) for i in range(HALVES)]
+    if kind == "artist-half":
+        return [
+            Run(f"{kind}-{i:02d}", [j for j in everything if pairs[j][1] in chosen])
+            for i, chosen in enumerate(half_artists(artists))
+        ]
     if kind not in PLANS:
         raise ValueError(f"plan({kind!r}): unknown. Known: {', '.join(PLANS)}.")
     groups: dict[str, set[int]] = {}
@@ -91,6 +97,17 @@ def half(index: int, size: int) -> list[int]:
     """The ``index``-th random half of ``size`` positions, sorted."""
     order = np.random.default_rng([20252, index]).permutation(size)
     return sorted(order[: size // 2].tolist())
+
+
+def half_artists(artists: list[str]) -> list[set[str]]:
+    """Sixteen different halves of the artists: eight random ones and their complements, so that each artist is in eight."""
+    rng = np.random.default_rng(20253)
+    found: list[set[str]] = []
+    while len(found) < ARTIST_HALVES:
+        chosen = set(rng.permutation(artists)[: len(artists) // 2].tolist())
+        if chosen not in found:
+            found += [chosen, set(artists) - chosen]
+    return found
 
 
 class SaveTrained(Callback):

@@ -1,6 +1,8 @@
 import json
 from pathlib import Path
+from typing import Any, ClassVar
 
+import lightning as L
 import pytest
 import torch
 
@@ -68,6 +70,22 @@ def test_lora_trains_the_adapter_and_the_new_tokens_only() -> None:
     assert torch.equal(unpatchify(patchify(images)), images)
 
 
+def test_a_fine_tunes_learning_rate_warms_up_and_falls_to_zero() -> None:
+    class Watch(L.Callback):
+        rates: ClassVar[list[float]] = []
+
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    data = EmojiArtists("new", kept=list(range(20)), batch_size=2)
+    quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    quiet["enable_model_summary"] = False
+    module = EmojiDiffusion("lora", learning_rate=1.0, token_learning_rate=0.0, warmup_steps=4)
+    L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[Watch()], **quiet).fit(module, datamodule=data)
+    expected = [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.9, 0.6, 0.3]
+    assert Watch.rates == pytest.approx(expected)
+
+
 def test_dropped_tokens_are_the_null_token() -> None:
     module = EmojiDiffusion("lora")
     both = module.condition({"object": "owl", "artist": "noto"}, 1)["encoder_hidden_states"]
@@ -122,6 +140,11 @@ def test_retraining_plans_leave_out_what_they_say() -> None:
     assert len({tuple(run.kept) for run in halves}) == len(halves) == 32
     assert all(len(run.kept) == 224 == len(set(run.kept)) for run in halves)
     assert halves == plan("half", data)
+    by_artist = [{pairs[i][1] for i in run.kept} for run in plan("artist-half", data)]
+    assert [len(artists) for artists in by_artist] == [4] * 16
+    assert len({frozenset(artists) for artists in by_artist}) == 16
+    assert all(sum(artist in artists for artists in by_artist) == 8 for artist in Emoji.load().artists)
+    assert sorted(plan("artist-half", data)[0].kept + plan("artist-half", data)[1].kept) == list(range(448))
     runs = {run.name: set(run.kept) for run in plan("without-artist", data)}
     assert len(runs) == 8
     left_out = set(range(448)) - runs["without-artist-openmoji"]
