@@ -1,0 +1,118 @@
+"""Scores of many methods for the same questions about the same fine-tune, at every damping of a grid."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ctrak_lightning import Attributor, Concept, Method, Projection, Sampler
+from ctrak_lightning.trajectory import Generation
+from recipes.benchmarks.replay import replay
+
+DAMPINGS: tuple[float | None, ...] = (None, 10.0, 1.0, 0.1, 0.01)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One row of a table.
+
+    Args:
+        name: of the row and of its files.
+        method: what is traced and asked; its damping is the honest one, fixed beforehand.
+        layers: name patterns of the layers to trace; None traces all that train.
+        steps: which of the saved checkpoints.
+        projection: of the gradients.
+        scope: ask of the generated image, or of images generated from the concept alone.
+    """
+
+    name: str
+    method: Method
+    layers: tuple[str, ...] | None = None
+    steps: tuple[int, ...]
+    projection: Projection = field(default_factory=lambda: Projection(rank=16, dim=4096))
+    scope: Literal["local", "global"] = "local"
+
+    def store_name(self) -> str:
+        """The folder name that variants with the same traces share."""
+        facts = [self.method.training_dict(), self.layers, self.steps, self.projection.to_dict()]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A finished fine-tune and what is asked of it.
+
+    Args:
+        folder: of the saved weights.
+        module: the model.
+        batches: the samples to trace, in a fixed order.
+        concepts: the questions.
+        seeds: of their images, one each.
+        sampler: how the images are generated.
+        learning_rate: what TracIn weighs checkpoints by (it is the same for all here, so that only ranks could tell).
+    """
+
+    folder: Path
+    module: Any
+    batches: Iterable[Any]
+    concepts: list[Concept]
+    seeds: list[int]
+    sampler: Sampler
+    learning_rate: float = 1.0
+
+
+def compare(
+    case: Case, variants: Sequence[Variant], out: Path
+) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
+    """Scores of every variant, by variant and damping (``"None"``, ``"1.0"``, ...), each [Q, N]; and the generated images
+    [Q, 3, H, W] in [0, 1].
+
+    Finished variants are read from ``out``, so that a comparison that was cut goes on with the same command.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = out / "generated.safetensors"
+    found: dict[str, dict[str, Tensor]] = {}
+    generation: Generation | None = None
+    for variant in tqdm(variants, "methods"):
+        path = out / f"{variant.name}.safetensors"
+        if not path.exists():
+            store = replay(
+                case.folder,
+                case.module,
+                case.batches,
+                variant.method,
+                out / "traces" / variant.store_name(),
+                steps=variant.steps,
+                layers=None if variant.layers is None else list(variant.layers),
+                projection=variant.projection,
+                learning_rate=case.learning_rate,
+            )
+            attributor = Attributor(
+                store, case.module, method=variant.method, sampler=case.sampler, batch_size=64
+            )
+            if variant.scope == "global":
+                query = attributor.query_global(case.concepts)
+            else:
+                if generation is None:
+                    generation = attributor.generate([c.present for c in case.concepts], case.seeds)
+                    images = attributor.decode(generation.latents)
+                    assert images is not None
+                    save_file({"images": images.contiguous()}, pictures)
+                query = attributor.query(case.concepts, case.seeds, generation=generation)
+            grid = dict.fromkeys((*DAMPINGS, variant.method.damping))
+            save_file(
+                {
+                    str(damping): torch.stack([r.scores for r in attributor.score(query, damping=damping)])
+                    for damping in grid
+                },
+                path,
+            )
+        found[variant.name] = load_file(path)
+    return found, load_file(pictures)["images"]

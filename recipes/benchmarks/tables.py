@@ -1,0 +1,52 @@
+"""Figures of several training seeds as means with intervals, and as Markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctrak_lightning.metrics import bootstrap_interval
+
+Figures = Mapping[str, Tensor]
+NOTE = (
+    "Mean [95 % bootstrap interval over questions]; in brackets what the best damping by the metric itself would give (an "
+    "oracle)."
+)
+
+
+def summarised(
+    per_seed: Sequence[Figures], grids: Sequence[Mapping[str, Figures]]
+) -> dict[str, dict[str, Any]]:
+    """Each figure's mean, interval, mean per seed, and the mean at its best damping.
+
+    Args:
+        per_seed: one value per question [Q] for each figure, for each training seed. The interval is over questions, each
+            averaged over the seeds first.
+        grids: for each training seed the same figures at every damping.
+    """
+    summary = {}
+    for key in per_seed[0]:
+        values = torch.stack([figures[key].double() for figures in per_seed])  # [seeds, Q]
+        low, high = bootstrap_interval(values.mean(0))
+        best = [max(float(figures[key].mean()) for figures in grid.values()) for grid in grids]
+        summary[key] = {
+            "mean": float(values.mean()),
+            "low": float(low),
+            "high": float(high),
+            "per_seed": values.mean(1).tolist(),
+            "oracle": sum(best) / len(best),
+        }
+    return summary
+
+
+def markdown(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], keys: Sequence[str]) -> list[str]:
+    """The lines of a table with a row per method and a column per figure."""
+    lines = [f"| method | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
+    for name, row in rows.items():
+        cells = [
+            f"{row[key]['mean']:.2f} [{row[key]['low']:.2f}, {row[key]['high']:.2f}] ({row[key]['oracle']:.2f})"
+            for key in keys
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines

@@ -1,0 +1,53 @@
+"""The rows of the benchmark tables that take gradients."""
+
+from dataclasses import replace
+
+from ctrak_lightning import Method, methods
+from ctrak_lightning.objective import Denoising, contrast
+from ctrak_lightning.trajectory import Noised
+from recipes.benchmarks.compare import Variant
+
+WITHOUT_KEYS_AND_VALUES = ("*attn1*", "*attn2.to_q*", "*attn2.to_out*")
+
+
+def table_variants(timesteps: int, steps: tuple[int, ...]) -> list[Variant]:
+    """Every method of the tables; damping 1, or none where the method has none, fixed beforehand.
+
+    Args:
+        timesteps: states per sample and query.
+        steps: the checkpoints of the ensemble.
+    """
+    paper = methods.concept_trak(timesteps, 2 * timesteps)
+    noised = Noised(timesteps=timesteps)
+    chosen: dict[str, Method] = {
+        "concept_trak_paper": paper,
+        "contrastive_d_trak": methods.contrastive_d_trak(timesteps),
+        "contrastive_trak": replace(
+            methods.contrastive_d_trak(timesteps),
+            name="contrastive_trak",
+            training=Denoising(),
+            query=contrast(Denoising()),
+            query_trajectory=noised,
+        ),
+        "contrastive_dps": replace(
+            paper, name="contrastive_dps", query=contrast(Denoising()), query_trajectory=noised
+        ),
+        "trak": methods.trak(timesteps),
+        "d_trak": methods.d_trak(timesteps),
+        "das": methods.das(timesteps),
+        "journey_trak": methods.journey_trak(timesteps),
+        "tracin": methods.tracin(timesteps),
+        "retrac": methods.retrac(timesteps),
+    }
+    rows = [Variant(name=name, method=method, steps=steps) for name, method in chosen.items()]
+    without = [
+        replace(row, name=f"{row.name}_without_keys_and_values", layers=WITHOUT_KEYS_AND_VALUES)
+        for row in rows
+        if row.name in ("contrastive_d_trak", "contrastive_trak")
+    ]
+    overall = [
+        replace(row, name=f"{row.name}_global", scope="global")
+        for row in rows
+        if row.name in ("trak", "d_trak")
+    ]
+    return [*rows, *without, *overall]

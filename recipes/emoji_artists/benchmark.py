@@ -1,0 +1,244 @@
+"""The EmojiArtists benchmark: does a ranking find what shares the concept, and does it predict what retraining does?
+
+python -m recipes.emoji_artists.benchmark                      # labelled, one training seed
+python -m recipes.emoji_artists.benchmark --setting hidden --seeds 0 1 2
+
+Fine-tunes what is missing (`retrain.py`), traces and asks every method (`compare.py`), and writes
+`results/benchmark_<setting>.json` and `.md`. Everything is resumable.
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctrak_lightning.metrics import datamodeling_correlations, functional
+from ctrak_lightning.metrics import noise_ceiling as ceiling
+from recipes.benchmarks.compare import DAMPINGS, Case, Variant, compare
+from recipes.benchmarks.tables import NOTE, markdown, summarised
+from recipes.benchmarks.variants import table_variants
+from recipes.emoji_artists import retrain
+from recipes.emoji_artists.data import KINDS, SETTINGS, EmojiArtists
+from recipes.emoji_artists.evaluate import Question, questions
+from recipes.emoji_artists.judge import SAMPLER, EmojiJudge
+from recipes.emoji_artists.module import EmojiDiffusion
+from recipes.emoji_artists.outcomes import RESULTS, STRENGTHS, Outcomes, judged
+
+TIMESTEPS = 5
+STEPS = (100, 200, 300)
+PLANS = ("half", "artist-half")
+LEAST_SUBSETS = 8
+RETRIEVAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "R-precision": functional.r_precision,
+    "precision@10": functional.precision_at_k,
+    "mAP": functional.average_precision,
+    "AUROC": functional.auroc,
+}
+
+
+def variants() -> list[Variant]:
+    """The gradient methods of the table."""
+    return table_variants(TIMESTEPS, STEPS)
+
+
+def references(asked: list[Question], data: EmojiArtists, images: Tensor) -> dict[str, Tensor]:
+    """Rankings without gradients [Q, N]: by the tokens that training showed, by pixels, by the judge's features.
+
+    Args:
+        asked: the questions.
+        data: the data.
+        images: what was generated for them [Q, 3, 32, 32] in [0, 1].
+    """
+    told = torch.tensor(
+        [[float(pair[KINDS.index(q.kind)] == q.value) for pair in data.train_set.told] for q in asked]
+    )
+    real = (data.train_set.images + 1) / 2
+    pixels = -torch.cdist(images.flatten(1), real.flatten(1))
+    judge = EmojiJudge.trained()
+    features = [torch.nn.functional.normalize(judge.features(x), dim=1) for x in (images, real)]
+    return {"label_search": told, "pixel_similarity": pixels, "judge_features": features[0] @ features[1].T}
+
+
+def retrieval(asked: list[Question], scores: Tensor, data: EmojiArtists) -> dict[str, dict[str, Tensor]]:
+    """Every retrieval metric per kind of concept, one value per question. What counts is what an image shows."""
+    shown = data.train_set.pairs
+    relevant = torch.tensor([[pair[KINDS.index(q.kind)] == q.value for pair in shown] for q in asked])
+    values = {name: metric(scores, relevant) for name, metric in RETRIEVAL.items()}
+    return {
+        name: {kind: value[torch.tensor([q.kind == kind for q in asked])] for kind in KINDS}
+        for name, value in values.items()
+    }
+
+
+def datamodeling(asked: list[Question], scores: Tensor, outcomes: Outcomes) -> dict[str, dict[str, Tensor]]:
+    """Concept datamodeling score per measure of strength and kind: Spearman over retrained models between the sum of the
+    scores of what they saw and the strength they show. Objects per question [64]; artists per artist [8], the mean
+    of its questions' scores and strengths."""
+    result: dict[str, dict[str, Tensor]] = {measure: {} for measure in STRENGTHS}
+    for kind in KINDS:
+        rows = [i for i, q in enumerate(asked) if q.kind == kind]
+        values = [asked[i].value for i in rows]
+        predicted = _grouped(_comparable(scores[rows].double()), values)
+        for measure in STRENGTHS:
+            wanted = _grouped(outcomes.strength(kind, measure).double().T, values)  # [groups, R]
+            result[measure][kind] = datamodeling_correlations(predicted, outcomes.kept, wanted)
+    return result
+
+
+def _comparable(scores: Tensor) -> Tensor:
+    spread = scores.std(1, keepdim=True)
+    return torch.where(spread > 0, scores / spread.clamp(min=1e-12), scores)
+
+
+def case(folder: Path, data: EmojiArtists, asked: list[Question]) -> Case:
+    module = EmojiDiffusion("lora").eval()
+    return Case(
+        folder=folder,
+        module=module,
+        batches=data.trace_dataloader(),
+        concepts=[q.concept() for q in asked],
+        seeds=[i // len(KINDS) for i in range(len(asked))],
+        sampler=SAMPLER,
+    )
+
+
+def odd_recall(asked: list[Question], scores: Tensor, data: EmojiArtists) -> dict[str, Tensor]:
+    """Among the ``2 R`` best-ranked (R images show the concept): the share of the images that show it without its token
+    (``hidden``), and of those that carry its token and show another (``wrong``); questions without such images left out."""
+    result: dict[str, list[Tensor]] = {"hidden": [], "wrong": []}
+    for question, row in zip(asked, scores, strict=True):
+        axis = KINDS.index(question.kind)
+        shows = torch.tensor([pair[axis] == question.value for pair in data.train_set.pairs])
+        told = torch.tensor([pair[axis] == question.value for pair in data.train_set.told])
+        for name, wanted in (("hidden", shows & ~told), ("wrong", told & ~shows)):
+            if wanted.any():
+                top = 2 * int(shows.sum())
+                # recall_at_k divides by min(k, relevant), and there are never more than 2 R of these
+                result[name].append(functional.recall_at_k(row, wanted, top)[0])
+    return {name: torch.stack(values) for name, values in result.items() if values}
+
+
+def measured(
+    asked: list[Question], scores: Tensor, data: EmojiArtists, outcomes: Outcomes, seeds: list[int]
+) -> dict[str, Tensor]:
+    """Every figure of one ranking, one value per question (artists' datamodeling: per artist), by a flat name."""
+    figures = {
+        f"{metric}, {kind}": values
+        for metric, kinds in retrieval(asked, scores, data).items()
+        for kind, values in kinds.items()
+    }
+    figures |= {f"recall of {name}": values for name, values in odd_recall(asked, scores, data).items()}
+    for plan in PLANS:
+        retrained = outcomes.of(f"{plan}-", seeds)
+        if len(retrained.names) >= LEAST_SUBSETS:
+            for measure, kinds in datamodeling(asked, scores, retrained).items():
+                for kind, values in kinds.items():
+                    figures[f"datamodeling {plan} by {measure}, {kind}"] = values
+    return figures
+
+
+def ceilings(asked: list[Question], outcomes: Outcomes, seeds: list[int]) -> dict[str, float]:
+    """The best concept datamodeling score within reach, from the agreement of two training seeds."""
+    result = {}
+    for plan in PLANS:
+        first, second = (outcomes.of(f"{plan}-", [seed]) for seed in seeds[:2])
+        common = [run for run in first.names if run in second.names]
+        if len(common) < LEAST_SUBSETS:
+            continue
+        for measure in STRENGTHS:
+            for kind in KINDS:
+                values = [q.value for q in asked if q.kind == kind]
+                a, b = (
+                    _grouped(each.only(common).strength(kind, measure).double().T, values)
+                    for each in (first, second)
+                )
+                result[f"datamodeling {plan} by {measure}, {kind}"] = float(ceiling(a, b).mean())
+    return result
+
+
+def _grouped(rows: Tensor, values: list[str]) -> Tensor:
+    """Rows [64, ...] averaged over equal values [groups, ...], in the order of the sorted values."""
+    groups = torch.tensor([[value == name for value in values] for name in sorted(set(values))]).double()
+    return (groups / groups.sum(1, keepdim=True)) @ rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--setting", choices=SETTINGS, default="labelled")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the traced fine-tunes")
+    parser.add_argument(
+        "--retrain-seeds", nargs="*", type=int, default=[0, 1], help="of the retrained halves"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/emoji"))
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of the committed outcomes and the tables"
+    )
+    args = parser.parse_args()
+    folder = args.runs / args.setting
+    for plans, seeds in ((["full"], args.seeds), (PLANS, args.retrain_seeds)):
+        if seeds:
+            retrain.main(
+                [str(folder), "--setting", args.setting, "--plan", *plans, "--seeds", *map(str, seeds)]
+            )
+    outcomes = judged(folder, Outcomes.load(args.setting, args.results))
+    outcomes.save(args.setting, args.results)
+
+    data = EmojiArtists("new", setting=args.setting)
+    asked = questions(data.held_out)
+    honest: dict[str, list[dict[str, Tensor]]] = {}
+    grids: dict[str, list[dict[str, dict[str, Tensor]]]] = {}
+    fixed = {variant.name: str(variant.method.damping) for variant in variants()}
+    for seed in args.seeds:
+        one = case(folder / f"full-seed{seed}", data, asked)
+        found, images = compare(one, variants(), folder / "scores" / f"seed{seed}")
+        rankings = {name: {"None": row} for name, row in references(asked, data, images).items()} | found
+        for name, scores in rankings.items():
+            grid = {
+                damping: measured(asked, row, data, outcomes, args.retrain_seeds)
+                for damping, row in scores.items()
+            }
+            honest.setdefault(name, []).append(grid[fixed.get(name, "None")])
+            grids.setdefault(name, []).append(grid)
+    options = f"--setting {args.setting} --seeds {' '.join(map(str, args.seeds))}"
+    options += f" --retrain-seeds {' '.join(map(str, args.retrain_seeds))}"
+    rows = {name: summarised(per_seed, grids[name]) for name, per_seed in honest.items()}
+    facts: dict[str, Any] = {
+        "command": f"python -m recipes.emoji_artists.benchmark {options}",
+        "machine": f"{platform.machine()}, torch {torch.__version__}",
+        "retrained": len(outcomes.names),
+        "dampings": [str(damping) for damping in DAMPINGS],
+        "fixed_damping": fixed,
+        "rows": rows,
+    }
+    if len(args.retrain_seeds) > 1:
+        facts["noise_ceilings"] = ceilings(asked, outcomes, args.retrain_seeds)
+    (args.results / f"benchmark_{args.setting}.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    text = _page(facts)
+    (args.results / f"benchmark_{args.setting}.md").write_text(text, "utf-8")
+    print(text)
+
+
+def _page(facts: dict[str, Any]) -> str:
+    rows = facts["rows"]
+    keys = list(next(iter(rows.values())))
+    judged_keys = [key for key in keys if key.startswith("datamodeling")]
+    lines = [f"`{facts['command']}`; {facts['machine']}; {facts['retrained']} retrained models.", NOTE]
+    lines += ["", "### Retrieval", "", *markdown(rows, [key for key in keys if key not in judged_keys])]
+    if judged_keys:
+        lines += ["", "### Concept datamodeling score", "", *markdown(rows, judged_keys)]
+    if "noise_ceilings" in facts:
+        ceiling_of = facts["noise_ceilings"]
+        best = [f"{ceiling_of[key]:.2f}" if key in ceiling_of else "" for key in judged_keys]
+        lines.append(f"| *noise ceiling* | {' | '.join(best)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""What retrained models have of every concept: the judged evidence of all runs in one committed file per setting.
+
+python -m recipes.emoji_artists.outcomes runs/emoji/labelled    # judges finished runs, adds them to results/
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from recipes.emoji_artists.data import KINDS, EmojiArtists
+from recipes.emoji_artists.judge import EmojiJudge
+
+RESULTS = Path(__file__).parent / "results"
+STRENGTHS = ("judge", "loss")
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What R retrained models have of the concepts of the 64 held-out pairs.
+
+    Args:
+        names: of the runs, such as ``half-03-seed0``.
+        kept: which training samples each run saw, bool [R, N].
+        odds: the judge's log odds of the object and the artist in images of the pair, mean over image seeds [R, 64, 2].
+        losses: denoising losses on the pair's real image, told both names, the artist, the object, nothing [R, 64, 4].
+    """
+
+    names: list[str]
+    kept: Tensor
+    odds: Tensor
+    losses: Tensor
+
+    @classmethod
+    def load(cls, setting: str, results: Path = RESULTS) -> "Outcomes":
+        """The committed outcomes of a setting; empty where there are none yet."""
+        path = results / f"retrained_{setting}.safetensors"
+        if not path.exists():
+            size = len(EmojiArtists("new").train_set)
+            return cls([], torch.zeros(0, size).bool(), torch.zeros(0, 64, 2), torch.zeros(0, 64, 4))
+        with safe_open(path, "pt") as file:
+            names = json.loads(file.metadata()["names"])
+        tensors = load_file(path)
+        return cls(names, tensors["kept"].bool(), tensors["odds"], tensors["losses"])
+
+    def save(self, setting: str, results: Path = RESULTS) -> None:
+        tensors = {"kept": self.kept.to(torch.uint8), "odds": self.odds, "losses": self.losses}
+        metadata = {"names": json.dumps(self.names)}
+        save_file(
+            {name: value.contiguous() for name, value in tensors.items()},
+            results / f"retrained_{setting}.safetensors",
+            metadata,
+        )
+
+    def of(self, prefix: str, seeds: Sequence[int]) -> "Outcomes":
+        """The runs of a plan, each the mean over those of the training seeds that are there; by name without the seed."""
+        rows: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names):
+            run, _, seed = name.rpartition("-seed")
+            if run.startswith(prefix) and int(seed) in seeds:
+                rows.setdefault(run, []).append(i)
+        runs = sorted(rows)
+        return Outcomes(
+            runs,
+            self.kept[[rows[run][0] for run in runs]],
+            torch.stack([self.odds[rows[run]].mean(0) for run in runs]) if runs else self.odds[:0],
+            torch.stack([self.losses[rows[run]].mean(0) for run in runs]) if runs else self.losses[:0],
+        )
+
+    def only(self, runs: Sequence[str]) -> "Outcomes":
+        """Some of the runs, in the order asked."""
+        rows = [self.names.index(run) for run in runs]
+        return Outcomes(list(runs), self.kept[rows], self.odds[rows], self.losses[rows])
+
+    def strength(self, kind: str, measure: str) -> Tensor:
+        """The strength of the pairs' objects or artists [R, 64], higher = more of it.
+
+        ``judge``: the classifier's log odds on generated images. ``loss``: how much the concept's name lowers the denoising
+        loss on the pair's real image, told beside the other name.
+        """
+        if measure == "judge":
+            return self.odds[:, :, KINDS.index(kind)]
+        without = {"object": 1, "artist": 2}[kind]
+        return self.losses[:, :, without] - self.losses[:, :, 0]
+
+
+def judged(folder: Path, known: Outcomes) -> Outcomes:
+    """``known`` and the finished runs of a folder."""
+    data, judge = EmojiArtists("new"), EmojiJudge.trained()
+    names, kept, odds, losses = list(known.names), list(known.kept), list(known.odds), list(known.losses)
+    for path in sorted(folder.glob("*/facts.json")):
+        if path.parent.name in names:
+            continue
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        evidence = load_file(path.parent / "evidence.safetensors")
+        images = evidence["images"].permute(0, 3, 1, 2).float() / 255
+        seeds = len(images) // len(data.held_out)
+        objects = [name for name, _ in data.held_out for _ in range(seeds)]
+        artists = [artist for _, artist in data.held_out for _ in range(seeds)]
+        mask = torch.zeros(known.kept.shape[1], dtype=torch.bool)
+        mask[facts["kept"]] = True
+        names.append(path.parent.name)
+        kept.append(mask)
+        odds.append(judge.log_odds(images, objects, artists).view(-1, seeds, 2).mean(1))
+        losses.append(evidence["losses"])
+    return Outcomes(names, torch.stack(kept), torch.stack(odds), torch.stack(losses))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    setting = args.folder.name
+    outcomes = judged(args.folder, Outcomes.load(setting))
+    outcomes.save(setting)
+    print(f"{setting}: {len(outcomes.names)} runs")
+
+
+if __name__ == "__main__":
+    main()

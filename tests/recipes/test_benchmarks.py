@@ -1,0 +1,192 @@
+"""The benchmarks' own arithmetic, on rankings and outcomes whose figures are known beforehand."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from ctrak_lightning import Concept, Projection, Sampler, methods
+from recipes.benchmarks.compare import Case, Variant, compare
+from recipes.benchmarks.replay import save_trained
+from recipes.benchmarks.tables import markdown, summarised
+from recipes.benchmarks.variants import table_variants
+from recipes.emoji_artists.benchmark import ceilings, measured, odd_recall, references
+from recipes.emoji_artists.data import KINDS, EmojiArtists
+from recipes.emoji_artists.evaluate import questions
+from recipes.emoji_artists.outcomes import Outcomes, judged
+from recipes.emoji_artists.retrain import half
+
+from ..toy import ToyData, ToyDiffusion
+
+
+def outcomes(data: EmojiArtists, rule: str) -> Outcomes:
+    """Twelve halves, two seeds each, in which strength follows how many images of the concept a model saw."""
+    asked = questions(data.held_out)
+    masks = torch.zeros(12, 448, dtype=torch.bool)
+    for i in range(12):
+        masks[i, half(i, 448)] = True
+    shown = data.train_set.pairs
+    counts = (
+        torch.tensor([[p[KINDS.index(q.kind)] == q.value for p in shown] for q in asked]).float()
+        @ masks.float().T
+    )
+    odds = torch.stack([counts[0::2].T, counts[1::2].T], 2)  # [R, 64, 2]
+    generator = torch.Generator().manual_seed(0)
+    if rule == "noise":
+        odds = torch.rand(odds.shape, generator=generator)
+    losses = torch.stack(
+        [torch.zeros_like(odds[..., 0]), -odds[..., 1], -odds[..., 0], torch.zeros(12, 64)], 2
+    )
+    losses = torch.where(torch.tensor([True, False, False, True]), losses, -losses)
+    losses[:, :, 1], losses[:, :, 2] = (
+        odds[..., 0],
+        odds[..., 1],
+    )  # loss without the name is higher by its strength
+    names = [f"half-{i:02d}-seed{seed}" for seed in (0, 1) for i in range(12)]
+    return Outcomes(names, masks.repeat(2, 1), odds.repeat(2, 1, 1), losses.repeat(2, 1, 1))
+
+
+def test_a_ranking_by_the_truth_predicts_outcomes_that_follow_the_truth() -> None:
+    data = EmojiArtists("new")
+    asked = questions(data.held_out)
+    truth = references(asked, data, torch.rand(128, 3, 32, 32))["label_search"]
+    found = measured(asked, truth, data, outcomes(data, "counts"), [0, 1])
+    for kind in KINDS:
+        assert float(found[f"R-precision, {kind}"].mean()) == 1
+        for measure in ("judge", "loss"):
+            assert float(found[f"datamodeling half by {measure}, {kind}"].min()) == pytest.approx(1)
+    assert len(found["datamodeling half by judge, object"]) == 64
+    assert len(found["datamodeling half by judge, artist"]) == 8
+    assert ceilings(asked, outcomes(data, "counts"), [0, 1])[
+        "datamodeling half by judge, object"
+    ] == pytest.approx(1)
+    noise = measured(asked, truth, data, outcomes(data, "noise"), [0, 1])
+    assert abs(float(noise["datamodeling half by judge, object"].mean())) < 0.2
+
+
+def test_datamodeling_is_spearmans_correlation_of_summed_scores() -> None:
+    data = EmojiArtists("new")
+    asked = questions(data.held_out)
+    scores = torch.randn(128, 448, generator=torch.Generator().manual_seed(1))
+    known = outcomes(data, "noise")
+    found = measured(asked, scores, data, known, [0])["datamodeling half by judge, object"]
+    i = sorted({q.object for q in asked}).index(asked[10].object)
+    expected = spearmanr(scores[10] @ known.kept[:12].float().T, known.odds[:12, 5, 0]).statistic
+    assert float(found[i]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_recall_of_hidden_and_wrong_images_by_hand() -> None:
+    for setting, name in (("hidden", "hidden"), ("mislabelled", "wrong")):
+        data = EmojiArtists("new", setting=setting)  # type: ignore[arg-type]
+        asked = questions(data.held_out)[:2]
+        shown, told = data.train_set.pairs, data.train_set.told
+        best, worst = torch.zeros(2, 448), torch.zeros(2, 448)
+        expected = 0
+        for row, question in enumerate(asked):
+            axis = KINDS.index(question.kind)
+            for i in range(448):
+                shows, says = shown[i][axis] == question.value, told[i][axis] == question.value
+                odd = (shows and not says) if name == "hidden" else (says and not shows)
+                expected += odd
+                best[row, i] = odd + 1e-3 * i / 448
+                worst[row, i] = -float(odd) + 1e-3 * i / 448
+        assert expected
+        assert float(odd_recall(asked, best, data)[name].min()) == 1
+        assert float(odd_recall(asked, worst, data)[name].max()) == 0
+    assert odd_recall(asked, best, EmojiArtists("new")) == {}
+
+
+def test_outcomes_survive_their_file_and_take_finished_runs_only(tmp_path: Path) -> None:
+    data = EmojiArtists("new")
+    for name in ("half-00-seed0", "half-01-seed0"):
+        (tmp_path / name).mkdir()
+        images = (
+            (data.held_out_set.images + 1)
+            .mul(127.5)
+            .round()
+            .byte()
+            .permute(0, 2, 3, 1)
+            .repeat_interleave(2, 0)
+        )
+        losses = torch.arange(256.0).view(64, 4)
+        save_file({"images": images.contiguous(), "losses": losses}, tmp_path / name / "evidence.safetensors")
+    facts = {"kept": [0, 5], "seed": 0}
+    (tmp_path / "half-01-seed0" / "facts.json").write_text(json.dumps(facts))
+    found = judged(tmp_path, Outcomes.load("none", tmp_path))
+    assert found.names == ["half-01-seed0"]
+    assert found.kept.nonzero()[:, 1].tolist() == [0, 5]
+    assert (found.odds[0, :, 0] > 0).float().mean() > 0.95  # the real drawings
+    assert torch.equal(found.strength("object", "loss")[0], torch.ones(64))
+    assert torch.equal(found.strength("artist", "loss")[0], torch.full((64,), 2.0))
+    found.save("none", tmp_path)
+    again = judged(tmp_path, Outcomes.load("none", tmp_path))
+    assert again.names == found.names
+    assert torch.equal(again.odds, found.odds)
+    assert again.of("half-", [0]).names == ["half-01"]
+    assert again.of("half-", [1]).names == []
+    twice = Outcomes(
+        ["half-01-seed0", "half-01-seed1"],
+        *(torch.cat([x, x + 2]) for x in (again.kept.int(), again.odds, again.losses)),
+    )
+    torch.testing.assert_close(twice.of("half-", [0, 1]).odds, again.odds + 1)
+    torch.testing.assert_close(twice.of("half-", [1]).odds, again.odds + 2)
+
+
+def test_a_summary_averages_seeds_and_shows_the_oracle() -> None:
+    a, b = {"x": torch.tensor([0.0, 1.0])}, {"x": torch.tensor([1.0, 1.0])}
+    better = {"x": torch.tensor([1.0, 1.0])}
+    found = summarised([a, b], [{"1.0": a, "None": better}, {"1.0": b}])["x"]
+    assert (found["mean"], found["oracle"], found["per_seed"]) == (0.75, 1.0, [0.5, 1.0])
+    assert 0.5 <= found["low"] <= 0.75 <= found["high"] <= 1
+    assert markdown({"m": {"x": found}}, ["x"])[-1] == "| m | 0.75 [0.50, 1.00] (1.00) |"
+
+
+def test_every_variant_is_compared_and_what_is_finished_is_not_repeated(tmp_path: Path) -> None:
+    module, data = ToyDiffusion(), ToyData()
+    save_trained(module, tmp_path, 3)
+    case = Case(
+        folder=tmp_path,
+        module=module.eval(),
+        batches=torch.utils.data.DataLoader(data.toys, 4),
+        concepts=[Concept("red", {"colour": "red", "shape": "bar"}, {"shape": "bar"})],
+        seeds=[1],
+        sampler=Sampler(steps=6, guidance=2.0),
+    )
+    rows = table_variants(2, (3,))
+    small = [
+        Variant(
+            name=row.name,
+            method=row.method,
+            layers=row.layers,
+            steps=row.steps,
+            scope=row.scope,
+            projection=Projection(rank=2, dim=32),
+        )
+        for row in rows
+        if row.name in ("trak", "tracin", "trak_global", "contrastive_trak_without_keys_and_values")
+    ]
+    found, images = compare(case, small, tmp_path / "out")
+    assert images.shape == (1, 3, 8, 8)
+    assert set(found) == {row.name for row in small}
+    assert all(scores.shape == (1, 12) for grid in found.values() for scores in grid.values())
+    assert set(found["trak"]) == {"None", "10.0", "1.0", "0.1", "0.01"}
+
+    def differ(a: Tensor, b: Tensor) -> bool:
+        return not torch.allclose(a, b, rtol=1e-3)
+
+    assert differ(found["trak"]["None"], found["trak_global"]["None"])
+    stores = {row.store_name() for row in small}
+    assert len(stores) == 2  # trak, tracin and trak_global share their traces
+    assert {path.name for path in (tmp_path / "out" / "traces").iterdir()} == stores
+    (tmp_path / "step-00000003.safetensors").unlink()
+    again, _ = compare(case, small, tmp_path / "out")
+    assert torch.equal(again["trak"]["1.0"], found["trak"]["1.0"])
+
+
+def test_the_table_has_every_preset() -> None:
+    names = {row.method.name for row in table_variants(2, (1,))}
+    assert set(methods.PRESETS) - {"concept_trak"} <= names
