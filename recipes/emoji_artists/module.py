@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from ctrak_lightning import DiffusionTask, Encoded, NoiseSchedule
 from recipes.emoji_artists.data import METADATA, NEW_ARTISTS, Emoji
-from recipes.emoji_artists.network import NULL, Vocabulary, build_scheduler, build_unet, patchify, unpatchify
+from recipes.emoji_artists.network import NULL, EmojiDenoiser, build_scheduler, patchify, unpatchify
 
 BASE = Path(__file__).parent / "base.safetensors"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -33,6 +33,8 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
         warmup_steps: steps of linear learning-rate warm-up.
     """
 
+    denoiser: EmojiDenoiser
+
     def __init__(
         self,
         adaptation: Literal["none", "lora", "full"] = "lora",
@@ -51,9 +53,10 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
         base_objects, new_objects = emoji.split_objects()
         tuned = adaptation != "none"
         self.decays = tuned
-        self.denoiser = build_unet()
-        self.artist = Vocabulary(emoji.base_artists(), list(NEW_ARTISTS) if tuned else [])
-        self.object = Vocabulary(base_objects, new_objects if tuned else [])
+        self.denoiser = EmojiDenoiser(
+            artist=(emoji.base_artists(), list(NEW_ARTISTS) if tuned else []),
+            object=(base_objects, new_objects if tuned else []),
+        )
         self.scheduler = build_scheduler()
         self.noise_schedule = NoiseSchedule.from_scheduler(self.scheduler)
         if tuned:
@@ -63,29 +66,32 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
             config = LoraConfig(
                 r=rank, lora_alpha=rank, target_modules=ATTENTION, init_lora_weights="gaussian"
             )
-            self.denoiser.add_adapter(config)  # type: ignore[operator]
-            for vocabulary in (self.artist, self.object):
+            self.denoiser.unet.add_adapter(config)
+            for vocabulary in (self.denoiser.artist, self.denoiser.object):
                 assert vocabulary.new is not None
                 vocabulary.new.requires_grad_(True)
 
     def _start_from_base(self) -> None:
-        weights = {name: value.float() for name, value in load_file(BASE).items()}
-        missing, unexpected = self.load_state_dict(weights, strict=False)
-        if unexpected or set(missing) != {"artist.new", "object.new"}:
+        weights = load_file(BASE)
+        state = self.state_dict()
+        fresh = [name for name in state if name.endswith(".new.weight")]
+        names = {file_name(name): name for name in state if name not in fresh}
+        if names.keys() != weights.keys():
             raise ValueError(
-                f"{BASE.name} does not fit the network: missing {missing}, unexpected {unexpected}."
+                f"{BASE.name} does not fit the network: {sorted(names.keys() ^ weights.keys())}."
             )
+        self.load_state_dict({names[name]: value.float() for name, value in weights.items()}, strict=False)
         generator = torch.Generator().manual_seed(0)
-        self.artist.initialise_new(generator)
-        self.object.initialise_new(generator)
+        self.denoiser.artist.initialise_new(generator)
+        self.denoiser.object.initialise_new(generator)
 
     def known_attributes(self) -> dict[str, list[str]]:
-        return {"artist": list(self.artist.index), "object": list(self.object.index)}
+        return {"artist": list(self.denoiser.artist.index), "object": list(self.denoiser.object.index)}
 
     def encode(self, batch: dict[str, Any]) -> Encoded:
         return Encoded(
             latents=patchify(batch["image"]),
-            condition={"encoder_hidden_states": self._tokens(batch["artist_token"], batch["object_token"])},
+            condition=self._names(batch["artist_token"], batch["object_token"]),
             sample_ids=list(batch["sample_id"]),
             metadata={name: list(batch[name]) for name in METADATA},
         )
@@ -95,7 +101,7 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
             raise TypeError(
                 f"EmojiDiffusion.condition({spec!r}): expected attributes such as {{'object': 'owl'}}."
             )
-        return {"encoder_hidden_states": self._tokens([spec.get("artist")] * n, [spec.get("object")] * n)}
+        return self._names([spec.get("artist")] * n, [spec.get("object")] * n)
 
     def decode(self, latents: Tensor) -> Tensor:
         return ((unpatchify(latents) + 1) / 2).clamp(0, 1)
@@ -105,8 +111,7 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
         noise = torch.randn_like(latents)
         t = torch.randint(0, len(self.noise_schedule), (len(latents),), device=self.device)
         noised = self.noise_schedule.add_noise(latents, noise, t)
-        tokens = self._tokens(batch["artist_token"], batch["object_token"], self.drop)
-        condition = {"encoder_hidden_states": tokens}
+        condition = self._names(batch["artist_token"], batch["object_token"], self.drop)
         predicted = self.predict(noised, t, condition)
         alpha_bar = self.noise_schedule.levels(t, latents)[0].square()
         # The weight of a v-prediction loss, SNR + 1, cut at 5 (min-SNR, arXiv 2303.09556).
@@ -116,11 +121,11 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        vocabularies = [*self.artist.parameters(), *self.object.parameters()]
+        vocabularies = [*self.denoiser.artist.parameters(), *self.denoiser.object.parameters()]
         # A token is seen in few batches: at the network's rate it would hardly leave its random start.
         groups: list[dict[str, Any]] = [
             {
-                "params": _trainable(self.denoiser.parameters()),
+                "params": _trainable(self.denoiser.unet.parameters()),
                 "lr": self.learning_rate,
                 "weight_decay": 0.01,
             },
@@ -139,18 +144,27 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
         total = self.trainer.estimated_stepping_batches
         return warm * min(1.0, 3 * max(0.0, 1 - step / total)) if total != float("inf") else warm
 
-    def _tokens(
+    def _names(
         self, artists: Sequence[str | None], objects: Sequence[str | None], drop: float = 0.0
-    ) -> Tensor:
-        """Condition vectors [B, 2 x TOKEN_VECTORS, TOKEN_DIM]; None, an empty name and a dropped one give the null token."""
-        parts = []
-        for vocabulary, names in ((self.artist, artists), (self.object, objects)):
-            indices = [vocabulary.index[name] if name else NULL for name in names]
-            rows = torch.tensor(indices, device=self.device)
+    ) -> dict[str, Tensor]:
+        """The condition: name indices [B] of both kinds; a name that is dropped gives the null token."""
+        condition = {}
+        for kind, names in (("artist", artists), ("object", objects)):
+            indices = getattr(self.denoiser, kind).indices(names).to(self.device)
             if drop:
-                rows = torch.where(torch.rand(len(rows), device=self.device) < drop, NULL, rows)
-            parts.append(vocabulary(rows))
-        return torch.cat(parts, 1)
+                indices = torch.where(torch.rand(len(indices), device=self.device) < drop, NULL, indices)
+            condition[kind] = indices
+        return condition
+
+
+def file_name(name: str) -> str:
+    """A parameter's name in ``base.safetensors``, which knows nothing of how the parts are put together."""
+    name = name.removeprefix("denoiser.")
+    return (
+        name.removesuffix(".weight")
+        if not name.startswith("unet.")
+        else name.replace("unet.", "denoiser.", 1)
+    )
 
 
 def _trainable(parameters: Iterable[Parameter]) -> list[Parameter]:

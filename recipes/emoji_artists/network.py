@@ -1,5 +1,7 @@
 """The denoiser and the condition tokens of the EmojiArtists recipe."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -59,27 +61,63 @@ class Vocabulary(nn.Module):
 
     Args:
         base: names the base model was trained on.
-        new: names added by a fine-tune; their vectors are a parameter of their own, so that the base stays frozen.
+        new: names added by a fine-tune; their vectors are an embedding of their own, so that the base stays frozen.
     """
 
     def __init__(self, base: list[str], new: list[str]) -> None:
         super().__init__()
         self.index = {name: i for i, name in enumerate([*base, *new])}
-        self.null = nn.Parameter(torch.randn(1, TOKEN_VECTORS * TOKEN_DIM) * 0.5)
-        self.base = nn.Parameter(torch.randn(len(base), TOKEN_VECTORS * TOKEN_DIM) * 0.5)
-        self.new = nn.Parameter(torch.zeros(len(new), TOKEN_VECTORS * TOKEN_DIM)) if new else None
+        self.null = _embedding(torch.randn(1, TOKEN_VECTORS * TOKEN_DIM) * 0.5)
+        self.base = _embedding(torch.randn(len(base), TOKEN_VECTORS * TOKEN_DIM) * 0.5)
+        self.new = _embedding(torch.zeros(len(new), TOKEN_VECTORS * TOKEN_DIM)) if new else None
+
+    def indices(self, names: Sequence[str | None]) -> Tensor:
+        """Indices [B]; None and an empty name give ``NULL``."""
+        return torch.tensor([self.index[name] if name else NULL for name in names])
 
     def initialise_new(self, generator: torch.Generator) -> None:
         """Starts every new name at the mean of the base names plus a little noise of their own spread."""
         if self.new is None:
             return
+        base = self.base.weight
         with torch.no_grad():
-            noise = torch.randn(self.new.shape, generator=generator) * self.base.std(0, keepdim=True)
-            self.new.copy_(self.base.mean(0, keepdim=True) + 0.3 * noise)
+            noise = torch.randn(self.new.weight.shape, generator=generator) * base.std(0, keepdim=True)
+            self.new.weight.copy_(base.mean(0, keepdim=True) + 0.3 * noise)
 
     def forward(self, indices: Tensor) -> Tensor:
         """Indices [B] (``NULL`` for the null token) to token vectors [B, TOKEN_VECTORS, TOKEN_DIM]."""
-        rows = [self.base] if self.new is None else [self.base, self.new]
-        table = torch.cat([*rows, self.null])
-        vectors = F.embedding(torch.where(indices == NULL, len(table) - 1, indices), table)
+        known = self.base.num_embeddings
+        vectors = self.base(indices.clamp(0, known - 1))
+        vectors = torch.where((indices == NULL).unsqueeze(1), self.null(torch.zeros_like(indices)), vectors)
+        if self.new is not None:
+            is_new = indices >= known
+            vectors = torch.where(is_new.unsqueeze(1), self.new((indices - known).clamp(min=0)), vectors)
         return vectors.view(len(indices), TOKEN_VECTORS, TOKEN_DIM)
+
+
+class EmojiDenoiser(nn.Module):
+    """The network with its token embeddings, so that what is learnt through the tokens is traced too.
+
+    Args:
+        artist: tokens of the artists.
+        object: tokens of the objects.
+    """
+
+    def __init__(self, artist: tuple[list[str], list[str]], object: tuple[list[str], list[str]]) -> None:
+        super().__init__()
+        self.unet = build_unet()
+        self.artist = Vocabulary(*artist)
+        self.object = Vocabulary(*object)
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, artist: Tensor, object: Tensor, return_dict: bool = False
+    ) -> tuple[Tensor]:
+        """States [B, 48, 8, 8], timesteps [B] and name indices [B] to the predicted clean latents, as a tuple of one."""
+        tokens = torch.cat([self.artist(artist), self.object(object)], 1)
+        output: tuple[Tensor] = self.unet(x_t, t, encoder_hidden_states=tokens, return_dict=return_dict)
+        return output
+
+
+def _embedding(rows: Tensor) -> nn.Embedding:
+    embedding: nn.Embedding = nn.Embedding.from_pretrained(rows, freeze=False)
+    return embedding

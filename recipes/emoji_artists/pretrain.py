@@ -18,14 +18,16 @@ from safetensors.torch import save_file
 from ctrak_lightning import Sampler
 from ctrak_lightning.trajectory import seeded_noise
 from recipes.emoji_artists.data import Emoji, EmojiArtists, EmojiPairs
-from recipes.emoji_artists.module import BASE, EmojiDiffusion
+from recipes.emoji_artists.module import BASE, EmojiDiffusion, file_name
 from recipes.emoji_artists.sheets import image_grid
 
 
 def export(checkpoint: str) -> None:
     """Writes a Lightning checkpoint's averaged weights as float16 to ``base.safetensors``."""
     facts = torch.load(checkpoint, weights_only=True, map_location="cpu")
-    save_file({name: value.half().contiguous() for name, value in facts["state_dict"].items()}, BASE)
+    save_file(
+        {file_name(name): value.half().contiguous() for name, value in facts["state_dict"].items()}, BASE
+    )
     print(f"step {facts['global_step']}: {BASE}, {BASE.stat().st_size:,} bytes")
 
 
@@ -38,7 +40,7 @@ def draw(path: Path = BASE.parent / "results" / "base_samples.png") -> None:
     pairs = [(name, artist) for name in names for artist in artists]
     noise = torch.stack([seeded_noise((48, 8, 8), seed, 0, "generation") for seed in range(len(pairs))])
     parts = [module.condition({"object": name, "artist": artist}, 1) for name, artist in pairs]
-    condition = {"encoder_hidden_states": torch.cat([part["encoder_hidden_states"] for part in parts])}
+    condition = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
     generation = Sampler(steps=20, guidance=2.5).run(
         module, noise, condition, module.condition({}, len(pairs))
     )

@@ -61,8 +61,11 @@ def test_r_precision_by_hand() -> None:
 def test_lora_trains_the_adapter_and_the_new_tokens_only() -> None:
     module = EmojiDiffusion("lora")
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    assert {"artist.new", "object.new"} < trained
-    assert all("lora_" in name for name in trained - {"artist.new", "object.new"})
+    tokens = {"denoiser.artist.new.weight", "denoiser.object.new.weight"}
+    assert tokens < trained
+    assert all("lora_" in name for name in trained - tokens)
+    traced = GradientTracer(module.denoiser, Projection(rank=2, dim=8)).parameter_names
+    assert {f"denoiser.{name}" for name in traced} == trained
     assert len(module.known_attributes()["object"]) == 464
     full = EmojiDiffusion("full")
     assert all(p.requires_grad for p in full.parameters())
@@ -88,12 +91,39 @@ def test_a_fine_tunes_learning_rate_warms_up_and_falls_to_zero() -> None:
 
 def test_dropped_tokens_are_the_null_token() -> None:
     module = EmojiDiffusion("lora")
-    both = module.condition({"object": "owl", "artist": "noto"}, 1)["encoder_hidden_states"]
-    artist = module.condition({"artist": "noto"}, 1)["encoder_hidden_states"]
-    null = module.condition({}, 1)["encoder_hidden_states"]
-    assert torch.equal(both[:, :4], artist[:, :4])
-    assert torch.equal(artist[:, 4:], null[:, 4:])
-    assert not torch.equal(both[:, 4:], artist[:, 4:])
+    both = module.condition({"object": "owl", "artist": "noto"}, 1)
+    artist = module.condition({"artist": "noto"}, 1)
+    null = module.condition({}, 1)
+    assert both["artist"] == artist["artist"] != null["artist"]
+    assert artist["object"] == null["object"] != both["object"]
+    words = module.denoiser.object
+    assert torch.equal(words(null["object"])[0].flatten(), words.null.weight[0])
+    new = list(words.index).index("tangerine") - words.base.num_embeddings
+    assert torch.equal(words(words.indices(["tangerine"]))[0].flatten(), words.new.weight[new])
+    assert torch.equal(
+        words(words.indices(["owl"]))[0].flatten(), words.base.weight[list(words.index).index("owl")]
+    )
+
+
+def test_the_tokens_gradients_are_traced_exactly() -> None:
+    module = EmojiDiffusion("lora").eval()
+    data = EmojiArtists("new")
+    x, t = patchify(data.train_set.images[:3]), torch.tensor([100, 500, 900])
+    names = (
+        module.condition({"object": "owl", "artist": "twemoji"}, 1),
+        module.condition({"object": "tangerine"}, 2),
+    )
+    condition = {kind: torch.cat([part[kind] for part in names]) for kind in ("artist", "object")}
+    features = []
+    for engine in ("hooks", "loop"):
+        tracer = GradientTracer(module.denoiser, Projection(rank=8, dim=None), layers=["*new"], engine=engine)
+
+        def forward(rows: torch.Tensor) -> torch.Tensor:
+            return module.predict(x[rows], t[rows], {kind: value[rows] for kind, value in condition.items()})
+
+        features += tracer.vjps(forward, [lambda e, rows: e.detach()], 3)
+    torch.testing.assert_close(features[0], features[1], rtol=1e-4, atol=1e-5)
+    assert (features[0].norm(dim=1) > 0).all()
 
 
 def test_hidden_tokens_are_a_third_of_every_concept_and_never_reach_the_network() -> None:
@@ -108,9 +138,7 @@ def test_hidden_tokens_are_a_third_of_every_concept_and_never_reach_the_network(
     batch = torch.utils.data.default_collate([data.train_set[i]])
     assert batch["object"] == [pairs[i][0]]
     module = EmojiDiffusion("lora")
-    [shown] = module.encode(batch).condition["encoder_hidden_states"]
-    [expected] = module.condition({"artist": pairs[i][1]}, 1)["encoder_hidden_states"]
-    assert torch.equal(shown, expected)
+    assert module.encode(batch).condition == module.condition({"artist": pairs[i][1]}, 1)
     assert pairs[i][0] not in batch["caption"][0]
 
 
