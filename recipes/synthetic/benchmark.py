@@ -1,0 +1,147 @@
+"""The Synthetic benchmark: precision@10 for each factor, on combinations that training showed and on those it did not.
+
+python -m recipes.synthetic.benchmark                     # the paper's construction, one seed
+python -m recipes.synthetic.benchmark --variant hard --seeds 0 1 2
+
+Trains what is missing, asks every method, and writes `results/benchmark_<variant>.json` and `.md`. Resumable.
+"""
+
+import argparse
+import json
+import platform
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ctrak_lightning import Concept
+from ctrak_lightning.metrics import functional
+from recipes.benchmarks.compare import Case, compare
+from recipes.benchmarks.tables import NOTE, markdown, summarised
+from recipes.benchmarks.variants import table_variants
+from recipes.synthetic.sampling import SAMPLERS, generate
+from recipes.synthetic.train import Run, train
+from recipes.synthetic.variants import VARIANTS, Combo, caption
+
+TIMESTEPS = 5
+QUERIES = {"paper": 16, "hard": 2}
+MOST_TRIES = 4
+COUNTER_CONDITIONS = ("dropped", "swapped")
+RESULTS = Path(__file__).parent / "results"
+
+
+def verified_seeds(run: Run, combo: Combo, wanted: int) -> list[int]:
+    """The first ``wanted`` seeds whose image shows the combination.
+
+    Raises:
+        ValueError: among four times as many seeds too few show it; the message has the count.
+    """
+    seeds = list(range(MOST_TRIES * wanted))
+    images = generate(run.module, [combo] * len(seeds), seeds)
+    accepted = run.verifier.verify(images, [combo] * len(seeds)).tolist()
+    shown = [seed for seed, fine in zip(seeds, accepted, strict=True) if fine]
+    if len(shown) < wanted:
+        raise ValueError(
+            f"verified_seeds({caption(combo)!r}): {len(shown)} of {len(seeds)} generated images show it, expected {wanted}. "
+            "HINT: train longer, or ask fewer queries."
+        )
+    return shown[:wanted]
+
+
+def concept(run: Run, combo: Combo, factor: str, counter: str) -> Concept:
+    """A combination against the same without the factor's token, or with its next value instead."""
+    absent = {name: value for name, value in combo.items() if name != factor}
+    if counter == "swapped":
+        values = run.data.variant.factors[factor]
+        absent[factor] = values[(values.index(combo[factor]) + 1) % len(values)]
+    return Concept(combo[factor], dict(combo), absent)
+
+
+def questions(run: Run, queries: int) -> list[tuple[Combo, str, int]]:
+    """(combination, factor, image seed) of every question."""
+    return [
+        (combo, factor, seed)
+        for combo in run.data.variant.combos()
+        for seed in verified_seeds(run, combo, queries)
+        for factor in combo
+    ]
+
+
+def figures(run: Run, asked: list[tuple[Combo, str, int]], scores: Tensor) -> dict[str, Tensor]:
+    """precision@10, and R-precision, per factor and kind of combination, one value per question."""
+    traced = run.data.train_set.combos[: run.data.traced]
+    relevant = torch.tensor(
+        [[shown[factor] == combo[factor] for shown in traced] for combo, factor, _ in asked]
+    )
+    found = {}
+    for title, values in (
+        ("P@10", functional.precision_at_k(scores, relevant)),
+        ("R-precision", functional.r_precision(scores, relevant)),
+    ):
+        for where in ("held out", "in distribution"):
+            for factor in run.data.variant.factors:
+                rows = [
+                    (combo in run.data.held_out) == (where == "held out") and f == factor
+                    for combo, f, _ in asked
+                ]
+                found[f"{title}, {where}, {factor}"] = values[torch.tensor(rows)]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variant", choices=list(VARIANTS), default="paper")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/synthetic"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    honest: dict[str, list[dict[str, Tensor]]] = {}
+    grids: dict[str, list[dict[str, dict[str, Tensor]]]] = {}
+    for seed in args.seeds:
+        folder = args.runs / f"{args.variant}-{seed}"
+        run = train(folder, args.variant, seed)
+        asked = questions(run, QUERIES[args.variant])
+        table = table_variants(TIMESTEPS, tuple(run.facts["checkpoints"]))
+        for counter in COUNTER_CONDITIONS:
+            case = Case(
+                folder=folder,
+                module=run.module,
+                batches=run.data.trace_dataloader(),
+                concepts=[concept(run, combo, factor, counter) for combo, factor, _ in asked],
+                seeds=[seed for _, _, seed in asked],
+                sampler=SAMPLERS[args.variant],
+            )
+            # A whole-image method does not see the counter-condition.
+            chosen = [
+                v for v in table if counter == "dropped" or v.name.startswith(("concept", "contrastive"))
+            ]
+            found, _ = compare(case, chosen, folder / "scores" / counter)
+            for variant in chosen:
+                grid = {
+                    damping: figures(run, asked, scores) for damping, scores in found[variant.name].items()
+                }
+                name = variant.name if counter == "dropped" else f"{variant.name}, {counter}"
+                honest.setdefault(name, []).append(grid[str(variant.method.damping)])
+                grids.setdefault(name, []).append(grid)
+    seeds = " ".join(map(str, args.seeds))
+    facts = {
+        "command": f"python -m recipes.synthetic.benchmark --variant {args.variant} --seeds {seeds}",
+        "machine": f"{platform.machine()}, torch {torch.__version__}",
+        "queries_per_combination": QUERIES[args.variant],
+        "rows": {name: summarised(per_seed, grids[name]) for name, per_seed in honest.items()},
+    }
+    (args.results / f"benchmark_{args.variant}.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    rows = facts["rows"]
+    assert isinstance(rows, dict)
+    lines = [
+        f"`{facts['command']}`; {facts['machine']}; {facts['queries_per_combination']} verified queries a combination."
+    ]
+    text = "\n".join([*lines, NOTE, "", *markdown(rows, list(next(iter(rows.values()))))]) + "\n"
+    (args.results / f"benchmark_{args.variant}.md").write_text(text, "utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
