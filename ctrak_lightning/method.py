@@ -20,6 +20,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 TRAJECTORIES: dict[str, type[Trajectory]] = {
     cls.__name__: cls for cls in (Generated, Inverted, Noised, Renoised)
 }
+Normalisation = Literal["none", "sample", "layer"]
 Ensemble = Literal["standardised", "learning_rate"]
 
 
@@ -33,7 +34,8 @@ class Method:
         training_trajectory: the states of a training sample.
         query: the terms whose sum is a query's gradient at a state.
         query_trajectory: the states of a query.
-        unit_norm: scale every projected gradient to norm 1 per sample and timestep, before timesteps are summed.
+        normalisation: of every projected gradient, per sample and timestep, before timesteps are summed: ``"sample"`` scales
+            it to norm 1, ``"layer"`` scales each layer's part of it to norm 1, ``"none"`` leaves it.
         damping: lambda of the kernel, relative to the mean eigenvalue ``tr(K) / min(n, k)``; None uses no kernel at all
             (the limit of strong damping).
         residual: multiply a sample's score by its mean denoising loss at the checkpoint (DAS).
@@ -41,7 +43,7 @@ class Method:
             over the samples; ``"learning_rate"`` adds them, each times the learning rate it was made at (TracIn).
 
     Raises:
-        ValueError: no query term, an unknown ensemble, or a damping that is not positive.
+        ValueError: no query term, an unknown normalisation or ensemble, or a damping that is not positive.
     """
 
     name: str
@@ -49,7 +51,7 @@ class Method:
     training_trajectory: Trajectory
     query: tuple[Term, ...]
     query_trajectory: Trajectory
-    unit_norm: bool = True
+    normalisation: Normalisation = "sample"
     damping: float | None = 1.0
     residual: bool = False
     ensemble: Ensemble = "standardised"
@@ -61,10 +63,11 @@ class Method:
             raise ValueError(
                 f"Method({self.name!r}, damping={self.damping}): expected a number > 0, or None."
             )
-        if self.ensemble not in get_args(Ensemble):
-            raise ValueError(
-                f"Method({self.name!r}, ensemble={self.ensemble!r}): expected one of {get_args(Ensemble)}."
-            )
+        for field, kind in (("normalisation", Normalisation), ("ensemble", Ensemble)):
+            if getattr(self, field) not in get_args(kind):
+                raise ValueError(
+                    f"Method({self.name!r}, {field}={getattr(self, field)!r}): expected one of {get_args(kind)}."
+                )
         if isinstance(self.training_trajectory, Generated):
             raise ValueError(
                 f"Method({self.name!r}): {type(self.training_trajectory).__name__}() is a query trajectory; training images "
@@ -76,7 +79,7 @@ class Method:
         return {
             "objective": self.training.to_dict(),
             "trajectory": self.training_trajectory.to_dict(),
-            "unit_norm": self.unit_norm,
+            "normalisation": self.normalisation,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,11 +112,10 @@ class Method:
                     for term in facts["query"]
                 ),
                 query_trajectory=_built(TRAJECTORIES, facts["query_trajectory"]),
-                unit_norm=training["unit_norm"],
+                normalisation=training["normalisation"],
                 damping=facts["damping"],
-                # Absent in stores of version 0.1.
-                residual=facts.get("residual", False),
-                ensemble=facts.get("ensemble", "standardised"),
+                residual=facts["residual"],
+                ensemble=facts["ensemble"],
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"Method.from_dict: these facts describe no method: {error!r}.") from error

@@ -70,7 +70,7 @@ def das(timesteps: int = 10, damping: float | None = 1.0, absolute: bool = False
         absolute: ``mean(|e|)`` instead, as Concept-TRAK's authors re-ran it.
     """
     method = _whole_image("das", MeanOutput(absolute), timesteps, damping)
-    return replace(method, unit_norm=True, residual=True)
+    return replace(method, normalisation="sample", residual=True)
 
 
 def journey_trak(timesteps: int = 10, damping: float | None = 1.0) -> Method:
@@ -90,7 +90,7 @@ def tracin(timesteps: int = 10) -> Method:
 def retrac(timesteps: int = 10) -> Method:
     """Diffusion-ReTrac (arXiv 2401.09031): TracIn with gradients of unit norm, so that timesteps and samples with large
     gradients do not decide alone."""
-    return replace(tracin(timesteps), name="retrac", unit_norm=True)
+    return replace(tracin(timesteps), name="retrac", normalisation="sample")
 
 
 def _whole_image(name: str, objective: Objective, timesteps: int, damping: float | None) -> Method:
@@ -102,7 +102,7 @@ def _whole_image(name: str, objective: Objective, timesteps: int, damping: float
         training_trajectory=noised,
         query=(Term(objective),),
         query_trajectory=noised,
-        unit_norm=False,
+        normalisation="none",
         damping=damping,
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.gradients import GradientTracer, tracing_mode
-from ctrak_lightning.method import Method
+from ctrak_lightning.method import Method, Normalisation
 from ctrak_lightning.objective import Objective, Prediction, Side, Term
 from ctrak_lightning.task import Condition, Encoded, select
 from ctrak_lightning.trajectory import State
@@ -50,7 +50,7 @@ def trace_batch(task: Any, tracer: GradientTracer, method: Method, encoded: Enco
     for state in states:
         evaluation = _Evaluation(task, state, encoded.latents, encoded.condition, None)
         row = evaluation.vjp(tracer, method.training)
-        features += _scaled(row, method.unit_norm)
+        features += _normalised(row, tracer, method.normalisation)
         loss += evaluation.denoising_loss() / len(states)
     return Trace(features, loss)
 
@@ -76,14 +76,14 @@ def trace_query(
     features = torch.zeros(len(x0), tracer.dim)
     strength = torch.zeros(len(x0))
     for state in states:
-        gradient = torch.zeros(len(x0), tracer.dim)
+        gradient = torch.zeros(len(x0), tracer.width)
         predictions: dict[Side, Tensor] = {}
         if any(term.objective.needs_reference for term in method.query):
             with tracing_mode(tracer.module):
                 predictions["absent"] = _noise_prediction(task, state, conditions["absent"])
         for term in method.query:
             gradient += term.weight * _term(task, tracer, term, state, x0, conditions, predictions)
-        features += _scaled(gradient, method.unit_norm)
+        features += _normalised(gradient, tracer, method.normalisation)
         strength += _relative_difference(predictions) / len(states)
     return QueryTrace(features, strength)
 
@@ -116,7 +116,7 @@ class _Evaluation:
         self.prediction: Prediction | None = None
 
     def vjp(self, tracer: GradientTracer, objective: Objective) -> Tensor:
-        """``J^T v`` of the objective, projected, [B, k] on the CPU."""
+        """``J^T v`` of the objective, projected but not sketched, [B, P] on the CPU."""
         x_t = self.state.x_t.detach().requires_grad_(objective.needs_input_gradient)
 
         def forward(rows: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class _Evaluation:
             self.e[rows] = e.detach().to(self.e)
             return objective.cotangent(self.prediction)
 
-        row: Tensor = tracer.vjps(forward, [cotangent], len(x_t))[0].cpu()
+        row: Tensor = tracer.vjps(forward, [cotangent], len(x_t), sketch=False)[0].cpu()
         self.prediction = None
         return row
 
@@ -159,12 +159,13 @@ def _relative_difference(predictions: Mapping[Side, Tensor]) -> Tensor:
     return ratio
 
 
-def _scaled(gradient: Tensor, unit_norm: bool) -> Tensor:
-    """Rows scaled to norm 1; an all-zero row stays zero, so that a state without gradient counts for nothing."""
-    if not unit_norm:
-        return gradient
-    norm = gradient.norm(dim=1, keepdim=True)
-    return torch.where(norm > 0, gradient / norm.clamp(min=torch.finfo(gradient.dtype).tiny), gradient)
+def _normalised(rows: Tensor, tracer: GradientTracer, normalisation: Normalisation) -> Tensor:
+    """Features [B, k] of rows [B, P]; what is all zero stays zero, so that a state without gradient counts for nothing."""
+    features = tracer.sketch(rows, unit_layers=normalisation == "layer")
+    if normalisation != "sample":
+        return features
+    norm = features.norm(dim=1, keepdim=True)
+    return torch.where(norm > 0, features / norm.clamp(min=torch.finfo(features.dtype).tiny), features)
 
 
 def warn_if_faint(strength: Tensor, names: Sequence[str], threshold: float = 1e-3) -> None:

@@ -23,12 +23,6 @@ def test_presets_with_the_same_traces_say_so() -> None:
     assert methods.d_trak(damping=2.0).training_dict() == methods.d_trak().training_dict()
 
 
-def test_stores_of_the_first_version_stay_readable() -> None:
-    facts = methods.trak().to_dict()
-    del facts["residual"], facts["ensemble"]
-    assert Method.from_dict(facts) == methods.trak()
-
-
 def test_unknown_names_and_classes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"by_name\('trakk'\).*concept_trak, contrastive_d_trak"):
         methods.by_name("trakk")
@@ -53,5 +47,7 @@ def test_a_method_that_cannot_work_is_refused() -> None:
         Method(**good, query=(Term(SquaredNorm()),), damping=0.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ensemble='mean'.*standardised"):
         Method(**good, query=(Term(SquaredNorm()),), ensemble="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="normalisation=True.*layer"):
+        Method(**good, query=(Term(SquaredNorm()),), normalisation=True)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="query trajectory"):
         Method(**(good | {"training_trajectory": Generated()}), query=(Term(SquaredNorm()),))  # type: ignore[arg-type]

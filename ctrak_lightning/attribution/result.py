@@ -69,6 +69,26 @@ class Attribution:
         the sum with the method's own weights."""
         return ensemble(self.checkpoint_scores.double(), self.weights).float()
 
+    def contributions(self, threshold: float = 2.0) -> Tensor:
+        """What each sample adds, for sums over groups of samples [N], float32: the scores in units of their own standard
+        deviation around their median, soft-thresholded (TRAK, arXiv 2303.14186, sec. 3.2, sparsifies so too).
+
+        A concept is taught by few samples; the small scores of all the others are noise that adds up in a sum. The ranking is
+        that of the scores; samples within the threshold add nothing.
+
+        Args:
+            threshold: in standard deviations; 0 keeps all.
+
+        Raises:
+            ValueError: ``threshold`` is negative.
+        """
+        if threshold < 0:
+            raise ValueError(f"contributions(threshold={threshold}): expected 0 or more.")
+        scores = self.scores.double()
+        spread = scores.std(correction=0).clamp(min=torch.finfo(torch.float64).tiny)
+        units = (scores - scores.median()) / spread
+        return (units.sign() * (units.abs() - threshold).clamp(min=0)).float()
+
     def timeline(self) -> Tensor:
         """The scores of each checkpoint [M, N], float32, each in units of its own standard deviation."""
         return standardised(self.checkpoint_scores.double()).float()

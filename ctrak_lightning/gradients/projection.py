@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ class BlockProjector:
     @property
     def dim(self) -> int:
         """Length k of a feature row."""
-        return self.projection.dim or sum(self._sizes.values())
+        return self.projection.dim or self.width
 
     def matrices(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """P_out [rows, min(rows, rank)] and P_in [cols, min(cols, rank)] of a block, float32."""
@@ -85,18 +85,42 @@ class BlockProjector:
         left, right = self.matrices(name, matrices.device)
         return (left.mT @ matrices.float() @ right).flatten(1)
 
+    @property
+    def width(self) -> int:
+        """Length P of the joined blocks, before the sketch."""
+        return sum(self._sizes.values())
+
     def combine(self, blocks: Mapping[str, Tensor], batch_size: int, device: torch.device) -> Tensor:
         """Feature rows [B, k] float32 from blocks [B, p_out * p_in]; a missing block counts as zero."""
-        joined = torch.zeros(batch_size, sum(self._sizes.values()), device=device)
-        for name, part in zip(
-            self.names, joined.split([self._sizes[name] for name in self.names], dim=1), strict=True
-        ):
+        return self.sketch(self.join(blocks, batch_size, device))
+
+    def join(self, blocks: Mapping[str, Tensor], batch_size: int, device: torch.device) -> Tensor:
+        """Blocks [B, p_out * p_in] side by side [B, P], in the order of their names; a missing block is zero."""
+        joined = torch.zeros(batch_size, self.width, device=device)
+        for name, part in self._parts(joined):
             if name in blocks:
                 part.copy_(blocks[name])
+        return joined
+
+    def unit_blocks(self, joined: Tensor) -> Tensor:
+        """Joined blocks [B, P] with each block of a row scaled to norm 1; an all-zero block stays zero."""
+        scaled = joined.clone()
+        for _, part in self._parts(scaled):
+            norm = part.norm(dim=1, keepdim=True)
+            part.div_(torch.where(norm > 0, norm, torch.ones_like(norm)))
+        return scaled
+
+    def sketch(self, joined: Tensor) -> Tensor:
+        """Joined blocks [B, P] as feature rows [B, k]."""
         if self.projection.dim is None:
             return joined
-        buckets, signs = self._hash(device)
-        return joined.new_zeros(batch_size, self.projection.dim).index_add_(1, buckets, joined * signs)
+        buckets, signs = self._hash(joined.device)
+        return joined.new_zeros(len(joined), self.projection.dim).index_add_(1, buckets, joined * signs)
+
+    def _parts(self, joined: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The blocks of joined rows, as views."""
+        sizes = [self._sizes[name] for name in self.names]
+        return zip(self.names, joined.split(sizes, dim=1), strict=True)
 
     def _side(self, name: str, side: str, size: int) -> Tensor:
         rank = self.projection.rank

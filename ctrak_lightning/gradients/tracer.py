@@ -129,7 +129,23 @@ class GradientTracer:
             "parameters_sha256": digest,
         }
 
-    def vjps(self, forward: Forward, cotangents: Sequence[Cotangent], batch_size: int) -> list[Tensor]:
+    @property
+    def width(self) -> int:
+        """Length P of a row before the sketch: all layers' projected gradients side by side."""
+        return self._projector.width
+
+    def sketch(self, rows: Tensor, *, unit_layers: bool = False) -> Tensor:
+        """Rows [B, P] of ``vjps(..., sketch=False)`` as features [B, k].
+
+        Args:
+            rows: the layers' projected gradients side by side; sums of such rows will do, since all is linear.
+            unit_layers: first scale every layer's part of a row to norm 1, so that layers weigh the same.
+        """
+        return self._projector.sketch(self._projector.unit_blocks(rows) if unit_layers else rows)
+
+    def vjps(
+        self, forward: Forward, cotangents: Sequence[Cotangent], batch_size: int, *, sketch: bool = True
+    ) -> list[Tensor]:
         """Features of a batch, one tensor per cotangent.
 
         Runs in :func:`~ctrak_lightning.gradients.tracing_mode`; `.grad`, training flags and random state stay as they are.
@@ -139,18 +155,20 @@ class GradientTracer:
                 with its graph. The calls of the module made inside it are the ones traced.
             cotangents: each maps (e, rows) to v of e's shape. It may call `torch.autograd.grad(..., retain_graph=True)`.
             batch_size: number of rows B.
+            sketch: False leaves the rows as they are before the sketch, for :meth:`sketch`.
 
         Returns:
-            for each cotangent, features [B, k] float32.
+            for each cotangent, features [B, k] float32; [B, P] without the sketch.
 
         Raises:
             GradientError: the outputs or cotangents have the wrong shape, or a layer cannot be traced exactly.
         """
         rows = self._rows(batch_size)
-        return [
-            self._projector.combine(blocks, batch_size, rows.device)
+        joined = [
+            self._projector.join(blocks, batch_size, rows.device)
             for blocks in self._run(forward, cotangents, rows)
         ]
+        return [self._projector.sketch(each) for each in joined] if sketch else joined
 
     def check(self, forward: Forward, cotangents: Sequence[Cotangent], batch_size: int) -> None:
         """Compares the first and last row of a batch with the per-sample loop, which assumes nothing about the layout.

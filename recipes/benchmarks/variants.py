@@ -39,6 +39,9 @@ def table_variants(timesteps: int, steps: tuple[int, ...]) -> list[Variant]:
         "tracin": methods.tracin(timesteps),
         "retrac": methods.retrac(timesteps),
     }
+    chosen["layerwise_d_trak"] = replace(
+        chosen["contrastive_d_trak"], name="layerwise_d_trak", normalisation="layer"
+    )
     rows = [Variant(name=name, method=method, steps=steps) for name, method in chosen.items()]
     without = [
         replace(row, name=f"{row.name}_without_keys_and_values", layers=WITHOUT_KEYS_AND_VALUES)

@@ -35,6 +35,7 @@ METHODS = {
     "contrastive_d_trak": methods.contrastive_d_trak(timesteps=2),
     "trak": methods.trak(timesteps=2),
     "d_trak": methods.d_trak(timesteps=2),
+    "layerwise": replace(methods.contrastive_d_trak(timesteps=2), normalisation="layer"),
     "das": methods.das(timesteps=2),
     "das_absolute": methods.das(timesteps=2, absolute=True),
     "journey_trak": methods.journey_trak(timesteps=2),
@@ -89,7 +90,8 @@ def dense_scores(
         module.load_state_dict(store.checkpoints[index].weights(), strict=False)
 
     def unit(x: Tensor) -> Tensor:
-        return x / x.norm() if method.unit_norm else x
+        features = tracer.sketch(x[None], unit_layers=method.normalisation == "layer")[0]
+        return features / features.norm() if method.normalisation == "sample" else features
 
     @torch.no_grad()
     def clean(state: State, condition: Any) -> Tensor:
@@ -118,7 +120,7 @@ def dense_scores(
             cell["p"] = Prediction(x, t, x0, output, e, reference, schedule)
             return e
 
-        return tracer.vjps(forward, [lambda e, rows: objective.cotangent(cell["p"])], 1)[0][0]
+        return tracer.vjps(forward, [lambda e, rows: objective.cotangent(cell["p"])], 1, sketch=False)[0][0]
 
     module.eval()
     load(-1)
@@ -305,7 +307,12 @@ def test_duplicate_samples_get_equal_scores(tmp_path: Path) -> None:
 
 def test_a_store_answers_another_method_with_the_same_traces(tmp_path: Path) -> None:
     module = traced(tmp_path / "s", METHODS["contrastive_d_trak"])
-    whole = Attributor(tmp_path / "s", module, method=methods.d_trak(timesteps=2), sampler=SAMPLER)
+    whole = Attributor(
+        tmp_path / "s",
+        module,
+        method=replace(methods.d_trak(timesteps=2), normalisation="sample"),
+        sampler=SAMPLER,
+    )
     red, bar = whole.attribute_many([RED, BAR])
     torch.testing.assert_close(red.scores, bar.scores)  # a whole-image method does not see the concept
     red, bar = Attributor(tmp_path / "s", module, sampler=SAMPLER).attribute_many([RED, BAR])

@@ -109,3 +109,18 @@ def test_a_concept_must_change_something() -> None:
         Concept("owl", {"object": "owl"}, {"object": "owl"})
     with pytest.raises(ConceptError, match="expected a name"):
         Concept("", {"object": "owl"}, {})
+
+
+def test_contributions_are_the_soft_thresholded_scores() -> None:
+    scores = torch.tensor([[0.0, 1.0, 2.0, 3.0, 40.0, -50.0, 1.5]])
+    result = result_of(scores, ["a"] * 7)
+    z = (
+        result.scores.double().numpy() - np.median(result.scores.numpy())
+    ) / result.scores.double().numpy().std()
+    expected = [np.sign(v) * max(abs(v) - 1.0, 0) for v in z]
+    np.testing.assert_allclose(result.contributions(1.0).numpy(), expected, rtol=1e-5, atol=1e-7)
+    assert result.contributions(1.0).nonzero().flatten().tolist() == [4, 5]
+    np.testing.assert_allclose(result.contributions(0).numpy(), z, rtol=1e-5, atol=1e-7)
+    assert result_of(torch.ones(1, 4), ["a"] * 4).contributions().tolist() == [0, 0, 0, 0]
+    with pytest.raises(ValueError, match="threshold=-1"):
+        result.contributions(-1)

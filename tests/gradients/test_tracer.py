@@ -263,3 +263,33 @@ def test_check_finds_layouts_that_are_not_batch_first() -> None:
     case = Case(nn.Linear(4, 4), (torch.randn(SAMPLES, 4),), guided)
     with pytest.raises(GradientError, match=r"batch of 6 differ.*1 layers: \[''\].*batch first.*HINT"):
         GradientTracer(case.module, PROJECTION).check(case.forward, [weighted], SAMPLES)
+
+
+def test_layers_can_weigh_the_same() -> None:
+    """Each layer's part of a row at norm 1, against tracers of one layer each; a layer without gradient stays zero."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 4))
+    x, weight = torch.randn(3, 5), torch.randn(3, 4) * torch.tensor([[1.0], [100.0], [0.0]])
+
+    def rows(layers: list[str] | None, dim: int | None) -> tuple[GradientTracer, torch.Tensor]:
+        tracer = GradientTracer(network, Projection(rank=3, dim=dim), layers=layers)
+        return tracer, tracer.vjps(lambda r: network(x[r]), [lambda e, r: weight[r]], 3, sketch=False)[0]
+
+    for dim in (None, 20):
+        tracer, joined = rows(None, dim)
+        assert joined.shape == (3, tracer.width)
+        expected = []
+        for name in tracer.block_names:
+            single, part = rows([name], dim)
+            norm = part.norm(dim=1, keepdim=True)
+            unit = torch.where(norm > 0, part / norm, torch.zeros(()))
+            expected.append(single.sketch(unit))
+        total = torch.cat(expected, 1) if dim is None else torch.stack(expected).sum(0)
+        torch.testing.assert_close(tracer.sketch(joined, unit_layers=True), total)
+        assert tracer.sketch(joined, unit_layers=True)[2].eq(0).all()
+        torch.testing.assert_close(
+            tracer.sketch(joined), tracer.vjps(lambda r: network(x[r]), [lambda e, r: weight[r]], 3)[0]
+        )
+    before = joined.clone()
+    tracer.sketch(joined, unit_layers=True)
+    assert torch.equal(joined, before)
