@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.attribution.concept import Concept
-from ctrak_lightning.attribution.solve import ensemble, standardised
+from ctrak_lightning.attribution.solve import ensemble, soft_thresholded, standardised
 from ctrak_lightning.traces import SampleTable
 
 RESERVED = ("rank", "score", "sample_id")
@@ -71,7 +71,7 @@ class Attribution:
 
     def contributions(self, threshold: float = 2.0) -> Tensor:
         """What each sample adds, for sums over groups of samples [N], float32: the scores in units of their own standard
-        deviation around their median, soft-thresholded (TRAK, arXiv 2303.14186, sec. 3.2, sparsifies so too).
+        deviation around their median, soft-thresholded.
 
         A concept is taught by few samples; the small scores of all the others are noise that adds up in a sum. The ranking is
         that of the scores; samples within the threshold add nothing.
@@ -84,10 +84,7 @@ class Attribution:
         """
         if threshold < 0:
             raise ValueError(f"contributions(threshold={threshold}): expected 0 or more.")
-        scores = self.scores.double()
-        spread = scores.std(correction=0).clamp(min=torch.finfo(torch.float64).tiny)
-        units = (scores - scores.median()) / spread
-        return (units.sign() * (units.abs() - threshold).clamp(min=0)).float()
+        return soft_thresholded(self.scores.double(), threshold).float()
 
     def timeline(self) -> Tensor:
         """The scores of each checkpoint [M, N], float32, each in units of its own standard deviation."""

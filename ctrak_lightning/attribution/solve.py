@@ -51,6 +51,14 @@ def standardised(scores: Tensor) -> Tensor:
     return torch.where(spread > 0, scores / spread.clamp(min=torch.finfo(scores.dtype).tiny), scores)
 
 
+def soft_thresholded(scores: Tensor, threshold: float) -> Tensor:
+    """Scores [..., N] in units of their own standard deviation around their median, moved towards zero by ``threshold``; what
+    lies within it becomes zero. (TRAK, arXiv 2303.14186, sec. 3.2, sparsifies so too.)"""
+    centred = scores - scores.median(-1, keepdim=True).values
+    units = standardised(centred)
+    return units.sign() * (units.abs() - threshold).clamp(min=0)
+
+
 def _dots(q: Tensor, checkpoint: Checkpoint) -> Tensor:
     scores = torch.empty(len(q), checkpoint.rows, dtype=torch.float64)
     for index, features in checkpoint.shards():

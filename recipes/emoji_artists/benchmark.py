@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctrak_lightning.metrics import datamodeling_correlations, functional
+from ctrak_lightning.attribution.solve import soft_thresholded
+from ctrak_lightning.metrics import bootstrap_difference, datamodeling_correlations, functional
 from ctrak_lightning.metrics import noise_ceiling as ceiling
 from recipes.benchmarks.compare import DAMPINGS, Case, Variant, compare
 from recipes.benchmarks.tables import NOTE, markdown, summarised
@@ -31,8 +32,11 @@ from recipes.emoji_artists.outcomes import RESULTS, STRENGTHS, Outcomes, judged
 
 TIMESTEPS = 5
 STEPS = (100, 200, 300)
-PLANS = ("half", "artist-half")
+# The retrained subsets, and the kinds of concept whose presence differs enough between them to be measured.
+PLANS = {"half": KINDS, "artist-half": ("artist",)}
 LEAST_SUBSETS = 8
+THRESHOLD = 2.0
+REFERENCE = "label_search"
 RETRIEVAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "R-precision": functional.r_precision,
     "precision@10": functional.precision_at_k,
@@ -133,31 +137,34 @@ def measured(
         for kind, values in kinds.items()
     }
     figures |= {f"recall of {name}": values for name, values in odd_recall(asked, scores, data).items()}
-    for plan in PLANS:
+    summed = {"scores": scores, "contributions": soft_thresholded(scores.double(), THRESHOLD)}
+    for plan, kinds in PLANS.items():
         retrained = outcomes.of(f"{plan}-", seeds)
-        if len(retrained.names) >= LEAST_SUBSETS:
-            for measure, kinds in datamodeling(asked, scores, retrained).items():
-                for kind, values in kinds.items():
-                    figures[f"datamodeling {plan} by {measure}, {kind}"] = values
+        if len(retrained.names) < LEAST_SUBSETS:
+            continue
+        for name, each in summed.items():
+            found = datamodeling(asked, each, retrained)
+            for measure in STRENGTHS:
+                figures |= {f"{name}, {plan} by {measure}, {kind}": found[measure][kind] for kind in kinds}
     return figures
 
 
 def ceilings(asked: list[Question], outcomes: Outcomes, seeds: list[int]) -> dict[str, float]:
     """The best concept datamodeling score within reach, from the agreement of two training seeds."""
     result = {}
-    for plan in PLANS:
+    for plan, kinds in PLANS.items():
         first, second = (outcomes.of(f"{plan}-", [seed]) for seed in seeds[:2])
         common = [run for run in first.names if run in second.names]
         if len(common) < LEAST_SUBSETS:
             continue
         for measure in STRENGTHS:
-            for kind in KINDS:
+            for kind in kinds:
                 values = [q.value for q in asked if q.kind == kind]
                 a, b = (
                     _grouped(each.only(common).strength(kind, measure).double().T, values)
                     for each in (first, second)
                 )
-                result[f"datamodeling {plan} by {measure}, {kind}"] = float(ceiling(a, b).mean())
+                result[f"{plan} by {measure}, {kind}"] = float(ceiling(a, b).mean())
     return result
 
 
@@ -217,26 +224,61 @@ def main() -> None:
         "fixed_damping": fixed,
         "rows": rows,
     }
-    if len(args.retrain_seeds) > 1:
-        facts["noise_ceilings"] = ceilings(asked, outcomes, args.retrain_seeds)
+    facts["noise_ceilings"] = (
+        ceilings(asked, outcomes, args.retrain_seeds) if len(args.retrain_seeds) > 1 else {}
+    )
+    facts["contributions_less_label_search"] = _against_reference(honest)
     (args.results / f"benchmark_{args.setting}.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
     text = _page(facts)
     (args.results / f"benchmark_{args.setting}.md").write_text(text, "utf-8")
     print(text)
 
 
+def _against_reference(honest: dict[str, list[dict[str, Tensor]]]) -> dict[str, dict[str, list[float]]]:
+    """Every concept datamodeling score less label search's on the same questions: mean, low, high (paired bootstrap)."""
+    keys = [key for key in honest[REFERENCE][0] if key.startswith("contributions")]
+
+    def mean(name: str, key: str) -> Tensor:
+        return torch.stack([figures[key].double() for figures in honest[name]]).mean(0)
+
+    return {
+        name: {
+            key: [
+                float((mean(name, key) - mean(REFERENCE, key)).mean()),
+                *map(float, bootstrap_difference(mean(name, key), mean(REFERENCE, key))),
+            ]
+            for key in keys
+        }
+        for name in honest
+        if name != REFERENCE
+    }
+
+
 def _page(facts: dict[str, Any]) -> str:
     rows = facts["rows"]
     keys = list(next(iter(rows.values())))
-    judged_keys = [key for key in keys if key.startswith("datamodeling")]
     lines = [f"`{facts['command']}`; {facts['machine']}; {facts['retrained']} retrained models.", NOTE]
-    lines += ["", "### Retrieval", "", *markdown(rows, [key for key in keys if key not in judged_keys])]
-    if judged_keys:
-        lines += ["", "### Concept datamodeling score", "", *markdown(rows, judged_keys)]
-    if "noise_ceilings" in facts:
-        ceiling_of = facts["noise_ceilings"]
-        best = [f"{ceiling_of[key]:.2f}" if key in ceiling_of else "" for key in judged_keys]
-        lines.append(f"| *noise ceiling* | {' | '.join(best)} |")
+    titles = {
+        "scores": "Concept datamodeling score",
+        "contributions": f"The same of contributions (threshold {THRESHOLD})",
+    }
+    plain = [key for key in keys if key.split(", ")[0] not in titles]
+    lines += ["", "### Retrieval", "", *markdown(rows, plain)]
+    for prefix, title in titles.items():
+        chosen = [key for key in keys if key.startswith(prefix)]
+        if chosen:
+            lines += ["", f"### {title}", "", *markdown(rows, chosen)]
+    if facts["noise_ceilings"]:
+        lines += ["", "### Noise ceilings (from two training seeds)", ""]
+        lines += [f"- {key}: {value:.2f}" for key, value in facts["noise_ceilings"].items()]
+    differences = facts["contributions_less_label_search"]
+    keys = list(next(iter(differences.values())))
+    if keys:
+        lines += ["", "### Contributions, less label search (paired bootstrap over questions)", ""]
+        lines += [f"| method | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
+        for name, row in differences.items():
+            cells = [f"{row[key][0]:+.3f} [{row[key][1]:+.3f}, {row[key][2]:+.3f}]" for key in keys]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

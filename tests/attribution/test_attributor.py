@@ -231,7 +231,7 @@ def test_a_global_query_is_the_mean_over_images_of_the_concept_alone(tmp_path: P
         1,
     )
     found = attributor.query_global([RED, BAR], seed=7, images=3)
-    torch.testing.assert_close(found.features, expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found.features, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     assert [c.name for c in found.concepts] == ["red", "bar"]
     assert [len(r.scores) for r in attributor.score(found)] == [12, 12]
     with pytest.raises(ConceptError, match="HINT: Concept.*alone="):

@@ -58,14 +58,14 @@ def test_a_ranking_by_the_truth_predicts_outcomes_that_follow_the_truth() -> Non
     for kind in KINDS:
         assert float(found[f"R-precision, {kind}"].mean()) == 1
         for measure in ("judge", "loss"):
-            assert float(found[f"datamodeling half by {measure}, {kind}"].min()) == pytest.approx(1)
-    assert len(found["datamodeling half by judge, object"]) == 64
-    assert len(found["datamodeling half by judge, artist"]) == 8
+            assert float(found[f"scores, half by {measure}, {kind}"].min()) == pytest.approx(1)
+    assert len(found["scores, half by judge, object"]) == 64
+    assert len(found["scores, half by judge, artist"]) == 8
     assert ceilings(asked, outcomes(data, "counts"), [0, 1])[
-        "datamodeling half by judge, object"
+        "half by judge, object"
     ] == pytest.approx(1)
     noise = measured(asked, truth, data, outcomes(data, "noise"), [0, 1])
-    assert abs(float(noise["datamodeling half by judge, object"].mean())) < 0.2
+    assert abs(float(noise["scores, half by judge, object"].mean())) < 0.2
 
 
 def test_datamodeling_is_spearmans_correlation_of_summed_scores() -> None:
@@ -73,7 +73,7 @@ def test_datamodeling_is_spearmans_correlation_of_summed_scores() -> None:
     asked = questions(data.held_out)
     scores = torch.randn(128, 448, generator=torch.Generator().manual_seed(1))
     known = outcomes(data, "noise")
-    found = measured(asked, scores, data, known, [0])["datamodeling half by judge, object"]
+    found = measured(asked, scores, data, known, [0])["scores, half by judge, object"]
     i = sorted({q.object for q in asked}).index(asked[10].object)
     expected = spearmanr(scores[10] @ known.kept[:12].float().T, known.odds[:12, 5, 0]).statistic
     assert float(found[i]) == pytest.approx(expected, abs=1e-6)
