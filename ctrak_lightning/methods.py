@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from ctrak_lightning.method import Method
+from ctrak_lightning.method import Method, Normalisation
 from ctrak_lightning.objective import (
     ConceptDirection,
     Denoising,
@@ -38,14 +38,24 @@ def concept_trak(
     )
 
 
-def contrastive_d_trak(timesteps: int = 10, damping: float | None = 1.0) -> Method:
-    """D-TRAK traces, asked with the difference of the gradients under the present and the absent condition."""
+def contrastive_d_trak(
+    timesteps: int = 10, damping: float | None = 1.0, normalisation: Normalisation = "sample"
+) -> Method:
+    """D-TRAK traces, asked with the difference of the gradients under the present and the absent condition.
+
+    Args:
+        timesteps: states per sample and per query.
+        damping: see :class:`~ctrak_lightning.method.Method`.
+        normalisation: ``"layer"`` lets every layer weigh the same; on EmojiArtists its contributions predict best what
+            retraining does (``recipes/benchmarks/README.md``).
+    """
     return Method(
         name="contrastive_d_trak",
         training=SquaredNorm(),
         training_trajectory=Noised(timesteps=timesteps),
         query=contrast(SquaredNorm()),
         query_trajectory=Generated(timesteps=timesteps),
+        normalisation=normalisation,
         damping=damping,
     )
 

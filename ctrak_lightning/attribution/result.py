@@ -106,7 +106,13 @@ class Attribution:
         ]
 
     def by_group(
-        self, column: str, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+        self,
+        column: str,
+        *,
+        threshold: float | None = None,
+        confidence: float = 0.95,
+        resamples: int = 1000,
+        seed: int = 0,
     ) -> list[Share]:
         """Each group's share of the concept, largest first: the positive scores of its samples over all positive scores.
 
@@ -115,20 +121,24 @@ class Attribution:
 
         Args:
             column: a metadata column, such as ``"owner"``.
+            threshold: share out the :meth:`contributions` at this threshold instead of the scores, so that the many small
+                scores of a large data set do not add up to a share.
             confidence: of the interval.
             resamples: bootstrap resamples.
             seed: of the resampling.
 
         Raises:
-            ValueError: no such column (the message lists them), or no positive score.
+            ValueError: no such column (the message lists them), or nothing positive to share out.
         """
         if column not in self.samples.metadata:
             known = ", ".join(sorted(self.samples.metadata)) or "none"
             raise ValueError(f"by_group({column!r}): no such metadata column. The store has: {known}.")
-        positive = self.scores.double().clamp(min=0)
+        shared = self.scores if threshold is None else self.contributions(threshold)
+        positive = shared.double().clamp(min=0)
         if not positive.sum() > 0:
             raise ValueError(
-                f"by_group({column!r}): no sample has a positive score for {self.concept.name!r}."
+                f"by_group({column!r}, threshold={threshold}): no sample has a positive score for {self.concept.name!r}. HINT: a "
+                "lower threshold, or None."
             )
         values = self.samples.metadata[column]
         groups = sorted(set(values))

@@ -22,6 +22,7 @@ def table_variants(timesteps: int, steps: tuple[int, ...]) -> list[Variant]:
     chosen: dict[str, Method] = {
         "concept_trak_paper": paper,
         "contrastive_d_trak": methods.contrastive_d_trak(timesteps),
+        "layerwise_d_trak": methods.contrastive_d_trak(timesteps, normalisation="layer"),
         "contrastive_trak": replace(
             methods.contrastive_d_trak(timesteps),
             name="contrastive_trak",
@@ -39,9 +40,6 @@ def table_variants(timesteps: int, steps: tuple[int, ...]) -> list[Variant]:
         "tracin": methods.tracin(timesteps),
         "retrac": methods.retrac(timesteps),
     }
-    chosen["layerwise_d_trak"] = replace(
-        chosen["contrastive_d_trak"], name="layerwise_d_trak", normalisation="layer"
-    )
     rows = [Variant(name=name, method=method, steps=steps) for name, method in chosen.items()]
     without = [
         replace(row, name=f"{row.name}_without_keys_and_values", layers=WITHOUT_KEYS_AND_VALUES)

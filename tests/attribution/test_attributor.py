@@ -35,7 +35,7 @@ METHODS = {
     "contrastive_d_trak": methods.contrastive_d_trak(timesteps=2),
     "trak": methods.trak(timesteps=2),
     "d_trak": methods.d_trak(timesteps=2),
-    "layerwise": replace(methods.contrastive_d_trak(timesteps=2), normalisation="layer"),
+    "layerwise": methods.contrastive_d_trak(timesteps=2, normalisation="layer"),
     "das": methods.das(timesteps=2),
     "das_absolute": methods.das(timesteps=2, absolute=True),
     "journey_trak": methods.journey_trak(timesteps=2),

@@ -124,3 +124,15 @@ def test_contributions_are_the_soft_thresholded_scores() -> None:
     assert result_of(torch.ones(1, 4), ["a"] * 4).contributions().tolist() == [0, 0, 0, 0]
     with pytest.raises(ValueError, match="threshold=-1"):
         result.contributions(-1)
+
+
+def test_shares_of_contributions_leave_the_small_scores_out() -> None:
+    scores = torch.tensor([[9.0, 7.0, *[0.4] * 10, *[0.0] * 10]])
+    result = result_of(scores, ["a", "b", *["c"] * 10, *["d"] * 10])
+    assert {share.group: share.share > 0 for share in result.by_group("owner")}["c"]
+    shares = {share.group: share.share for share in result.by_group("owner", threshold=2.0)}
+    kept = result.contributions(2.0)
+    assert shares["a"] == pytest.approx(float(kept[0] / (kept[0] + kept[1])))
+    assert shares["c"] == shares["d"] == 0
+    with pytest.raises(ValueError, match="threshold=50.*HINT"):
+        result.by_group("owner", threshold=50.0)
