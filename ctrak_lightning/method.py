@@ -74,6 +74,11 @@ class Method:
                 "have no states."
             )
 
+    @property
+    def sees_absent(self) -> bool:
+        """Whether a query looks at the absent condition; a whole-image method does not, and asks the same of every concept."""
+        return any(term.side == "absent" or term.objective.needs_reference for term in self.query)
+
     def training_dict(self) -> dict[str, Any]:
         """The part that traces depend on, as JSON values: a store holds it and refuses another."""
         return {

@@ -23,6 +23,11 @@ def test_presets_with_the_same_traces_say_so() -> None:
     assert methods.d_trak(damping=2.0).training_dict() == methods.d_trak().training_dict()
 
 
+def test_concept_methods_look_at_the_absent_condition_and_whole_image_methods_do_not() -> None:
+    seeing = {name for name in methods.PRESETS if methods.by_name(name).sees_absent}
+    assert seeing == {"concept_trak", "contrastive_d_trak"}
+
+
 def test_unknown_names_and_classes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"by_name\('trakk'\).*concept_trak, contrastive_d_trak"):
         methods.by_name("trakk")

@@ -1,5 +1,6 @@
 """The rows of the benchmark tables that take gradients."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ctrak_lightning import Method, methods
@@ -10,12 +11,18 @@ from recipes.benchmarks.compare import Variant
 WITHOUT_KEYS_AND_VALUES = ("*attn1*", "*attn2.to_q*", "*attn2.to_out*")
 
 
-def table_variants(timesteps: int, steps: tuple[int, ...]) -> list[Variant]:
-    """Every method of the tables; damping 1, or none where the method has none, fixed beforehand.
+def table_variants(
+    timesteps: int, steps: tuple[int, ...], only: Sequence[str] | None = None
+) -> list[Variant]:
+    """The methods of the tables; damping 1, or none where the method has none, fixed beforehand.
 
     Args:
         timesteps: states per sample and query.
         steps: the checkpoints of the ensemble.
+        only: names of the rows wanted; all by default.
+
+    Raises:
+        ValueError: a name is unknown; the message lists the known ones.
     """
     paper = methods.concept_trak(timesteps, 2 * timesteps)
     noised = Noised(timesteps=timesteps)
@@ -51,4 +58,8 @@ def table_variants(timesteps: int, steps: tuple[int, ...]) -> list[Variant]:
         for row in rows
         if row.name in ("trak", "d_trak")
     ]
-    return [*rows, *without, *overall]
+    everything = [*rows, *without, *overall]
+    known = [row.name for row in everything]
+    if unknown := sorted(set(only or []) - set(known)):
+        raise ValueError(f"table_variants(only={only}): unknown {unknown}. Known: {', '.join(known)}.")
+    return [row for row in everything if only is None or row.name in only]

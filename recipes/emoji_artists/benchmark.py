@@ -10,7 +10,7 @@ Fine-tunes what is missing (`retrain.py`), traces and asks every method (`compar
 import argparse
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from recipes.benchmarks.compare import DAMPINGS, Case, Variant, compare
 from recipes.benchmarks.tables import NOTE, markdown, summarised
 from recipes.benchmarks.variants import table_variants
 from recipes.emoji_artists import retrain
-from recipes.emoji_artists.data import KINDS, SETTINGS, EmojiArtists
+from recipes.emoji_artists.data import KINDS, NEW_ARTISTS, SETTINGS, EmojiArtists
 from recipes.emoji_artists.evaluate import Question, questions
 from recipes.emoji_artists.judge import SAMPLER, EmojiJudge
 from recipes.emoji_artists.module import EmojiDiffusion
@@ -45,9 +45,9 @@ RETRIEVAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def variants() -> list[Variant]:
+def variants(only: Sequence[str] | None = None) -> list[Variant]:
     """The gradient methods of the table."""
-    return table_variants(TIMESTEPS, STEPS)
+    return table_variants(TIMESTEPS, STEPS, only)
 
 
 def references(asked: list[Question], data: EmojiArtists, images: Tensor) -> dict[str, Tensor]:
@@ -145,8 +145,19 @@ def measured(
         for name, each in summed.items():
             found = datamodeling(asked, each, retrained)
             for measure in STRENGTHS:
-                figures |= {f"{name}, {plan} by {measure}, {kind}": found[measure][kind] for kind in kinds}
+                for kind in kinds:
+                    for title, values in _split(kind, found[measure][kind], asked).items():
+                        figures[f"{name}, {plan} by {measure}, {title}"] = values
     return figures
+
+
+def _split(kind: str, values: Tensor, asked: list[Question]) -> dict[str, Tensor]:
+    """Artists apart by whether the base model already drew like them: what it knew, the fine-tune need not teach."""
+    if kind != "artist":
+        return {kind: values}
+    names = sorted({q.value for q in asked if q.kind == kind})
+    is_new = torch.tensor([name in NEW_ARTISTS for name in names])
+    return {"new artist": values[is_new], "known artist": values[~is_new]}
 
 
 def ceilings(asked: list[Question], outcomes: Outcomes, seeds: list[int]) -> dict[str, float]:
@@ -164,7 +175,8 @@ def ceilings(asked: list[Question], outcomes: Outcomes, seeds: list[int]) -> dic
                     _grouped(each.only(common).strength(kind, measure).double().T, values)
                     for each in (first, second)
                 )
-                result[f"{plan} by {measure}, {kind}"] = float(ceiling(a, b).mean())
+                for title, best in _split(kind, ceiling(a, b), asked).items():
+                    result[f"{plan} by {measure}, {title}"] = float(best.mean())
     return result
 
 
@@ -183,6 +195,7 @@ def main() -> None:
     parser.add_argument(
         "--retrain-seeds", nargs="*", type=int, default=[0, 1], help="of the retrained halves"
     )
+    parser.add_argument("--methods", nargs="+", default=None, help="rows of the table; all by default")
     parser.add_argument("--runs", type=Path, default=Path("runs/emoji"))
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="folder of the committed outcomes and the tables"
@@ -201,10 +214,11 @@ def main() -> None:
     asked = questions(data.held_out)
     honest: dict[str, list[dict[str, Tensor]]] = {}
     grids: dict[str, list[dict[str, dict[str, Tensor]]]] = {}
-    fixed = {variant.name: str(variant.method.damping) for variant in variants()}
+    chosen = variants(args.methods)
+    fixed = {variant.name: str(variant.method.damping) for variant in chosen}
     for seed in args.seeds:
         one = case(folder / f"full-seed{seed}", data, asked)
-        found, images = compare(one, variants(), folder / "scores" / f"seed{seed}")
+        found, images = compare(one, chosen, folder / "scores" / f"seed{seed}")
         rankings = {name: {"None": row} for name, row in references(asked, data, images).items()} | found
         for name, scores in rankings.items():
             grid = {
@@ -215,6 +229,7 @@ def main() -> None:
             grids.setdefault(name, []).append(grid)
     options = f"--setting {args.setting} --seeds {' '.join(map(str, args.seeds))}"
     options += f" --retrain-seeds {' '.join(map(str, args.retrain_seeds))}"
+    options += f" --methods {' '.join(args.methods)}" if args.methods else ""
     rows = {name: summarised(per_seed, grids[name]) for name, per_seed in honest.items()}
     facts: dict[str, Any] = {
         "command": f"python -m recipes.emoji_artists.benchmark {options}",

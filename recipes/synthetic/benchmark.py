@@ -94,6 +94,7 @@ def main() -> None:
     )
     parser.add_argument("--variant", choices=list(VARIANTS), default="paper")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--methods", nargs="+", default=None, help="rows of the table; all by default")
     parser.add_argument("--runs", type=Path, default=Path("runs/synthetic"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -103,7 +104,7 @@ def main() -> None:
         folder = args.runs / f"{args.variant}-{seed}"
         run = train(folder, args.variant, seed)
         asked = questions(run, QUERIES[args.variant])
-        table = table_variants(TIMESTEPS, tuple(run.facts["checkpoints"]))
+        table = table_variants(TIMESTEPS, tuple(run.facts["checkpoints"]), args.methods)
         for counter in COUNTER_CONDITIONS:
             case = Case(
                 folder=folder,
@@ -127,7 +128,8 @@ def main() -> None:
                 grids.setdefault(name, []).append(grid)
     seeds = " ".join(map(str, args.seeds))
     facts = {
-        "command": f"python -m recipes.synthetic.benchmark --variant {args.variant} --seeds {seeds}",
+        "command": f"python -m recipes.synthetic.benchmark --variant {args.variant} --seeds {seeds}"
+        + (f" --methods {' '.join(args.methods)}" if args.methods else ""),
         "machine": f"{platform.machine()}, torch {torch.__version__}",
         "queries_per_combination": QUERIES[args.variant],
         "rows": {name: summarised(per_seed, grids[name]) for name, per_seed in honest.items()},

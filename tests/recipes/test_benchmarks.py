@@ -58,9 +58,11 @@ def test_a_ranking_by_the_truth_predicts_outcomes_that_follow_the_truth() -> Non
     for kind in KINDS:
         assert float(found[f"R-precision, {kind}"].mean()) == 1
         for measure in ("judge", "loss"):
-            assert float(found[f"scores, half by {measure}, {kind}"].min()) == pytest.approx(1)
+            for title in ("object",) if kind == "object" else ("new artist", "known artist"):
+                assert float(found[f"scores, half by {measure}, {title}"].min()) == pytest.approx(1)
     assert len(found["scores, half by judge, object"]) == 64
-    assert len(found["scores, half by judge, artist"]) == 8
+    assert len(found["scores, half by judge, new artist"]) == 2
+    assert len(found["scores, half by judge, known artist"]) == 6
     assert ceilings(asked, outcomes(data, "counts"), [0, 1])["half by judge, object"] == pytest.approx(1)
     noise = measured(asked, truth, data, outcomes(data, "noise"), [0, 1])
     assert abs(float(noise["scores, half by judge, object"].mean())) < 0.2
@@ -188,3 +190,6 @@ def test_every_variant_is_compared_and_what_is_finished_is_not_repeated(tmp_path
 def test_the_table_has_every_preset() -> None:
     names = {row.method.name for row in table_variants(2, (1,))}
     assert set(methods.PRESETS) - {"concept_trak"} <= names
+    assert [row.name for row in table_variants(2, (1,), ["trak", "das"])] == ["trak", "das"]
+    with pytest.raises(ValueError, match=r"unknown \['trakk'\]. Known: concept_trak_paper, "):
+        table_variants(2, (1,), ["trakk"])
