@@ -18,7 +18,7 @@ NOTE = (
 def summarised(
     per_seed: Sequence[Figures], grids: Sequence[Mapping[str, Figures]]
 ) -> dict[str, dict[str, Any]]:
-    """Each figure's mean, interval, mean per seed, and the mean at its best damping.
+    """Each figure's mean, interval, mean per seed, the mean at its best damping, and at each damping.
 
     Args:
         per_seed: one value per question [Q] for each figure, for each training seed. The interval is over questions, each
@@ -30,12 +30,18 @@ def summarised(
         values = torch.stack([figures[key].double() for figures in per_seed])  # [seeds, Q]
         low, high = bootstrap_interval(values.mean(0))
         best = [max(float(figures[key].mean()) for figures in grid.values()) for grid in grids]
+        dampings = dict.fromkeys(damping for grid in grids for damping in grid)
+        by_damping = {
+            damping: sum(float(grid[damping][key].mean()) for grid in grids if damping in grid) / len(grids)
+            for damping in dampings
+        }
         summary[key] = {
             "mean": float(values.mean()),
             "low": float(low),
             "high": float(high),
             "per_seed": values.mean(1).tolist(),
             "oracle": sum(best) / len(best),
+            "by_damping": {damping: round(mean, 4) for damping, mean in by_damping.items()},
         }
     return summary
 

@@ -139,7 +139,8 @@ def test_outcomes_survive_their_file_and_take_finished_runs_only(tmp_path: Path)
 def test_a_summary_averages_seeds_and_shows_the_oracle() -> None:
     a, b = {"x": torch.tensor([0.0, 1.0])}, {"x": torch.tensor([1.0, 1.0])}
     better = {"x": torch.tensor([1.0, 1.0])}
-    found = summarised([a, b], [{"1.0": a, "None": better}, {"1.0": b}])["x"]
+    found = summarised([a, b], [{"1.0": a, "None": better}, {"1.0": b, "None": b}])["x"]
+    assert found["by_damping"] == {"1.0": 0.75, "None": 1.0}
     assert (found["mean"], found["oracle"], found["per_seed"]) == (0.75, 1.0, [0.5, 1.0])
     assert 0.5 <= found["low"] <= 0.75 <= found["high"] <= 1
     assert markdown({"m": {"x": found}}, ["x"])[-1] == "| m | 0.75 [0.50, 1.00] (1.00) |"
