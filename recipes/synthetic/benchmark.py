@@ -115,9 +115,7 @@ def main() -> None:
                 sampler=SAMPLERS[args.variant],
             )
             # A whole-image method does not see the counter-condition.
-            chosen = [
-                v for v in table if counter == "dropped" or v.name.startswith(("concept", "contrastive"))
-            ]
+            chosen = [v for v in table if counter == "dropped" or v.method.sees_absent]
             found, _ = compare(case, chosen, folder / "scores" / counter)
             for variant in chosen:
                 grid = {
