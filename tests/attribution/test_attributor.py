@@ -399,3 +399,24 @@ def test_an_interrupted_store_is_refused_with_the_way_on(tmp_path: Path) -> None
     )
     with pytest.raises(StoreError, match="interrupted.*HINT"):
         Attributor(tmp_path / "s", module)
+
+
+def test_the_strength_is_the_mean_relative_size_of_the_concept_direction(tmp_path: Path) -> None:
+    method = METHODS["contrastive_d_trak"]
+    module = traced(tmp_path / "s", method)
+    store = TraceStore(tmp_path / "s")
+    attributor = Attributor(store, module, sampler=SAMPLER)
+    generation = attributor.generate([RED.present], [4])
+    assert isinstance(method.query_trajectory, Generated)
+    ratios = []
+    for checkpoint in store.checkpoints:
+        module.load_state_dict(checkpoint.weights(), strict=False)
+        for state in method.query_trajectory.select(generation, module.noise_schedule):
+            with torch.no_grad():
+                present, absent = (
+                    module.predict(state.x_t, state.t, module.condition(spec, 1))
+                    for spec in (RED.present, RED.absent)
+                )
+            ratios.append(float((present - absent).norm() / present.norm()))
+    assert len(ratios) == 4
+    assert attributor.attribute(RED, seed=4).strength == pytest.approx(sum(ratios) / 4, rel=1e-4)
