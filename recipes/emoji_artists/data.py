@@ -7,7 +7,6 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 DATA = Path(__file__).parent / "data" / "emoji_artists.npz"
@@ -188,9 +187,3 @@ class EmojiArtists(L.LightningDataModule):
     def trace_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The samples to trace: the training images in their own order."""
         return DataLoader(self.train_set, self.batch_size)
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """Images [n, 3, h, w] in [0, 1] as uint8 [n, h, w, 3]."""
-    array: np.ndarray = images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return array

@@ -25,7 +25,8 @@ from ctrak_lightning.callbacks import ConceptTracer
 from recipes.emoji_artists.data import KINDS, EmojiArtists
 from recipes.emoji_artists.evaluate import Question, chance, label_search, questions, r_precision
 from recipes.emoji_artists.module import EmojiDiffusion
-from recipes.emoji_artists.sheets import contact_sheet, image_grid
+from recipes.emoji_artists.sheets import contact_sheet
+from recipes.pictures import image_grid
 
 ARTISTS = ["noto", "fluent-emoji-high-contrast", "twemoji", "openmoji"]
 TIMESTEPS = 3

@@ -19,7 +19,7 @@ from ctrak_lightning import Sampler
 from ctrak_lightning.trajectory import seeded_noise
 from recipes.emoji_artists.data import Emoji, EmojiArtists, EmojiPairs
 from recipes.emoji_artists.module import BASE, EmojiDiffusion, file_name
-from recipes.emoji_artists.sheets import image_grid
+from recipes.pictures import image_grid
 
 
 def export(checkpoint: str) -> None:

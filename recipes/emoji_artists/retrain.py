@@ -27,10 +27,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recipes.benchmarks.replay import save_trained
-from recipes.emoji_artists.data import SETTINGS, EmojiArtists, Setting, to_uint8
+from recipes.emoji_artists.data import SETTINGS, EmojiArtists, Setting
 from recipes.emoji_artists.judge import denoising_losses, generate_pairs
 from recipes.emoji_artists.module import EmojiDiffusion
 from recipes.emoji_artists.outcomes import Outcomes
+from recipes.pictures import to_uint8
 
 STEPS = 300
 SAVED_STEPS = (50, 100, 150, 200, 250, 300)

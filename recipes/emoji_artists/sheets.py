@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ctrak_lightning import Attribution
-from recipes.emoji_artists.data import to_uint8
+from recipes.pictures import to_uint8
 
 CELL, GAP, MARGIN, LINE = 96, 12, 20, 15
 INK, FAINT, RIGHT, WRONG = (28, 30, 34), (110, 114, 122), (18, 128, 72), (150, 154, 162)
@@ -59,16 +58,6 @@ def contact_sheet(path: Path, results: Sequence[Attribution], real: Tensor | Non
             draw.text((x, y + CELL + 4 + LINE), _short(record.metadata["object"]), FAINT, body)
             draw.text((x, y + CELL + 4 + 2 * LINE), _short(record.metadata["artist"]), FAINT, body)
     sheet.save(path, optimize=True)
-
-
-def image_grid(path: Path, images: Tensor, columns: int, scale: int = 2) -> None:
-    """Writes images [n, 3, H, W] in [0, 1] as one PNG, row by row."""
-    pixels = to_uint8(images)
-    blank = np.full_like(pixels[:1], 255)
-    pixels = np.concatenate([pixels, *[blank] * (-len(pixels) % columns)])
-    rows = [np.concatenate(list(pixels[i : i + columns]), axis=1) for i in range(0, len(pixels), columns)]
-    grid = Image.fromarray(np.concatenate(rows, axis=0))
-    grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST).save(path, optimize=True)
 
 
 def _place(

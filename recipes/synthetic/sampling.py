@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ctrak_lightning import Sampler
 from ctrak_lightning.trajectory import seeded_noise
-from recipes.emoji_artists.sheets import image_grid
+from recipes.pictures import image_grid
 from recipes.synthetic.data import Synthetic
 from recipes.synthetic.module import SyntheticDiffusion
 from recipes.synthetic.variants import Combo, caption

@@ -1,0 +1,23 @@
+"""Pictures that the recipes write."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+
+def image_grid(path: Path, images: Tensor, columns: int, scale: int = 2) -> None:
+    """Writes images [n, 3, H, W] in [0, 1] as one PNG, row by row."""
+    pixels = to_uint8(images)
+    blank = np.full_like(pixels[:1], 255)
+    pixels = np.concatenate([pixels, *[blank] * (-len(pixels) % columns)])
+    rows = [np.concatenate(list(pixels[i : i + columns]), axis=1) for i in range(0, len(pixels), columns)]
+    grid = Image.fromarray(np.concatenate(rows, axis=0))
+    grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST).save(path, optimize=True)
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images [n, 3, h, w] in [0, 1] as uint8 [n, h, w, 3]."""
+    array: np.ndarray = images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return array
