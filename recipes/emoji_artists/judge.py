@@ -1,6 +1,6 @@
 """The judge: how strongly a model has a concept, by an independent classifier and by the model's own denoising loss.
 
-python -m recipes.emoji_artists.judge    # trains the classifier (about two minutes), writes judge.safetensors
+python -m recipes.emoji_artists.judge    # trains the classifier, writes judge.safetensors
 """
 
 import argparse
