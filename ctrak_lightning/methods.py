@@ -46,8 +46,8 @@ def contrastive_d_trak(
     Args:
         timesteps: states per sample and per query.
         damping: see :class:`~ctrak_lightning.method.Method`.
-        normalisation: ``"layer"`` lets every layer weigh the same; on EmojiArtists its contributions predict best what
-            retraining does (``recipes/benchmarks/README.md``).
+        normalisation: ``"layer"`` lets every layer weigh the same; what that wins and loses is in
+            ``recipes/benchmarks/README.md``.
     """
     return Method(
         name="contrastive_d_trak",

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from typing_extensions import override
 
 from ctrak_lightning import Capture, GradientTracer, Method, Projection, TraceStore
 from ctrak_lightning.fingerprint import trained_parameters
@@ -20,6 +22,26 @@ def save_trained(module: nn.Module, folder: Path, step: int) -> None:
     """Saves what training changes, as ``step-00000100.safetensors``."""
     weights = {name: value.detach().clone() for name, value in trained_parameters(module).items()}
     save_file(weights, folder / f"step-{step:08d}.safetensors")
+
+
+class SaveTrained(L.Callback):
+    """Saves the trained weights after chosen optimizer steps.
+
+    Args:
+        folder: where to.
+        steps: after which steps.
+    """
+
+    def __init__(self, folder: Path, steps: Sequence[int]) -> None:
+        self.folder = folder
+        self.steps = sorted(set(steps))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step in self.steps:
+            save_trained(pl_module, self.folder, trainer.global_step)
 
 
 def saved_steps(folder: Path) -> list[int]:

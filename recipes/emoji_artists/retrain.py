@@ -16,17 +16,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from recipes.benchmarks.replay import save_trained
+from recipes.benchmarks.replay import SaveTrained
 from recipes.emoji_artists.data import SETTINGS, EmojiArtists, Setting
 from recipes.emoji_artists.judge import denoising_losses, generate_pairs
 from recipes.emoji_artists.module import EmojiDiffusion
@@ -114,19 +112,6 @@ def half_artists(artists: list[str]) -> list[set[str]]:
     return found
 
 
-class SaveTrained(Callback):
-    """Saves the trained weights after chosen optimizer steps."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step in SAVED_STEPS:
-            save_trained(pl_module, self.folder, trainer.global_step)
-
-
 def fine_tune(folder: Path, run: Run, seed: int, setting: Setting, every_step: bool) -> EmojiDiffusion:
     """Fine-tunes the base on a run's images for a fixed number of steps, whatever their number."""
     L.seed_everything(seed, verbose=False)
@@ -139,7 +124,7 @@ def fine_tune(folder: Path, run: Run, seed: int, setting: Setting, every_step: b
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
-        callbacks=[SaveTrained(folder)],
+        callbacks=[SaveTrained(folder, SAVED_STEPS)],
     )
     trainer.fit(module, datamodule=data)
     if not every_step:

@@ -15,12 +15,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from safetensors.torch import load_file
 
+from recipes.benchmarks.replay import SaveTrained, load_trained
 from recipes.synthetic import sampling
 from recipes.synthetic.data import Synthetic
 from recipes.synthetic.module import SyntheticDiffusion
-from recipes.synthetic.recording import LossCurve, WeightSaver
+from recipes.synthetic.recording import LossCurve
 from recipes.synthetic.variants import VARIANTS, caption
 from recipes.synthetic.verifier import Verifier
 
@@ -57,7 +57,7 @@ def load_run(out: str | Path, step: int | None = None) -> Run:
         )
     arguments = facts["arguments"]
     module = SyntheticDiffusion(arguments["variant"])
-    module.load_state_dict(load_file(WeightSaver.path(out, step)))
+    load_trained(module, out, step)
     return Run(
         data=_data(arguments),
         module=module.eval(),
@@ -111,7 +111,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     L.seed_everything(seed, verbose=False)
     module, data, curve = SyntheticDiffusion(variant), _data(arguments), LossCurve()  # type: ignore[arg-type]
-    saver = WeightSaver(out, [steps * (i + 1) // checkpoints for i in range(checkpoints)])
+    saver = SaveTrained(out, [steps * (i + 1) // checkpoints for i in range(checkpoints)])
     started, busy = time.monotonic(), time.process_time()
     trainer = L.Trainer(
         accelerator="cpu",

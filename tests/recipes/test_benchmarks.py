@@ -3,15 +3,16 @@
 import json
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from torch import Tensor
 
 from ctrak_lightning import Concept, Projection, Sampler, methods
 from recipes.benchmarks.compare import Case, Variant, compare
-from recipes.benchmarks.replay import save_trained
+from recipes.benchmarks.replay import SaveTrained, load_trained, save_trained, saved_steps
 from recipes.benchmarks.tables import markdown, summarised
 from recipes.benchmarks.variants import table_variants
 from recipes.emoji_artists.benchmark import ceilings, measured, odd_recall, references
@@ -194,3 +195,20 @@ def test_the_table_has_every_preset() -> None:
     assert [row.name for row in table_variants(2, (1,), ["trak", "das"])] == ["trak", "das"]
     with pytest.raises(ValueError, match=r"unknown \['trakk'\]. Known: concept_trak_paper, "):
         table_variants(2, (1,), ["trakk"])
+
+
+def test_trained_weights_are_saved_after_the_chosen_steps(tmp_path: Path) -> None:
+    module = ToyDiffusion()
+    module.denoiser.conv_in.requires_grad_(False)
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[SaveTrained(tmp_path, [1, 3])], **quiet)  # type: ignore[arg-type]
+    trainer.fit(module, datamodule=ToyData())
+    assert saved_steps(tmp_path) == [1, 3]
+    last = load_file(tmp_path / "step-00000003.safetensors")
+    trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    assert last.keys() == trained.keys()
+    assert all(torch.equal(last[name], value) for name, value in trained.items())
+    load_trained(module, tmp_path, 1)
+    assert not torch.equal(module.embedding.weight, last["embedding.weight"])
