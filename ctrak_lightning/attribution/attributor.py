@@ -147,7 +147,7 @@ class Attributor:
 
     def query_global(self, concepts: Sequence[Concept], seed: int = 0, *, images: int = 8) -> Query:
         """The concepts themselves rather than one image of each: the mean gradient over images generated from the concept
-        alone, against the null condition.
+        alone, against the null condition. Equal concepts are asked once.
 
         Args:
             concepts: the questions; see :meth:`Concept.isolated`.
@@ -156,16 +156,21 @@ class Attributor:
         """
         if images < 1:
             raise ValueError(f"query_global(images={images}): expected at least 1.")
-        isolated = [concept.isolated() for concept in concepts for _ in range(images)]
-        seeds = [seed + i for _ in concepts for i in range(images)]
-        each = self.query(isolated, seeds)
-        shape = (len(self.store.checkpoints), len(concepts), images, -1)
+        isolated = [concept.isolated() for concept in concepts]
+        keys = [_key(concept.present) for concept in isolated]
+        once = dict(zip(keys, isolated, strict=True))
+        each = self.query(
+            [concept for concept in once.values() for _ in range(images)],
+            [seed + i for _ in once for i in range(images)],
+        )
+        rows = torch.tensor([list(once).index(key) for key in keys])
+        shape = (len(self.store.checkpoints), len(once), images, -1)
         return Query(
             concepts=list(concepts),
             seeds=[seed] * len(concepts),
-            features=each.features.view(shape).mean(2),
-            strength=each.strength.view(-1, images).mean(1),
-            images=None if each.images is None else each.images[::images],
+            features=each.features.view(shape).mean(2)[:, rows],
+            strength=each.strength.view(-1, images).mean(1)[rows],
+            images=None if each.images is None else each.images[::images][rows],
         )
 
     def score(self, query: Query, damping: float | Literal["method"] | None = "method") -> list[Attribution]:
@@ -206,10 +211,7 @@ class Attributor:
 
         Equal (spec, seed) are generated once.
         """
-        keys = [
-            (repr(sorted(spec.items()) if isinstance(spec, Mapping) else spec), seed)
-            for spec, seed in zip(specs, seeds, strict=True)
-        ]
+        keys = [(_key(spec), seed) for spec, seed in zip(specs, seeds, strict=True)]
         unique = {key: i for i, key in reversed(list(enumerate(keys)))}
         if len(unique) < len(keys):
             first = sorted(unique.values())
@@ -328,6 +330,11 @@ class Attributor:
                 f"The gradients of these concepts are zero or not finite: {names}. Expected a model that tells `present` "
                 "from `absent`. HINT: look at the generated images, and at the loss of the run."
             )
+
+
+def _key(spec: Spec) -> str:
+    """Equal for equal conditions, whatever the order of their attributes."""
+    return repr(sorted(spec.items()) if isinstance(spec, Mapping) else spec)
 
 
 def _joined(states: Sequence[State]) -> State:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ctrak_lightning import Attributor, Concept, Method, Projection, Sampler
+from ctrak_lightning.attribution.attributor import Query
 from ctrak_lightning.trajectory import Generation
 from recipes.benchmarks.replay import replay
 
@@ -74,29 +75,30 @@ def compare(
     """Scores of every variant, by variant and damping (``"None"``, ``"1.0"``, ...), each [Q, N]; and the generated images
     [Q, 3, H, W] in [0, 1].
 
-    Finished variants are read from ``out``, so that a comparison that was cut goes on with the same command.
+    Traces and queries that are finished are read from ``out``, so that a comparison that was cut goes on with the same
+    command, and another damping costs no gradient.
     """
     out.mkdir(parents=True, exist_ok=True)
     pictures = out / "generated.safetensors"
     found: dict[str, dict[str, Tensor]] = {}
     generation: Generation | None = None
     for variant in tqdm(variants, "methods"):
-        path = out / f"{variant.name}.safetensors"
+        store = replay(
+            case.folder,
+            case.module,
+            case.batches,
+            variant.method,
+            out / "traces" / variant.store_name(),
+            steps=variant.steps,
+            layers=None if variant.layers is None else list(variant.layers),
+            projection=variant.projection,
+            learning_rate=case.learning_rate,
+        )
+        attributor = Attributor(
+            store, case.module, method=variant.method, sampler=case.sampler, batch_size=64
+        )
+        path = out / f"{variant.name}.query.safetensors"
         if not path.exists():
-            store = replay(
-                case.folder,
-                case.module,
-                case.batches,
-                variant.method,
-                out / "traces" / variant.store_name(),
-                steps=variant.steps,
-                layers=None if variant.layers is None else list(variant.layers),
-                projection=variant.projection,
-                learning_rate=case.learning_rate,
-            )
-            attributor = Attributor(
-                store, case.module, method=variant.method, sampler=case.sampler, batch_size=64
-            )
             if variant.scope == "global":
                 query = attributor.query_global(case.concepts)
             else:
@@ -106,13 +108,10 @@ def compare(
                     assert images is not None
                     save_file({"images": images.contiguous()}, pictures)
                 query = attributor.query(case.concepts, case.seeds, generation=generation)
-            grid = dict.fromkeys((*DAMPINGS, variant.method.damping))
-            save_file(
-                {
-                    str(damping): torch.stack([r.scores for r in attributor.score(query, damping=damping)])
-                    for damping in grid
-                },
-                path,
-            )
-        found[variant.name] = load_file(path)
+            save_file({"features": query.features.contiguous(), "strength": query.strength}, path)
+        query = Query(concepts=case.concepts, seeds=case.seeds, images=None, **load_file(path))
+        found[variant.name] = {
+            str(damping): torch.stack([r.scores for r in attributor.score(query, damping=damping)])
+            for damping in dict.fromkeys((*DAMPINGS, variant.method.damping))
+        }
     return found, load_file(pictures)["images"]
