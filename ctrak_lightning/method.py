@@ -22,6 +22,7 @@ TRAJECTORIES: dict[str, type[Trajectory]] = {
 }
 Normalisation = Literal["none", "sample", "layer"]
 Ensemble = Literal["standardised", "learning_rate"]
+Damping = float | Literal["agreement"] | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +38,8 @@ class Method:
         normalisation: of every projected gradient, per sample and timestep, before timesteps are summed: ``"sample"`` scales
             it to norm 1, ``"layer"`` scales each layer's part of it to norm 1, ``"none"`` leaves it.
         damping: lambda of the kernel, relative to the mean eigenvalue ``tr(K) / min(n, k)``; None uses no kernel at all
-            (the limit of strong damping).
+            (the limit of strong damping); ``"agreement"`` takes for each query the one at which the checkpoints agree most
+            (:func:`ctrak_lightning.attribution.solve.agreement`), which needs no label.
         residual: multiply a sample's score by its mean denoising loss at the checkpoint (DAS).
         ensemble: how checkpoints are joined: ``"standardised"`` averages them, each in units of its own standard deviation
             over the samples; ``"learning_rate"`` adds them, each times the learning rate it was made at (TracIn).
@@ -52,16 +54,20 @@ class Method:
     query: tuple[Term, ...]
     query_trajectory: Trajectory
     normalisation: Normalisation = "sample"
-    damping: float | None = 1.0
+    damping: Damping = 1.0
     residual: bool = False
     ensemble: Ensemble = "standardised"
 
     def __post_init__(self) -> None:
         if not self.query:
             raise ValueError(f"Method({self.name!r}, query=()): expected at least one Term.")
-        if self.damping is not None and not self.damping > 0:
+        if isinstance(self.damping, str):
+            valid = self.damping == "agreement"
+        else:
+            valid = self.damping is None or self.damping > 0
+        if not valid:
             raise ValueError(
-                f"Method({self.name!r}, damping={self.damping}): expected a number > 0, or None."
+                f"Method({self.name!r}, damping={self.damping!r}): expected a number > 0, 'agreement', or None."
             )
         for field, kind in (("normalisation", Normalisation), ("ensemble", Ensemble)):
             if getattr(self, field) not in get_args(kind):

@@ -73,6 +73,7 @@ def test_fit_attaches_the_callback_from_its_yaml(run: Path) -> None:
     assert len(store) == 12
 
 
+@pytest.mark.filterwarnings("ignore:damping='agreement' compares checkpoints")
 def test_attribute_prints_and_writes_the_ranking(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "attribute",

@@ -25,11 +25,11 @@ def test_presets_with_the_same_traces_say_so() -> None:
 
 def test_concept_methods_look_at_the_absent_condition_and_whole_image_methods_do_not() -> None:
     seeing = {name for name in methods.PRESETS if methods.by_name(name).sees_absent}
-    assert seeing == {"concept_trak", "contrastive_d_trak"}
+    assert seeing == {"concept_trak", "concept_trak_paper"}
 
 
 def test_unknown_names_and_classes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"by_name\('trakk'\).*concept_trak, contrastive_d_trak"):
+    with pytest.raises(ValueError, match=r"by_name\('trakk'\).*concept_trak, concept_trak_paper"):
         methods.by_name("trakk")
     facts = methods.trak().to_dict()
     facts["query"][0]["objective"]["class"] = "os.system"
@@ -50,6 +50,8 @@ def test_a_method_that_cannot_work_is_refused() -> None:
         Method(**good, query=())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="damping=0"):
         Method(**good, query=(Term(SquaredNorm()),), damping=0.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="damping='oracle'.*'agreement'"):
+        Method(**good, query=(Term(SquaredNorm()),), damping="oracle")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ensemble='mean'.*standardised"):
         Method(**good, query=(Term(SquaredNorm()),), ensemble="mean")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="normalisation=True.*layer"):

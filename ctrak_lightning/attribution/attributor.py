@@ -1,5 +1,6 @@
 """Attributor: asks a trace store which samples taught the model a concept."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,17 +13,24 @@ from tqdm import tqdm
 
 from ctrak_lightning.attribution.concept import Concept, check_known
 from ctrak_lightning.attribution.result import Attribution
-from ctrak_lightning.attribution.solve import checkpoint_scores
+from ctrak_lightning.attribution.solve import (
+    AGREEMENT_GRID,
+    LONE_DAMPING,
+    agreement,
+    scores_by_damping,
+)
 from ctrak_lightning.errors import GradientError, StoreMismatchError
 from ctrak_lightning.fingerprint import model_fingerprint
 from ctrak_lightning.gradients import GradientTracer, Projection, tracing_mode
-from ctrak_lightning.method import Method
+from ctrak_lightning.method import Damping, Method
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.task import Condition, Spec, resolve_task
 from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.traces.schema import differences
 from ctrak_lightning.tracing import trace_query, warn_if_faint
 from ctrak_lightning.trajectory import Generated, Generation, Sampler, State, seeded_noise
+
+_SCORES_AT_ONCE = 2**27  # float64 numbers, one gigabyte
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +181,7 @@ class Attributor:
             images=None if each.images is None else each.images[::images][rows],
         )
 
-    def score(self, query: Query, damping: float | Literal["method"] | None = "method") -> list[Attribution]:
+    def score(self, query: Query, damping: Damping | Literal["method"] = "method") -> list[Attribution]:
         """Scores of all training samples for every question of a query.
 
         Args:
@@ -181,30 +189,49 @@ class Attributor:
             damping: another one than the method's; None leaves the kernel out.
         """
         used = self.method if damping == "method" else replace(self.method, damping=damping)
-        scores = [
-            checkpoint_scores(features, checkpoint, used.damping)
-            for features, checkpoint in zip(query.features, self.store.checkpoints, strict=True)
-        ]
+        scores, dampings = self._scores(query.features, used.damping)
         if used.residual:
-            scores = [
-                row * checkpoint.losses().double()
-                for row, checkpoint in zip(scores, self.store.checkpoints, strict=True)
-            ]
+            scores = scores * torch.stack([c.losses().double() for c in self.store.checkpoints]).unsqueeze(1)
         weights = self._learning_rates() if used.ensemble == "learning_rate" else None
         return [
             Attribution(
                 concept=concept,
                 seed=query.seeds[i],
-                checkpoint_scores=torch.stack([row[i] for row in scores]),
+                checkpoint_scores=scores[:, i].clone(),
                 steps=[checkpoint.step for checkpoint in self.store.checkpoints],
                 samples=self.store.samples,
                 method=used.to_dict(),
                 strength=float(query.strength[i]),
                 image=None if query.images is None else query.images[i],
+                damping=dampings[i],
                 weights=weights,
             )
             for i, concept in enumerate(query.concepts)
         ]
+
+    def _scores(self, features: Tensor, damping: Damping) -> tuple[Tensor, list[float | None]]:
+        """Scores [M, Q, N] of queries [M, Q, k], and the damping used for each."""
+        checkpoints = self.store.checkpoints
+        if damping == "agreement" and len(checkpoints) < 2:
+            warnings.warn(
+                f"damping='agreement' compares checkpoints and the store has one: {LONE_DAMPING} is used. HINT: trace at two "
+                "or more steps, or give a damping.",
+                UserWarning,
+                stacklevel=3,
+            )
+            damping = LONE_DAMPING
+        grid = AGREEMENT_GRID if isinstance(damping, str) else (damping,)
+        parts, chosen = [], []
+        room = max(1, _SCORES_AT_ONCE // (len(grid) * len(checkpoints) * len(self.store.samples)))
+        for part in features.split(room, 1):
+            each = [scores_by_damping(rows, c, grid) for rows, c in zip(part, checkpoints, strict=True)]
+            scores = torch.stack(each, 1)  # [D, M, Q, N]
+            best = torch.zeros(part.shape[1], dtype=torch.long)
+            if len(grid) > 1:
+                best = torch.stack([agreement(at_one) for at_one in scores]).argmax(0)
+            parts.append(torch.stack([scores[d, :, i] for i, d in enumerate(best.tolist())], 1))
+            chosen += [grid[d] for d in best.tolist()]
+        return torch.cat(parts, 1), chosen
 
     def generate(self, specs: Sequence[Spec], seeds: Sequence[int]) -> Generation:
         """Generates one image per (spec, seed) with the last checkpoint's weights; the same seed gives the same noise.

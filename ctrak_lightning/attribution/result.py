@@ -50,6 +50,8 @@ class Attribution:
         method: the method's facts, as JSON values.
         strength: relative size of the concept direction (see :func:`ctrak_lightning.tracing.trace_query`).
         image: the generated image [3, H, W] in [0, 1], or None.
+        damping: of the kernel, as used for this query (where the method's is ``"agreement"``, the one it chose); None: no
+            kernel.
         weights: of the checkpoints, where the method adds them with weights of their own (learning rates); else None.
     """
 
@@ -61,6 +63,7 @@ class Attribution:
     method: dict[str, Any]
     strength: float
     image: Tensor | None = None
+    damping: float | None = None
     weights: list[float] | None = None
 
     @property
@@ -176,6 +179,7 @@ class Attribution:
             "concept": self.concept.to_dict(),
             "seed": self.seed,
             "method": self.method,
+            "damping": self.damping,
             "steps": self.steps,
             "strength": self.strength if self.strength == self.strength else None,
             "samples": [

@@ -7,9 +7,19 @@ from torch import Tensor
 
 from ctrak_lightning.traces import Checkpoint
 
+AGREEMENT_GRID: tuple[float | None, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, None)
+"""Dampings among which ``damping="agreement"`` chooses."""
+LONE_DAMPING = 10.0
+"""What ``damping="agreement"`` uses where there is one checkpoint only, and so nothing to agree with."""
+
 
 def checkpoint_scores(queries: Tensor, checkpoint: Checkpoint, damping: float | None) -> Tensor:
-    """Scores [Q, N] of queries [Q, k] against a checkpoint's traces, in float64.
+    """Scores [Q, N] of queries [Q, k] against a checkpoint's traces, in float64; see :func:`scores_by_damping`."""
+    return scores_by_damping(queries, checkpoint, [damping])[0]
+
+
+def scores_by_damping(queries: Tensor, checkpoint: Checkpoint, dampings: Sequence[float | None]) -> Tensor:
+    """Scores [D, Q, N] of queries [Q, k] at several dampings, in float64, in one pass over a checkpoint's traces.
 
     The smaller of the two equal forms is solved, ``(Phi^T Phi + lambda I)^-1 Phi^T = Phi^T (Phi Phi^T + lambda I)^-1``,
     with ``lambda = damping * tr(K) / min(N, k)``; for the query alone, never as an inverse of the store's size.
@@ -17,18 +27,35 @@ def checkpoint_scores(queries: Tensor, checkpoint: Checkpoint, damping: float | 
     Args:
         queries: projected gradients of the queries [Q, k].
         checkpoint: a sealed checkpoint of a store.
-        damping: relative to the mean eigenvalue; None leaves the kernel out.
+        dampings: relative to the mean eigenvalue; None leaves the kernel out.
     """
     q = queries.double()
-    if damping is None:
-        return _dots(q, checkpoint)
+    if all(damping is None for damping in dampings):
+        return _dots(q, checkpoint).expand(len(dampings), -1, -1)
     kernel = checkpoint.kernel()
     gram = kernel.gram.double()
-    ridge = damping * float(gram.diagonal().sum()) / len(gram)
-    factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
     if kernel.side == "primal":
-        return _dots(torch.cholesky_solve(q.T, factor).T, checkpoint)
-    return torch.cholesky_solve(_dots(q, checkpoint).T, factor).T
+        solved = [_solved(gram, q, damping) for damping in dampings]
+        return _dots(torch.cat(solved), checkpoint).view(len(dampings), len(q), -1)
+    plain = _dots(q, checkpoint)
+    return torch.stack([_solved(gram, plain, damping) for damping in dampings])
+
+
+def agreement(scores: Tensor) -> Tensor:
+    """How much checkpoints agree: the mean Pearson correlation over pairs of them, of scores [M, ..., N] over the samples [...].
+
+    It needs no label. What a concept owes its samples is the same at every checkpoint of a run that has learnt it; the noise
+    that a kernel's inverse amplifies is not. Checkpoints whose scores are all equal agree with nothing (0).
+
+    Raises:
+        ValueError: fewer than two checkpoints.
+    """
+    count = len(scores)
+    if count < 2:
+        raise ValueError(f"agreement(scores {list(scores.shape)}): expected two checkpoints or more.")
+    units = standardised(scores - scores.mean(-1, keepdim=True))
+    # the mean over pairs i != j of mean_n(u_i u_j), from the square of the sum
+    return (units.sum(0).square().mean(-1) - units.square().mean(-1).sum(0)) / (count * (count - 1))
 
 
 def ensemble(per_checkpoint: Tensor, weights: Sequence[float] | None = None) -> Tensor:
@@ -64,3 +91,12 @@ def _dots(q: Tensor, checkpoint: Checkpoint) -> Tensor:
     for index, features in checkpoint.shards():
         scores[:, index] = q @ features.double().T
     return scores
+
+
+def _solved(gram: Tensor, rows: Tensor, damping: float | None) -> Tensor:
+    """Rows [Q, m] times ``(gram + lambda I)^-1``; as they are without a damping."""
+    if damping is None:
+        return rows
+    ridge = damping * float(gram.diagonal().sum()) / len(gram)
+    factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
+    return torch.cholesky_solve(rows.T, factor).T

@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from ctrak_lightning import Attributor, Concept, Method, Projection, Sampler
 from ctrak_lightning.attribution.attributor import Query
+from ctrak_lightning.method import Damping
 from ctrak_lightning.trajectory import Generation
 from recipes.benchmarks.replay import replay
 
-DAMPINGS: tuple[float | None, ...] = (None, 10.0, 1.0, 0.1, 0.01)
+DAMPINGS: tuple[Damping, ...] = (None, 100.0, 10.0, 1.0, 0.1, 0.01, "agreement")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class Case:
         seeds: of their images, one each.
         sampler: how the images are generated.
         learning_rate: what TracIn weighs checkpoints by (it is the same for all here, so that only ranks could tell).
+        batch_size: queries per forward pass.
     """
 
     folder: Path
@@ -67,6 +69,7 @@ class Case:
     seeds: list[int]
     sampler: Sampler
     learning_rate: float = 1.0
+    batch_size: int = 64
 
 
 def compare(
@@ -95,7 +98,7 @@ def compare(
             learning_rate=case.learning_rate,
         )
         attributor = Attributor(
-            store, case.module, method=variant.method, sampler=case.sampler, batch_size=64
+            store, case.module, method=variant.method, sampler=case.sampler, batch_size=case.batch_size
         )
         path = out / f"{variant.name}.query.safetensors"
         if not path.exists():

@@ -1,18 +1,26 @@
 """Figures of several training seeds as means with intervals, and as Markdown."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ctrak_lightning.metrics import bootstrap_interval
+from ctrak_lightning.metrics import bootstrap_interval, functional
 
 Figures = Mapping[str, Tensor]
 NOTE = (
     "Mean [95 % bootstrap interval over questions]; in brackets what the best damping by the metric itself would give (an "
     "oracle)."
 )
+RETRIEVAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "P@10": functional.precision_at_k,
+    "R-precision": functional.r_precision,
+    "mAP": functional.average_precision,
+    "AUROC": functional.auroc,
+}
 
 
 def summarised(
@@ -56,3 +64,41 @@ def markdown(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], keys: Sequence
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+class Table:
+    """The rows of a benchmark, as they come in: the figures of each method at its own damping and at the whole grid.
+
+    Args:
+        columns: the figures that the Markdown shows; the JSON has all of them.
+    """
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = list(columns)
+        self._honest: dict[str, list[Figures]] = {}
+        self._grids: dict[str, list[Mapping[str, Figures]]] = {}
+
+    def add(self, name: str, grid: Mapping[str, Figures], damping: str) -> None:
+        """Adds the next training seed of a row: its figures, one value per question [Q] each, by damping.
+
+        Args:
+            name: of the row.
+            grid: the figures at every damping.
+            damping: the honest one, fixed beforehand.
+        """
+        self._honest.setdefault(name, []).append(grid[damping])
+        self._grids.setdefault(name, []).append(grid)
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """:func:`summarised` for every row."""
+        return {name: summarised(figures, self._grids[name]) for name, figures in self._honest.items()}
+
+    def write(self, path: Path, facts: Mapping[str, Any], head: str) -> str:
+        """Writes ``<path>.json`` (``facts`` and the rows) and ``<path>.md`` (``head`` and the table); returns the latter."""
+        rows = self.rows()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**facts, "rows": rows}, indent=1)
+        path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+        text = "\n".join([head, NOTE, "", *markdown(rows, self.columns)]) + "\n"
+        path.with_suffix(".md").write_text(text, encoding="utf-8")
+        return text

@@ -14,7 +14,8 @@ WITHOUT_KEYS_AND_VALUES = ("*attn1*", "*attn2.to_q*", "*attn2.to_out*")
 def table_variants(
     timesteps: int, steps: tuple[int, ...], only: Sequence[str] | None = None
 ) -> list[Variant]:
-    """The methods of the tables; damping 1, or none where the method has none, fixed beforehand.
+    """The methods of the tables; damping by agreement for contrastive queries, else 1, or none where the
+    method has none: fixed beforehand, without labels.
 
     Args:
         timesteps: states per sample and query.
@@ -24,21 +25,26 @@ def table_variants(
     Raises:
         ValueError: a name is unknown; the message lists the known ones.
     """
-    paper = methods.concept_trak(timesteps, 2 * timesteps)
+    paper = methods.concept_trak_paper(timesteps, 2 * timesteps)
+    ours = methods.concept_trak(timesteps)
     noised = Noised(timesteps=timesteps)
     chosen: dict[str, Method] = {
+        "concept_trak": ours,
+        "concept_trak_layerwise": replace(ours, normalisation="layer"),
         "concept_trak_paper": paper,
-        "contrastive_d_trak": methods.contrastive_d_trak(timesteps),
-        "layerwise_d_trak": methods.contrastive_d_trak(timesteps, normalisation="layer"),
         "contrastive_trak": replace(
-            methods.contrastive_d_trak(timesteps),
+            ours,
             name="contrastive_trak",
             training=Denoising(),
             query=contrast(Denoising()),
             query_trajectory=noised,
         ),
         "contrastive_dps": replace(
-            paper, name="contrastive_dps", query=contrast(Denoising()), query_trajectory=noised
+            paper,
+            name="contrastive_dps",
+            query=contrast(Denoising()),
+            query_trajectory=noised,
+            damping="agreement",
         ),
         "trak": methods.trak(timesteps),
         "d_trak": methods.d_trak(timesteps),
@@ -51,7 +57,7 @@ def table_variants(
     without = [
         replace(row, name=f"{row.name}_without_keys_and_values", layers=WITHOUT_KEYS_AND_VALUES)
         for row in rows
-        if row.name in ("contrastive_d_trak", "contrastive_trak")
+        if row.name in ("concept_trak", "contrastive_trak")
     ]
     overall = [
         replace(row, name=f"{row.name}_global", scope="global")

@@ -56,9 +56,9 @@ def main() -> None:
 
     work: dict[str, Callable[[], Any]] = {"forward pass": forward, "training step": train}
     for name, method in {
-        "d_trak": methods.d_trak(timesteps=TIMESTEPS),
         "trak": methods.trak(timesteps=TIMESTEPS),
-        "concept_trak": methods.concept_trak(timesteps=TIMESTEPS, inversion_steps=2 * TIMESTEPS),
+        "concept_trak": methods.concept_trak(timesteps=TIMESTEPS),
+        "concept_trak_paper": methods.concept_trak_paper(timesteps=TIMESTEPS, inversion_steps=2 * TIMESTEPS),
     }.items():
         work[f"trace, {name}, {TIMESTEPS} timesteps"] = partial(
             trace_batch, module, tracer, method, encoded, 0

@@ -31,10 +31,10 @@ from recipes.pictures import image_grid
 ARTISTS = ["noto", "fluent-emoji-high-contrast", "twemoji", "openmoji"]
 TIMESTEPS = 3
 SAMPLER = Sampler(steps=20, guidance=2.5)
-SHEETS = "contrastive_d_trak"
+SHEETS = "concept_trak"
 LABELS = {
-    "concept_trak": "Concept-TRAK as published",
-    "contrastive_d_trak": "D-TRAK, contrastive query",
+    "concept_trak": "concept query (the default)",
+    "concept_trak_paper": "Concept-TRAK as published",
     "trak": "denoising loss (TRAK), whole image",
     "label_search": "label search (no gradients)",
     "chance": "chance",
@@ -42,10 +42,10 @@ LABELS = {
 
 
 def traced_methods() -> dict[str, Method]:
-    """The methods of the table. Their damping is fixed here, before any result: the library's default."""
+    """The methods of the table. Their dampings are the library's defaults, fixed without labels."""
     return {
-        "concept_trak": methods.concept_trak(timesteps=TIMESTEPS, inversion_steps=2 * TIMESTEPS),
-        "contrastive_d_trak": methods.contrastive_d_trak(timesteps=TIMESTEPS),
+        "concept_trak": methods.concept_trak(timesteps=TIMESTEPS),
+        "concept_trak_paper": methods.concept_trak_paper(timesteps=TIMESTEPS, inversion_steps=2 * TIMESTEPS),
         "trak": methods.trak(timesteps=TIMESTEPS),
     }
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,6 +20,7 @@ from recipes.emoji_artists.judge import EmojiJudge
 
 RESULTS = Path(__file__).parent / "results"
 STRENGTHS = ("judge", "loss")
+MEASURES = (*STRENGTHS, "likeness")
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,15 @@ class Outcomes:
         kept: which training samples each run saw, bool [R, N].
         odds: the judge's log odds of the object and the artist in images of the pair, mean over image seeds [R, 64, 2].
         losses: denoising losses on the pair's real image, told both names, the artist, the object, nothing [R, 64, 4].
+        likeness: cosine of the judge's features of the generated and the real image of the pair, mean over image seeds
+            [R, 64].
     """
 
     names: list[str]
     kept: Tensor
     odds: Tensor
     losses: Tensor
+    likeness: Tensor
 
     @classmethod
     def load(cls, setting: str, results: Path = RESULTS) -> "Outcomes":
@@ -43,14 +48,25 @@ class Outcomes:
         path = results / f"retrained_{setting}.safetensors"
         if not path.exists():
             size = len(EmojiArtists("new").train_set)
-            return cls([], torch.zeros(0, size).bool(), torch.zeros(0, 64, 2), torch.zeros(0, 64, 4))
+            return cls(
+                [],
+                torch.zeros(0, size).bool(),
+                torch.zeros(0, 64, 2),
+                torch.zeros(0, 64, 4),
+                torch.zeros(0, 64),
+            )
         with safe_open(path, "pt") as file:
             names = json.loads(file.metadata()["names"])
         tensors = load_file(path)
-        return cls(names, tensors["kept"].bool(), tensors["odds"], tensors["losses"])
+        return cls(names, tensors["kept"].bool(), tensors["odds"], tensors["losses"], tensors["likeness"])
 
     def save(self, setting: str, results: Path = RESULTS) -> None:
-        tensors = {"kept": self.kept.to(torch.uint8), "odds": self.odds, "losses": self.losses}
+        tensors = {
+            "kept": self.kept.to(torch.uint8),
+            "odds": self.odds,
+            "losses": self.losses,
+            "likeness": self.likeness,
+        }
         metadata = {"names": json.dumps(self.names)}
         save_file(
             {name: value.contiguous() for name, value in tensors.items()},
@@ -66,24 +82,28 @@ class Outcomes:
             if run.startswith(prefix) and int(seed) in seeds:
                 rows.setdefault(run, []).append(i)
         runs = sorted(rows)
-        return Outcomes(
-            runs,
-            self.kept[[rows[run][0] for run in runs]],
-            torch.stack([self.odds[rows[run]].mean(0) for run in runs]) if runs else self.odds[:0],
-            torch.stack([self.losses[rows[run]].mean(0) for run in runs]) if runs else self.losses[:0],
-        )
+
+        def mean(values: Tensor) -> Tensor:
+            return torch.stack([values[rows[run]].mean(0) for run in runs]) if runs else values[:0]
+
+        kept = self.kept[[rows[run][0] for run in runs]]
+        return Outcomes(runs, kept, mean(self.odds), mean(self.losses), mean(self.likeness))
 
     def only(self, runs: Sequence[str]) -> "Outcomes":
         """Some of the runs, in the order asked."""
         rows = [self.names.index(run) for run in runs]
-        return Outcomes(list(runs), self.kept[rows], self.odds[rows], self.losses[rows])
+        values = (self.kept, self.odds, self.losses, self.likeness)
+        return Outcomes(list(runs), *(value[rows] for value in values))
 
     def strength(self, kind: str, measure: str) -> Tensor:
         """The strength of the pairs' objects or artists [R, 64], higher = more of it.
 
         ``judge``: the classifier's log odds on generated images. ``loss``: how much the concept's name lowers the denoising
-        loss on the pair's real image, told beside the other name.
+        loss on the pair's real image, told beside the other name. ``likeness``: of generated images to the pair's real
+        one, the same for both kinds.
         """
+        if measure == "likeness":
+            return self.likeness
         if measure == "judge":
             return self.odds[:, :, KINDS.index(kind)]
         without = {"object": 1, "artist": 2}[kind]
@@ -93,7 +113,9 @@ class Outcomes:
 def judged(folder: Path, known: Outcomes) -> Outcomes:
     """``known`` and the finished runs of a folder."""
     data, judge = EmojiArtists("new"), EmojiJudge.trained()
-    names, kept, odds, losses = list(known.names), list(known.kept), list(known.odds), list(known.losses)
+    real = F.normalize(judge.features((data.held_out_set.images + 1) / 2), dim=1)
+    names, kept, odds = list(known.names), list(known.kept), list(known.odds)
+    losses, likeness = list(known.losses), list(known.likeness)
     for path in sorted(folder.glob("*/facts.json")):
         if path.parent.name in names:
             continue
@@ -109,7 +131,9 @@ def judged(folder: Path, known: Outcomes) -> Outcomes:
         kept.append(mask)
         odds.append(judge.log_odds(images, objects, artists).view(-1, seeds, 2).mean(1))
         losses.append(evidence["losses"])
-    return Outcomes(names, torch.stack(kept), torch.stack(odds), torch.stack(losses))
+        features = F.normalize(judge.features(images), dim=1).view(-1, seeds, real.shape[1])
+        likeness.append((features * real.unsqueeze(1)).sum(2).mean(1))
+    return Outcomes(names, *map(torch.stack, (kept, odds, losses, likeness)))
 
 
 def main() -> None:

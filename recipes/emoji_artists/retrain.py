@@ -147,6 +147,32 @@ def evidence(module: EmojiDiffusion, data: EmojiArtists) -> dict[str, Tensor]:
     }
 
 
+def finish(out: Path, setting: Setting, jobs: Sequence[tuple[Run, int]]) -> None:
+    """Fine-tunes every (run, seed) that is neither finished in ``out`` nor among the committed outcomes."""
+    data = EmojiArtists("new", setting=setting)
+    # Weights are needed of the full runs only; of the others the committed outcomes will do.
+    known = {name for name in Outcomes.load(setting).names if not name.startswith("full")}
+    for run, seed in tqdm(jobs, "fine-tunes"):
+        folder = out / f"{run.name}-seed{seed}"
+        if folder.name in known or (folder / "facts.json").exists():
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        started = time.monotonic()
+        module = fine_tune(folder, run, seed, setting, every_step=run.name == "full")
+        save_file(evidence(module, data), folder / "evidence.safetensors")
+        facts = {
+            "run": run.name,
+            "seed": seed,
+            "setting": setting,
+            "steps": STEPS,
+            "kept": run.kept,
+            "seconds": round(time.monotonic() - started, 1),
+            "torch": torch.__version__,
+        }
+        (folder / "facts.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -157,28 +183,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     args = parser.parse_args(argv)
     data = EmojiArtists("new", setting=args.setting)
-    jobs = [(run, seed) for kind in args.plan for seed in args.seeds for run in plan(kind, data)]
-    # Weights are needed of the full runs only; of the others the committed outcomes will do.
-    known = {name for name in Outcomes.load(args.setting).names if not name.startswith("full")}
-    for run, seed in tqdm(jobs, "fine-tunes"):
-        folder = args.out / f"{run.name}-seed{seed}"
-        if folder.name in known or (folder / "facts.json").exists():
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        started = time.monotonic()
-        module = fine_tune(folder, run, seed, args.setting, every_step=run.name == "full")
-        save_file(evidence(module, data), folder / "evidence.safetensors")
-        facts = {
-            "run": run.name,
-            "seed": seed,
-            "setting": args.setting,
-            "steps": STEPS,
-            "kept": run.kept,
-            "seconds": round(time.monotonic() - started, 1),
-            "torch": torch.__version__,
-        }
-        (folder / "facts.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    finish(
+        args.out,
+        args.setting,
+        [(run, seed) for kind in args.plan for seed in args.seeds for run in plan(kind, data)],
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The LightningModule of the Synthetic recipe."""
+"""The LightningModule of the Synthetic recipe, and what recipes with other factors share with it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -13,45 +13,47 @@ from recipes.synthetic.network import NULL, FactorTokens, build_scheduler, build
 from recipes.synthetic.variants import find_variant
 
 
-class SyntheticDiffusion(DiffusionTask, L.LightningModule):
-    """Diffusion on the Synthetic images, trained from scratch, conditioned on one token per factor.
+class FactorDiffusion(DiffusionTask, L.LightningModule):
+    """Pixel diffusion trained from scratch, conditioned on one token per factor.
+
+    A batch has ``image`` [B, 3, size, size] in [-1, 1], a column of value names per factor, ``caption`` and ``sample_id``.
 
     Args:
-        variant: ``"paper"`` or ``"hard"``, as in :class:`~recipes.synthetic.data.Synthetic`.
-        size: height and width of the images in pixels; the variant's default if None.
-        patch: side of the pixel patches that the network sees as channels; the variant's default if None.
+        factors: the values of each factor.
+        size: height and width of the images in pixels.
+        patch: side of the pixel patches that the network sees as channels.
+        channels: the network's, at the resolution of its input and at half of it.
         learning_rate: AdamW's highest, after a warm-up and before a cosine decay to nothing.
-        drop: probability of dropping each token, independently, in a training step. Keep it low: "red, any shape" is only ever
-            a circle in the paper variant, and a model that learns this draws no red triangle.
+        drop: probability of dropping each token, independently, in a training step.
         drop_all: probability of dropping all tokens of an image, for guidance.
 
     Raises:
-        ValueError: an unknown variant, or a size that is no multiple of the patch.
+        ValueError: a size that is no multiple of the patch.
     """
 
     def __init__(
         self,
-        variant: Literal["paper", "hard"] = "paper",
-        size: int | None = None,
-        patch: int | None = None,
+        factors: Mapping[str, Sequence[str]],
+        size: int,
+        patch: int,
+        channels: tuple[int, int],
         learning_rate: float = 2e-3,
         drop: float = 0.02,
         drop_all: float = 0.1,
     ) -> None:
         super().__init__()
-        self.variant = find_variant(variant)
-        self.size = self.variant.size if size is None else size
-        self.patch = self.variant.patch if patch is None else patch
-        if self.size % self.patch:
+        if size % patch:
             raise ValueError(
-                f"SyntheticDiffusion(size={self.size}, patch={self.patch}): expected a multiple of the patch. "
-                f"HINT: size={self.size - self.size % self.patch}."
+                f"{type(self).__name__}(size={size}, patch={patch}): expected a multiple of the patch. "
+                f"HINT: size={size - size % patch}."
             )
+        self.size = size
+        self.patch = patch
         self.learning_rate = learning_rate
         self.drop = drop
         self.drop_all = drop_all
-        self.denoiser = build_unet(self.size, self.patch, self.variant.channels)
-        self.tokens = FactorTokens(self.variant.factors)
+        self.denoiser = build_unet(size, patch, channels)
+        self.tokens = FactorTokens(factors)
         self.noise_schedule = NoiseSchedule.from_scheduler(build_scheduler())
 
     @property
@@ -63,7 +65,7 @@ class SyntheticDiffusion(DiffusionTask, L.LightningModule):
 
     def encode(self, batch: dict[str, Any]) -> Encoded:
         return Encoded(
-            latents=F.pixel_unshuffle(batch["image"], self.patch),
+            latents=F.pixel_unshuffle(batch["image"].to(self.device), self.patch),
             condition={"encoder_hidden_states": self.tokens(self._rows(batch))},
             sample_ids=list(batch["sample_id"]),
             metadata={name: list(batch[name]) for name in (*self.tokens.factors, "caption")},
@@ -72,7 +74,8 @@ class SyntheticDiffusion(DiffusionTask, L.LightningModule):
     def condition(self, spec: Mapping[str, str] | str, n: int) -> dict[str, Tensor]:
         if isinstance(spec, str):
             raise TypeError(
-                f"SyntheticDiffusion.condition({spec!r}): expected attributes such as {{'shape': 'circle'}}."
+                f"{type(self).__name__}.condition({spec!r}): expected attributes such as "
+                f"{ {name: values[0] for name, values in self.tokens.factors.items()} }."
             )
         columns = {name: [spec.get(name)] * n for name in {*self.tokens.factors, *spec}}
         return {"encoder_hidden_states": self.tokens(self.tokens.rows(columns).to(self.device))}
@@ -110,3 +113,41 @@ class SyntheticDiffusion(DiffusionTask, L.LightningModule):
 
     def _rows(self, batch: dict[str, Any]) -> Tensor:
         return self.tokens.rows({name: batch[name] for name in self.tokens.factors}).to(self.device)
+
+
+class SyntheticDiffusion(FactorDiffusion):
+    """Diffusion on the Synthetic images.
+
+    Args:
+        variant: ``"paper"`` or ``"hard"``, as in :class:`~recipes.synthetic.data.Synthetic`.
+        size: height and width of the images in pixels; the variant's default if None.
+        patch: side of the pixel patches that the network sees as channels; the variant's default if None.
+        learning_rate: as in :class:`FactorDiffusion`.
+        drop: as in :class:`FactorDiffusion`. Keep it low: "red, any shape" is only ever a circle in the paper variant, and a
+            model that learns this draws no red triangle.
+        drop_all: as in :class:`FactorDiffusion`.
+
+    Raises:
+        ValueError: an unknown variant, or a size that is no multiple of the patch.
+    """
+
+    def __init__(
+        self,
+        variant: Literal["paper", "hard"] = "paper",
+        size: int | None = None,
+        patch: int | None = None,
+        learning_rate: float = 2e-3,
+        drop: float = 0.02,
+        drop_all: float = 0.1,
+    ) -> None:
+        chosen = find_variant(variant)
+        super().__init__(
+            factors=chosen.factors,
+            size=chosen.size if size is None else size,
+            patch=chosen.patch if patch is None else patch,
+            channels=chosen.channels,
+            learning_rate=learning_rate,
+            drop=drop,
+            drop_all=drop_all,
+        )
+        self.variant = chosen

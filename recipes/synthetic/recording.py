@@ -25,3 +25,11 @@ class LossCurve(L.Callback):
             mean = sum(float(loss) for loss in self._losses) / len(self._losses)
             self.means.append((trainer.global_step, round(mean, 5)))
             self._losses = []
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"means": list(self.means)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.means = [(step, mean) for step, mean in state_dict["means"]]

@@ -10,7 +10,7 @@ from ctrak_lightning import Sampler
 from ctrak_lightning.trajectory import seeded_noise
 from recipes.pictures import image_grid
 from recipes.synthetic.data import Synthetic
-from recipes.synthetic.module import SyntheticDiffusion
+from recipes.synthetic.module import FactorDiffusion, SyntheticDiffusion
 from recipes.synthetic.variants import Combo, caption
 from recipes.synthetic.verifier import Verifier
 
@@ -24,10 +24,17 @@ SCALE = {"paper": 3, "hard": 2}
 SHOWN_FRAME, HELD_OUT_FRAME = (0.8, 0.8, 0.8), (1.0, 0.55, 0.0)
 
 
-@torch.no_grad()
 def generate(module: SyntheticDiffusion, combos: Sequence[Combo], seeds: Sequence[int]) -> Tensor:
+    """:func:`generate_with` the variant's own sampler."""
+    return generate_with(SAMPLERS[module.variant.name], module, combos, seeds)
+
+
+@torch.no_grad()
+def generate_with(
+    sampler: Sampler, module: FactorDiffusion, combos: Sequence[Combo], seeds: Sequence[int]
+) -> Tensor:
     """One image per (combination, seed) [n, 3, H, W] in [0, 1], from the noise that ``Attributor.generate`` gives that seed."""
-    sampler, images = SAMPLERS[module.variant.name], []
+    images = []
     for start in range(0, len(combos), BATCH_SIZE):
         part = slice(start, start + BATCH_SIZE)
         noise = torch.stack(
@@ -35,7 +42,8 @@ def generate(module: SyntheticDiffusion, combos: Sequence[Combo], seeds: Sequenc
         )
         tokens = [module.condition(combo, 1)["encoder_hidden_states"] for combo in combos[part]]
         condition, null = {"encoder_hidden_states": torch.cat(tokens)}, module.condition({}, len(noise))
-        images.append(module.decode(sampler.run(module, noise, condition, null).latents))
+        made = sampler.run(module, noise.to(module.device), condition, null)
+        images.append(module.decode(made.latents).cpu())
     return torch.cat(images)
 
 

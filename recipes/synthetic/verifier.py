@@ -26,13 +26,14 @@ class Verifier(nn.Module):
     """A convolutional network with one head per factor; class 0 of each head means that the image shows no one shape clearly.
 
     Args:
-        variant: whose factors are told apart, at its default size.
+        factors: the values of each factor.
+        size: height and width of the images in pixels.
     """
 
-    def __init__(self, variant: Variant) -> None:
+    def __init__(self, factors: Mapping[str, Sequence[str]], size: int) -> None:
         super().__init__()
-        self.factors = {name: list(values) for name, values in variant.factors.items()}
-        self.size = variant.size
+        self.factors = {name: list(values) for name, values in factors.items()}
+        self.size = size
         self.body = nn.Sequential(
             *[nn.Conv2d(3, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.ReLU()],
             *[nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.GroupNorm(8, 64), nn.ReLU()],
@@ -46,7 +47,8 @@ class Verifier(nn.Module):
     @classmethod
     def load(cls, variant: str) -> "Verifier":
         """The committed verifier of a variant, in evaluation mode."""
-        verifier = cls(find_variant(variant))
+        chosen = find_variant(variant)
+        verifier = cls(chosen.factors, chosen.size)
         weights = load_file(weights_path(variant))
         verifier.load_state_dict({name: value.float() for name, value in weights.items()})
         return verifier.eval().requires_grad_(False)
@@ -72,7 +74,7 @@ class Verifier(nn.Module):
         if tuple(images.shape) != expected:
             raise ValueError(
                 f"Verifier.verify(images {list(images.shape)}, {len(specs)} specs): expected {list(expected)}. "
-                "HINT: the verifier reads images of the variant's default size, one spec each."
+                "HINT: the verifier reads images of the size it was built for, one spec each."
             )
         accepted = torch.ones(len(specs), dtype=torch.bool)
         for name, logits in self(images.float().cpu()).items():
@@ -88,22 +90,42 @@ def train_verifier(variant: Variant, images: int = 12000, steps: int = 600, seed
     """Trains on fresh renders of all combinations, the held-out ones included; a third of each batch is spoiled."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        verifier = Verifier(variant)
+        verifier = Verifier(variant.factors, variant.size)
         figures = Figures(variant, variant.combos(), images, variant.size, FRESH + seed)
-        targets = _targets(verifier, figures.combos)
-        optimizer = torch.optim.AdamW(verifier.parameters(), lr=4e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-        for _ in range(steps):
-            rows = torch.randint(0, images, (96,))
-            clean, spoiled = (to_float(figures.pixels[rows]) + 1) / 2, torch.rand(96) < 1 / 3
-            shown = torch.where(spoiled[:, None, None, None], _spoil(clean), _disturb(clean))
-            logits = verifier(shown)
-            wanted = {name: torch.where(spoiled, UNCLEAR, column[rows]) for name, column in targets.items()}
-            loss = torch.stack([F.cross_entropy(logits[name], wanted[name]) for name in targets]).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        return fit(verifier, figures.pixels, figures.combos, steps)
+
+
+def fit(
+    verifier: Verifier,
+    pixels: Tensor,
+    combos: Sequence[Combo],
+    steps: int,
+    weights: Tensor | None = None,
+) -> Verifier:
+    """Trains a verifier on images, a third of each batch spoiled; it comes back frozen.
+
+    Args:
+        verifier: with random weights.
+        pixels: uint8 [n, 3, H, W].
+        combos: what each shows.
+        steps: optimiser steps.
+        weights: how often to draw each image [n], as for ``torch.multinomial``; all alike by default.
+    """
+    targets = _targets(verifier, combos)
+    optimizer = torch.optim.AdamW(verifier.parameters(), lr=4e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    for _ in range(steps):
+        drawn = None if weights is None else torch.multinomial(weights, 96, replacement=True)
+        rows = torch.randint(0, len(pixels), (96,)) if drawn is None else drawn
+        clean, spoiled = (to_float(pixels[rows]) + 1) / 2, torch.rand(96) < 1 / 3
+        shown = torch.where(spoiled[:, None, None, None], _spoil(clean), _disturb(clean))
+        logits = verifier(shown)
+        wanted = {name: torch.where(spoiled, UNCLEAR, column[rows]) for name, column in targets.items()}
+        loss = torch.stack([F.cross_entropy(logits[name], wanted[name]) for name in targets]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     return verifier.eval().requires_grad_(False)
 
 

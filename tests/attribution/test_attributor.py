@@ -20,6 +20,7 @@ from ctrak_lightning import (
     TraceStore,
     methods,
 )
+from ctrak_lightning.attribution.solve import AGREEMENT_GRID
 from ctrak_lightning.capture import Capture
 from ctrak_lightning.errors import ConceptError, GradientError, StoreError, StoreMismatchError, TaskError
 from ctrak_lightning.objective import Prediction
@@ -31,11 +32,11 @@ RED = Concept("red", {"colour": "red", "shape": "bar"}, {"shape": "bar"})
 BAR = Concept("bar", {"colour": "red", "shape": "bar"}, {"colour": "red"})
 SAMPLER = Sampler(steps=6, guidance=2.0)
 METHODS = {
-    "concept_trak": methods.concept_trak(timesteps=2, inversion_steps=4, guidance=2.0),
-    "contrastive_d_trak": methods.contrastive_d_trak(timesteps=2),
+    "concept_trak_paper": methods.concept_trak_paper(timesteps=2, inversion_steps=4, guidance=2.0),
+    "concept_trak": methods.concept_trak(timesteps=2, damping=1.0),
     "trak": methods.trak(timesteps=2),
     "d_trak": methods.d_trak(timesteps=2),
-    "layerwise": methods.contrastive_d_trak(timesteps=2, normalisation="layer"),
+    "layerwise": methods.concept_trak(timesteps=2, damping=1.0, normalisation="layer"),
     "das": methods.das(timesteps=2),
     "das_absolute": methods.das(timesteps=2, absolute=True),
     "journey_trak": methods.journey_trak(timesteps=2),
@@ -45,8 +46,8 @@ METHODS = {
 LEARNING_RATES = {1: 1e-3, 2: 4e-4}
 
 
-def traced(path: Path, method: Method, copies: int = 1) -> ToyDiffusion:
-    """A module traced at two checkpoints, with different weights; float64, since concept directions are small differences."""
+def traced(path: Path, method: Method, copies: int = 1, steps: tuple[int, ...] = (1, 2)) -> ToyDiffusion:
+    """A module traced at two checkpoints (by default), with different weights; float64, since concept directions are small differences."""
     module = ToyDiffusion().double()
     batches = list(ToyData(batch_size=5, copies=copies).train_dataloader())
     loader = torch.utils.data.DataLoader(ToyData(copies=copies).toys, 5)
@@ -60,7 +61,7 @@ def traced(path: Path, method: Method, copies: int = 1) -> ToyDiffusion:
         progress=False,
     )
     optimizer = module.configure_optimizers()
-    for step in (1, 2):
+    for step in steps:
         for batch in batches:
             optimizer.zero_grad()
             with torch.random.fork_rng():
@@ -219,6 +220,39 @@ def test_a_query_is_scored_again_with_another_damping(tmp_path: Path) -> None:
     )
 
 
+def test_damping_by_agreement_is_where_the_checkpoints_agree_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = traced(tmp_path / "s", METHODS["trak"])
+    attributor = Attributor(tmp_path / "s", module, sampler=SAMPLER)
+    query = attributor.query([RED, BAR], seeds=[4, 5])
+    found = attributor.score(query, damping="agreement")
+    for i, chosen in enumerate(found):
+        grid = {damping: attributor.score(query, damping=damping)[i] for damping in AGREEMENT_GRID}
+        agreed = {d: np.corrcoef(each.checkpoint_scores.numpy())[0, 1] for d, each in grid.items()}
+        assert chosen.damping == max(agreed, key=agreed.__getitem__)
+        assert max(agreed.values()) > min(agreed.values()) + 1e-3
+        torch.testing.assert_close(
+            chosen.checkpoint_scores, grid[chosen.damping].checkpoint_scores, rtol=1e-6, atol=1e-9
+        )
+        assert chosen.method["damping"] == "agreement"
+        assert grid[0.3].damping == 0.3
+    monkeypatch.setattr("ctrak_lightning.attribution.attributor._SCORES_AT_ONCE", 1)  # one query at a time
+    one_by_one = attributor.score(query, damping="agreement")
+    assert [each.damping for each in one_by_one] == [each.damping for each in found]
+    torch.testing.assert_close(one_by_one[1].checkpoint_scores, found[1].checkpoint_scores)
+
+
+def test_one_checkpoint_cannot_agree_and_says_so(tmp_path: Path) -> None:
+    module = traced(tmp_path / "s", METHODS["trak"], steps=(1,))
+    attributor = Attributor(tmp_path / "s", module, sampler=SAMPLER)
+    query = attributor.query([RED], seeds=[4])
+    with pytest.warns(UserWarning, match="the store has one: 10.0 is used.*HINT"):
+        lone = attributor.score(query, damping="agreement")[0]
+    assert lone.damping == 10
+    assert torch.equal(lone.scores, attributor.score(query, damping=10.0)[0].scores)
+
+
 def test_a_global_query_is_the_mean_over_images_of_the_concept_alone(tmp_path: Path) -> None:
     module = traced(tmp_path / "s", METHODS["trak"])
     attributor = Attributor(tmp_path / "s", module, sampler=SAMPLER)
@@ -233,7 +267,9 @@ def test_a_global_query_is_the_mean_over_images_of_the_concept_alone(tmp_path: P
     found = attributor.query_global([RED, BAR], seed=7, images=3)
     torch.testing.assert_close(found.features, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     assert [c.name for c in found.concepts] == ["red", "bar"]
-    again = attributor.query_global([BAR, RED, BAR], seed=7, images=3)  # the second bar is the first, asked once
+    again = attributor.query_global(
+        [BAR, RED, BAR], seed=7, images=3
+    )  # the second bar is the first, asked once
     assert torch.equal(again.features[:, 0], again.features[:, 2])
     torch.testing.assert_close(again.features[:, :2], found.features[:, [1, 0]], rtol=1e-4, atol=1e-6)
     assert [len(r.scores) for r in attributor.score(found)] == [12, 12]
@@ -257,7 +293,7 @@ def test_tracin_asks_for_the_learning_rates(tmp_path: Path) -> None:
 
 
 def test_the_module_is_given_back_as_it_was(tmp_path: Path) -> None:
-    module = traced(tmp_path / "s", METHODS["concept_trak"])
+    module = traced(tmp_path / "s", METHODS["concept_trak_paper"])
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.01)
@@ -284,7 +320,7 @@ def test_the_module_is_given_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_many_concepts_at_once_and_any_batch_size_give_the_same_scores(tmp_path: Path) -> None:
-    module = traced(tmp_path / "s", METHODS["contrastive_d_trak"])
+    module = traced(tmp_path / "s", METHODS["concept_trak"])
     one = Attributor(tmp_path / "s", module, sampler=SAMPLER, batch_size=1)
     many = Attributor(tmp_path / "s", module, sampler=SAMPLER, batch_size=2)
     together = many.attribute_many([RED, BAR, RED], [0, 0, 5])
@@ -302,14 +338,14 @@ def test_many_concepts_at_once_and_any_batch_size_give_the_same_scores(tmp_path:
 
 
 def test_duplicate_samples_get_equal_scores(tmp_path: Path) -> None:
-    module = traced(tmp_path / "s", METHODS["concept_trak"], copies=2)
+    module = traced(tmp_path / "s", METHODS["concept_trak_paper"], copies=2)
     scores = Attributor(tmp_path / "s", module, sampler=SAMPLER).attribute(RED).scores
     assert len(scores) == 24
     torch.testing.assert_close(scores[:12], scores[12:], rtol=1e-4, atol=1e-5)
 
 
 def test_a_store_answers_another_method_with_the_same_traces(tmp_path: Path) -> None:
-    module = traced(tmp_path / "s", METHODS["contrastive_d_trak"])
+    module = traced(tmp_path / "s", METHODS["concept_trak"])
     whole = Attributor(
         tmp_path / "s",
         module,
@@ -384,7 +420,7 @@ def test_a_concept_the_model_has_not_learnt_is_reported(tmp_path: Path) -> None:
             return torch.cat([rows[:, :1] * self.scale, rows[:, 1:]], 1)
 
     module = Deaf().double()
-    module.load_state_dict(traced(tmp_path / "s", METHODS["concept_trak"]).state_dict())
+    module.load_state_dict(traced(tmp_path / "s", METHODS["concept_trak_paper"]).state_dict())
     attributor = Attributor(tmp_path / "s", module, sampler=SAMPLER)
     with pytest.raises(GradientError, match=r"zero or not finite: \['red'\]"):
         attributor.attribute(RED)
@@ -405,7 +441,7 @@ def test_an_interrupted_store_is_refused_with_the_way_on(tmp_path: Path) -> None
 
 
 def test_the_strength_is_the_mean_relative_size_of_the_concept_direction(tmp_path: Path) -> None:
-    method = METHODS["contrastive_d_trak"]
+    method = METHODS["concept_trak"]
     module = traced(tmp_path / "s", method)
     store = TraceStore(tmp_path / "s")
     attributor = Attributor(store, module, sampler=SAMPLER)

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from ctrak_lightning.attribution.solve import checkpoint_scores, ensemble, standardised
+from ctrak_lightning.attribution.solve import (
+    agreement,
+    checkpoint_scores,
+    ensemble,
+    scores_by_damping,
+    standardised,
+)
 from ctrak_lightning.traces import SampleTable, StoreHeader, TraceStore, TraceWriter
 
 
@@ -73,3 +79,27 @@ def test_ensemble_weighs_checkpoints_alike() -> None:
     expected = (first / first.numpy().std() + second / second.numpy().std()) / 2
     torch.testing.assert_close(ensemble(torch.stack([1000 * first, 1e-3 * second])), expected)
     assert torch.equal(standardised(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9)])
+def test_many_dampings_in_one_pass_are_those_of_single_ones(tmp_path: Path, shape: tuple[int, int]) -> None:
+    checkpoint = store_of(tmp_path / "s", torch.randn(shape)).checkpoints[0]
+    queries, dampings = torch.randn(3, shape[1]), (0.1, None, 7.0)
+    found = scores_by_damping(queries, checkpoint, dampings)
+    for row, damping in zip(found, dampings, strict=True):
+        torch.testing.assert_close(row, checkpoint_scores(queries, checkpoint, damping))
+
+
+def test_agreement_is_the_mean_correlation_of_pairs_of_checkpoints() -> None:
+    scores = torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 5
+    scores[:, 2] = (
+        scores[:1, 2] * torch.tensor([[1.0], [2.0], [3.0], [4.0]]) - 7
+    )  # the same up to scale and shift
+    found = agreement(scores)
+    for q in range(3):
+        r = np.corrcoef(scores[:, q].numpy())
+        np.testing.assert_allclose(float(found[q]), r[np.triu_indices(4, 1)].mean(), atol=1e-12)
+    assert float(found[2]) == pytest.approx(1)
+    assert float(agreement(torch.ones(2, 5))) == 0
+    with pytest.raises(ValueError, match="two checkpoints"):
+        agreement(scores[:1])

@@ -48,7 +48,8 @@ def outcomes(data: EmojiArtists, rule: str) -> Outcomes:
         odds[..., 1],
     )  # loss without the name is higher by its strength
     names = [f"half-{i:02d}-seed{seed}" for seed in (0, 1) for i in range(12)]
-    return Outcomes(names, masks.repeat(2, 1), odds.repeat(2, 1, 1), losses.repeat(2, 1, 1))
+    values = (odds.repeat(2, 1, 1), losses.repeat(2, 1, 1), odds[..., 0].repeat(2, 1))
+    return Outcomes(names, masks.repeat(2, 1), *values)
 
 
 def test_a_ranking_by_the_truth_predicts_outcomes_that_follow_the_truth() -> None:
@@ -123,6 +124,7 @@ def test_outcomes_survive_their_file_and_take_finished_runs_only(tmp_path: Path)
     assert (found.odds[0, :, 0] > 0).float().mean() > 0.95  # the real drawings
     assert torch.equal(found.strength("object", "loss")[0], torch.ones(64))
     assert torch.equal(found.strength("artist", "loss")[0], torch.full((64,), 2.0))
+    torch.testing.assert_close(found.strength("artist", "likeness"), torch.ones(1, 64))
     found.save("none", tmp_path)
     again = judged(tmp_path, Outcomes.load("none", tmp_path))
     assert again.names == found.names
@@ -131,7 +133,7 @@ def test_outcomes_survive_their_file_and_take_finished_runs_only(tmp_path: Path)
     assert again.of("half-", [1]).names == []
     twice = Outcomes(
         ["half-01-seed0", "half-01-seed1"],
-        *(torch.cat([x, x + 2]) for x in (again.kept.int(), again.odds, again.losses)),
+        *(torch.cat([x, x + 2]) for x in (again.kept.int(), again.odds, again.losses, again.likeness)),
     )
     torch.testing.assert_close(twice.of("half-", [0, 1]).odds, again.odds + 1)
     torch.testing.assert_close(twice.of("half-", [1]).odds, again.odds + 2)
@@ -150,6 +152,9 @@ def test_a_summary_averages_seeds_and_shows_the_oracle() -> None:
 def test_every_variant_is_compared_and_what_is_finished_is_not_repeated(tmp_path: Path) -> None:
     module, data = ToyDiffusion(), ToyData()
     save_trained(module, tmp_path, 3)
+    with torch.no_grad():
+        module.denoiser.conv_in.weight.mul_(1.1)
+    save_trained(module, tmp_path, 6)
     case = Case(
         folder=tmp_path,
         module=module.eval(),
@@ -158,7 +163,7 @@ def test_every_variant_is_compared_and_what_is_finished_is_not_repeated(tmp_path
         seeds=[1],
         sampler=Sampler(steps=6, guidance=2.0),
     )
-    rows = table_variants(2, (3,))
+    rows = table_variants(2, (3, 6))
     small = [
         Variant(
             name=row.name,
@@ -175,7 +180,7 @@ def test_every_variant_is_compared_and_what_is_finished_is_not_repeated(tmp_path
     assert images.shape == (1, 3, 8, 8)
     assert set(found) == {row.name for row in small}
     assert all(scores.shape == (1, 12) for grid in found.values() for scores in grid.values())
-    assert set(found["trak"]) == {"None", "10.0", "1.0", "0.1", "0.01"}
+    assert set(found["trak"]) == {"None", "100.0", "10.0", "1.0", "0.1", "0.01", "agreement"}
 
     def differ(a: Tensor, b: Tensor) -> bool:
         return not torch.allclose(a, b, rtol=1e-3)
@@ -191,9 +196,9 @@ def test_every_variant_is_compared_and_what_is_finished_is_not_repeated(tmp_path
 
 def test_the_table_has_every_preset() -> None:
     names = {row.method.name for row in table_variants(2, (1,))}
-    assert set(methods.PRESETS) - {"concept_trak"} <= names
+    assert set(methods.PRESETS) <= names
     assert [row.name for row in table_variants(2, (1,), ["trak", "das"])] == ["trak", "das"]
-    with pytest.raises(ValueError, match=r"unknown \['trakk'\]. Known: concept_trak_paper, "):
+    with pytest.raises(ValueError, match=r"unknown \['trakk'\]. Known: concept_trak, "):
         table_variants(2, (1,), ["trakk"])
 
 
