@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.attribution.solve import soft_thresholded
-from ctrak_lightning.metrics import bootstrap_difference, datamodeling_correlations, functional
+from ctrak_lightning.metrics import (
+    bootstrap_difference,
+    bootstrap_interval,
+    datamodeling_correlations,
+    functional,
+)
 from ctrak_lightning.metrics import noise_ceiling as ceiling
 from recipes.benchmarks.compare import DAMPINGS, Case, Variant, compare
 from recipes.benchmarks.tables import NOTE, markdown, summarised
@@ -26,6 +32,7 @@ from recipes.benchmarks.variants import table_variants
 from recipes.emoji_artists import retrain
 from recipes.emoji_artists.data import KINDS, NEW_ARTISTS, SETTINGS, EmojiArtists
 from recipes.emoji_artists.evaluate import Question, questions
+from recipes.emoji_artists.groups import effects
 from recipes.emoji_artists.judge import SAMPLER, EmojiJudge
 from recipes.emoji_artists.module import EmojiDiffusion
 from recipes.emoji_artists.outcomes import RESULTS, STRENGTHS, Outcomes, judged
@@ -35,6 +42,8 @@ STEPS = (100, 200, 300)
 # The retrained subsets, and the kinds of concept whose presence differs enough between them to be measured.
 PLANS = {"half": KINDS, "artist-half": ("artist",)}
 LEAST_SUBSETS = 8
+# The images whose token does not say what they show, by setting.
+ODD: dict[str, str | None] = {"labelled": None, "hidden": "hidden", "mislabelled": "wrong"}
 THRESHOLD = 2.0
 REFERENCE = "label_search"
 RETRIEVAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -111,20 +120,25 @@ def case(folder: Path, data: EmojiArtists, asked: list[Question]) -> Case:
     )
 
 
-def odd_recall(asked: list[Question], scores: Tensor, data: EmojiArtists) -> dict[str, Tensor]:
+def odd_recall(asked: list[Question], scores: Tensor, data: EmojiArtists) -> dict[str, dict[str, Tensor]]:
     """Among the ``2 R`` best-ranked (R images show the concept): the share of the images that show it without its token
-    (``hidden``), and of those that carry its token and show another (``wrong``); questions without such images left out."""
-    result: dict[str, list[Tensor]] = {"hidden": [], "wrong": []}
+    (``hidden``), and of those that carry its token and show another (``wrong``), by kind and value of the concept [its
+    questions]; values without such images left out."""
+    result: dict[str, dict[str, list[Tensor]]] = {}
     for question, row in zip(asked, scores, strict=True):
         axis = KINDS.index(question.kind)
         shows = torch.tensor([pair[axis] == question.value for pair in data.train_set.pairs])
         told = torch.tensor([pair[axis] == question.value for pair in data.train_set.told])
         for name, wanted in (("hidden", shows & ~told), ("wrong", told & ~shows)):
-            if wanted.any():
+            if name == ODD[data.setting] and wanted.any():
                 top = 2 * int(shows.sum())
                 # recall_at_k divides by min(k, relevant), and there are never more than 2 R of these
-                result[name].append(functional.recall_at_k(row, wanted, top)[0])
-    return {name: torch.stack(values) for name, values in result.items() if values}
+                recall = functional.recall_at_k(row, wanted, top)[0]
+                result.setdefault(question.kind, {}).setdefault(question.value, []).append(recall)
+    return {
+        kind: {value: torch.stack(recalls) for value, recalls in values.items()}
+        for kind, values in result.items()
+    }
 
 
 def measured(
@@ -136,7 +150,12 @@ def measured(
         for metric, kinds in retrieval(asked, scores, data).items()
         for kind, values in kinds.items()
     }
-    figures |= {f"recall of {name}": values for name, values in odd_recall(asked, scores, data).items()}
+    real = {effect.value for effect in effects(outcomes, data.held_out, STRENGTHS) if effect.is_real}
+    for kind, recalls in odd_recall(asked, scores, data).items():
+        figures[f"recall of {ODD[data.setting]} images, {kind}"] = torch.cat(list(recalls.values()))
+        mattered = [values for value, values in recalls.items() if value in real]
+        if mattered:
+            figures[f"recall of {ODD[data.setting]} images that mattered, {kind}"] = torch.cat(mattered)
     summed = {"scores": scores, "contributions": soft_thresholded(scores.double(), THRESHOLD)}
     for plan, kinds in PLANS.items():
         retrained = outcomes.of(f"{plan}-", seeds)
@@ -242,6 +261,9 @@ def main() -> None:
     facts["noise_ceilings"] = (
         ceilings(asked, outcomes, args.retrain_seeds) if len(args.retrain_seeds) > 1 else {}
     )
+    facts["groups_left_out"] = [
+        asdict(effect) | {"is_real": effect.is_real} for effect in effects(outcomes, data.held_out, STRENGTHS)
+    ]
     facts["contributions_less_label_search"] = _against_reference(honest)
     (args.results / f"benchmark_{args.setting}.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
     text = _page(facts)
@@ -286,6 +308,13 @@ def _page(facts: dict[str, Any]) -> str:
     if facts["noise_ceilings"]:
         lines += ["", "### Noise ceilings (from two training seeds)", ""]
         lines += [f"- {key}: {value:.2f}" for key, value in facts["noise_ceilings"].items()]
+    if facts["groups_left_out"]:
+        lines += [
+            "",
+            "### Groups of images left out, one at a time",
+            "",
+            *_group_lines(facts["groups_left_out"]),
+        ]
     differences = facts["contributions_less_label_search"]
     keys = list(next(iter(differences.values())))
     if keys:
@@ -295,6 +324,29 @@ def _page(facts: dict[str, Any]) -> str:
             cells = [f"{row[key][0]:+.3f} [{row[key][1]:+.3f}, {row[key][2]:+.3f}]" for key in keys]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _group_lines(found: list[dict[str, Any]]) -> list[str]:
+    """A table of the effects, one row per plan, kind and measure."""
+    lines = [
+        "Effect of a group on its own concept's strength, in standard deviations of the runs that saw the group; positive: "
+        "the group taught it.",
+        "",
+        "| left out | measure | groups | mean effect | beyond 2 | which |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key in dict.fromkeys((each["plan"], each["kind"], each["measure"]) for each in found):
+        rows = [each for each in found if (each["plan"], each["kind"], each["measure"]) == key]
+        units = torch.tensor([each["effect"] / each["noise"] for each in rows], dtype=torch.float64)
+        interval = "{:+.2f}, {:+.2f}".format(*bootstrap_interval(units)) if len(units) > 1 else ""
+        real = [
+            f"{each['value']} ({each['effect'] / each['noise']:+.1f})" for each in rows if each["is_real"]
+        ]
+        title = f"{key[0].removeprefix('without-')}, {key[1]}s"
+        lines.append(
+            f"| {title} | {key[2]} | {len(rows)} | {float(units.mean()):+.2f} [{interval}] | {len(real)} | {', '.join(real)} |"
+        )
+    return lines
 
 
 if __name__ == "__main__":

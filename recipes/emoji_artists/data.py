@@ -161,6 +161,7 @@ class EmojiArtists(L.LightningDataModule):
         if split not in ("base", "new"):
             raise ValueError(f"EmojiArtists(split={split!r}): expected 'base' or 'new'.")
         self.batch_size = batch_size
+        self.setting: Setting = setting
         emoji = Emoji.load()
         artists = artists or emoji.artists
         unknown = sorted(set(artists) - set(emoji.artists))

@@ -18,6 +18,7 @@ from recipes.benchmarks.variants import table_variants
 from recipes.emoji_artists.benchmark import ceilings, measured, odd_recall, references
 from recipes.emoji_artists.data import KINDS, EmojiArtists
 from recipes.emoji_artists.evaluate import questions
+from recipes.emoji_artists.groups import effects
 from recipes.emoji_artists.outcomes import Outcomes, judged
 from recipes.emoji_artists.retrain import half
 
@@ -97,9 +98,37 @@ def test_recall_of_hidden_and_wrong_images_by_hand() -> None:
                 best[row, i] = odd + 1e-3 * i / 448
                 worst[row, i] = -float(odd) + 1e-3 * i / 448
         assert expected
-        assert float(odd_recall(asked, best, data)[name].min()) == 1
-        assert float(odd_recall(asked, worst, data)[name].max()) == 0
+        for scores, recall in ((best, 1), (worst, 0)):
+            found = [r for values in odd_recall(asked, scores, data).values() for r in values.values()]
+            assert found
+            assert all(float(r) == recall for each in found for r in each)
     assert odd_recall(asked, best, EmojiArtists("new")) == {}
+
+
+def test_the_effect_of_a_group_is_held_against_the_runs_that_saw_it() -> None:
+    pairs = [("cat", "noto"), ("dog", "noto"), ("cat", "twemoji")]
+    kept = torch.ones(5, 6, dtype=torch.bool)
+    kept[2, [0, 1]] = False  # without cat
+    kept[3, 1] = False  # saw only a part of the cats
+    kept[4] = False  # a half, of no use here
+    strength = torch.tensor([4.0, 6.0, 1.0, 100.0, -50.0])
+    odds = torch.zeros(5, 3, 2)
+    odds[:, 0, 0] = odds[:, 2, 0] = strength
+    names = [
+        "full-seed0",
+        "full-seed1",
+        "without-object-cat-seed0",
+        "without-artist-noto-seed0",
+        "half-00-seed0",
+    ]
+    found = effects(Outcomes(names, kept, odds, torch.zeros(5, 3, 4), torch.zeros(5, 3)), pairs, ["judge"])
+    cat = next(each for each in found if each.value == "cat")
+    assert (cat.kind, cat.images, cat.effect) == ("object", 2, 5 - 1)
+    assert cat.noise == pytest.approx(2**0.5)
+    assert cat.is_real
+    noto = next(each for each in found if each.value == "noto")
+    assert noto.effect == 0  # nothing was judged of the artist
+    assert not noto.is_real
 
 
 def test_outcomes_survive_their_file_and_take_finished_runs_only(tmp_path: Path) -> None:

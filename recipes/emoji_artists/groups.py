@@ -1,0 +1,80 @@
+"""Groups of images left out one at a time: did they matter for their concept at all?
+
+A ranking that misses images without influence is right. So the recall of hidden or mislabelled images is read beside this.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from recipes.emoji_artists.data import KINDS
+from recipes.emoji_artists.outcomes import Outcomes
+
+PLANS = ("without-hidden", "without-wrong", "without-artist", "without-object")
+REAL = 2.0
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What leaving out one group did to its concept.
+
+    Args:
+        plan: of the group.
+        kind: of the concept.
+        value: the concept.
+        images: how many were left out.
+        measure: of strength.
+        effect: the strength with the group less the strength without it; positive = the group taught the concept.
+        noise: the standard deviation of the strength over the runs that saw the whole group.
+    """
+
+    plan: str
+    kind: str
+    value: str
+    images: int
+    measure: str
+    effect: float
+    noise: float
+
+    @property
+    def is_real(self) -> bool:
+        """Whether it is beyond :data:`REAL` standard deviations of the runs with the group, either way."""
+        return abs(self.effect) > REAL * self.noise
+
+
+def effects(outcomes: Outcomes, pairs: Sequence[tuple[str, str]], measures: Sequence[str]) -> list[Effect]:
+    """The effect of every group left out on its own concept.
+
+    It is compared with every run that saw the whole group: the full ones and those without some other group.
+
+    Args:
+        outcomes: of all runs of a setting.
+        pairs: the held-out (object, artist) pairs, in the order of the outcomes.
+        measures: of strength.
+    """
+    runs = [name.rpartition("-seed")[0] for name in outcomes.names]
+    comparable = torch.tensor([run == "full" or run.startswith("without-") for run in runs])
+    found = []
+    for plan in PLANS:
+        for run in sorted({run for run in runs if run.startswith(f"{plan}-")}):
+            value = run.removeprefix(f"{plan}-")
+            kind = next(kind for kind in KINDS if value in {pair[KINDS.index(kind)] for pair in pairs})
+            columns = [i for i, pair in enumerate(pairs) if pair[KINDS.index(kind)] == value]
+            mine = torch.tensor([each == run for each in runs])
+            left_out = ~outcomes.kept[mine][0]
+            others = comparable & outcomes.kept[:, left_out].all(1)
+            for measure in measures:
+                strength = outcomes.strength(kind, measure)[:, columns].double().mean(1)
+                found.append(
+                    Effect(
+                        plan=plan,
+                        kind=kind,
+                        value=value,
+                        images=int(left_out.sum()),
+                        measure=measure,
+                        effect=float(strength[others].mean() - strength[mine].mean()),
+                        noise=float(strength[others].std()),
+                    )
+                )
+    return found
