@@ -72,6 +72,19 @@ class Case:
     batch_size: int = 64
 
 
+def answers_folder(folder: Path, *facts: Any) -> Path:
+    """A folder within ``folder`` for the answers to one set of questions about one set of samples.
+
+    Finished traces and queries are taken as they are found, so other samples, questions or samplers need another folder.
+
+    Args:
+        folder: of the run.
+        facts: JSON values that say what is traced and asked.
+    """
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return folder / f"answers-{digest}"
+
+
 def compare(
     case: Case, variants: Sequence[Variant], out: Path
 ) -> tuple[dict[str, dict[str, Tensor]], Tensor]:

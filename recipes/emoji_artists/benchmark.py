@@ -27,6 +27,7 @@ from ctrak_lightning.metrics import (
 )
 from ctrak_lightning.metrics import noise_ceiling as ceiling
 from recipes.benchmarks.compare import DAMPINGS, Case, Variant, compare
+from recipes.benchmarks.plots import bars
 from recipes.benchmarks.tables import NOTE, markdown, summarised
 from recipes.benchmarks.variants import table_variants
 from recipes.emoji_artists import retrain
@@ -266,9 +267,28 @@ def main() -> None:
     ]
     facts["contributions_less_label_search"] = _against_reference(honest)
     (args.results / f"benchmark_{args.setting}.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    draw(args.results / f"benchmark_{args.setting}.png", args.setting, rows)
     text = _page(facts)
     (args.results / f"benchmark_{args.setting}.md").write_text(text, "utf-8")
     print(text)
+
+
+def draw(path: Path, setting: str, rows: dict[str, dict[str, Any]]) -> None:
+    """The figures that decide, as a picture."""
+    wanted = (
+        "R-precision, object",
+        "R-precision, artist",
+        "contributions, half by loss, object",
+        "contributions, artist-half by loss, new artist",
+        *(key for key in next(iter(rows.values())) if key.startswith("recall of")),
+    )
+    keys = [key for key in wanted if key in next(iter(rows.values()))]
+    bars(
+        path,
+        rows,
+        keys,
+        f"EmojiArtists, {setting}: mean, 95 % interval; blue: best damping by the metric itself",
+    )
 
 
 def _against_reference(honest: dict[str, list[dict[str, Tensor]]]) -> dict[str, dict[str, list[float]]]:

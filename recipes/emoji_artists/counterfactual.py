@@ -21,6 +21,7 @@ from torch import Tensor
 from ctrak_lightning.attribution.solve import standardised
 from ctrak_lightning.metrics import bootstrap_difference, bootstrap_interval, functional
 from recipes.benchmarks.compare import compare
+from recipes.benchmarks.plots import bars
 from recipes.emoji_artists import benchmark, retrain
 from recipes.emoji_artists.data import KINDS, NEW_ARTISTS, EmojiArtists
 from recipes.emoji_artists.evaluate import Question, questions
@@ -175,18 +176,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     outcomes.save("labelled", args.results)
     found = {name: drops(outcomes, asked, planned, name, args.seeds) for name in args.methods}
     options = f"--methods {' '.join(args.methods)} --seeds {' '.join(map(str, args.seeds))}"
-    facts = {
+    facts: dict[str, Any] = {
         "command": f"python -m recipes.emoji_artists.counterfactual {options}",
         "machine": f"{platform.machine()}, torch {torch.__version__}",
-        "rows": summarised(found),
+        "rows": figures_of(found),
     }
     (args.results / "counterfactual.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    keys = [key for key in next(iter(found.values())) if key.endswith("judge")]
+    bars(
+        args.results / "counterfactual.png",
+        facts["rows"],
+        keys,
+        "What is lost without the blamed images (log odds)",
+    )
     text = page(facts)
     (args.results / "counterfactual.md").write_text(text, "utf-8")
     print(text)
 
 
-def summarised(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, dict[str, Any]]]:
+def figures_of(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Every mean drop with its interval, and its difference to label search's on the same concepts."""
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     reference = found.get("label_search", {})
@@ -194,8 +202,9 @@ def summarised(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str,
         rows[name] = {}
         for key, values in figures.items():
             row: dict[str, Any] = {"mean": float(values.mean()), "concepts": len(values)}
-            row["interval"] = list(bootstrap_interval(values)) if len(values) >= FEWEST else None
-            if name != "label_search" and key in reference and len(values) >= FEWEST:
+            enough = len(values) >= FEWEST
+            row["low"], row["high"] = bootstrap_interval(values) if enough else (None, None)
+            if name != "label_search" and key in reference and enough:
                 row["less label search"] = [
                     float((values - reference[key]).mean()),
                     *bootstrap_difference(values, reference[key]),
@@ -233,9 +242,10 @@ def page(facts: Mapping[str, Any]) -> str:
 
 
 def _cell(figure: Mapping[str, Any], scale: float) -> str:
-    interval = figure["interval"]
     shown = f"{scale * figure['mean']:.2f}"
-    return shown if interval is None else f"{shown} [{scale * interval[0]:.2f}, {scale * interval[1]:.2f}]"
+    if figure["low"] is None:
+        return shown
+    return f"{shown} [{scale * figure['low']:.2f}, {scale * figure['high']:.2f}]"
 
 
 if __name__ == "__main__":

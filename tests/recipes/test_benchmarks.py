@@ -12,10 +12,12 @@ from torch import Tensor
 
 from ctrak_lightning import Concept, Projection, Sampler, methods
 from recipes.benchmarks.compare import Case, Variant, compare
+from recipes.benchmarks.plots import bars
 from recipes.benchmarks.replay import SaveTrained, load_trained, save_trained, saved_steps
 from recipes.benchmarks.tables import markdown, summarised
 from recipes.benchmarks.variants import table_variants
 from recipes.emoji_artists.benchmark import ceilings, measured, odd_recall, references
+from recipes.emoji_artists.counterfactual import Part, blamed, drops, figures_of, page, parts
 from recipes.emoji_artists.data import KINDS, EmojiArtists
 from recipes.emoji_artists.evaluate import questions
 from recipes.emoji_artists.groups import effects
@@ -176,6 +178,58 @@ def test_a_summary_averages_seeds_and_shows_the_oracle() -> None:
     assert (found["mean"], found["oracle"], found["per_seed"]) == (0.75, 1.0, [0.5, 1.0])
     assert 0.5 <= found["low"] <= 0.75 <= found["high"] <= 1
     assert markdown({"m": {"x": found}}, ["x"])[-1] == "| m | 0.75 [0.50, 1.00] (1.00) |"
+
+
+def test_the_blamed_images_are_the_best_ranked_of_every_concept() -> None:
+    data = EmojiArtists("new")
+    asked = questions(data.held_out)
+    truth = references(asked, data, torch.rand(128, 3, 32, 32))["label_search"]
+    one, *_, last = parts(data)
+    assert (one.count(448), last.count(448)) == (4, 45)
+    shown = data.train_set.pairs
+    left_out = blamed(truth, asked, one)
+    assert len(left_out) == 16 * 4
+    for value in one.values:
+        assert sum(shown[i][0] == value for i in left_out) == 4
+    assert [last.kind, *last.values] == ["artist", "twemoji", "emojione-monotone"]
+    by_artist = [sum(shown[i][1] == value for i in blamed(truth, asked, last)) for value in last.values]
+    assert by_artist == [45, 45]
+    # equal scores are not in the order of the table
+    assert [shown[i] for i in sorted(left_out)] != [
+        pair for value in one.values for pair in [p for p in shown if p[0] == value][:4]
+    ]
+    with_more = Part("object", 5, one.values[:1])
+    assert {i for i, (name, _) in enumerate(shown) if name == one.values[0]} < blamed(truth, asked, with_more)
+
+
+def test_a_drop_is_what_the_full_models_have_more() -> None:
+    data = EmojiArtists("new")
+    asked = questions(data.held_out)
+    objects = tuple(name for name, _ in data.held_out[:4])
+    part = Part("object", 5, objects)
+    odds = torch.zeros(4, 64, 2)
+    odds[0], odds[1], odds[2] = 1.0, 3.0, 5.0  # full: 3 on average
+    odds[3, :4, 0] = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    names = ["full-seed0", "full-seed1", "full-seed2", f"{part.name('label_search')}-seed0"]
+    outcomes = Outcomes(names, torch.ones(4, 448).bool(), odds, torch.zeros(4, 64, 4), torch.zeros(4, 64))
+    found = drops(outcomes, asked, [part, Part("artist", 10, ("noto",))], "label_search", [0])
+    assert found["object, 5 %, judge"].tolist() == [3, 2, 1, 0]
+    assert "known artist, 10 %, judge" not in found  # not retrained
+    other = {key: values - 1 for key, values in found.items()}
+    rows = figures_of({"label_search": found, "random": other})
+    assert rows["random"]["object, 5 %, judge"]["mean"] == 0.5
+    assert rows["random"]["object, 5 %, judge"]["less label search"] == [-1, -1, -1]
+    assert "| random | 0.50 [" in page({"command": "c", "machine": "m", "rows": rows})
+
+
+def test_a_picture_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
+    rows = {"m": {"x": {"mean": 0.5, "low": 0.1, "high": 0.9, "oracle": 0.7}}}
+    bars(tmp_path / "a.png", rows, ["x"], "t")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no such figures: .'m: y'"):
+        bars(tmp_path / "a.png", rows, ["y"], "t")
+    with pytest.raises(ValueError, match="0 methods"):
+        bars(tmp_path / "a.png", {}, ["y"], "t")
 
 
 def test_every_variant_is_compared_and_what_is_finished_is_not_repeated(tmp_path: Path) -> None:
