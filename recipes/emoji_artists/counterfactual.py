@@ -27,7 +27,7 @@ from recipes.emoji_artists.data import KINDS, NEW_ARTISTS, EmojiArtists
 from recipes.emoji_artists.evaluate import Question, questions
 from recipes.emoji_artists.outcomes import MEASURES, RESULTS, Outcomes, judged
 
-METHODS = ("concept_trak", "d_trak", "concept_trak_paper", "judge_features", "label_search", "random")
+METHODS = ("concept_trak", "label_search", "random", "d_trak", "judge_features", "concept_trak_paper")
 TRACED_SEED = 1
 FULL_SEEDS = (0, 1, 2)
 FEWEST = 4  # concepts; an interval over fewer would say nothing
@@ -168,8 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = [
         (retrain.Run(part.name(name), sorted(everything - blamed(scores[name], asked, part))), seed)
         for seed in args.seeds
-        for part in planned
         for name in args.methods
+        for part in planned
     ]
     retrain.finish(folder, "labelled", jobs)
     outcomes = judged(folder, Outcomes.load("labelled", args.results))

@@ -236,7 +236,7 @@ def test_every_variant_is_compared_and_what_is_finished_is_not_repeated(tmp_path
     module, data = ToyDiffusion(), ToyData()
     save_trained(module, tmp_path, 3)
     with torch.no_grad():
-        module.denoiser.conv_in.weight.mul_(1.1)
+        module.embedding.weight.mul_(1.1)
     save_trained(module, tmp_path, 6)
     case = Case(
         folder=tmp_path,
