@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 
@@ -21,3 +22,25 @@ def to_uint8(images: Tensor) -> np.ndarray:
     """Images [n, 3, h, w] in [0, 1] as uint8 [n, h, w, 3]."""
     array: np.ndarray = images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return array
+
+
+def read_square(path: Path, size: int) -> Tensor:
+    """An image file as uint8 [3, size, size]: its centre square, resized.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no image that can be read.
+    """
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (2 * size, 2 * size))  # lets JPEG decode at a fraction of its size
+            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: no such image. HINT: unpack the data set anew, or name another root."
+        ) from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(
+            f"{path}: cannot be read as an image ({error}). HINT: fetch the file anew."
+        ) from error
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()

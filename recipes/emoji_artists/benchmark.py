@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctrak_lightning.attribution.solve import soft_thresholded
+from ctrak_lightning.attribution.solve import soft_thresholded, standardised
 from ctrak_lightning.metrics import (
     bootstrap_difference,
     bootstrap_interval,
@@ -43,6 +43,8 @@ STEPS = (100, 200, 300)
 # The retrained subsets, and the kinds of concept whose presence differs enough between them to be measured.
 PLANS = {"half": KINDS, "artist-half": ("artist",)}
 LEAST_SUBSETS = 8
+# Rows that are also shown with the runs of all seeds joined: the mean of their standardised scores.
+JOINED = ("concept_trak", "concept_trak_layerwise", "d_trak")
 # The images whose token does not say what they show, by setting.
 ODD: dict[str, str | None] = {"labelled": None, "hidden": "hidden", "mislabelled": "wrong"}
 THRESHOLD = 2.0
@@ -76,6 +78,15 @@ def references(asked: list[Question], data: EmojiArtists, images: Tensor) -> dic
     judge = EmojiJudge.trained()
     features = [torch.nn.functional.normalize(judge.features(x), dim=1) for x in (images, real)]
     return {"label_search": told, "pixel_similarity": pixels, "judge_features": features[0] @ features[1].T}
+
+
+def recognisable(asked: list[Question], images: Tensor) -> dict[str, int]:
+    """In how many of the generated images the judge finds the object, and the artist, they were asked for (odds above 1)."""
+    odds = EmojiJudge.trained().log_odds(images, [q.object for q in asked], [q.artist for q in asked])
+    return {
+        kind: sum(float(row[axis]) > 0 for row, q in zip(odds, asked, strict=True) if q.kind == kind)
+        for axis, kind in enumerate(KINDS)
+    }
 
 
 def retrieval(asked: list[Question], scores: Tensor, data: EmojiArtists) -> dict[str, dict[str, Tensor]]:
@@ -236,9 +247,16 @@ def main() -> None:
     grids: dict[str, list[dict[str, dict[str, Tensor]]]] = {}
     chosen = variants(args.methods)
     fixed = {variant.name: str(variant.method.damping) for variant in chosen}
+    runs: dict[str, dict[str, list[Tensor]]] = {}
+    recognised: dict[str, list[int]] = {kind: [] for kind in KINDS}
     for seed in args.seeds:
         one = case(folder / f"full-seed{seed}", data, asked)
         found, images = compare(one, chosen, folder / "scores" / f"seed{seed}")
+        for kind, count in recognisable(asked, images).items():
+            recognised[kind].append(count)
+        for name in (name for name in JOINED if name in found):
+            for damping, row in found[name].items():
+                runs.setdefault(name, {}).setdefault(damping, []).append(standardised(row.double()))
         rankings = {name: {"None": row} for name, row in references(asked, data, images).items()} | found
         for name, scores in rankings.items():
             grid = {
@@ -247,6 +265,16 @@ def main() -> None:
             }
             honest.setdefault(name, []).append(grid[fixed.get(name, "None")])
             grids.setdefault(name, []).append(grid)
+    if len(args.seeds) > 1:
+        for name, grid_of_runs in runs.items():
+            title = f"{name}, {len(args.seeds)} runs joined"
+            grids[title] = [
+                {
+                    damping: measured(asked, torch.stack(rows).mean(0), data, outcomes, args.retrain_seeds)
+                    for damping, rows in grid_of_runs.items()
+                }
+            ]
+            honest[title] = [grids[title][0][fixed[name]]]
     options = f"--setting {args.setting} --seeds {' '.join(map(str, args.seeds))}"
     options += f" --retrain-seeds {' '.join(map(str, args.retrain_seeds))}"
     options += f" --methods {' '.join(args.methods)}" if args.methods else ""
@@ -257,6 +285,7 @@ def main() -> None:
         "retrained": len(outcomes.names),
         "dampings": [str(damping) for damping in DAMPINGS],
         "fixed_damping": fixed,
+        "recognised": recognised,
         "rows": rows,
     }
     facts["noise_ceilings"] = (
@@ -314,7 +343,12 @@ def _against_reference(honest: dict[str, list[dict[str, Tensor]]]) -> dict[str, 
 def _page(facts: dict[str, Any]) -> str:
     rows = facts["rows"]
     keys = list(next(iter(rows.values())))
-    lines = [f"`{facts['command']}`; {facts['machine']}; {facts['retrained']} retrained models.", NOTE]
+    lines = [f"`{facts['command']}`; {facts['machine']}; {facts['retrained']} retrained models.", NOTE, ""]
+    counts = {kind: ", ".join(map(str, each)) for kind, each in facts["recognised"].items()}
+    lines.append(
+        f"Of the 64 images generated for the questions the judge recognises the object in {counts['object']}, the artist in "
+        f"{counts['artist']} (one number per traced run). All are asked about."
+    )
     titles = {
         "scores": "Concept datamodeling score",
         "contributions": f"The same of contributions (threshold {THRESHOLD})",
