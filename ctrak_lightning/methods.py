@@ -18,20 +18,21 @@ from ctrak_lightning.trajectory import Generated, Inverted, Noised, Renoised
 
 
 def concept_trak(
-    timesteps: int = 10, damping: Damping = "agreement", normalisation: Normalisation = "sample"
+    timesteps: int = 10, damping: Damping = "agreement", normalisation: Normalisation = "layer"
 ) -> Method:
     """The default: D-TRAK traces, asked with the difference of the gradients under the present and the absent condition.
 
-    It keeps Concept-TRAK's question (the same image with and without the concept) and its trajectory, and changes the three
-    parts that the benchmarks did not bear out: the difference is taken between gradients, not between predictions; the
-    objective is ``mean(e^2)`` on both sides (arXiv 2311.00500); and the damping is where the checkpoints agree most.
+    It keeps Concept-TRAK's question (the same image with and without the concept) and its trajectory, and changes the parts
+    that the benchmarks did not bear out: the difference is taken between gradients, not between predictions; the objective
+    is ``mean(e^2)`` on both sides (arXiv 2311.00500); every layer weighs the same; and the damping is where the checkpoints
+    agree most.
     ``recipes/benchmarks/README.md`` has what each is worth, and where it loses. The published setting is
     :func:`concept_trak_paper`.
 
     Args:
         timesteps: states per sample and per query.
         damping: see :class:`~ctrak_lightning.method.Method`.
-        normalisation: ``"layer"`` lets every layer weigh the same.
+        normalisation: ``"layer"`` lets every layer weigh the same, ``"sample"`` every sample as a whole.
     """
     return Method(
         name="concept_trak",

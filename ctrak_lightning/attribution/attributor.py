@@ -28,7 +28,15 @@ from ctrak_lightning.task import Condition, Spec, resolve_task
 from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.traces.schema import differences
 from ctrak_lightning.tracing import trace_query, warn_if_faint
-from ctrak_lightning.trajectory import Generated, Generation, Sampler, State, seeded_noise
+from ctrak_lightning.trajectory import (
+    Generated,
+    Generation,
+    Noised,
+    Sampler,
+    State,
+    Trajectory,
+    seeded_noise,
+)
 
 _SCORES_AT_ONCE = 2**27  # float64 numbers, one gigabyte
 
@@ -36,13 +44,15 @@ _SCORES_AT_ONCE = 2**27  # float64 numbers, one gigabyte
 @dataclass(frozen=True, kw_only=True)
 class Query:
     """What was asked, and its gradients: ``features`` [M, Q, k] per checkpoint, the concept ``strength`` [Q] (see
-    :func:`ctrak_lightning.tracing.trace_query`), and the generated ``images`` [Q, 3, H, W] where the task can decode."""
+    :func:`ctrak_lightning.tracing.trace_query`), the ``images`` [Q, 3, H, W] where the task can decode, and the
+    ``trajectory`` of the states where it was not the method's own."""
 
     concepts: list[Concept]
     seeds: list[int]
     features: Tensor
     strength: Tensor
     images: Tensor | None
+    trajectory: Trajectory | None = None
 
 
 class Attributor:
@@ -135,23 +145,36 @@ class Attributor:
                 f"query({len(concepts)} concepts, generation of {len(generation.latents)}): expected one image for each "
                 "concept."
             )
-        with self._borrowed(), isolated_rng(0):
-            features, strength = [], torch.zeros(len(concepts))
-            for index in tqdm(
-                range(len(self.store.checkpoints)), desc="attribute", disable=not self.progress
-            ):
-                rows, felt = self._query_features(index, concepts, generation)
-                self._refuse_unusable(rows, concepts)
-                features.append(rows)
-                strength += felt / len(self.store.checkpoints)
-        warn_if_faint(strength, [concept.name for concept in concepts])
-        return Query(
-            concepts=list(concepts),
-            seeds=seeds,
-            features=torch.stack(features),
-            strength=strength,
-            images=self.decode(generation.latents),
-        )
+        return self._asked(concepts, seeds, generation, self.method)
+
+    def query_given(self, concepts: Sequence[Concept], latents: Tensor) -> Query:
+        """Questions about images that are there, rather than generated: a disputed picture, or one that another model made.
+
+        Such an image has no generation states; where the method would look at those, it is noised instead (with as many
+        timesteps).
+
+        Args:
+            concepts: the questions.
+            latents: clean latents of their images, one each [Q, ...], as ``task.encode`` gives them.
+
+        Raises:
+            ConceptError: the model does not know an attribute.
+            ValueError: the latents are not one for each concept, in the shape of the traced ones.
+        """
+        shape = list(self.store.header.dataset["latent_shape"])
+        if not concepts or list(latents.shape) != [len(concepts), *shape]:
+            raise ValueError(
+                f"query_given({len(concepts)} concepts, latents {list(latents.shape)}): expected at least one concept, and "
+                f"latents of {shape} for each. HINT: task.encode(batch).latents."
+            )
+        for concept in concepts:
+            check_known(concept, self.task)
+        method = self.method
+        if isinstance(method.query_trajectory, Generated):
+            count = method.query_trajectory.timesteps or self.sampler.steps
+            method = replace(method, query_trajectory=Noised(timesteps=count))
+        like = next(self.task.denoiser.parameters())
+        return self._asked(concepts, [0] * len(concepts), Generation([], latents.to(like)), method)
 
     def query_global(self, concepts: Sequence[Concept], seed: int = 0, *, images: int = 8) -> Query:
         """The concepts themselves rather than one image of each: the mean gradient over images generated from the concept
@@ -189,6 +212,8 @@ class Attributor:
             damping: another one than the method's; None leaves the kernel out.
         """
         used = self.method if damping == "method" else replace(self.method, damping=damping)
+        if query.trajectory is not None:
+            used = replace(used, query_trajectory=query.trajectory)
         scores, dampings = self._scores(query.features, used.damping)
         if used.residual:
             scores = scores * torch.stack([c.losses().double() for c in self.store.checkpoints]).unsqueeze(1)
@@ -268,8 +293,30 @@ class Attributor:
             images: Tensor = self.task.decode(latents)
         return images.detach().float().cpu().clamp(0, 1)
 
+    def _asked(
+        self, concepts: Sequence[Concept], seeds: list[int], generation: Generation, method: Method
+    ) -> Query:
+        with self._borrowed(), isolated_rng(0):
+            features, strength = [], torch.zeros(len(concepts))
+            for index in tqdm(
+                range(len(self.store.checkpoints)), desc="attribute", disable=not self.progress
+            ):
+                rows, felt = self._query_features(index, concepts, generation, method)
+                self._refuse_unusable(rows, concepts)
+                features.append(rows)
+                strength += felt / len(self.store.checkpoints)
+        warn_if_faint(strength, [concept.name for concept in concepts])
+        return Query(
+            concepts=list(concepts),
+            seeds=seeds,
+            features=torch.stack(features),
+            strength=strength,
+            images=self.decode(generation.latents),
+            trajectory=None if method is self.method else method.query_trajectory,
+        )
+
     def _query_features(
-        self, index: int, concepts: Sequence[Concept], generation: Generation
+        self, index: int, concepts: Sequence[Concept], generation: Generation, method: Method
     ) -> tuple[Tensor, Tensor]:
         self._load(index)
         tracer = self._gradient_tracer()
@@ -282,14 +329,20 @@ class Attributor:
                     "absent": self._condition([concept.absent for concept in part]),
                 }
             x0 = generation.latents[rows]
-            states = self._states(generation, rows, x0, conditions["present"])
-            trace = trace_query(self.task, tracer, self.method, states, x0, conditions)  # type: ignore[arg-type]
+            states = self._states(method.query_trajectory, generation, rows, x0, conditions["present"])
+            trace = trace_query(self.task, tracer, method, states, x0, conditions)  # type: ignore[arg-type]
             features.append(trace.features)
             strengths.append(trace.strength)
         return torch.cat(features), torch.cat(strengths)
 
-    def _states(self, generation: Generation, rows: Tensor, x0: Tensor, condition: Condition) -> list[State]:
-        trajectory = self.method.query_trajectory
+    def _states(
+        self,
+        trajectory: Trajectory,
+        generation: Generation,
+        rows: Tensor,
+        x0: Tensor,
+        condition: Condition,
+    ) -> list[State]:
         if isinstance(trajectory, Generated):
             return trajectory.select(generation.rows(rows), self.task.noise_schedule)
         with tracing_mode(self._owner), torch.no_grad():

@@ -31,7 +31,7 @@ class Variant:
         layers: name patterns of the layers to trace; None traces all that train.
         steps: which of the saved checkpoints.
         projection: of the gradients.
-        scope: ask of the generated image, or of images generated from the concept alone.
+        scope: ask of the generated image, of images generated from the concept alone, or of images that are given.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Variant:
     layers: tuple[str, ...] | None = None
     steps: tuple[int, ...]
     projection: Projection = field(default_factory=lambda: Projection(rank=16, dim=4096))
-    scope: Literal["local", "global"] = "local"
+    scope: Literal["local", "global", "given"] = "local"
 
     def store_name(self) -> str:
         """The folder name that variants with the same traces share."""
@@ -58,6 +58,7 @@ class Case:
         concepts: the questions.
         seeds: of their images, one each.
         sampler: how the images are generated.
+        given: the clean latents of real images for the questions, one each, where there are any.
         learning_rate: what TracIn weighs checkpoints by (it is the same for all here, so that only ranks could tell).
         batch_size: queries per forward pass.
     """
@@ -68,6 +69,7 @@ class Case:
     concepts: list[Concept]
     seeds: list[int]
     sampler: Sampler
+    given: Tensor | None = None
     learning_rate: float = 1.0
     batch_size: int = 64
 
@@ -117,6 +119,12 @@ def compare(
         if not path.exists():
             if variant.scope == "global":
                 query = attributor.query_global(case.concepts)
+            elif variant.scope == "given":
+                if case.given is None:
+                    raise ValueError(
+                        f"compare({variant.name!r}): it asks of given images and the case has none."
+                    )
+                query = attributor.query_given(case.concepts, case.given)
             else:
                 if generation is None:
                     generation = attributor.generate([c.present for c in case.concepts], case.seeds)
@@ -125,7 +133,14 @@ def compare(
                     save_file({"images": images.contiguous()}, pictures)
                 query = attributor.query(case.concepts, case.seeds, generation=generation)
             save_file({"features": query.features.contiguous(), "strength": query.strength}, path)
-        query = Query(concepts=case.concepts, seeds=case.seeds, images=None, **load_file(path))
+        asked = load_file(path)
+        query = Query(
+            concepts=case.concepts,
+            seeds=case.seeds,
+            features=asked["features"],
+            strength=asked["strength"],
+            images=None,
+        )
         found[variant.name] = {
             str(damping): torch.stack([r.scores for r in attributor.score(query, damping=damping)])
             for damping in dict.fromkeys((*DAMPINGS, variant.method.damping))

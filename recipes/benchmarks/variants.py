@@ -10,6 +10,17 @@ from recipes.benchmarks.compare import Variant
 
 WITHOUT_KEYS_AND_VALUES = ("*attn1*", "*attn2.to_q*", "*attn2.to_out*")
 
+# Rows that are also asked about given images.
+GIVEN = (
+    "concept_trak",
+    "concept_trak_per_sample",
+    "concept_trak_without_keys_and_values",
+    "concept_trak_paper",
+    "trak",
+    "d_trak",
+    "das",
+)
+
 
 def table_variants(
     timesteps: int, steps: tuple[int, ...], only: Sequence[str] | None = None
@@ -30,11 +41,12 @@ def table_variants(
     noised = Noised(timesteps=timesteps)
     chosen: dict[str, Method] = {
         "concept_trak": ours,
-        "concept_trak_layerwise": replace(ours, normalisation="layer"),
+        "concept_trak_per_sample": replace(ours, normalisation="sample"),
         "concept_trak_paper": paper,
         "contrastive_trak": replace(
             ours,
             name="contrastive_trak",
+            normalisation="sample",
             training=Denoising(),
             query=contrast(Denoising()),
             query_trajectory=noised,
@@ -64,7 +76,12 @@ def table_variants(
         for row in rows
         if row.name in ("trak", "d_trak")
     ]
-    everything = [*rows, *without, *overall]
+    given = [
+        replace(row, name=f"{row.name}_given", scope="given")
+        for row in (*rows, *without)
+        if row.name in GIVEN
+    ]
+    everything = [*rows, *without, *overall, *given]
     known = [row.name for row in everything]
     if unknown := sorted(set(only or []) - set(known)):
         raise ValueError(f"table_variants(only={only}): unknown {unknown}. Known: {', '.join(known)}.")

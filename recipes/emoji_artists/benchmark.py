@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ctrak_lightning.attribution.solve import soft_thresholded, standardised
@@ -36,6 +37,7 @@ from recipes.emoji_artists.evaluate import Question, questions
 from recipes.emoji_artists.groups import effects
 from recipes.emoji_artists.judge import SAMPLER, EmojiJudge
 from recipes.emoji_artists.module import EmojiDiffusion
+from recipes.emoji_artists.network import patchify
 from recipes.emoji_artists.outcomes import RESULTS, STRENGTHS, Outcomes, judged
 
 TIMESTEPS = 5
@@ -44,7 +46,7 @@ STEPS = (100, 200, 300)
 PLANS = {"half": KINDS, "artist-half": ("artist",)}
 LEAST_SUBSETS = 8
 # Rows that are also shown with the runs of all seeds joined: the mean of their standardised scores.
-JOINED = ("concept_trak", "concept_trak_layerwise", "d_trak")
+JOINED = ("concept_trak", "concept_trak_given", "d_trak_given")
 # The images whose token does not say what they show, by setting.
 ODD: dict[str, str | None] = {"labelled": None, "hidden": "hidden", "mislabelled": "wrong"}
 THRESHOLD = 2.0
@@ -63,7 +65,8 @@ def variants(only: Sequence[str] | None = None) -> list[Variant]:
 
 
 def references(asked: list[Question], data: EmojiArtists, images: Tensor) -> dict[str, Tensor]:
-    """Rankings without gradients [Q, N]: by the tokens that training showed, by pixels, by the judge's features.
+    """Rankings without gradients [Q, N]: by the tokens that training showed, by pixels, by the judge's features; ``_given``
+    compares with the real drawing of the pair instead of the generated one.
 
     Args:
         asked: the questions.
@@ -73,11 +76,15 @@ def references(asked: list[Question], data: EmojiArtists, images: Tensor) -> dic
     told = torch.tensor(
         [[float(pair[KINDS.index(q.kind)] == q.value) for pair in data.train_set.told] for q in asked]
     )
-    real = (data.train_set.images + 1) / 2
-    pixels = -torch.cdist(images.flatten(1), real.flatten(1))
     judge = EmojiJudge.trained()
-    features = [torch.nn.functional.normalize(judge.features(x), dim=1) for x in (images, real)]
-    return {"label_search": told, "pixel_similarity": pixels, "judge_features": features[0] @ features[1].T}
+    shown = (data.train_set.images + 1) / 2
+    rankings = {"label_search": told}
+    given = ((data.held_out_set.images + 1) / 2).repeat_interleave(len(KINDS), 0)
+    for suffix, queries in (("", images), ("_given", given)):
+        rankings[f"pixel_similarity{suffix}"] = -torch.cdist(queries.flatten(1), shown.flatten(1))
+        features = [F.normalize(judge.features(x), dim=1) for x in (queries, shown)]
+        rankings[f"judge_features{suffix}"] = features[0] @ features[1].T
+    return rankings
 
 
 def recognisable(asked: list[Question], images: Tensor) -> dict[str, int]:
@@ -129,6 +136,7 @@ def case(folder: Path, data: EmojiArtists, asked: list[Question]) -> Case:
         concepts=[q.concept() for q in asked],
         seeds=[i // len(KINDS) for i in range(len(asked))],
         sampler=SAMPLER,
+        given=patchify(data.held_out_set.images).repeat_interleave(len(KINDS), 0),
     )
 
 

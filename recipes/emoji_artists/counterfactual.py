@@ -27,7 +27,21 @@ from recipes.emoji_artists.data import KINDS, NEW_ARTISTS, EmojiArtists
 from recipes.emoji_artists.evaluate import Question, questions
 from recipes.emoji_artists.outcomes import MEASURES, RESULTS, Outcomes, judged
 
-METHODS = ("concept_trak", "label_search", "random", "d_trak", "judge_features", "concept_trak_paper")
+METHODS = (
+    "concept_trak_given",
+    "label_search",
+    "random",
+    "judge_features_given",
+    "d_trak_given",
+    "concept_trak_per_sample",
+)
+REFERENCES = (
+    "label_search",
+    "pixel_similarity",
+    "pixel_similarity_given",
+    "judge_features",
+    "judge_features_given",
+)
 TRACED_SEED = 1
 FULL_SEEDS = (0, 1, 2)
 FEWEST = 4  # concepts; an interval over fewer would say nothing
@@ -95,16 +109,15 @@ def rankings(
     Raises:
         ValueError: an unknown method; the message lists the known ones.
     """
-    others = ("judge_features", "label_search", "pixel_similarity", "random")
+    others = (*REFERENCES, "random")
     rows = {row.name: row for row in benchmark.variants()}
     if unknown := sorted(set(names) - set(rows) - set(others)):
         raise ValueError(
             f"counterfactual(methods={list(names)}): unknown {unknown}. Known: {', '.join([*rows, *others])}."
         )
     case = benchmark.case(folder / f"full-seed{TRACED_SEED}", data, list(asked))
-    chosen = [rows[name] for name in rows if name in names] or [
-        rows["d_trak"]
-    ]  # one is needed for the images
+    wanted = {*names, "concept_trak"}  # one that asks of generated images, for the references
+    chosen = [row for name, row in rows.items() if name in wanted]
     found, images = compare(case, chosen, folder / "scores" / f"seed{TRACED_SEED}")
     scores = {row.name: found[row.name][str(row.method.damping)] for row in chosen}
     scores |= benchmark.references(list(asked), data, images)

@@ -24,7 +24,7 @@ from ctrak_lightning.attribution.solve import AGREEMENT_GRID
 from ctrak_lightning.capture import Capture
 from ctrak_lightning.errors import ConceptError, GradientError, StoreError, StoreMismatchError, TaskError
 from ctrak_lightning.objective import Prediction
-from ctrak_lightning.trajectory import Generated, Renoised, State, seeded_noise
+from ctrak_lightning.trajectory import Generated, Noised, Renoised, State, seeded_noise
 
 from ..toy import ToyData, ToyDiffusion
 
@@ -36,7 +36,7 @@ METHODS = {
     "concept_trak": methods.concept_trak(timesteps=2, damping=1.0),
     "trak": methods.trak(timesteps=2),
     "d_trak": methods.d_trak(timesteps=2),
-    "layerwise": methods.concept_trak(timesteps=2, damping=1.0, normalisation="layer"),
+    "per_sample": methods.concept_trak(timesteps=2, damping=1.0, normalisation="sample"),
     "das": methods.das(timesteps=2),
     "das_absolute": methods.das(timesteps=2, absolute=True),
     "journey_trak": methods.journey_trak(timesteps=2),
@@ -253,6 +253,38 @@ def test_one_checkpoint_cannot_agree_and_says_so(tmp_path: Path) -> None:
     assert torch.equal(lone.scores, attributor.score(query, damping=10.0)[0].scores)
 
 
+def test_a_given_image_is_asked_about_like_a_generated_one(tmp_path: Path) -> None:
+    """TRAK looks at noised images wherever they come from, so that giving it its own generated images changes nothing."""
+    module = traced(tmp_path / "s", METHODS["trak"])
+    attributor = Attributor(tmp_path / "s", module, sampler=SAMPLER)
+    latents = attributor.generate([RED.present, BAR.present], [4, 5]).latents
+    given = attributor.query_given([RED, BAR], latents)
+    torch.testing.assert_close(given.features, attributor.query([RED, BAR], [4, 5]).features)
+    assert attributor.score(given)[0].method == METHODS["trak"].to_dict()
+    other = attributor.query_given([RED, BAR], latents.flip(0))
+    assert not torch.allclose(other.features, given.features, rtol=0.1)
+    with pytest.raises(ValueError, match=r"latents \[1, 3, 8, 8\].*\[3, 8, 8\] for each.*HINT: task.encode"):
+        attributor.query_given([RED, BAR], latents[:1])
+    with pytest.raises(ConceptError, match="Known: red"):
+        attributor.query_given([Concept("rad", {"colour": "rad"}, {})], latents[:1])
+
+
+def test_a_given_image_has_no_generation_states_and_is_noised(tmp_path: Path) -> None:
+    module = traced(tmp_path / "s", METHODS["concept_trak"])
+    attributor = Attributor(tmp_path / "s", module, sampler=SAMPLER)
+    generation = attributor.generate([RED.present], [4])
+    noising = replace(METHODS["concept_trak"], query_trajectory=Noised(timesteps=2))
+    expected = Attributor(tmp_path / "s", module, sampler=SAMPLER, method=noising).attribute_many(
+        [RED], generation=generation
+    )[0]
+    found = attributor.score(attributor.query_given([RED], generation.latents))[0]
+    torch.testing.assert_close(found.checkpoint_scores, expected.checkpoint_scores)
+    assert found.method == expected.method
+    assert found.image is not None
+    along = attributor.attribute_many([RED], generation=generation)[0]
+    assert not torch.allclose(along.scores, found.scores, rtol=0.1)
+
+
 def test_a_global_query_is_the_mean_over_images_of_the_concept_alone(tmp_path: Path) -> None:
     module = traced(tmp_path / "s", METHODS["trak"])
     attributor = Attributor(tmp_path / "s", module, sampler=SAMPLER)
@@ -345,7 +377,7 @@ def test_duplicate_samples_get_equal_scores(tmp_path: Path) -> None:
 
 
 def test_a_store_answers_another_method_with_the_same_traces(tmp_path: Path) -> None:
-    module = traced(tmp_path / "s", METHODS["concept_trak"])
+    module = traced(tmp_path / "s", METHODS["per_sample"])
     whole = Attributor(
         tmp_path / "s",
         module,

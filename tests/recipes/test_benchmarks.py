@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic, on rankings and outcomes whose figures are known beforehand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -245,6 +246,7 @@ def test_every_variant_is_compared_and_what_is_finished_is_not_repeated(tmp_path
         concepts=[Concept("red", {"colour": "red", "shape": "bar"}, {"shape": "bar"})],
         seeds=[1],
         sampler=Sampler(steps=6, guidance=2.0),
+        given=torch.randn(1, 3, 8, 8),
     )
     rows = table_variants(2, (3, 6))
     small = [
@@ -257,8 +259,11 @@ def test_every_variant_is_compared_and_what_is_finished_is_not_repeated(tmp_path
             projection=Projection(rank=2, dim=32),
         )
         for row in rows
-        if row.name in ("trak", "tracin", "trak_global", "contrastive_trak_without_keys_and_values")
+        if row.name
+        in ("trak", "trak_given", "tracin", "trak_global", "contrastive_trak_without_keys_and_values")
     ]
+    with pytest.raises(ValueError, match="'trak_given'.*the case has none"):
+        compare(replace(case, given=None), small, tmp_path / "out")
     found, images = compare(case, small, tmp_path / "out")
     assert images.shape == (1, 3, 8, 8)
     assert set(found) == {row.name for row in small}
@@ -269,6 +274,7 @@ def test_every_variant_is_compared_and_what_is_finished_is_not_repeated(tmp_path
         return not torch.allclose(a, b, rtol=1e-3)
 
     assert differ(found["trak"]["None"], found["trak_global"]["None"])
+    assert differ(found["trak"]["None"], found["trak_given"]["None"])
     stores = {row.store_name() for row in small}
     assert len(stores) == 2  # trak, tracin and trak_global share their traces
     assert {path.name for path in (tmp_path / "out" / "traces").iterdir()} == stores
