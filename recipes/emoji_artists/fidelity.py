@@ -55,10 +55,13 @@ def scores(queries: Tensor, traces: Tensor, damping: float | None) -> Tensor:
 def rounded(rows: Tensor, dtype: str) -> Tensor:
     """Rows [N, k] as they come back from a smaller type; int8 is scaled row by row to its largest entry."""
     if dtype == "float16":
-        norms = rows.norm(dim=1, keepdim=True)
-        return (rows / norms).half().float() * norms
-    scale = rows.abs().amax(1, keepdim=True) / 127
-    return (rows / scale).round() * scale
+        scale = rows.norm(dim=1, keepdim=True)
+        coarse = (rows / scale).half().float()
+    else:
+        scale = rows.abs().amax(1, keepdim=True) / 127
+        coarse = (rows / scale).round()
+    back: Tensor = coarse * scale
+    return back
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -63,7 +63,9 @@ def weights_after(path: Path | None, ema: bool = True, **kwargs: Any) -> dict[st
     callbacks: list[Any] = [EMAWeightAveraging(decay=0.9)] if ema else []
     if path is not None:
         callbacks.append(
-            tracer(path, method=methods.concept_trak_paper(timesteps=2, inversion_steps=2), every_n_train_steps=1)
+            tracer(
+                path, method=methods.concept_trak_paper(timesteps=2, inversion_steps=2), every_n_train_steps=1
+            )
         )
     fit(module, callbacks, **kwargs)
     return {name: value.clone() for name, value in module.state_dict().items()}

@@ -69,7 +69,7 @@ def test_a_ranking_by_the_truth_predicts_outcomes_that_follow_the_truth() -> Non
     assert len(found["scores, half by judge, object"]) == 64
     assert len(found["scores, half by judge, new artist"]) == 2
     assert len(found["scores, half by judge, known artist"]) == 6
-    assert ceilings(asked, outcomes(data, "counts"), [0, 1])["half by judge, object"] == pytest.approx(1)
+    assert ceilings(asked, outcomes(data, "counts"))["half by judge, object"] == pytest.approx(1)
     noise = measured(asked, truth, data, outcomes(data, "noise"), [0, 1])
     assert abs(float(noise["scores, half by judge, object"].mean())) < 0.2
 
