@@ -49,8 +49,8 @@ def r_precision(scores: Tensor, relevant: Tensor) -> Tensor:
 def recall_at_k(scores: Tensor, relevant: Tensor, k: int = 10) -> Tensor:
     """Relevant samples among the ``k`` best-ranked over ``min(k, n_relevant)``, per query [Q].
 
-    The denominator is that of Attribution by Customization (Wang et al. 2023, arXiv 2306.09345): the best ranking
-    reaches 1 for any ``k``. Ties as in :func:`precision_at_k`.
+    With that denominator the best ranking reaches 1 for any ``k``. (The code published with Attribution by Customization,
+    arXiv 2306.09345, divides by all relevant samples.) Ties as in :func:`precision_at_k`.
 
     Raises:
         ValueError: as :func:`precision_at_k`.
