@@ -12,7 +12,11 @@ _PANEL_WIDTH = 3.1
 
 
 def bars(
-    path: Path, rows: Rows, keys: Sequence[str], title: str, ours: Sequence[str] = ("concept_trak",)
+    path: Path,
+    rows: Rows,
+    keys: Sequence[str],
+    title: str,
+    ours: Sequence[str] = ("concept_trak", "concept_trak_given"),
 ) -> None:
     """Draws the mean and interval of every figure, and where its best damping by the metric itself would be (an oracle).
 
