@@ -116,6 +116,13 @@ def compare(
             store, case.module, method=variant.method, sampler=case.sampler, batch_size=case.batch_size
         )
         path = out / f"{variant.name}.query.safetensors"
+        asks_generated = variant.scope == "local" and not path.exists()
+        # The references without gradients look at the images whatever the variants ask about.
+        if generation is None and (asks_generated or not pictures.exists()):
+            generation = attributor.generate([c.present for c in case.concepts], case.seeds)
+            images = attributor.decode(generation.latents)
+            assert images is not None
+            save_file({"images": images.contiguous()}, pictures)
         if not path.exists():
             if variant.scope == "global":
                 query = attributor.query_global(case.concepts)
@@ -126,11 +133,6 @@ def compare(
                     )
                 query = attributor.query_given(case.concepts, case.given)
             else:
-                if generation is None:
-                    generation = attributor.generate([c.present for c in case.concepts], case.seeds)
-                    images = attributor.decode(generation.latents)
-                    assert images is not None
-                    save_file({"images": images.contiguous()}, pictures)
                 query = attributor.query(case.concepts, case.seeds, generation=generation)
             save_file({"features": query.features.contiguous(), "strength": query.strength}, path)
         asked = load_file(path)

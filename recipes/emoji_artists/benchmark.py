@@ -176,9 +176,9 @@ def measured(
     real = {effect.value for effect in effects(outcomes, data.held_out, STRENGTHS) if effect.is_real}
     for kind, recalls in odd_recall(asked, scores, data).items():
         figures[f"recall of {ODD[data.setting]} images, {kind}"] = torch.cat(list(recalls.values()))
-        mattered = [values for value, values in recalls.items() if value in real]
-        if mattered:
-            figures[f"recall of {ODD[data.setting]} images that mattered, {kind}"] = torch.cat(mattered)
+        mattered = [recall for value, found in recalls.items() if value in real for recall in found]
+        if len(mattered) > 1:  # one question has no interval
+            figures[f"recall of {ODD[data.setting]} images that mattered, {kind}"] = torch.stack(mattered)
     summed = {"scores": scores, "contributions": soft_thresholded(scores.double(), THRESHOLD)}
     for plan, kinds in PLANS.items():
         retrained = outcomes.of(f"{plan}-", seeds)

@@ -158,8 +158,8 @@ def _report(
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     rows = [f"| {LABELS[name]} | {row['object']:.3f} | {row['artist']:.3f} |" for name, row in table.items()]
     lines = [
-        f"R-precision over {held_out} held-out (object, artist) pairs, {traced} training images, three checkpoints, damping 1 "
-        "fixed beforehand:",
+        f"R-precision over {held_out} held-out (object, artist) pairs, {traced} training images, three checkpoints, "
+        "dampings set without labels:",
         "",
         "| method | object | artist |",
         "|---|---|---|",

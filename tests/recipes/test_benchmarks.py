@@ -266,6 +266,8 @@ def test_every_variant_is_compared_and_what_is_finished_is_not_repeated(tmp_path
         compare(replace(case, given=None), small, tmp_path / "out")
     found, images = compare(case, small, tmp_path / "out")
     assert images.shape == (1, 3, 8, 8)
+    given = [row for row in small if row.scope == "given"]  # the images are made where no row asks about them
+    assert torch.equal(compare(case, given, tmp_path / "given")[1], images)
     assert set(found) == {row.name for row in small}
     assert all(scores.shape == (1, 12) for grid in found.values() for scores in grid.values())
     assert set(found["trak"]) == {"None", "100.0", "10.0", "1.0", "0.1", "0.01", "agreement"}
