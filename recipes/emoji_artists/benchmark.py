@@ -10,7 +10,7 @@ Fine-tunes what is missing (`retrain.py`), traces and asks every method (`compar
 import argparse
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from ctrak_lightning.metrics import (
 from ctrak_lightning.metrics import noise_ceiling as ceiling
 from recipes.benchmarks.compare import DAMPINGS, Case, Variant, compare
 from recipes.benchmarks.plots import bars
-from recipes.benchmarks.tables import NOTE, markdown, summarised
+from recipes.benchmarks.tables import NOTE, RETRIEVAL, markdown, summarised
 from recipes.benchmarks.variants import table_variants
 from recipes.emoji_artists import retrain
 from recipes.emoji_artists.data import KINDS, NEW_ARTISTS, SETTINGS, EmojiArtists
@@ -54,12 +54,6 @@ JOINED = ("concept_trak", "concept_trak_given", "d_trak_given")
 ODD: dict[str, str | None] = {"labelled": None, "hidden": "hidden", "mislabelled": "wrong"}
 THRESHOLD = 2.0
 REFERENCE = "label_search"
-RETRIEVAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "R-precision": functional.r_precision,
-    "precision@10": functional.precision_at_k,
-    "mAP": functional.average_precision,
-    "AUROC": functional.auroc,
-}
 
 
 def variants(only: Sequence[str] | None = None) -> list[Variant]:
@@ -173,8 +167,10 @@ def measured(
         for metric, kinds in retrieval(asked, scores, data).items()
         for kind, values in kinds.items()
     }
-    real = {effect.value for effect in effects(outcomes, data.held_out, STRENGTHS) if effect.is_real}
-    for kind, recalls in odd_recall(asked, scores, data).items():
+    odd = odd_recall(asked, scores, data)
+    left_out = effects(outcomes, data.held_out, STRENGTHS) if odd else []
+    real = {effect.value for effect in left_out if effect.is_real}
+    for kind, recalls in odd.items():
         figures[f"recall of {ODD[data.setting]} images, {kind}"] = torch.cat(list(recalls.values()))
         mattered = [recall for value, found in recalls.items() if value in real for recall in found]
         if len(mattered) > 1:  # one question has no interval

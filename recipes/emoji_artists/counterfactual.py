@@ -3,7 +3,7 @@
 python -m recipes.emoji_artists.counterfactual                       # after `benchmark`, whose traces it asks
 python -m recipes.emoji_artists.counterfactual --methods concept_trak label_search random
 
-Concepts share fine-tunes: a run leaves out the best-ranked images of several of them (`PARTS`). That is the same for every
+Concepts share fine-tunes: a run leaves out the best-ranked images of several of them (`parts`). That is the same for every
 method, and costs every method the same number of images. Everything is resumable.
 """
 
@@ -251,7 +251,25 @@ def page(facts: Mapping[str, Any]) -> str:
         lines.append("|---" * (len(keys) + 1) + "|")
         for name, row in rows.items():
             lines.append(f"| {name} | {' | '.join(_cell(row[key], scale) for key in keys)} |")
+    lines += _differences(rows)
     return "\n".join(lines) + "\n"
+
+
+def _differences(rows: Mapping[str, Any]) -> list[str]:
+    """How much more than label search each method takes away, on the same concepts."""
+    known = {(name, key): row[key].get("less label search") for name, row in rows.items() for key in row}
+    lines = [
+        "",
+        "### Less label search, paired over concepts",
+        "",
+        "| method | what | difference |",
+        "|---|---|---|",
+    ]
+    for (name, key), difference in known.items():
+        if difference is not None:
+            mean, low, high = ((1000 if key.endswith("loss") else 1) * value for value in difference)
+            lines.append(f"| {name} | {key} | {mean:+.2f} [{low:+.2f}, {high:+.2f}] |")
+    return lines
 
 
 def _cell(figure: Mapping[str, Any], scale: float) -> str:

@@ -9,6 +9,7 @@ Trains what is missing, asks every method, and writes `results/benchmark_<varian
 import argparse
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ctrak_lightning import Concept
 from ctrak_lightning.metrics import functional
-from recipes.benchmarks.compare import Case, compare
+from recipes.benchmarks.compare import Case, answers_folder, compare
 from recipes.benchmarks.plots import bars
 from recipes.benchmarks.tables import NOTE, markdown, summarised
 from recipes.benchmarks.variants import table_variants
@@ -119,14 +120,15 @@ def main() -> None:
             # A whole-image method does not see the counter-condition.
             chosen = [v for v in table if counter == "dropped" or v.method.sees_absent]
             chosen = [v for v in chosen if v.scope != "given"]  # everything asked about is generated here
-            found, _ = compare(case, chosen, folder / "scores" / counter)
-            for variant in chosen:
+            named = [v if counter == "dropped" else replace(v, name=f"{v.name}, {counter}") for v in chosen]
+            # Traces do not depend on the counter-condition: both share them.
+            found, _ = compare(case, named, answers_folder(folder, asked, run.data.traced))
+            for variant in named:
                 grid = {
                     damping: figures(run, asked, scores) for damping, scores in found[variant.name].items()
                 }
-                name = variant.name if counter == "dropped" else f"{variant.name}, {counter}"
-                honest.setdefault(name, []).append(grid[str(variant.method.damping)])
-                grids.setdefault(name, []).append(grid)
+                honest.setdefault(variant.name, []).append(grid[str(variant.method.damping)])
+                grids.setdefault(variant.name, []).append(grid)
     seeds = " ".join(map(str, args.seeds))
     facts = {
         "command": f"python -m recipes.synthetic.benchmark --variant {args.variant} --seeds {seeds}"

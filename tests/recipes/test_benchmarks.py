@@ -220,7 +220,10 @@ def test_a_drop_is_what_the_full_models_have_more() -> None:
     rows = figures_of({"label_search": found, "random": other})
     assert rows["random"]["object, 5 %, judge"]["mean"] == 0.5
     assert rows["random"]["object, 5 %, judge"]["less label search"] == [-1, -1, -1]
-    assert "| random | 0.50 [" in page({"command": "c", "machine": "m", "rows": rows})
+    text = page({"command": "c", "machine": "m", "rows": rows})
+    assert "| random | 0.50 [" in text
+    assert "| random | object, 5 %, judge | -1.00 [-1.00, -1.00] |" in text
+    assert "| random | object, 5 %, loss | -1000.00 [" in text  # in thousandths
 
 
 def test_a_picture_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
