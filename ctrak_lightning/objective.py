@@ -26,7 +26,8 @@ class Prediction:
         x0: the sample's clean latents [B, ...].
         output: what the network returned [B, ...], with its graph.
         e: the noise prediction that the output stands for [B, ...], with its graph.
-        reference: noise prediction under the concept's absent condition [B, ...], without graph, or None.
+        reference: noise prediction under the concept's other condition [B, ...] (the absent one, for a term on the present
+            side), without graph, or None.
         schedule: the noise levels.
     """
 
@@ -109,14 +110,15 @@ class PosteriorSampling(Objective):
 @dataclass(frozen=True, slots=True)
 class ConceptDirection(Objective):
     """Concept-TRAK's concept loss (arXiv 2507.06547): ``mean((stop[e + w u] - e)^2)`` with the direction
-    ``u = e(c) - e(c_minus)`` that tells the condition with the concept from the one without."""
+    ``u = e(c) - e(c_minus)`` that tells the condition with the concept from the one without. On the absent side of a query
+    the direction is ``-u``, so that terms on both sides, added, give ``(J(c) - J(c_minus))^T u``."""
 
     needs_reference: ClassVar[bool] = True
 
     def cotangent(self, prediction: Prediction) -> Tensor:
         if prediction.reference is None:
             raise ValueError(
-                "ConceptDirection needs the prediction under the absent condition; it serves queries only."
+                "ConceptDirection needs the prediction under the other condition; it serves queries only."
             )
         return -2 * (prediction.e.detach() - prediction.reference) / _elements(prediction)
 

@@ -145,13 +145,18 @@ class NoiseSchedule:
             ) - 1
         return grid.clamp(0, total - 1).flip(0).tolist()
 
-    def even_timesteps(self, count: int) -> list[int]:
-        """``count`` timesteps in the middles of equal parts of [0, T), least noise first: never quite clean or quite noise.
+    def even_timesteps(self, count: int, start: float = 0.0, end: float = 1.0) -> list[int]:
+        """``count`` timesteps in the middles of equal parts of [start T, end T), least noise first: never quite clean or quite
+        noise.
 
         Raises:
-            ValueError: ``count`` outside [1, T].
+            ValueError: ``count`` outside [1, T], or not 0 <= start < end <= 1.
         """
         total = len(self)
         if not 1 <= count <= total:
             raise ValueError(f"even_timesteps({count}): expected between 1 and {total} timesteps.")
-        return [int((i + 0.5) * total / count) for i in range(count)]
+        if not 0 <= start < end <= 1:
+            raise ValueError(
+                f"even_timesteps({count}, start={start}, end={end}): expected 0 <= start < end <= 1."
+            )
+        return [int((start + (i + 0.5) * (end - start) / count) * total) for i in range(count)]

@@ -78,9 +78,9 @@ def trace_query(
     for state in states:
         gradient = torch.zeros(len(x0), tracer.width)
         predictions: dict[Side, Tensor] = {}
-        if any(term.objective.needs_reference for term in method.query):
+        for side in {_other(term.side) for term in method.query if term.objective.needs_reference}:
             with tracing_mode(tracer.module):
-                predictions["absent"] = _noise_prediction(task, state, conditions["absent"])
+                predictions[side] = _noise_prediction(task, state, conditions[side])
         for term in method.query:
             gradient += term.weight * _term(task, tracer, term, state, x0, conditions, predictions)
         features += _normalised(gradient, tracer, method.normalisation)
@@ -97,12 +97,16 @@ def _term(
     conditions: Mapping[Side, Condition],
     predictions: dict[Side, Tensor],
 ) -> Tensor:
-    reference = predictions["absent"] if term.objective.needs_reference else None
+    reference = predictions[_other(term.side)] if term.objective.needs_reference else None
     clean = x0 if state.x0 is None else state.x0
     evaluation = _Evaluation(task, state, clean, conditions[term.side], reference)
     row = evaluation.vjp(tracer, term.objective)
     predictions[term.side] = evaluation.e
     return row
+
+
+def _other(side: Side) -> Side:
+    return "absent" if side == "present" else "present"
 
 
 class _Evaluation:

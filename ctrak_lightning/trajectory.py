@@ -63,15 +63,19 @@ class Noised(Trajectory):
         timesteps: how many.
         shared_noise: draw ``eps`` per timestep, the same for all samples; otherwise per (sample id, timestep). Either way
             it depends on nothing else: not on the batch, its order, or the device.
+        start: where the timesteps begin, as a share of the schedule; 0 is no noise.
+        end: where they end; 1 is all noise.
     """
 
     timesteps: int = 10
     shared_noise: bool = True
+    start: float = 0.0
+    end: float = 1.0
 
     def states(
         self, task: Any, latents: Tensor, condition: Condition, sample_ids: Sequence[str], seed: int
     ) -> Iterator[State]:
-        for timestep in task.noise_schedule.even_timesteps(self.timesteps):
+        for timestep in task.noise_schedule.even_timesteps(self.timesteps, self.start, self.end):
             keys = [""] if self.shared_noise else sample_ids
             rows = [seeded_noise(latents.shape[1:], seed, timestep, key) for key in keys]
             noise = torch.stack(rows).to(latents).expand_as(latents)

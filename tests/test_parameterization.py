@@ -71,6 +71,9 @@ def test_even_timesteps_are_the_middles_of_equal_parts() -> None:
     schedule = NoiseSchedule.from_scheduler(DDIMScheduler())
     assert schedule.even_timesteps(4) == [125, 375, 625, 875]
     assert schedule.even_timesteps(1) == [500]
+    assert schedule.even_timesteps(2, 0.5, 0.9) == [600, 800]
+    with pytest.raises(ValueError, match="start < end"):
+        schedule.even_timesteps(2, 0.5, 0.5)
     with pytest.raises(ValueError, match="between 1 and 1000"):
         schedule.even_timesteps(0)
 

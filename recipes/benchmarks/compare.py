@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from ctrak_lightning.method import Damping
 from ctrak_lightning.trajectory import Generation
 from recipes.benchmarks.replay import replay
 
+GENERATED = "generated.safetensors"
 DAMPINGS: tuple[Damping, ...] = (None, 100.0, 10.0, 1.0, 0.1, 0.01, "agreement")
 
 
@@ -32,6 +33,8 @@ class Variant:
         steps: which of the saved checkpoints.
         projection: of the gradients.
         scope: ask of the generated image, of images generated from the concept alone, or of images that are given.
+        counters: names of the case's other counter-conditions to ask against, the queries averaged; none asks against the
+            concepts' own.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Variant:
     steps: tuple[int, ...]
     projection: Projection = field(default_factory=lambda: Projection(rank=16, dim=4096))
     scope: Literal["local", "global", "given"] = "local"
+    counters: tuple[str, ...] = ()
 
     def store_name(self) -> str:
         """The folder name that variants with the same traces share."""
@@ -59,6 +63,7 @@ class Case:
         seeds: of their images, one each.
         sampler: how the images are generated.
         given: the clean latents of real images for the questions, one each, where there are any.
+        counters: the same questions against other counter-conditions, by the name of these.
         learning_rate: what TracIn weighs checkpoints by (it is the same for all here, so that only ranks could tell).
         batch_size: queries per forward pass.
     """
@@ -70,6 +75,7 @@ class Case:
     seeds: list[int]
     sampler: Sampler
     given: Tensor | None = None
+    counters: Mapping[str, list[Concept]] = field(default_factory=dict)
     learning_rate: float = 1.0
     batch_size: int = 64
 
@@ -91,14 +97,25 @@ def compare(
     case: Case, variants: Sequence[Variant], out: Path
 ) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
     """Scores of every variant, by variant and damping (``"None"``, ``"1.0"``, ...), each [Q, N]; and the generated images
-    [Q, 3, H, W] in [0, 1].
+    [Q, 3, H, W] in [0, 1]. See :func:`answers`."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for variant, attributor, query in answers(case, variants, out):
+        found[variant.name] = {
+            str(damping): torch.stack([r.scores for r in attributor.score(query, damping=damping)])
+            for damping in dict.fromkeys((*DAMPINGS, variant.method.damping))
+        }
+    return found, load_file(out / GENERATED)["images"]
+
+
+def answers(
+    case: Case, variants: Sequence[Variant], out: Path
+) -> Iterator[tuple[Variant, Attributor, Query]]:
+    """Every variant's attributor and its query.
 
     Traces and queries that are finished are read from ``out``, so that a comparison that was cut goes on with the same
     command, and another damping costs no gradient.
     """
     out.mkdir(parents=True, exist_ok=True)
-    pictures = out / "generated.safetensors"
-    found: dict[str, dict[str, Tensor]] = {}
     generation: Generation | None = None
     for variant in tqdm(variants, "methods"):
         store = replay(
@@ -118,33 +135,42 @@ def compare(
         path = out / f"{variant.name}.query.safetensors"
         asks_generated = variant.scope == "local" and not path.exists()
         # The references without gradients look at the images whatever the variants ask about.
-        if generation is None and (asks_generated or not pictures.exists()):
+        if generation is None and (asks_generated or not (out / GENERATED).exists()):
             generation = attributor.generate([c.present for c in case.concepts], case.seeds)
             images = attributor.decode(generation.latents)
             assert images is not None
-            save_file({"images": images.contiguous()}, pictures)
+            save_file({"images": images.contiguous()}, out / GENERATED)
         if not path.exists():
-            if variant.scope == "global":
-                query = attributor.query_global(case.concepts)
-            elif variant.scope == "given":
-                if case.given is None:
-                    raise ValueError(
-                        f"compare({variant.name!r}): it asks of given images and the case has none."
-                    )
-                query = attributor.query_given(case.concepts, case.given)
-            else:
-                query = attributor.query(case.concepts, case.seeds, generation=generation)
-            save_file({"features": query.features.contiguous(), "strength": query.strength}, path)
-        asked = load_file(path)
-        query = Query(
-            concepts=case.concepts,
-            seeds=case.seeds,
-            features=asked["features"],
-            strength=asked["strength"],
-            images=None,
+            wordings = [case.counters[name] for name in variant.counters] or [case.concepts]
+            asked = [_asked(case, variant, attributor, concepts, generation) for concepts in wordings]
+            features = torch.stack([query.features for query in asked]).mean(0)
+            strength = torch.stack([query.strength for query in asked]).mean(0)
+            save_file({"features": features, "strength": strength}, path)
+        saved = load_file(path)
+        yield (
+            variant,
+            attributor,
+            Query(
+                concepts=case.concepts,
+                seeds=case.seeds,
+                features=saved["features"],
+                strength=saved["strength"],
+                images=None,
+            ),
         )
-        found[variant.name] = {
-            str(damping): torch.stack([r.scores for r in attributor.score(query, damping=damping)])
-            for damping in dict.fromkeys((*DAMPINGS, variant.method.damping))
-        }
-    return found, load_file(pictures)["images"]
+
+
+def _asked(
+    case: Case,
+    variant: Variant,
+    attributor: Attributor,
+    concepts: list[Concept],
+    generation: Generation | None,
+) -> Query:
+    if variant.scope == "global":
+        return attributor.query_global(concepts)
+    if variant.scope == "local":
+        return attributor.query(concepts, case.seeds, generation=generation)
+    if case.given is None:
+        raise ValueError(f"compare({variant.name!r}): it asks of given images and the case has none.")
+    return attributor.query_given(concepts, case.given)

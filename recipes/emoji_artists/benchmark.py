@@ -119,6 +119,14 @@ def datamodeling(asked: list[Question], scores: Tensor, outcomes: Outcomes) -> d
     return result
 
 
+def image_datamodeling(asked: list[Question], scores: Tensor, outcomes: Outcomes) -> Tensor:
+    """Linear datamodeling score of whole images, one per pair [64]: Spearman over retrained models between the summed scores of
+    what they saw, both concepts' together, and how well they denoise the pair's real image told both names (TRAK,
+    arXiv 2303.14186, definition 2.3). A whole-image method has the same scores for both concepts."""
+    joined = _comparable(scores.double()).view(len(asked) // len(KINDS), len(KINDS), -1).sum(1)
+    return datamodeling_correlations(joined, outcomes.kept, -outcomes.losses[:, :, 0].double().T)
+
+
 def _comparable(scores: Tensor) -> Tensor:
     spread = scores.std(1, keepdim=True)
     return torch.where(spread > 0, scores / spread.clamp(min=1e-12), scores)
@@ -182,6 +190,8 @@ def measured(
             continue
         for name, each in summed.items():
             found = datamodeling(asked, each, retrained)
+            if plan == "half":
+                figures[f"{name}, {plan} by loss, whole image"] = image_datamodeling(asked, each, retrained)
             for measure in STRENGTHS:
                 for kind in kinds:
                     for title, values in _split(kind, found[measure][kind], asked).items():

@@ -23,7 +23,7 @@ from ctrak_lightning import (
 from ctrak_lightning.attribution.solve import AGREEMENT_GRID
 from ctrak_lightning.capture import Capture
 from ctrak_lightning.errors import ConceptError, GradientError, StoreError, StoreMismatchError, TaskError
-from ctrak_lightning.objective import Prediction
+from ctrak_lightning.objective import ConceptDirection, Prediction, Term
 from ctrak_lightning.trajectory import Generated, Noised, Renoised, State, seeded_noise
 
 from ..toy import ToyData, ToyDiffusion
@@ -37,6 +37,10 @@ METHODS = {
     "trak": methods.trak(timesteps=2),
     "d_trak": methods.d_trak(timesteps=2),
     "per_sample": methods.concept_trak(timesteps=2, damping=1.0, normalisation="sample"),
+    "two_sided": replace(
+        methods.concept_trak_paper(timesteps=2, inversion_steps=4),
+        query=(Term(ConceptDirection(), "present"), Term(ConceptDirection(), "absent")),
+    ),
     "das": methods.das(timesteps=2),
     "das_absolute": methods.das(timesteps=2, absolute=True),
     "journey_trak": methods.journey_trak(timesteps=2),
@@ -163,8 +167,12 @@ def dense_scores(
         query = torch.zeros(64)
         for state in states:
             with torch.no_grad():
-                output = module.predict(state.x_t, state.t, sides["absent"])
-                reference = schedule.epsilon(output, state.x_t, state.t)
+                others = {
+                    side: schedule.epsilon(
+                        module.predict(state.x_t, state.t, sides[other]), state.x_t, state.t
+                    )
+                    for side, other in (("present", "absent"), ("absent", "present"))
+                }
             terms = [
                 term.weight
                 * vjp(
@@ -173,7 +181,7 @@ def dense_scores(
                     state.t,
                     generation.latents if state.x0 is None else state.x0,
                     sides[term.side],
-                    reference,
+                    others[term.side],
                 )
                 for term in method.query
             ]

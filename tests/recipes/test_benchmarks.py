@@ -12,12 +12,13 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from ctrak_lightning import Concept, Projection, Sampler, methods
-from recipes.benchmarks.compare import Case, Variant, compare
+from recipes.benchmarks.compare import Case, Variant, answers, compare
 from recipes.benchmarks.plots import bars
 from recipes.benchmarks.replay import SaveTrained, load_trained, save_trained, saved_steps
 from recipes.benchmarks.tables import markdown, summarised
 from recipes.benchmarks.variants import table_variants
-from recipes.emoji_artists.benchmark import ceilings, measured, odd_recall, references
+from recipes.emoji_artists.ablations import counters, effective_damping, variants, without_the_other
+from recipes.emoji_artists.benchmark import ceilings, image_datamodeling, measured, odd_recall, references
 from recipes.emoji_artists.counterfactual import Part, blamed, drops, figures_of, page, parts
 from recipes.emoji_artists.data import KINDS, EmojiArtists
 from recipes.emoji_artists.evaluate import questions
@@ -83,6 +84,20 @@ def test_datamodeling_is_spearmans_correlation_of_summed_scores() -> None:
     i = sorted({q.object for q in asked}).index(asked[10].object)
     expected = spearmanr(scores[10] @ known.kept[:12].float().T, known.odds[:12, 5, 0]).statistic
     assert float(found[i]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_whole_image_is_held_against_the_loss_under_both_names() -> None:
+    data = EmojiArtists("new")
+    asked = questions(data.held_out)
+    generator = torch.Generator().manual_seed(2)
+    whole = torch.randn(64, 448, generator=generator)
+    known = outcomes(data, "noise").of("half-", [0])
+    losses = torch.rand(12, 64, 4, generator=generator)
+    known = replace(known, losses=losses)
+    found = image_datamodeling(asked, whole.repeat_interleave(2, 0), known)
+    assert found.shape == (64,)
+    expected = spearmanr(whole[7] @ known.kept.float().T, -losses[:, 7, 0]).statistic
+    assert float(found[7]) == pytest.approx(expected, abs=1e-6)
 
 
 def test_recall_of_hidden_and_wrong_images_by_hand() -> None:
@@ -286,6 +301,52 @@ def test_every_variant_is_compared_and_what_is_finished_is_not_repeated(tmp_path
     (tmp_path / "step-00000003.safetensors").unlink()
     again, _ = compare(case, small, tmp_path / "out")
     assert torch.equal(again["trak"]["1.0"], found["trak"]["1.0"])
+
+
+def test_queries_against_several_counter_conditions_are_averaged(tmp_path: Path) -> None:
+    module, data = ToyDiffusion(), ToyData()
+    save_trained(module, tmp_path, 3)
+    red = Concept("red", {"colour": "red", "shape": "bar"}, {"shape": "bar"})
+    case = Case(
+        folder=tmp_path,
+        module=module.eval(),
+        batches=torch.utils.data.DataLoader(data.toys, 4),
+        concepts=[red],
+        seeds=[1],
+        sampler=Sampler(steps=6, guidance=2.0),
+        counters={"nothing": [replace(red, absent={})], "blue": [replace(red, absent={"colour": "blue"})]},
+    )
+    row = Variant(
+        name="both", method=methods.concept_trak(2), steps=(3,), projection=Projection(rank=2, dim=32)
+    )
+    wordings: list[tuple[str, ...]] = [("nothing",), ("blue",), ("nothing", "blue"), ()]
+    rows = [replace(row, name=f"row {i}", counters=names) for i, names in enumerate(wordings)]
+    nothing, blue, both, own = (query.features for _, _, query in answers(case, rows, tmp_path / "out"))
+    torch.testing.assert_close(both, (nothing + blue) / 2)
+    assert not torch.allclose(nothing, blue, rtol=1e-2)
+    assert not torch.allclose(own, nothing, rtol=1e-2)
+
+
+def test_ablations_change_what_they_say() -> None:
+    generator = torch.Generator().manual_seed(3)
+    queries = torch.randn(2, 6, 20, generator=generator)
+    left = without_the_other(queries)
+    for m in range(2):
+        for i in range(0, 6, 2):
+            assert float(left[m, i] @ queries[m, i + 1].double()) == pytest.approx(0, abs=1e-9)
+            assert float(left[m, i + 1] @ queries[m, i].double()) == pytest.approx(0, abs=1e-9)
+    traces = torch.randn(9, 20, generator=generator, dtype=torch.float64)
+    gram = traces @ traces.T
+    ridge = effective_damping(traces, 0.25) * gram.diagonal().mean()
+    dimension = torch.trace(gram @ torch.linalg.inv(gram + ridge * torch.eye(9, dtype=torch.float64)))
+    assert float(dimension) == pytest.approx(9 / 4, rel=1e-6)
+    names = [row.name for row in variants()]
+    assert len(set(names)) == len(names)
+    asked = questions(EmojiArtists("new").held_out)[:2]
+    known = {kind: ["a", q.value, "b"] for kind, q in zip(KINDS, asked, strict=True)}
+    swapped = counters(asked, known)["swapped"]
+    assert [s.absent[kind] for s, kind in zip(swapped, KINDS, strict=True)] == ["b", "b"]  # type: ignore[index]
+    assert [s.present for s in swapped] == [q.concept().present for q in asked]
 
 
 def test_the_table_has_every_preset() -> None:
