@@ -42,6 +42,7 @@ RANKS = (8, 16, 32)
 TIMESTEP = 500
 GUIDANCE = 3.0
 CHUNK = 8  # samples at a time in torch.func, which holds every sample's whole gradient
+DEFAULT = Projection()
 PEERS = ("traker", "dattri")
 Work = Callable[[], Any]
 
@@ -62,10 +63,17 @@ class Subject(DiffusionTask, nn.Module):
         super().__init__()
         self.name, self.denoiser = name, denoiser
         self.noise_schedule = NoiseSchedule.from_scheduler(DDIMScheduler(clip_sample=False))
-        self.x0 = torch.randn(BATCH, *latent)
         self.given = condition
-        self.t = torch.full((BATCH,), TIMESTEP)
+        batch = len(next(iter(condition.values())))
+        self.x0 = torch.randn(batch, *latent)
+        self.t = torch.full((batch,), TIMESTEP)
         self.x_t = self.noise_schedule.add_noise(self.x0, torch.randn_like(self.x0), self.t)
+
+    def on(self, device: torch.device) -> "Subject":
+        """Moved to a device, with its batch."""
+        self.x0, self.t, self.x_t = self.x0.to(device), self.t.to(device), self.x_t.to(device)
+        self.given = {name: value.to(device) for name, value in self.given.items()}
+        return self.to(device)
 
     def encoded(self) -> Encoded:
         return Encoded(
@@ -185,13 +193,12 @@ def training_step(subject: Subject) -> None:
     subject.denoiser.zero_grad()
 
 
-def posterior_sampling() -> Method:
-    """One state a sample, so that a trace is one forward pass and two VJPs."""
-    return replace(methods.concept_trak_paper(1), training_trajectory=Noised(timesteps=1))
+# One state a sample, so that a trace is one forward pass and two vector-Jacobian products.
+POSTERIOR = replace(methods.concept_trak_paper(1), training_trajectory=Noised(timesteps=1))
 
 
-def traced(subject: Subject, tracer: GradientTracer) -> None:
-    trace_batch(subject, tracer, posterior_sampling(), subject.encoded(), 0)
+def traced(subject: Subject, tracer: GradientTracer, method: Method = POSTERIOR) -> None:
+    trace_batch(subject, tracer, method, subject.encoded(), 0)
 
 
 def functional(subject: Subject) -> Tensor:
@@ -263,6 +270,10 @@ def work_of(subject: Subject) -> dict[str, Work]:
     for row in rows(subject):
         tracer = GradientTracer(subject.denoiser, row.projection, layers=row.layers)
         work[row.name] = partial(traced, subject, tracer)
+        if row.projection.rank == DEFAULT.rank and row.projection.dim == DEFAULT.dim:
+            work[f"{row.name}; the default method"] = partial(
+                traced, subject, tracer, methods.concept_trak(1)
+            )
     work["torch.func, whole gradients"] = partial(functional, subject)
     if "LoRA" in subject.name:  # their matrices for a whole network would not fit into memory
         width = sum(p.numel() for p in subject.denoiser.parameters() if p.requires_grad)
