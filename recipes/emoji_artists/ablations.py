@@ -45,10 +45,24 @@ COLUMNS = (
     "contributions, half by loss, object",
     "contributions, half by judge, object",
     "contributions, artist-half by loss, new artist",
+    "contributions, half by loss, whole image",
 )
 GRID: tuple[float | None, ...] = (None, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 EFFECTIVE_SHARE = 0.25
 CROSS_ATTENTION = ("*attn2*",)
+PROBES = ("channel probe, contrast", "another channel probe", "a third channel probe")
+# Rows whose standardised scores are averaged.
+AVERAGED = {
+    "average: squared norm, channel probe": (REFERENCE, PROBES[0]),
+    "average: mean output, channel probe": ("mean output, contrast", PROBES[0]),
+    "average: three channel probes": PROBES,
+    "average: squared norm, three channel probes": (REFERENCE, *PROBES),
+    "average: squared norm, mean output, three channel probes": (
+        REFERENCE,
+        "mean output, contrast",
+        *PROBES,
+    ),
+}
 
 
 def variants() -> list[Variant]:
@@ -101,7 +115,7 @@ def variants() -> list[Variant]:
         *(
             replace(row, name=f"{row.name}, cross-attention only", layers=CROSS_ATTENTION)
             for row in rows
-            if row.name in ("mean output, contrast", "channel probe, contrast")
+            if row.name in ("mean output, contrast", PROBES[0])
         ),
         replace(reference, name="self-attention only", layers=("*attn1*",)),
         replace(reference, name="last checkpoint only", steps=STEPS[-1:]),
@@ -223,13 +237,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = args.runs / "labelled"
         case = benchmark.case(folder / f"full-seed{seed}", data, asked)
         case = replace(case, counters=counters(asked, case.module.known_attributes()))
+        found: dict[str, Tensor] = {}
         for variant, attributor, query in answers(case, chosen, folder / "ablations" / f"seed{seed}"):
             scores = torch.stack([each.scores for each in attributor.score(query)])
+            found[variant.name] = standardised(scores.double())
             table.add(variant.name, {"agreement": measure(scores)}, "agreement")
             if variant.name == REFERENCE:
                 for name, other in on_the_same_traces(attributor, query).items():
                     table.add(name, {"": measure(other)}, "")
+        for name, parts in AVERAGED.items():
+            if set(parts) <= set(found):
+                table.add(name, {"": measure(torch.stack([found[part] for part in parts]).mean(0))}, "")
     command = f"python -m recipes.emoji_artists.ablations --seeds {' '.join(map(str, args.seeds))}"
+    command += "".join(f' "{row}"' if i else f' --rows "{row}"' for i, row in enumerate(args.rows or []))
     facts = {
         "command": command,
         "machine": f"{platform.machine()}, torch {torch.__version__}",
