@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -15,10 +15,12 @@ from typing_extensions import override
 
 from ctrak_lightning import methods
 from ctrak_lightning.capture import Capture
-from ctrak_lightning.errors import TaskError
+from ctrak_lightning.errors import StoreError, StoreMismatchError, TaskError
 from ctrak_lightning.gradients import GradientTracer, Projection
 from ctrak_lightning.method import Method
 from ctrak_lightning.task import resolve_task
+
+OnError = Literal["raise", "warn"]
 
 
 class ConceptTracer(Callback):
@@ -43,10 +45,20 @@ class ConceptTracer(Callback):
         dtype: of stored rows, ``"float32"`` or ``"float16"``.
         thumbnails: store small images for reports.
         seed: of the projection and of the trajectories' noise.
+        on_error: what becomes of training when a trace cannot be stored, because the disk is full, say. ``"warn"``, the
+            default: days of training are worth more than one checkpoint's traces, so training goes on as if the callback
+            were not there; the first failure is told at once and all steps without a trace when training ends, and the
+            next checkpoint is tried again. ``"raise"`` stops training with the StoreError, where a gap in the record is
+            worse than a lost run. What was sealed before stays either way. A store that cannot be opened when training
+            starts, and a caller's mistake (another data set, a gradient that is not finite), always raise.
 
     Raises:
         MisconfigurationException: an argument out of range; a module that is no DiffusionTask; a sharded strategy; a folder
             that cannot be written, or that holds the traces of another run.
+        StoreError: a trace cannot be stored, under ``on_error="raise"``.
+
+    Warns:
+        UserWarning: steps have no trace, under ``on_error="warn"``.
 
     Example::
 
@@ -70,6 +82,7 @@ class ConceptTracer(Callback):
         dtype: Literal["float32", "float16"] = "float32",
         thumbnails: bool = True,
         seed: int = 0,
+        on_error: OnError = "warn",
     ) -> None:
         super().__init__()
         for name, value in {
@@ -87,6 +100,11 @@ class ConceptTracer(Callback):
                 "`ConceptTracer(at_end=False)` without every_n_epochs and every_n_train_steps would never trace. "
                 "HINT: set one of the three, or override should_trace."
             )
+        if on_error not in get_args(OnError):
+            raise MisconfigurationException(
+                f"`ConceptTracer(on_error={on_error!r})`: expected one of {get_args(OnError)}. HINT: 'warn' lets training go "
+                "on when a trace cannot be stored."
+            )
         try:
             self.method = methods.by_name(method) if isinstance(method, str) else method
             self.projection = Projection(rank=rank, dim=dim, seed=seed)
@@ -101,6 +119,8 @@ class ConceptTracer(Callback):
         self.dtype = dtype
         self.thumbnails = thumbnails
         self.seed = seed
+        self.on_error = on_error
+        self._untraced: dict[int, int] = {}  # step: epoch
         self._capture: Capture | None = None
         self._last_step = 0
         self._run_id: str | None = None
@@ -140,6 +160,7 @@ class ConceptTracer(Callback):
         if _skipped(trainer):
             return
         self._last_step = trainer.global_step
+        self._untraced = {}
         if trainer.is_global_zero:
             self._capture = self._open(trainer, pl_module)
         trainer.strategy.barrier("ConceptTracer.on_train_start")
@@ -164,11 +185,13 @@ class ConceptTracer(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not _skipped(trainer) and self.at_end:
             self._trace(trainer)
+        self._tell_untraced()
 
     @override
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
+        self._tell_untraced()
         self._capture = None
 
     @override
@@ -185,11 +208,49 @@ class ConceptTracer(Callback):
         self._resumed = True
 
     def _trace(self, trainer: L.Trainer) -> None:
+        failure = None
         if self._capture is not None and trainer.global_step not in self._capture.writer.sealed_steps:
-            optimizers = trainer.optimizers
-            learning_rate = float(optimizers[0].param_groups[0]["lr"]) if optimizers else None
-            self._capture.run(trainer.global_step, epoch=trainer.current_epoch, learning_rate=learning_rate)
-        trainer.strategy.barrier("ConceptTracer.trace")
+            try:
+                self._run(self._capture, trainer)
+            except StoreMismatchError:
+                raise
+            except StoreError as error:
+                failure = error
+        # Decided by all: a process that went on alone would wait for the others for ever. Also the barrier.
+        failed = trainer.strategy.reduce_boolean_decision(failure is not None, all=False)
+        if failed and self.on_error == "raise":
+            raise failure or StoreError(
+                "The process of rank 0 could not store a trace. HINT: see its own error."
+            )
+        if failure is not None:
+            self._note_untraced(trainer.global_step, trainer.current_epoch, failure)
+
+    def _run(self, capture: Capture, trainer: L.Trainer) -> None:
+        optimizers = trainer.optimizers
+        learning_rate = float(optimizers[0].param_groups[0]["lr"]) if optimizers else None
+        step = trainer.global_step
+        # When training ends the epoch counts one more; a second attempt at a step goes on with the first one's rows.
+        epoch = self._untraced.get(step, trainer.current_epoch)
+        capture.run(step, epoch=epoch, learning_rate=learning_rate)
+        self._untraced.pop(step, None)
+
+    def _note_untraced(self, step: int, epoch: int, error: StoreError) -> None:
+        if not self._untraced:
+            rank_zero_warn(
+                f"ConceptTracer(dirpath={self.dirpath!r}): step {step} has no trace: {error} Training goes on, the next "
+                "checkpoint is tried again, and all steps without a trace are told when training ends. HINT: "
+                '`on_error="raise"` stops training instead.'
+            )
+        self._untraced.setdefault(step, epoch)
+
+    def _tell_untraced(self) -> None:
+        if self._untraced:
+            rank_zero_warn(
+                f"ConceptTracer(dirpath={self.dirpath!r}): steps {list(self._untraced)} have no trace, because it could not be "
+                "stored. The traces of the other steps are intact. HINT: scores will not know of these steps; resume from "
+                "a checkpoint before them to make up for it."
+            )
+            self._untraced = {}
 
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Capture:
         task = resolve_task(pl_module)
