@@ -46,6 +46,16 @@ class Encoded:
                 "HINT: `encode(batch)` must return one row of each per image."
             )
 
+    def rows(self, start: int, stop: int | None = None) -> "Encoded":
+        """The same of consecutive rows only."""
+        part = slice(start, stop)
+        return Encoded(
+            latents=self.latents[part],
+            condition={name: value[part] for name, value in self.condition.items()},
+            sample_ids=self.sample_ids[part],
+            metadata={name: values[part] for name, values in self.metadata.items()},
+        )
+
 
 class DiffusionTask:
     """What a LightningModule must offer to be traced. Inherit from it (before ``LightningModule``) for the defaults.
