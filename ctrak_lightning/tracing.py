@@ -70,7 +70,7 @@ def _trace_rows(task: Any, tracer: GradientTracer, method: Method, encoded: Enco
     for state in states:
         evaluation = _Evaluation(task, state, encoded.latents, encoded.condition, None)
         row = evaluation.vjp(tracer, method.training)
-        features += _normalised(row, tracer, method.normalisation)
+        features += normalised(row, tracer, method.normalisation)
         loss += evaluation.denoising_loss() / len(states)
     return Trace(features, loss)
 
@@ -103,7 +103,7 @@ def trace_query(
                 predictions[side] = _noise_prediction(task, state, conditions[side])
         for term in method.query:
             gradient += term.weight * _term(task, tracer, term, state, x0, conditions, predictions)
-        features += _normalised(gradient, tracer, method.normalisation)
+        features += normalised(gradient, tracer, method.normalisation)
         strength += _relative_difference(predictions) / len(states)
     return QueryTrace(features, strength)
 
@@ -183,7 +183,7 @@ def _relative_difference(predictions: Mapping[Side, Tensor]) -> Tensor:
     return ratio
 
 
-def _normalised(rows: Tensor, tracer: GradientTracer, normalisation: Normalisation) -> Tensor:
+def normalised(rows: Tensor, tracer: GradientTracer, normalisation: Normalisation) -> Tensor:
     """Features [B, k] of rows [B, P]; what is all zero stays zero, so that a state without gradient counts for nothing."""
     features = tracer.sketch(rows, unit_layers=normalisation == "layer")
     if normalisation != "sample":

@@ -10,16 +10,25 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from ctrak_lightning import methods
+from ctrak_lightning.callbacks.inline import (
+    grad_scaler,
+    loss_scale,
+    refuse_what_inline_cannot_trace,
+)
 from ctrak_lightning.capture import Capture
-from ctrak_lightning.errors import StoreError, StoreMismatchError, TaskError
+from ctrak_lightning.errors import GradientError, StoreError, StoreMismatchError, TaskError
 from ctrak_lightning.gradients import GradientTracer, Projection
+from ctrak_lightning.inline import InlineCapture
 from ctrak_lightning.method import Method
 from ctrak_lightning.task import resolve_task
+from ctrak_lightning.trajectory import InTraining
 
+Mode = Literal["capture", "inline"]
 OnError = Literal["raise", "warn"]
 
 
@@ -34,7 +43,11 @@ class ConceptTracer(Callback):
 
     Args:
         dirpath: the store's folder.
-        method: a :class:`~ctrak_lightning.method.Method`, or the name of a preset in ``ctrak_lightning.methods``.
+        method: a :class:`~ctrak_lightning.method.Method`, or the name of a preset in ``ctrak_lightning.methods``; by default
+            ``"concept_trak"``, in mode ``"inline"`` ``"inline_trak"``.
+        mode: ``"capture"`` traces all samples at a checkpoint, with passes through the network of its own, by any method.
+            ``"inline"`` keeps the per-sample gradients that the training steps compute anyway, at the timesteps that they
+            happened to draw, and seals the means at a checkpoint; see ``docs/inline.md`` for what it can and cannot do.
         every_n_epochs: trace at the end of every n-th epoch.
         every_n_train_steps: trace after every n-th optimizer step.
         at_end: trace when training ends, if that step has no trace yet.
@@ -70,8 +83,9 @@ class ConceptTracer(Callback):
     def __init__(
         self,
         dirpath: str,
-        method: Method | str = "concept_trak",
+        method: Method | str | None = None,
         *,
+        mode: Mode = "capture",
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
         at_end: bool = True,
@@ -105,11 +119,25 @@ class ConceptTracer(Callback):
                 f"`ConceptTracer(on_error={on_error!r})`: expected one of {get_args(OnError)}. HINT: 'warn' lets training go "
                 "on when a trace cannot be stored."
             )
+        if mode not in get_args(Mode):
+            raise MisconfigurationException(
+                f"`ConceptTracer(mode={mode!r})`: expected one of {get_args(Mode)}. HINT: 'capture' is the default."
+            )
+        if method is None:
+            method = "inline_trak" if mode == "inline" else "concept_trak"
         try:
             self.method = methods.by_name(method) if isinstance(method, str) else method
             self.projection = Projection(rank=rank, dim=dim, seed=seed)
         except ValueError as error:
             raise MisconfigurationException(f"`ConceptTracer`: {error}") from error
+        inline_method = isinstance(self.method.training_trajectory, InTraining)
+        if inline_method != (mode == "inline"):
+            raise MisconfigurationException(
+                f"`ConceptTracer(method={self.method.name!r}, mode={mode!r})`: the method's traces are on "
+                f"{self.method.training_trajectory}. HINT: InTraining() goes with mode='inline', as in methods.inline_trak(), "
+                "and every other trajectory with mode='capture'."
+            )
+        self.mode = mode
         self.dirpath = str(dirpath)
         self.every_n_epochs = every_n_epochs
         self.every_n_train_steps = every_n_train_steps
@@ -153,6 +181,8 @@ class ConceptTracer(Callback):
             resolve_task(pl_module)
         except TaskError as error:
             raise MisconfigurationException(f"`ConceptTracer`: {error}") from error
+        if self.mode == "inline":
+            refuse_what_inline_cannot_trace(trainer, pl_module)
         _check_writable(self.dirpath)
 
     @override
@@ -164,6 +194,30 @@ class ConceptTracer(Callback):
         if trainer.is_global_zero:
             self._capture = self._open(trainer, pl_module)
         trainer.strategy.barrier("ConceptTracer.on_train_start")
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(self._capture, InlineCapture):
+            self._capture.begin_step(batch)
+
+    @override
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        if isinstance(self._capture, InlineCapture):
+            try:
+                self._capture.before_backward(loss)
+            except GradientError as error:
+                raise MisconfigurationException(f'`ConceptTracer(mode="inline")`: {error}') from error
+
+    @override
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(self._capture, InlineCapture):
+            self._capture.after_backward(
+                step=trainer.global_step,
+                loss_scale=loss_scale(trainer),
+                skip_not_finite=grad_scaler(trainer) is not None,
+            )
 
     @override
     def on_train_batch_end(
@@ -192,11 +246,11 @@ class ConceptTracer(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         self._tell_untraced()
-        self._capture = None
+        self._close()
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._capture = None
+        self._close()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -206,6 +260,11 @@ class ConceptTracer(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._run_id = state_dict["run_id"]
         self._resumed = True
+
+    def _close(self) -> None:
+        if isinstance(self._capture, InlineCapture):
+            self._capture.detach()
+        self._capture = None
 
     def _trace(self, trainer: L.Trainer) -> None:
         failure = None
@@ -254,7 +313,8 @@ class ConceptTracer(Callback):
 
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Capture:
         task = resolve_task(pl_module)
-        capture = Capture(
+        kind = InlineCapture if self.mode == "inline" else Capture
+        capture = kind(
             self.dirpath,
             pl_module,
             task,
@@ -268,6 +328,8 @@ class ConceptTracer(Callback):
             progress=trainer.progress_bar_callback is not None,
         )
         self._reconcile(capture, trainer.global_step)
+        if isinstance(capture, InlineCapture):
+            capture.attach()
         self._run_id = capture.writer.run_id
         return capture
 
