@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ctrak_lightning.objective import (
+    ChannelProbe,
     ConceptDirection,
     Denoising,
     MeanOutput,
@@ -15,7 +16,8 @@ from ctrak_lightning.objective import (
 from ctrak_lightning.trajectory import Generated, InTraining, Inverted, Noised, Renoised, Trajectory
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    cls.__name__: cls for cls in (ConceptDirection, Denoising, MeanOutput, PosteriorSampling, SquaredNorm)
+    cls.__name__: cls
+    for cls in (ChannelProbe, ConceptDirection, Denoising, MeanOutput, PosteriorSampling, SquaredNorm)
 }
 TRAJECTORIES: dict[str, type[Trajectory]] = {
     cls.__name__: cls for cls in (Generated, InTraining, Inverted, Noised, Renoised)
