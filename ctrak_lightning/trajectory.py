@@ -123,6 +123,24 @@ class Inverted(Trajectory):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InTraining(Trajectory):
+    """The states that the training steps themselves drew, at random and under changing weights (training side only).
+
+    A trace is the mean over a sample's training steps since the last checkpoint. The loss is the steps' own, with whatever
+    weights and dropout it has, so that ``Denoising()`` stands for it. Which timesteps they were, the store says
+    (:meth:`ctrak_lightning.traces.Checkpoint.visits`).
+    """
+
+    def states(
+        self, task: Any, latents: Tensor, condition: Condition, sample_ids: Sequence[str], seed: int
+    ) -> Iterator[State]:
+        raise TypeError(
+            "InTraining() has no states of its own: they pass by while the model trains. HINT: ConceptTracer(mode='inline'), "
+            "or Noised() to make states."
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Generated(Trajectory):
     """The states of the very generation that made an image (queries only), evenly spaced.
 

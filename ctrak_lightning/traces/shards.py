@@ -9,7 +9,14 @@ import h5py
 import torch
 from torch import Tensor
 
-from ctrak_lightning.traces.arrays import corrupt, find_dataset, open_for_reading, read_array, write_array
+from ctrak_lightning.traces.arrays import (
+    corrupt,
+    find_dataset,
+    open_for_reading,
+    open_for_writing,
+    read_array,
+    write_array,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +59,7 @@ class Rows:
 
 def write_shard(path: Path, rows: Rows) -> None:
     """Write ``rows`` to a new HDF5 file; equal rows give equal bytes."""
-    with h5py.File(path, "w") as file:
+    with open_for_writing(path) as file:
         write_array(file, "features", rows.unit)
         write_array(file, "norm", rows.norm)
         write_array(file, "loss", rows.loss)
