@@ -7,6 +7,7 @@ from ctrak_lightning.objective import (
     ChannelProbe,
     ConceptDirection,
     Denoising,
+    Joint,
     MeanOutput,
     Objective,
     PosteriorSampling,
@@ -47,7 +48,7 @@ class Method:
             over the samples; ``"learning_rate"`` adds them, each times the learning rate it was made at (TracIn).
 
     Raises:
-        ValueError: no query term, an unknown normalisation or ensemble, or a damping that is not positive.
+        ValueError: no query term, sides with different numbers of objectives, an unknown normalisation or ensemble, or a damping that is not positive.
     """
 
     name: str
@@ -63,6 +64,12 @@ class Method:
     def __post_init__(self) -> None:
         if not self.query:
             raise ValueError(f"Method({self.name!r}, query=()): expected at least one Term.")
+        counts = {len(term.objective.parts) for term in self.query}
+        if counts != {len(self.training.parts)}:
+            raise ValueError(
+                f"Method({self.name!r}): the training side has {len(self.training.parts)} objectives and the terms of the query "
+                f"{sorted(counts)}; expected the same number everywhere. HINT: contrast(Joint(...)) for Joint(...)."
+            )
         if isinstance(self.damping, str):
             valid = self.damping == "agreement"
         else:
@@ -149,6 +156,8 @@ class Method:
 def _built(known: dict[str, Any], facts: dict[str, Any]) -> Any:
     arguments = dict(facts)
     name = arguments.pop("class")
+    if name == Joint.__name__ and known is OBJECTIVES:
+        return Joint(*(_built(known, part) for part in arguments["parts"]))
     if name not in known:
         raise ValueError(f"Method.from_dict: unknown class {name!r}. Known: {', '.join(sorted(known))}.")
     return known[name](**arguments)

@@ -56,6 +56,11 @@ class Objective(ABC):
     def cotangent(self, prediction: Prediction) -> Tensor:
         """The cotangent ``v`` [B, ...] with respect to ``prediction.e``."""
 
+    @property
+    def parts(self) -> "tuple[Objective, ...]":
+        """The objectives whose gradients are taken apart, normalised and sketched each on its own: this one alone."""
+        return (self,)
+
     def to_dict(self) -> dict[str, Any]:
         """The class and its arguments, as JSON values."""
         return {"class": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
@@ -142,6 +147,51 @@ class ConceptDirection(Objective):
                 "ConceptDirection needs the prediction under the other condition; it serves queries only."
             )
         return -2 * (prediction.e.detach() - prediction.reference) / _elements(prediction)
+
+
+class Joint(Objective):
+    """Several objectives from one forward pass: each is one vector-Jacobian product, normalised and sketched on its own.
+
+    The sketches are independent, so that inner products of features are the sum of the objectives' own, in expectation.
+
+    Args:
+        parts: two objectives or more.
+
+    Raises:
+        ValueError: fewer than two, or a Joint among them.
+    """
+
+    def __init__(self, *parts: Objective) -> None:
+        if len(parts) < 2 or any(isinstance(part, Joint) for part in parts):
+            raise ValueError(f"Joint{parts}: expected two objectives or more, none of them a Joint.")
+        self._parts = parts
+
+    @property
+    def parts(self) -> tuple[Objective, ...]:
+        return self._parts
+
+    @property
+    def needs_input_gradient(self) -> bool:  # type: ignore[override]
+        return any(part.needs_input_gradient for part in self._parts)
+
+    @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        return any(part.needs_reference for part in self._parts)
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        raise TypeError("Joint has no cotangent of its own. HINT: take those of its `parts`.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"class": "Joint", "parts": [part.to_dict() for part in self._parts]}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Joint) and self._parts == other._parts
+
+    def __hash__(self) -> int:
+        return hash(self._parts)
+
+    def __repr__(self) -> str:
+        return f"Joint({', '.join(map(repr, self._parts))})"
 
 
 @dataclass(frozen=True, slots=True)

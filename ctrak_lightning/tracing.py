@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,8 +70,8 @@ def _trace_rows(task: Any, tracer: GradientTracer, method: Method, encoded: Enco
     loss = torch.zeros(len(encoded.latents))
     for state in states:
         evaluation = _Evaluation(task, state, encoded.latents, encoded.condition, None)
-        row = evaluation.vjp(tracer, method.training)
-        features += normalised(row, tracer, method.normalisation)
+        rows = evaluation.vjps(tracer, method.training)
+        features += joined(rows, tracer, method.normalisation)
         loss += evaluation.denoising_loss() / len(states)
     return Trace(features, loss)
 
@@ -96,14 +97,16 @@ def trace_query(
     features = torch.zeros(len(x0), tracer.dim)
     strength = torch.zeros(len(x0))
     for state in states:
-        gradient = torch.zeros(len(x0), tracer.width)
+        gradients = [torch.zeros(len(x0), tracer.width) for _ in method.training.parts]
         predictions: dict[Side, Tensor] = {}
         for side in {_other(term.side) for term in method.query if term.objective.needs_reference}:
             with tracing_mode(tracer.module):
                 predictions[side] = _noise_prediction(task, state, conditions[side])
         for term in method.query:
-            gradient += term.weight * _term(task, tracer, term, state, x0, conditions, predictions)
-        features += normalised(gradient, tracer, method.normalisation)
+            rows = _term(task, tracer, term, state, x0, conditions, predictions)
+            for gradient, row in zip(gradients, rows, strict=True):
+                gradient += term.weight * row
+        features += joined(gradients, tracer, method.normalisation)
         strength += _relative_difference(predictions) / len(states)
     return QueryTrace(features, strength)
 
@@ -116,13 +119,13 @@ def _term(
     x0: Tensor,
     conditions: Mapping[Side, Condition],
     predictions: dict[Side, Tensor],
-) -> Tensor:
+) -> list[Tensor]:
     reference = predictions[_other(term.side)] if term.objective.needs_reference else None
     clean = x0 if state.x0 is None else state.x0
     evaluation = _Evaluation(task, state, clean, conditions[term.side], reference)
-    row = evaluation.vjp(tracer, term.objective)
+    rows = evaluation.vjps(tracer, term.objective)
     predictions[term.side] = evaluation.e
-    return row
+    return rows
 
 
 def _other(side: Side) -> Side:
@@ -139,8 +142,8 @@ class _Evaluation:
         self.e = torch.empty_like(x0)
         self.prediction: Prediction | None = None
 
-    def vjp(self, tracer: GradientTracer, objective: Objective) -> Tensor:
-        """``J^T v`` of the objective, projected but not sketched, [B, P] on the CPU."""
+    def vjps(self, tracer: GradientTracer, objective: Objective) -> list[Tensor]:
+        """``J^T v`` of the objective's parts, projected but not sketched, each [B, P] on the CPU."""
         x_t = self.state.x_t.detach().requires_grad_(objective.needs_input_gradient)
 
         def forward(rows: Tensor) -> Tensor:
@@ -152,14 +155,15 @@ class _Evaluation:
             self.prediction = Prediction(x, t, self.x0[rows], output, e, reference, schedule)
             return e
 
-        def cotangent(e: Tensor, rows: Tensor) -> Tensor:
+        def cotangent(part: Objective, e: Tensor, rows: Tensor) -> Tensor:
             assert self.prediction is not None
             self.e[rows] = e.detach().to(self.e)
-            return objective.cotangent(self.prediction)
+            return part.cotangent(self.prediction)
 
-        row: Tensor = tracer.vjps(forward, [cotangent], len(x_t), sketch=False)[0].cpu()
+        cotangents = [partial(cotangent, part) for part in objective.parts]
+        found = [row.cpu() for row in tracer.vjps(forward, cotangents, len(x_t), sketch=False)]
         self.prediction = None
-        return row
+        return found
 
     def denoising_loss(self) -> Tensor:
         """``mean((e - eps)^2)`` [B]."""
@@ -183,9 +187,14 @@ def _relative_difference(predictions: Mapping[Side, Tensor]) -> Tensor:
     return ratio
 
 
-def normalised(rows: Tensor, tracer: GradientTracer, normalisation: Normalisation) -> Tensor:
+def joined(rows: Sequence[Tensor], tracer: GradientTracer, normalisation: Normalisation) -> Tensor:
+    """Features [B, k] of the parts' rows, each [B, P], with a sketch of its own for each part."""
+    return torch.stack([normalised(row, tracer, normalisation, salt) for salt, row in enumerate(rows)]).sum(0)
+
+
+def normalised(rows: Tensor, tracer: GradientTracer, normalisation: Normalisation, salt: int = 0) -> Tensor:
     """Features [B, k] of rows [B, P]; what is all zero stays zero, so that a state without gradient counts for nothing."""
-    features = tracer.sketch(rows, unit_layers=normalisation == "layer")
+    features = tracer.sketch(rows, unit_layers=normalisation == "layer", salt=salt)
     if normalisation != "sample":
         return features
     norm = features.norm(dim=1, keepdim=True)

@@ -1,9 +1,18 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from ctrak_lightning import Method, methods
-from ctrak_lightning.objective import Denoising, SquaredNorm, Term
+from ctrak_lightning.objective import (
+    ChannelProbe,
+    Denoising,
+    Joint,
+    PosteriorSampling,
+    SquaredNorm,
+    Term,
+    contrast,
+)
 from ctrak_lightning.trajectory import Generated, InTraining, Noised
 
 
@@ -12,6 +21,21 @@ def test_a_method_survives_json(name: str) -> None:
     method = methods.by_name(name)
     assert method.name == name
     assert Method.from_dict(json.loads(json.dumps(method.to_dict()))) == method
+
+
+def test_joint_objectives_survive_json_and_need_the_same_number_on_both_sides() -> None:
+    joint = Joint(SquaredNorm(), ChannelProbe(2))
+    method = replace(methods.concept_trak(3), training=joint, query=contrast(joint))
+    again = Method.from_dict(json.loads(json.dumps(method.to_dict())))
+    assert again == method
+    assert again.training.parts == (SquaredNorm(), ChannelProbe(2))
+    assert again != replace(method, training=Joint(SquaredNorm(), ChannelProbe(3)))
+    assert Joint(SquaredNorm(), PosteriorSampling()).needs_input_gradient
+    assert not joint.needs_input_gradient
+    with pytest.raises(ValueError, match=r"training side has 2 objectives.*\[1\]"):
+        replace(method, query=contrast(SquaredNorm()))
+    with pytest.raises(ValueError, match="two objectives or more"):
+        Joint(SquaredNorm())
 
 
 def test_presets_with_the_same_traces_say_so() -> None:

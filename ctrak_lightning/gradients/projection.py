@@ -62,7 +62,7 @@ class BlockProjector:
         rank = projection.rank
         self._sizes = {name: min(rows, rank) * min(cols, rank) for name, (rows, cols) in shapes.items()}
         self._matrices: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
-        self._hashes: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._hashes: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
     @property
     def dim(self) -> int:
@@ -110,11 +110,11 @@ class BlockProjector:
             part.div_(torch.where(norm > 0, norm, torch.ones_like(norm)))
         return scaled
 
-    def sketch(self, joined: Tensor) -> Tensor:
-        """Joined blocks [B, P] as feature rows [B, k]."""
+    def sketch(self, joined: Tensor, salt: int = 0) -> Tensor:
+        """Joined blocks [B, P] as feature rows [B, k]; another salt gives another, independent sketch."""
         if self.projection.dim is None:
             return joined
-        buckets, signs = self._hash(joined.device)
+        buckets, signs = self._hash(joined.device, salt)
         return joined.new_zeros(len(joined), self.projection.dim).index_add_(1, buckets, joined * signs)
 
     def _parts(self, joined: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -130,17 +130,17 @@ class BlockProjector:
             rank
         )
 
-    def _hash(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _hash(self, device: torch.device, salt: int) -> tuple[Tensor, Tensor]:
         """Bucket and sign of each coordinate of the joined blocks; each block draws its own."""
-        if device not in self._hashes:
+        if (device, salt) not in self._hashes:
             buckets, signs = [], []
             for name in self.names:
-                generator = _generator(self.projection.seed, "sketch", name)
+                generator = _generator(self.projection.seed, "sketch", name, *([salt] if salt else []))
                 size = (self._sizes[name],)
                 buckets.append(torch.randint(self.dim, size, generator=generator))
                 signs.append(torch.randint(2, size, generator=generator).float() * 2 - 1)
-            self._hashes[device] = (torch.cat(buckets).to(device), torch.cat(signs).to(device))
-        return self._hashes[device]
+            self._hashes[device, salt] = (torch.cat(buckets).to(device), torch.cat(signs).to(device))
+        return self._hashes[device, salt]
 
 
 def _generator(*key: int | str) -> torch.Generator:

@@ -135,14 +135,23 @@ class GradientTracer:
         """Length P of a row before the sketch: all layers' projected gradients side by side."""
         return self._projector.width
 
-    def sketch(self, rows: Tensor, *, unit_layers: bool = False) -> Tensor:
+    def sketch(self, rows: Tensor, *, unit_layers: bool = False, salt: int = 0) -> Tensor:
         """Rows [B, P] of ``vjps(..., sketch=False)`` as features [B, k].
 
         Args:
             rows: the layers' projected gradients side by side; sums of such rows will do, since all is linear.
             unit_layers: first scale every layer's part of a row to norm 1, so that layers weigh the same.
+            salt: sketches of different salt are independent, so that several may be added.
+
+        Raises:
+            GradientError: another salt than 0 without a sketch, where sums of rows could not be told apart.
         """
-        return self._projector.sketch(self._projector.unit_blocks(rows) if unit_layers else rows)
+        if salt and self.projection.dim is None:
+            raise GradientError(
+                f"`GradientTracer.sketch(salt={salt})`: the projection has no sketch (dim=None), expected one, for several "
+                "objectives share a row. HINT: Projection(dim=4096)."
+            )
+        return self._projector.sketch(self._projector.unit_blocks(rows) if unit_layers else rows, salt)
 
     def step_recorder(self) -> StepRecorder:
         """A recorder of the same rows [B, P] from training steps, without passes of its own; its layers are this tracer's.

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ctrak_lightning import Method, methods
-from ctrak_lightning.objective import Denoising, MeanOutput, contrast
+from ctrak_lightning.objective import ChannelProbe, Denoising, Joint, MeanOutput, contrast
 from ctrak_lightning.trajectory import Noised
 from recipes.benchmarks.compare import Variant
 
 WITHOUT_KEYS_AND_VALUES = ("*attn1*", "*attn2.to_q*", "*attn2.to_out*")
 CROSS_ATTENTION = ("*attn2*",)
+PROBES = Joint(MeanOutput(), ChannelProbe(0), ChannelProbe(1), ChannelProbe(2))
 
 # Rows that are also asked about given images.
 GIVEN = (
@@ -19,6 +20,8 @@ GIVEN = (
     "concept_trak_cross_attention",
     "mean_output",
     "mean_output_cross_attention",
+    "probes",
+    "probes_cross_attention",
     "mean_output_without_keys_and_values",
     "concept_trak_paper",
     "trak",
@@ -48,6 +51,7 @@ def table_variants(
         "concept_trak": ours,
         "concept_trak_per_sample": replace(ours, normalisation="sample"),
         "mean_output": replace(ours, name="mean_output", training=MeanOutput(), query=contrast(MeanOutput())),
+        "probes": replace(ours, name="probes", training=PROBES, query=contrast(PROBES)),
         "concept_trak_paper": paper,
         "contrastive_trak": replace(
             ours,
@@ -80,7 +84,7 @@ def table_variants(
     across = [
         replace(row, name=f"{row.name}_cross_attention", layers=CROSS_ATTENTION)
         for row in rows
-        if row.name in ("concept_trak", "mean_output")
+        if row.name in ("concept_trak", "mean_output", "probes")
     ]
     overall = [
         replace(row, name=f"{row.name}_global", scope="global")

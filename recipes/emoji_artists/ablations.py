@@ -22,12 +22,15 @@ from ctrak_lightning.objective import (
     ChannelProbe,
     ConceptDirection,
     Denoising,
+    Joint,
     MeanOutput,
     PosteriorSampling,
+    SquaredNorm,
     Term,
     contrast,
 )
 from ctrak_lightning.trajectory import Inverted, Noised
+from recipes.benchmarks import variants as variants_of
 from recipes.benchmarks.compare import Variant, answers
 from recipes.benchmarks.tables import Table
 from recipes.emoji_artists import benchmark
@@ -51,6 +54,7 @@ GRID: tuple[float | None, ...] = (None, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 EFFECTIVE_SHARE = 0.25
 CROSS_ATTENTION = ("*attn2*",)
 PROBES = ("channel probe, contrast", "another channel probe", "a third channel probe")
+EVERY_PROBE = Joint(SquaredNorm(), *variants_of.PROBES.parts)
 # Rows whose standardised scores are averaged.
 AVERAGED = {
     "average: squared norm, channel probe": (REFERENCE, PROBES[0]),
@@ -97,6 +101,12 @@ def variants() -> list[Variant]:
         "no norm": replace(default, normalisation="none"),
         "mean output, contrast": replace(default, training=MeanOutput(), query=contrast(MeanOutput())),
         "channel probe, contrast": replace(default, training=ChannelProbe(), query=contrast(ChannelProbe())),
+        "joint: mean output, three channel probes": replace(
+            default, training=variants_of.PROBES, query=contrast(variants_of.PROBES)
+        ),
+        "joint: squared norm, mean output, three channel probes": replace(
+            default, training=EVERY_PROBE, query=contrast(EVERY_PROBE)
+        ),
         "denoising, contrast": denoising,
         "posterior sampling traces, denoising contrast": replace(denoising, training=PosteriorSampling()),
         "denoising traces, concept direction": replace(denoising, query=direction),

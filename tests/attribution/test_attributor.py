@@ -23,7 +23,16 @@ from ctrak_lightning import (
 from ctrak_lightning.attribution.solve import AGREEMENT_GRID
 from ctrak_lightning.capture import Capture
 from ctrak_lightning.errors import ConceptError, GradientError, StoreError, StoreMismatchError, TaskError
-from ctrak_lightning.objective import ConceptDirection, Prediction, Term
+from ctrak_lightning.objective import (
+    ChannelProbe,
+    ConceptDirection,
+    Denoising,
+    Joint,
+    Prediction,
+    SquaredNorm,
+    Term,
+    contrast,
+)
 from ctrak_lightning.rng import seeded_noise
 from ctrak_lightning.trajectory import Generated, Noised, Renoised, State
 
@@ -32,6 +41,7 @@ from ..toy import ToyData, ToyDiffusion
 RED = Concept("red", {"colour": "red", "shape": "bar"}, {"shape": "bar"})
 BAR = Concept("bar", {"colour": "red", "shape": "bar"}, {"colour": "red"})
 SAMPLER = Sampler(steps=6, guidance=2.0)
+JOINT = Joint(SquaredNorm(), ChannelProbe(1), Denoising())
 METHODS = {
     "concept_trak_paper": methods.concept_trak_paper(timesteps=2, inversion_steps=4, guidance=2.0),
     "concept_trak": methods.concept_trak(timesteps=2, damping=1.0),
@@ -42,6 +52,7 @@ METHODS = {
         methods.concept_trak_paper(timesteps=2, inversion_steps=4),
         query=(Term(ConceptDirection(), "present"), Term(ConceptDirection(), "absent")),
     ),
+    "joint": replace(methods.concept_trak(timesteps=2, damping=1.0), training=JOINT, query=contrast(JOINT)),
     "das": methods.das(timesteps=2),
     "das_absolute": methods.das(timesteps=2, absolute=True),
     "journey_trak": methods.journey_trak(timesteps=2),
@@ -95,8 +106,8 @@ def dense_scores(
     def load(index: int) -> None:
         module.load_state_dict(store.checkpoints[index].weights(), strict=False)
 
-    def unit(x: Tensor) -> Tensor:
-        features = tracer.sketch(x[None], unit_layers=method.normalisation == "layer")[0]
+    def unit(x: Tensor, salt: int) -> Tensor:
+        features = tracer.sketch(x[None], unit_layers=method.normalisation == "layer", salt=salt)[0]
         return features / features.norm() if method.normalisation == "sample" else features
 
     @torch.no_grad()
@@ -147,10 +158,13 @@ def dense_scores(
                         module, encoded.latents, encoded.condition, encoded.sample_ids, 0
                     )
                 )
-            parts = [
-                vjp(method.training, s.x_t, s.t, encoded.latents, encoded.condition, None) for s in states
-            ]
-            rows.append(sum(unit(part) for part in parts))
+            rows.append(
+                sum(
+                    unit(vjp(part, s.x_t, s.t, encoded.latents, encoded.condition, None), salt)
+                    for s in states
+                    for salt, part in enumerate(method.training.parts)
+                )
+            )
             each = [loss(state, encoded.latents, encoded.condition) for state in states]
             losses.append(sum(each) / len(each))
         if isinstance(method.query_trajectory, Renoised):
@@ -174,19 +188,20 @@ def dense_scores(
                     )
                     for side, other in (("present", "absent"), ("absent", "present"))
                 }
-            terms = [
-                term.weight
-                * vjp(
-                    term.objective,
-                    state.x_t,
-                    state.t,
-                    generation.latents if state.x0 is None else state.x0,
-                    sides[term.side],
-                    others[term.side],
-                )
-                for term in method.query
-            ]
-            query += unit(sum(terms))  # type: ignore[arg-type]
+            for salt in range(len(method.training.parts)):
+                terms = [
+                    term.weight
+                    * vjp(
+                        term.objective.parts[salt],
+                        state.x_t,
+                        state.t,
+                        generation.latents if state.x0 is None else state.x0,
+                        sides[term.side],
+                        others[term.side],
+                    )
+                    for term in method.query
+                ]
+                query += unit(sum(terms), salt)  # type: ignore[arg-type]
         phi, q = torch.stack(rows).double().numpy(), query.double().numpy()  # type: ignore[arg-type]
         inverse = np.eye(64)
         if method.damping is not None:

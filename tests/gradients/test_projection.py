@@ -63,7 +63,7 @@ def test_numbers_are_pinned() -> None:
     """Stores of earlier versions stay readable only while these stay."""
     projector = BlockProjector(Projection(rank=2, dim=7), {"layer": (3, 4)})
     left, right = projector.matrices("layer", CPU)
-    buckets, signs = projector._hash(CPU)
+    buckets, signs = projector._hash(CPU, 0)
     assert torch.allclose(left[0], torch.tensor(PINNED_LEFT), atol=1e-4)
     assert torch.allclose(right[0], torch.tensor(PINNED_RIGHT), atol=1e-4)
     assert (buckets.tolist(), signs.tolist()) == PINNED_SKETCH
