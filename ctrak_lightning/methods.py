@@ -80,8 +80,12 @@ def trak(timesteps: int = 10, damping: Damping = 1.0) -> Method:
 def inline_trak(
     timesteps: int = 10, damping: Damping = "agreement", normalisation: Normalisation = "layer"
 ) -> Method:
-    """For ``ConceptTracer(mode="inline")``: the gradients that training itself computed, asked as :func:`concept_trak` asks,
-    with the denoising loss on both sides.
+    """For ``ConceptTracer(mode="inline")``: the gradients that training itself computed, asked with Concept-TRAK's concept
+    direction on the noised image.
+
+    (A difference of denoising gradients at a generation's own states is mostly the absent condition's error there, since the
+    present one made the image.) Much weaker than :func:`concept_trak` on EmojiArtists, as all denoising gradients are; see
+    ``docs/inline.md``.
 
     Args:
         timesteps: states per query; on the training side they are as many as training steps saw the sample.
@@ -92,8 +96,8 @@ def inline_trak(
         name="inline_trak",
         training=Denoising(),
         training_trajectory=InTraining(),
-        query=contrast(Denoising()),
-        query_trajectory=Generated(timesteps=timesteps),
+        query=(Term(ConceptDirection()),),
+        query_trajectory=Noised(timesteps=timesteps),
         normalisation=normalisation,
         damping=damping,
     )
