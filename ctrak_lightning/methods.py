@@ -83,8 +83,7 @@ def inline_trak(
     """For ``ConceptTracer(mode="inline")``: the gradients that training itself computed, asked with Concept-TRAK's concept
     direction on the noised image.
 
-    (A difference of denoising gradients at a generation's own states is mostly the absent condition's error there, since the
-    present one made the image.) Much weaker than :func:`concept_trak` on EmojiArtists, as all denoising gradients are; see
+    It found far less than :func:`concept_trak` on EmojiArtists, and its query was picked there, with labels; see
     ``docs/inline.md``.
 
     Args:
