@@ -80,11 +80,10 @@ def trak(timesteps: int = 10, damping: Damping = 1.0) -> Method:
 def inline_trak(
     timesteps: int = 10, damping: Damping = "agreement", normalisation: Normalisation = "layer"
 ) -> Method:
-    """For ``ConceptTracer(mode="inline")``: the gradients that training itself computed, asked with Concept-TRAK's concept
-    direction on the noised image.
+    """For ``ConceptTracer(mode="inline")``: the gradients that training itself computed, asked as :func:`concept_trak` asks:
+    the same objective, the denoising loss, on both sides, under the present less the absent condition.
 
-    It found far less than :func:`concept_trak` on EmojiArtists, and its query was picked there, with labels; see
-    ``docs/inline.md``.
+    Denoising traces rank worse than the default's in the benchmarks; see ``docs/inline.md``.
 
     Args:
         timesteps: states per query; on the training side they are as many as training steps saw the sample.
@@ -95,8 +94,8 @@ def inline_trak(
         name="inline_trak",
         training=Denoising(),
         training_trajectory=InTraining(),
-        query=(Term(ConceptDirection()),),
-        query_trajectory=Noised(timesteps=timesteps),
+        query=contrast(Denoising()),
+        query_trajectory=Generated(timesteps=timesteps),
         normalisation=normalisation,
         damping=damping,
     )
