@@ -107,6 +107,9 @@ def variants() -> list[Variant]:
         "joint: squared norm, mean output, three channel probes": replace(
             default, training=EVERY_PROBE, query=contrast(EVERY_PROBE)
         ),
+        "whole image, D-TRAK": methods.d_trak(TIMESTEPS),
+        "whole image, TRAK": methods.trak(TIMESTEPS),
+        "whole image, DAS": methods.das(TIMESTEPS),
         "denoising, contrast": denoising,
         "posterior sampling traces, denoising contrast": replace(denoising, training=PosteriorSampling()),
         "denoising traces, concept direction": replace(denoising, query=direction),
@@ -233,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", default=None, help="names of rows; all by default")
     parser.add_argument("--runs", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--suffix", default="", help="of the results' file names, for a table of its own")
     args = parser.parse_args(argv)
     chosen = [row for row in variants() if args.rows is None or row.name in args.rows]
     if not chosen:
@@ -259,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if set(parts) <= set(found):
                 table.add(name, {"": measure(torch.stack([found[part] for part in parts]).mean(0))}, "")
     command = f"python -m recipes.emoji_artists.ablations --seeds {' '.join(map(str, args.seeds))}"
+    command += f" --suffix {args.suffix}" if args.suffix else ""
     command += "".join(f' "{row}"' if i else f' --rows "{row}"' for i, row in enumerate(args.rows or []))
     facts = {
         "command": command,
@@ -266,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "retrained": len(outcomes.names),
     }
     head = f"`{command}`; {facts['machine']}; {facts['retrained']} retrained models, training seeds 0 and 1 averaged."
-    print(table.write(args.results / "ablations", facts, head))
+    print(table.write(args.results / f"ablations{args.suffix}", facts, head))
 
 
 if __name__ == "__main__":

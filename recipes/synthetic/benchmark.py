@@ -100,7 +100,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=None, help="rows of the table; all by default")
     parser.add_argument("--runs", type=Path, default=Path("runs/synthetic"))
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--suffix", default="", help="of the results' file names, for a table of its own")
     args = parser.parse_args()
+    name = f"benchmark_{args.variant}{args.suffix}"
     honest: dict[str, list[dict[str, Tensor]]] = {}
     grids: dict[str, list[dict[str, dict[str, Tensor]]]] = {}
     for seed in args.seeds:
@@ -132,27 +134,28 @@ def main() -> None:
     seeds = " ".join(map(str, args.seeds))
     facts = {
         "command": f"python -m recipes.synthetic.benchmark --variant {args.variant} --seeds {seeds}"
-        + (f" --methods {' '.join(args.methods)}" if args.methods else ""),
+        + (f" --methods {' '.join(args.methods)}" if args.methods else "")
+        + (f" --suffix {args.suffix}" if args.suffix else ""),
         "machine": f"{platform.machine()}, torch {torch.__version__}",
         "queries_per_combination": QUERIES[args.variant],
         "rows": {name: summarised(per_seed, grids[name]) for name, per_seed in honest.items()},
     }
-    (args.results / f"benchmark_{args.variant}.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    (args.results / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
     rows = facts["rows"]
     assert isinstance(rows, dict)
     keys = [key for key in next(iter(rows.values())) if key.startswith(MEASURE[args.variant])]
     bars(
-        args.results / f"benchmark_{args.variant}.png",
+        args.results / f"{name}.png",
         rows,
         keys,
         f"Synthetic, {args.variant}: mean, 95 % interval; blue: best damping by the metric itself",
-        ours=("concept_trak", "concept_trak, swapped"),
+        ours=("mean_output", "probes", "concept_trak"),
     )
     lines = [
         f"`{facts['command']}`; {facts['machine']}; {facts['queries_per_combination']} verified queries a combination."
     ]
     text = "\n".join([*lines, NOTE, "", *markdown(rows, list(next(iter(rows.values()))))]) + "\n"
-    (args.results / f"benchmark_{args.variant}.md").write_text(text, "utf-8")
+    (args.results / f"{name}.md").write_text(text, "utf-8")
     print(text)
 
 
