@@ -100,7 +100,10 @@ def variants() -> list[Variant]:
         "norm per sample": replace(default, normalisation="sample"),
         "no norm": replace(default, normalisation="none"),
         "mean output, contrast": replace(default, training=MeanOutput(), query=contrast(MeanOutput())),
-        "channel probe, contrast": replace(default, training=ChannelProbe(), query=contrast(ChannelProbe())),
+        **{
+            name: replace(default, training=ChannelProbe(seed), query=contrast(ChannelProbe(seed)))
+            for seed, name in enumerate(PROBES)
+        },
         "joint: mean output, three channel probes": replace(
             default, training=variants_of.PROBES, query=contrast(variants_of.PROBES)
         ),
@@ -238,9 +241,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--suffix", default="", help="of the results' file names, for a table of its own")
     args = parser.parse_args(argv)
-    chosen = [row for row in variants() if args.rows is None or row.name in args.rows]
-    if not chosen:
-        raise ValueError(f"--rows {args.rows}: none known. Known: {[row.name for row in variants()]}.")
+    rows = {row.name: row for row in variants()}
+    if unknown := sorted(set(args.rows or []) - set(rows)):
+        raise ValueError(f"ablations(--rows): unknown {unknown}. Known: {list(rows)}.")
+    chosen = [row for name, row in rows.items() if args.rows is None or name in args.rows]
     data, outcomes = EmojiArtists("new"), Outcomes.load("labelled", args.results)
     asked = questions(data.held_out)
     table = Table(COLUMNS)
