@@ -38,6 +38,7 @@ class Capture:
         dtype: of the stored rows, ``"float32"`` or ``"float16"`` (each row also has a float32 norm).
         thumbnails: store small images for reports, where the task can decode.
         device: where batches are moved to.
+        rows_at_once: samples per forward pass at most; None takes whole batches.
 
     Raises:
         StoreMismatchError: the folder holds traces of another method, projection, model or data set.
@@ -59,11 +60,12 @@ class Capture:
         dtype: Literal["float32", "float16"] = "float32",
         thumbnails: bool = True,
         device: torch.device | str = "cpu",
+        rows_at_once: int | None = None,
         progress: bool = True,
     ) -> None:
         self.owner, self.task, self.batches, self.method, self.tracer = owner, task, batches, method, tracer
         self.seed, self.device, self.progress = seed, torch.device(device), progress
-        self._row_limit = RowLimit()
+        self._row_limit = RowLimit(rows_at_once)
         self._warn_of_parameters_outside()
         table, latent_shape = self._survey(thumbnails)
         header = StoreHeader(

@@ -54,7 +54,8 @@ class ConceptTracer(Callback):
         layers: name patterns (``"*attn2*"``) of the denoiser's layers to trace; None traces all that train.
         rank: of the two-sided projection of each layer.
         dim: length of a trace; None keeps all projected values.
-        batch_size: samples per forward pass; None takes the training loader's.
+        batch_size: samples per forward pass; None takes half of the training loader's, with which a capture needs less memory
+            than a training step.
         dtype: of stored rows, ``"float32"`` or ``"float16"``.
         thumbnails: store small images for reports.
         seed: of the projection and of the trajectories' noise.
@@ -325,6 +326,7 @@ class ConceptTracer(Callback):
             dtype=self.dtype,
             thumbnails=self.thumbnails,
             device=pl_module.device,
+            rows_at_once=self.batch_size or _half_batch(trainer),
             progress=trainer.progress_bar_callback is not None,
         )
         self._reconcile(capture, trainer.global_step)
@@ -369,6 +371,12 @@ class ConceptTracer(Callback):
         return DataLoader(
             loader.dataset, batch_size=self.batch_size or loader.batch_size or 1, collate_fn=loader.collate_fn
         )
+
+
+def _half_batch(trainer: L.Trainer) -> int | None:
+    """Half of the training loader's batch size, where there is one loader that has one."""
+    size = getattr(trainer.train_dataloader, "batch_size", None)
+    return max(1, size // 2) if isinstance(size, int) else None
 
 
 def _skipped(trainer: L.Trainer) -> bool:

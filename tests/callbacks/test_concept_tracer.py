@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ctrak_lightning import Encoded, TraceStore, methods
@@ -170,6 +170,27 @@ def test_traces_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
         fit(ToyDiffusion(), [tracer(tmp_path / str(size), batch_size=size)], max_epochs=1)
         stores.append(TraceStore(tmp_path / str(size) / "traces").checkpoints[0].features())
     assert (stores[0] - stores[1]).norm() <= 1e-5 * stores[1].norm()
+
+
+@pytest.mark.parametrize(("given", "most"), [(None, 2), (1, 1), (3, 3)])
+def test_a_forward_pass_has_half_of_a_training_batch_or_what_is_asked(
+    tmp_path: Path, given: int | None, most: int
+) -> None:
+    class Whole(ToyData):
+        def trace_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(self.toys, 12)
+
+    module = ToyDiffusion()
+    seen: list[int] = []
+
+    def note(denoiser: nn.Module, args: tuple[Any, ...]) -> None:
+        if not denoiser.training:
+            seen.append(len(args[0]))
+
+    module.denoiser.register_forward_pre_hook(note)
+    fit(module, [tracer(tmp_path, batch_size=given)], data=Whole(batch_size=4), max_epochs=1)
+    assert max(seen) == most
+    assert len(TraceStore(tmp_path / "traces")) == 12
 
 
 def test_stored_weights_are_those_of_the_step(tmp_path: Path) -> None:
