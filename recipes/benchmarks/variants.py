@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ctrak_lightning import Method, methods
-from ctrak_lightning.objective import ChannelProbe, Denoising, Joint, MeanOutput, contrast
+from ctrak_lightning.objective import Denoising, MeanOutput, contrast
 from ctrak_lightning.trajectory import Noised
 from recipes.benchmarks.compare import Variant
 
 WITHOUT_KEYS_AND_VALUES = ("*attn1*", "*attn2.to_q*", "*attn2.to_out*")
 CROSS_ATTENTION = ("*attn2*",)
-PROBES = Joint(MeanOutput(), ChannelProbe(0), ChannelProbe(1), ChannelProbe(2))
 
 # Rows that are also asked about given images.
 GIVEN = (
@@ -20,8 +19,8 @@ GIVEN = (
     "concept_trak_cross_attention",
     "mean_output",
     "mean_output_cross_attention",
-    "probes",
-    "probes_cross_attention",
+    "concept_probes",
+    "concept_probes_cross_attention",
     "mean_output_without_keys_and_values",
     "concept_trak_paper",
     "trak",
@@ -51,7 +50,7 @@ def table_variants(
         "concept_trak": ours,
         "concept_trak_per_sample": replace(ours, normalisation="sample"),
         "mean_output": replace(ours, name="mean_output", training=MeanOutput(), query=contrast(MeanOutput())),
-        "probes": replace(ours, name="probes", training=PROBES, query=contrast(PROBES)),
+        "concept_probes": methods.concept_probes(timesteps),
         "concept_trak_paper": paper,
         "contrastive_trak": replace(
             ours,
@@ -84,7 +83,7 @@ def table_variants(
     across = [
         replace(row, name=f"{row.name}_cross_attention", layers=CROSS_ATTENTION)
         for row in rows
-        if row.name in ("concept_trak", "mean_output", "probes")
+        if row.name in ("concept_trak", "mean_output", "concept_probes")
     ]
     overall = [
         replace(row, name=f"{row.name}_global", scope="global")

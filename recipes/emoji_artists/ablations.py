@@ -30,7 +30,6 @@ from ctrak_lightning.objective import (
     contrast,
 )
 from ctrak_lightning.trajectory import Inverted, Noised
-from recipes.benchmarks import variants as variants_of
 from recipes.benchmarks.compare import Variant, answers
 from recipes.benchmarks.tables import Table
 from recipes.emoji_artists import benchmark
@@ -54,7 +53,7 @@ GRID: tuple[float | None, ...] = (None, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 EFFECTIVE_SHARE = 0.25
 CROSS_ATTENTION = ("*attn2*",)
 PROBES = ("channel probe, contrast", "another channel probe", "a third channel probe")
-EVERY_PROBE = Joint(SquaredNorm(), *variants_of.PROBES.parts)
+EVERY_PROBE = Joint(SquaredNorm(), *methods.concept_probes().training.parts)
 # Rows whose standardised scores are averaged.
 AVERAGED = {
     "average: squared norm, channel probe": (REFERENCE, PROBES[0]),
@@ -105,7 +104,7 @@ def variants() -> list[Variant]:
             for seed, name in enumerate(PROBES)
         },
         "joint: mean output, three channel probes": replace(
-            default, training=variants_of.PROBES, query=contrast(variants_of.PROBES)
+            methods.concept_probes(TIMESTEPS), query_trajectory=plain
         ),
         "joint: squared norm, mean output, three channel probes": replace(
             default, training=EVERY_PROBE, query=contrast(EVERY_PROBE)

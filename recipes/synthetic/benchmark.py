@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--variant", choices=list(VARIANTS), default="paper")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--methods", nargs="+", default=None, help="rows of the table; all by default")
+    parser.add_argument("--counters", nargs="+", choices=COUNTER_CONDITIONS, default=list(COUNTER_CONDITIONS))
     parser.add_argument("--runs", type=Path, default=Path("runs/synthetic"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--suffix", default="", help="of the results' file names, for a table of its own")
@@ -110,7 +111,7 @@ def main() -> None:
         run = train(folder, args.variant, seed)
         asked = questions(run, QUERIES[args.variant])
         table = table_variants(TIMESTEPS, tuple(run.facts["checkpoints"]), args.methods)
-        for counter in COUNTER_CONDITIONS:
+        for counter in args.counters:
             case = Case(
                 folder=folder,
                 module=run.module,
@@ -135,6 +136,7 @@ def main() -> None:
     facts = {
         "command": f"python -m recipes.synthetic.benchmark --variant {args.variant} --seeds {seeds}"
         + (f" --methods {' '.join(args.methods)}" if args.methods else "")
+        + (f" --counters {' '.join(args.counters)}" if len(args.counters) < len(COUNTER_CONDITIONS) else "")
         + (f" --suffix {args.suffix}" if args.suffix else ""),
         "machine": f"{platform.machine()}, torch {torch.__version__}",
         "queries_per_combination": QUERIES[args.variant],
@@ -149,7 +151,7 @@ def main() -> None:
         rows,
         keys,
         f"Synthetic, {args.variant}: mean, 95 % interval; blue: best damping by the metric itself",
-        ours=("mean_output", "probes", "concept_trak"),
+        ours=("concept_probes", "concept_trak"),
     )
     lines = [
         f"`{facts['command']}`; {facts['machine']}; {facts['queries_per_combination']} verified queries a combination."

@@ -53,6 +53,7 @@ METHODS = {
         query=(Term(ConceptDirection(), "present"), Term(ConceptDirection(), "absent")),
     ),
     "joint": replace(methods.concept_trak(timesteps=2, damping=1.0), training=JOINT, query=contrast(JOINT)),
+    "concept_probes": methods.concept_probes(timesteps=2, damping=1.0, channel_probes=1),
     "das": methods.das(timesteps=2),
     "das_absolute": methods.das(timesteps=2, absolute=True),
     "journey_trak": methods.journey_trak(timesteps=2),
