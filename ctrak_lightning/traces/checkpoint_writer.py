@@ -15,7 +15,7 @@ from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreError
 from ctrak_lightning.traces.atomic import FileRecord, make_folder, write_atomically
 from ctrak_lightning.traces.kernel import gram, write_kernel
 from ctrak_lightning.traces.schema import CheckpointRecord, StoreHeader
-from ctrak_lightning.traces.shards import Rows, read_column, read_shard, write_shard
+from ctrak_lightning.traces.shards import Rows, read_column, read_shard, stored_unit, write_shard
 
 Commit = Callable[[CheckpointRecord, dict[str, FileRecord]], None]
 
@@ -193,8 +193,8 @@ class CheckpointWriter:
         wide = features.double()
         norm = wide.norm(dim=1).float()
         self._refuse_rows(indices, ~norm.isfinite(), "features whose norm is beyond float32")
-        unit = (wide / norm.double()[:, None]).to(getattr(torch, self._header.dtype))
-        return Rows(index=indices.clone(), unit=unit, norm=norm, loss=loss.clone())
+        unit, scale = stored_unit(wide / norm.double()[:, None], self._header.dtype)
+        return Rows(index=indices.clone(), unit=unit, scale=scale, norm=norm, loss=loss.clone())
 
     def _seal_shard(self) -> None:
         rows, rest = Rows.concatenate(self._buffer).split(self._shard_rows)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ctrak_lightning.traces.arrays import corrupt, find_dataset, open_for_reading, read_array, write_array
 
+_INT8_MAX = 127
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
@@ -19,7 +21,9 @@ class Rows:
     index: Tensor
     """Position of each sample in the sample table, int64 [n]."""
     unit: Tensor
-    """Features divided by their norm, [n, k]: float16 overflows at 65504, a unit-norm row never does."""
+    """Features divided by their norm and by ``scale``, [n, k], in the dtype of the store."""
+    scale: Tensor
+    """What a stored row is multiplied by to have unit norm, float32 [n]; 1 unless the store is int8."""
     norm: Tensor
     """Norm of the features, float32 [n]."""
     loss: Tensor
@@ -29,31 +33,42 @@ class Rows:
         return self.index.shape[0]
 
     def features(self) -> Tensor:
-        """The features with their scale, float32 [n, k]."""
-        return self.unit.float() * self.norm[:, None]
+        """The features as they were captured, up to the rounding of the store, float32 [n, k]."""
+        return self.unit.float() * (self.scale * self.norm)[:, None]
 
     def split(self, n: int) -> tuple[Rows, Rows]:
         """The first ``n`` rows, and the others."""
-        fields = ("index", "unit", "norm", "loss")
-        first = Rows(**{name: getattr(self, name)[:n] for name in fields})
+        first = Rows(**{name: getattr(self, name)[:n] for name in _FIELDS})
         # Cloned, so that a few rows left over do not keep the whole batch in memory.
-        return first, Rows(**{name: getattr(self, name)[n:].clone() for name in fields})
+        return first, Rows(**{name: getattr(self, name)[n:].clone() for name in _FIELDS})
 
     @staticmethod
     def concatenate(parts: list[Rows]) -> Rows:
         """All rows of ``parts``, in order."""
-        return Rows(
-            index=torch.cat([part.index for part in parts]),
-            unit=torch.cat([part.unit for part in parts]),
-            norm=torch.cat([part.norm for part in parts]),
-            loss=torch.cat([part.loss for part in parts]),
-        )
+        return Rows(**{name: torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS})
+
+
+_FIELDS = ("index", "unit", "scale", "norm", "loss")
+
+
+def stored_unit(unit: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """Unit-norm rows [n, k] as a store of ``dtype`` keeps them [n, k], and the scale of each row, float32 [n].
+
+    float16 overflows at 65504, which a unit-norm row never reaches. int8 rows are symmetric: the entry of the largest
+    magnitude becomes 127 or -127, so that no entry is off by more than half of ``scale``.
+    """
+    if dtype != "int8":
+        return unit.to(getattr(torch, dtype)), torch.ones(len(unit))
+    scale = (unit.abs().amax(1) / _INT8_MAX).float()
+    rounded = (unit / scale.to(unit.dtype)[:, None]).round().clamp(-_INT8_MAX, _INT8_MAX)
+    return rounded.to(torch.int8), scale
 
 
 def write_shard(path: Path, rows: Rows) -> None:
     """Write ``rows`` to a new HDF5 file; equal rows give equal bytes."""
     with h5py.File(path, "w") as file:
         write_array(file, "features", rows.unit)
+        write_array(file, "scale", rows.scale)
         write_array(file, "norm", rows.norm)
         write_array(file, "loss", rows.loss)
         write_array(file, "index", rows.index)
@@ -70,13 +85,16 @@ def read_shard(path: Path, *, dim: int, dtype: str, max_rows: int, samples: int)
         rows = Rows(
             index=read_array(file, path, "index", (n,), "int64"),
             unit=read_array(file, path, "features", (n, dim), dtype),
+            scale=read_array(file, path, "scale", (n,), "float32"),
             norm=read_array(file, path, "norm", (n,), "float32"),
             loss=read_array(file, path, "loss", (n,), "float32"),
         )
     _check_index(rows.index, path, samples)
     # HDF5 reads a chunk that was never written as zeros, and the writer refuses zero rows.
-    if not bool((rows.norm.isfinite() & (rows.norm > 0)).all()):
-        raise corrupt(path, "norm has values that are not positive and finite")
+    for name in ("norm", "scale"):
+        values = getattr(rows, name)
+        if not bool((values.isfinite() & (values > 0)).all()):
+            raise corrupt(path, f"{name} has values that are not positive and finite")
     return rows
 
 
