@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.traces.arrays import corrupt, find_dataset, open_for_reading, read_array, write_array
+from ctrak_lightning.traces.row_array import RowArray, find_rows, write_rows
 
 _INT8_MAX = 127
 
@@ -67,35 +68,53 @@ def stored_unit(unit: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
 def write_shard(path: Path, rows: Rows) -> None:
     """Write ``rows`` to a new HDF5 file; equal rows give equal bytes."""
     with h5py.File(path, "w") as file:
-        write_array(file, "features", rows.unit)
-        write_array(file, "scale", rows.scale)
-        write_array(file, "norm", rows.norm)
-        write_array(file, "loss", rows.loss)
-        write_array(file, "index", rows.index)
+        write_rows(file, "features", rows.unit)
+        for name in ("scale", "norm", "loss", "index"):
+            write_array(file, name, getattr(rows, name), chunk_rows=len(rows))
 
 
-def read_shard(path: Path, *, dim: int, dtype: str, max_rows: int, samples: int) -> Rows:
-    """Read a shard of at most ``max_rows`` rows of ``dim`` features, of a table of ``samples`` samples.
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A shard whose columns were read and checked, and whose features have not been."""
+
+    columns: dict[str, Tensor]
+    """``index``, ``scale``, ``norm`` and ``loss``, each [n]."""
+    array: RowArray
+
+    def __len__(self) -> int:
+        return self.array.shape[0]
+
+    def read(self, start: int, stop: int, into: Tensor | None = None) -> Rows:
+        """Rows ``start`` to ``stop``, their features in the memory of ``into`` if given; see :meth:`RowArray.read`."""
+        columns = {name: values[start:stop] for name, values in self.columns.items()}
+        return Rows(unit=self.array.read(start, stop, into), **columns)
+
+
+def open_shard(path: Path, *, dim: int, dtype: str, max_rows: int, samples: int) -> Shard:
+    """The shard at ``path``: at most ``max_rows`` rows of ``dim`` features, of a table of ``samples`` samples.
 
     Raises:
         CorruptStoreError: The file is damaged, or holds other shapes or impossible values.
     """
     with open_for_reading(path) as file:
         n = _row_count(file, path, max_rows)
-        rows = Rows(
-            index=read_array(file, path, "index", (n,), "int64"),
-            unit=read_array(file, path, "features", (n, dim), dtype),
-            scale=read_array(file, path, "scale", (n,), "float32"),
-            norm=read_array(file, path, "norm", (n,), "float32"),
-            loss=read_array(file, path, "loss", (n,), "float32"),
-        )
-    _check_index(rows.index, path, samples)
-    # HDF5 reads a chunk that was never written as zeros, and the writer refuses zero rows.
+        columns = {
+            name: read_array(file, path, name, (n,), "int64" if name == "index" else "float32")
+            for name in ("index", "scale", "norm", "loss")
+        }
+        array = find_rows(file, path, "features", (n, dim), dtype)
+    _check_index(columns["index"], path, samples)
     for name in ("norm", "scale"):
-        values = getattr(rows, name)
-        if not bool((values.isfinite() & (values > 0)).all()):
+        # HDF5 reads a chunk that was never written as zeros, and the writer refuses zero rows.
+        if not bool((columns[name].isfinite() & (columns[name] > 0)).all()):
             raise corrupt(path, f"{name} has values that are not positive and finite")
-    return rows
+    return Shard(columns=columns, array=array)
+
+
+def read_shard(path: Path, *, dim: int, dtype: str, max_rows: int, samples: int) -> Rows:
+    """All rows of a shard; see :func:`open_shard`."""
+    shard = open_shard(path, dim=dim, dtype=dtype, max_rows=max_rows, samples=samples)
+    return shard.read(0, len(shard))
 
 
 def read_column(path: Path, name: str, dtype: str, *, max_rows: int) -> Tensor:

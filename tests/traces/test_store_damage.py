@@ -17,6 +17,7 @@ from store_builder import Capture, make_table
 
 from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.traces import IncompleteStoreWarning, TraceStore
+from ctrak_lightning.traces.row_array import row_sums
 
 SHARD = "checkpoint-00000300/rank0-00001.h5"
 FILES = ["samples.h5", SHARD, "checkpoint-00000600/kernel.h5", "checkpoint-00000600/weights.safetensors"]
@@ -86,7 +87,8 @@ def test_reading_a_flipped_shard_raises(path: Path, column: str) -> None:
         values = file[column][:]
     flip(path / SHARD, values)
     checkpoint = TraceStore(path).checkpoints[0]
-    with pytest.raises(CorruptStoreError, match=f"{SHARD}: HDF5 reports.*HINT"):
+    found = "features of row [0-3] are not" if column == "features" else "HDF5 reports"
+    with pytest.raises(CorruptStoreError, match=f"{SHARD}: {found}.*HINT"):
         checkpoint.features()
     with pytest.raises(CorruptStoreError, match=SHARD):
         list(checkpoint.shards())
@@ -142,6 +144,17 @@ def make_virtual(file: h5py.File) -> None:
         replace("features", np.ones((3, 6), "f4")),
         replace("features", np.ones((4, 6), "f2")),
         replace("features", np.ones(24, "f4")),
+        replace("features", np.ones((4, 6), "f4")),
+        lambda file: (file.__delitem__("features"), file.create_dataset("features", (4, 6), "f4")),
+        lambda file: file.__setitem__("checksum", file.pop("checksum")[:] + 1),
+        lambda file: (
+            file.move("features", "old"),
+            file.create_dataset("features", data=file["old"][:], chunks=(2, 6)),
+        ),
+        lambda file: (
+            file.move("features", "old"),
+            file.create_dataset("features", (4, 6), "f4", external=[("rank0-00000.h5", 0, 96)]),
+        ),
         replace("index", np.array([0, 1, 2, 10])),
         replace("index", np.array([0, 1, 2, -1])),
         replace("index", np.array([0, 0, 1, 2])),
@@ -353,3 +366,18 @@ def test_text_that_is_no_manifest(victim: tuple[Path, bytes, list[torch.Tensor]]
     (path / "manifest.json").write_bytes(text)
     with pytest.raises(CorruptStoreError, match=r"manifest\.json.*HINT"):
         TraceStore(path)
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 24, 27])
+def test_every_flipped_bit_changes_the_checksum_of_its_row_alone(width: int) -> None:
+    rows = np.random.default_rng(width).integers(0, 256, (3, width), dtype=np.uint8)
+    before = row_sums(rows)
+    for bit in range(8 * width):
+        rows[1, bit // 8] ^= 1 << bit % 8
+        assert (row_sums(rows) != before).tolist() == [False, True, False]
+        rows[1, bit // 8] ^= 1 << bit % 8
+
+
+def test_the_checksum_of_a_row_is_the_sum_of_its_words_and_last_bytes() -> None:
+    rows = np.array([[*(255,) * 8, 2, *(0,) * 7, 3, 4], [*(0,) * 18]], dtype=np.uint8)
+    assert row_sums(rows).tolist() == [(2**64 - 1 + 2 + 3 + 4) % 2**64, 0]
