@@ -4,6 +4,7 @@ from ctrak_lightning import methods
 from ctrak_lightning.attribution import Attribution, Attributor, Concept
 from ctrak_lightning.capture import Capture
 from ctrak_lightning.gradients import GradientTracer, Projection
+from ctrak_lightning.inline import InlineCapture
 from ctrak_lightning.method import Method
 from ctrak_lightning.parameterization import NoiseSchedule
 from ctrak_lightning.task import DiffusionTask, Encoded
@@ -20,6 +21,7 @@ __all__ = [
     "DiffusionTask",
     "Encoded",
     "GradientTracer",
+    "InlineCapture",
     "Method",
     "NoiseSchedule",
     "Projection",

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ctrak_lightning.errors import DatasetChangedError, GradientError
 from ctrak_lightning.fingerprint import content_hashes, model_fingerprint, trained_parameters
 from ctrak_lightning.gradients import GradientTracer, UntracedParameterWarning, tracing_mode
+from ctrak_lightning.memory import RowLimit
 from ctrak_lightning.method import Method
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.task import Encoded, encode
@@ -23,6 +24,8 @@ THUMBNAIL = 64
 
 class Capture:
     """Traces every sample of a data set, as often as asked, into one store.
+
+    Where memory is short, batches go through the network in smaller parts (:class:`~ctrak_lightning.memory.RowLimit`).
 
     Args:
         path: the store's folder.
@@ -60,6 +63,7 @@ class Capture:
     ) -> None:
         self.owner, self.task, self.batches, self.method, self.tracer = owner, task, batches, method, tracer
         self.seed, self.device, self.progress = seed, torch.device(device), progress
+        self._row_limit = RowLimit()
         self._warn_of_parameters_outside()
         table, latent_shape = self._survey(thumbnails)
         header = StoreHeader(
@@ -101,8 +105,10 @@ class Capture:
                     self._check_ids(encoded, position)
                     done = min(max(checkpoint.rows_done - position, 0), rows)
                     if done < rows:
-                        rest = _tail(encoded, done)
-                        trace = trace_batch(self.task, self.tracer, self.method, rest, self.seed)
+                        rest = encoded.rows(done)
+                        trace = trace_batch(
+                            self.task, self.tracer, self.method, rest, self.seed, self._row_limit
+                        )
                         indices = torch.arange(position + done, position + rows)
                         checkpoint.append(indices, trace.features, trace.loss)
                     position += rows
@@ -177,15 +183,6 @@ def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
         return type(batch)(_to(value, device) for value in batch)
     return batch
-
-
-def _tail(encoded: Encoded, start: int) -> Encoded:
-    return Encoded(
-        latents=encoded.latents[start:],
-        condition={name: value[start:] for name, value in encoded.condition.items()},
-        sample_ids=encoded.sample_ids[start:],
-        metadata={name: values[start:] for name, values in encoded.metadata.items()},
-    )
 
 
 def _thumbnails(images: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ctrak_lightning.objective import (
+    ChannelProbe,
     ConceptDirection,
     Denoising,
     MeanOutput,
@@ -12,13 +13,14 @@ from ctrak_lightning.objective import (
     SquaredNorm,
     Term,
 )
-from ctrak_lightning.trajectory import Generated, Inverted, Noised, Renoised, Trajectory
+from ctrak_lightning.trajectory import Generated, InTraining, Inverted, Noised, Renoised, Trajectory
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    cls.__name__: cls for cls in (ConceptDirection, Denoising, MeanOutput, PosteriorSampling, SquaredNorm)
+    cls.__name__: cls
+    for cls in (ChannelProbe, ConceptDirection, Denoising, MeanOutput, PosteriorSampling, SquaredNorm)
 }
 TRAJECTORIES: dict[str, type[Trajectory]] = {
-    cls.__name__: cls for cls in (Generated, Inverted, Noised, Renoised)
+    cls.__name__: cls for cls in (Generated, InTraining, Inverted, Noised, Renoised)
 }
 Normalisation = Literal["none", "sample", "layer"]
 Ensemble = Literal["standardised", "learning_rate"]
@@ -78,6 +80,18 @@ class Method:
             raise ValueError(
                 f"Method({self.name!r}): {type(self.training_trajectory).__name__}() is a query trajectory; training images "
                 "have no states."
+            )
+        if isinstance(self.query_trajectory, InTraining):
+            raise ValueError(
+                f"Method({self.name!r}): InTraining() is a training trajectory; a query takes part in no training step."
+            )
+        if isinstance(self.training_trajectory, InTraining) and (
+            self.training != Denoising() or self.residual
+        ):
+            raise ValueError(
+                f"Method({self.name!r}, training={self.training}, residual={self.residual}): training steps have the gradient "
+                "of the training loss and no loss of a single sample; expected training=Denoising() and residual=False with "
+                "InTraining()."
             )
 
     @property

@@ -14,7 +14,7 @@ from ctrak_lightning.objective import (
     Term,
     contrast,
 )
-from ctrak_lightning.trajectory import Generated, Inverted, Noised, Renoised
+from ctrak_lightning.trajectory import Generated, InTraining, Inverted, Noised, Renoised
 
 
 def concept_trak(
@@ -77,6 +77,28 @@ def trak(timesteps: int = 10, damping: Damping = 1.0) -> Method:
     return _whole_image("trak", Denoising(), timesteps, damping)
 
 
+def inline_trak(
+    timesteps: int = 10, damping: Damping = "agreement", normalisation: Normalisation = "layer"
+) -> Method:
+    """For ``ConceptTracer(mode="inline")``: the gradients that training itself computed, asked as :func:`concept_trak` asks,
+    with the denoising loss on both sides.
+
+    Args:
+        timesteps: states per query; on the training side they are as many as training steps saw the sample.
+        damping: see :class:`~ctrak_lightning.method.Method`.
+        normalisation: of each training step's gradient, before the steps' mean is taken.
+    """
+    return Method(
+        name="inline_trak",
+        training=Denoising(),
+        training_trajectory=InTraining(),
+        query=contrast(Denoising()),
+        query_trajectory=Generated(timesteps=timesteps),
+        normalisation=normalisation,
+        damping=damping,
+    )
+
+
 def das(timesteps: int = 10, damping: Damping = 1.0, absolute: bool = False) -> Method:
     """DAS (arXiv 2410.18639): the mean output's gradient, unit-normalised per timestep; a sample's score is multiplied by its
     denoising loss.
@@ -127,6 +149,7 @@ def _whole_image(name: str, objective: Objective, timesteps: int, damping: Dampi
 PRESETS: dict[str, Callable[..., Method]] = {
     "concept_trak": concept_trak,
     "concept_trak_paper": concept_trak_paper,
+    "inline_trak": inline_trak,
     "trak": trak,
     "d_trak": d_trak,
     "das": das,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.parameterization import NoiseSchedule
+from ctrak_lightning.rng import seeded_noise
 
 Side = Literal["present", "absent"]
 
@@ -92,6 +93,26 @@ class MeanOutput(Objective):
     def cotangent(self, prediction: Prediction) -> Tensor:
         e = prediction.e.detach()
         return (e.sign() if self.absolute else torch.ones_like(e)) / _elements(prediction)
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelProbe(Objective):
+    """``mean(w e)`` with one standard normal weight per channel, the same at every position, for every sample and timestep.
+
+    Inner products of ``J^T w`` are an estimate of the empirical tangent kernel (Jacot et al. 2018, arXiv 1806.07572) of the
+    output's mean colour: :class:`MeanOutput` is the probe whose weights are all 1.
+
+    Args:
+        seed: of the weights.
+    """
+
+    seed: int = 0
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        e = prediction.e.detach()
+        shape = (e.shape[1], *[1] * (e.dim() - 2))
+        weights = seeded_noise(shape, self.seed, 0, "channel probe").to(e)
+        return weights.expand_as(e) / _elements(prediction)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,13 @@
 """Randomness that leaves the surrounding program's own untouched."""
 
+import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -25,3 +27,10 @@ def isolated_rng(seed: int) -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+def seeded_noise(shape: Sequence[int], seed: int, timestep: int, key: str) -> Tensor:
+    """Standard normal noise (float32, CPU) that depends on these arguments alone."""
+    digest = hashlib.sha256(f"{seed}/{timestep}/{key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(tuple(shape), generator=generator)

@@ -46,6 +46,16 @@ class Encoded:
                 "HINT: `encode(batch)` must return one row of each per image."
             )
 
+    def rows(self, start: int, stop: int | None = None) -> "Encoded":
+        """The same of consecutive rows only."""
+        part = slice(start, stop)
+        return Encoded(
+            latents=self.latents[part],
+            condition={name: value[part] for name, value in self.condition.items()},
+            sample_ids=self.sample_ids[part],
+            metadata={name: values[part] for name, values in self.metadata.items()},
+        )
+
 
 class DiffusionTask:
     """What a LightningModule must offer to be traced. Inherit from it (before ``LightningModule``) for the defaults.
@@ -58,6 +68,8 @@ class DiffusionTask:
     - ``condition(spec, n) -> dict[str, Tensor]``: the condition of a concept's ``present`` or ``absent`` (a mapping of
       attributes, or a prompt), repeated ``n`` times; what the spec does not name is dropped, so ``{}`` is the null condition;
     - ``predict(x_t, t, condition)``: the network's output; the default calls ``denoiser`` as diffusers' models are called;
+    - ``sample_ids(batch) -> list[str]``: the ids that ``encode(batch)`` gives, optional, for tasks whose ``encode`` is dear (a
+      VAE): tracing inside training steps asks for the ids of every batch;
     - ``decode(latents)``: images [B, 3, H, W] in [0, 1], optional, for thumbnails and reports;
     - ``known_attributes()``: the values each attribute of a spec may take, optional, for error messages.
     """

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.gradients import GradientTracer, tracing_mode
+from ctrak_lightning.memory import RowLimit
 from ctrak_lightning.method import Method, Normalisation
 from ctrak_lightning.objective import Objective, Prediction, Side, Term
 from ctrak_lightning.task import Condition, Encoded, select
@@ -32,7 +33,14 @@ class QueryTrace:
     strength: Tensor
 
 
-def trace_batch(task: Any, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int) -> Trace:
+def trace_batch(
+    task: Any,
+    tracer: GradientTracer,
+    method: Method,
+    encoded: Encoded,
+    seed: int,
+    row_limit: RowLimit | None = None,
+) -> Trace:
     """The training side: one forward pass and one or two vector-Jacobian products per state (``method.training``).
 
     Args:
@@ -41,7 +49,19 @@ def trace_batch(task: Any, tracer: GradientTracer, method: Method, encoded: Enco
         method: what to trace.
         encoded: the batch.
         seed: of the trajectory's noise.
+        row_limit: how many rows at once; what memory taught it is kept there. None starts with all.
+
+    Raises:
+        GradientError: there is no memory for a single sample.
     """
+    parts = (row_limit or RowLimit()).run(
+        len(encoded.latents),
+        lambda start, stop: _trace_rows(task, tracer, method, encoded.rows(start, stop), seed),
+    )
+    return Trace(torch.cat([part.features for part in parts]), torch.cat([part.loss for part in parts]))
+
+
+def _trace_rows(task: Any, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int) -> Trace:
     with tracing_mode(tracer.module), torch.no_grad():
         trajectory = method.training_trajectory
         states = list(trajectory.states(task, encoded.latents, encoded.condition, encoded.sample_ids, seed))
@@ -50,7 +70,7 @@ def trace_batch(task: Any, tracer: GradientTracer, method: Method, encoded: Enco
     for state in states:
         evaluation = _Evaluation(task, state, encoded.latents, encoded.condition, None)
         row = evaluation.vjp(tracer, method.training)
-        features += _normalised(row, tracer, method.normalisation)
+        features += normalised(row, tracer, method.normalisation)
         loss += evaluation.denoising_loss() / len(states)
     return Trace(features, loss)
 
@@ -83,7 +103,7 @@ def trace_query(
                 predictions[side] = _noise_prediction(task, state, conditions[side])
         for term in method.query:
             gradient += term.weight * _term(task, tracer, term, state, x0, conditions, predictions)
-        features += _normalised(gradient, tracer, method.normalisation)
+        features += normalised(gradient, tracer, method.normalisation)
         strength += _relative_difference(predictions) / len(states)
     return QueryTrace(features, strength)
 
@@ -163,7 +183,7 @@ def _relative_difference(predictions: Mapping[Side, Tensor]) -> Tensor:
     return ratio
 
 
-def _normalised(rows: Tensor, tracer: GradientTracer, normalisation: Normalisation) -> Tensor:
+def normalised(rows: Tensor, tracer: GradientTracer, normalisation: Normalisation) -> Tensor:
     """Features [B, k] of rows [B, P]; what is all zero stays zero, so that a state without gradient counts for nothing."""
     features = tracer.sketch(rows, unit_layers=normalisation == "layer")
     if normalisation != "sample":

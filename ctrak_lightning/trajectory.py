@@ -1,6 +1,5 @@
 """Which states ``(x_t, t)`` of a sample are used: noised, inverted, or those of the generation itself."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctrak_lightning.rng import seeded_noise
 from ctrak_lightning.task import Condition
 
 
@@ -123,6 +123,24 @@ class Inverted(Trajectory):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InTraining(Trajectory):
+    """The states that the training steps themselves drew, at random and under changing weights (training side only).
+
+    A trace is the mean over a sample's training steps since the last checkpoint. The loss is the steps' own, with whatever
+    weights and dropout it has, so that ``Denoising()`` stands for it. Which timesteps they were, the store says
+    (:meth:`ctrak_lightning.traces.Checkpoint.visits`).
+    """
+
+    def states(
+        self, task: Any, latents: Tensor, condition: Condition, sample_ids: Sequence[str], seed: int
+    ) -> Iterator[State]:
+        raise TypeError(
+            "InTraining() has no states of its own: they pass by while the model trains. HINT: ConceptTracer(mode='inline'), "
+            "or Noised() to make states."
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Generated(Trajectory):
     """The states of the very generation that made an image (queries only), evenly spaced.
 
@@ -203,13 +221,6 @@ class Sampler:
             alpha_bar = schedule.final_alpha_bar if last else float(schedule.alpha_bar[grid[i + 1]])
             x = alpha_bar**0.5 * x0_hat + (1 - alpha_bar) ** 0.5 * e
         return Generation(states, x)
-
-
-def seeded_noise(shape: Sequence[int], seed: int, timestep: int, key: str) -> Tensor:
-    """Standard normal noise (float32, CPU) that depends on these arguments alone."""
-    digest = hashlib.sha256(f"{seed}/{timestep}/{key}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(tuple(shape), generator=generator)
 
 
 def _guided_output(

@@ -52,7 +52,11 @@ def write_callback(folder: Path, name: str = "concept_tracer.yaml") -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run: ``ctrak fit`` with the callback's YAML as a second ``--config``."""
     folder = tmp_path_factory.mktemp("run")
-    config, callback = write_config(folder), write_callback(folder)
+    fit(write_config(folder), write_callback(folder))
+    return folder
+
+
+def fit(config: Path, callback: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -63,7 +67,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return folder
+
+
+def test_the_yaml_of_the_inline_mode(tmp_path: Path) -> None:
+    fit(write_config(tmp_path), write_callback(tmp_path, "concept_tracer_inline.yaml"))
+    store = TraceStore(tmp_path / "traces")
+    assert store.header.method["name"] == "inline_trak"
+    visits = store.checkpoints[0].visits()
+    assert visits is not None
+    assert visits.counts.tolist() == [2] * 12
 
 
 def test_fit_attaches_the_callback_from_its_yaml(run: Path) -> None:

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from ctrak_lightning import Method, methods
-from ctrak_lightning.objective import SquaredNorm, Term
-from ctrak_lightning.trajectory import Generated, Noised
+from ctrak_lightning.objective import Denoising, SquaredNorm, Term
+from ctrak_lightning.trajectory import Generated, InTraining, Noised
 
 
 @pytest.mark.parametrize("name", list(methods.PRESETS))
@@ -25,7 +25,7 @@ def test_presets_with_the_same_traces_say_so() -> None:
 
 def test_concept_methods_look_at_the_absent_condition_and_whole_image_methods_do_not() -> None:
     seeing = {name for name in methods.PRESETS if methods.by_name(name).sees_absent}
-    assert seeing == {"concept_trak", "concept_trak_paper"}
+    assert seeing == {"concept_trak", "concept_trak_paper", "inline_trak"}
 
 
 def test_unknown_names_and_classes_are_refused() -> None:
@@ -58,3 +58,10 @@ def test_a_method_that_cannot_work_is_refused() -> None:
         Method(**good, query=(Term(SquaredNorm()),), normalisation=True)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="query trajectory"):
         Method(**(good | {"training_trajectory": Generated()}), query=(Term(SquaredNorm()),))  # type: ignore[arg-type]
+    inline = good | {"training_trajectory": InTraining(), "query": (Term(Denoising()),)}
+    with pytest.raises(ValueError, match=r"training=SquaredNorm\(\).*expected training=Denoising"):
+        Method(**inline)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="residual=True"):
+        Method(**(inline | {"training": Denoising()}), residual=True)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"InTraining\(\) is a training trajectory"):
+        Method(**(good | {"query_trajectory": InTraining()}), query=(Term(SquaredNorm()),))  # type: ignore[arg-type]

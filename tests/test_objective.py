@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.objective import (
+    ChannelProbe,
     ConceptDirection,
     Denoising,
     MeanOutput,
@@ -93,6 +94,24 @@ def test_mean_output_is_the_gradient_of_das_output_functions(kind: str, absolute
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_channel_probe_weighs_channels_alike_everywhere(kind: str) -> None:
+    s = Setting(kind)
+    found = s.vjp(ChannelProbe(seed=3))
+    ones = torch.zeros_like(s.x_t)
+    single = []
+    for channel in range(s.x_t.shape[1]):
+        ones.zero_()[:, channel] = 1
+        only = ones.clone()
+        single.append(s.loss_gradient(lambda only=only: per_sample_mean(s.e(s.present) * only)))  # type: ignore[misc]
+    # one weight per channel explains the gradient wholly, and another seed's are others
+    basis = torch.stack(single, 1).double()
+    weights = torch.linalg.lstsq(basis, found.double()[:, None]).solution
+    close((basis @ weights).squeeze(1).to(found), found)
+    assert weights.flatten().std() > 0.1
+    assert not torch.allclose(s.vjp(ChannelProbe(seed=4)), found, rtol=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_posterior_sampling_is_the_gradient_of_concept_traks_training_loss(kind: str) -> None:
     s = Setting(kind)
 
@@ -152,9 +171,9 @@ def test_posterior_sampling_points_at_the_sample() -> None:
     assert distance() < before
 
 
-def test_concept_direction_needs_the_absent_condition() -> None:
+def test_concept_direction_needs_the_other_condition() -> None:
     s = Setting("epsilon")
     output = s.task.predict(s.x_t, s.t, s.present)
     prediction = Prediction(s.x_t, s.t, s.x0, output, output, None, s.task.noise_schedule)
-    with pytest.raises(ValueError, match="absent condition"):
+    with pytest.raises(ValueError, match="other condition"):
         ConceptDirection().cotangent(prediction)

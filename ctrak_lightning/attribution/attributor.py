@@ -22,12 +22,14 @@ from ctrak_lightning.attribution.solve import (
 from ctrak_lightning.errors import GradientError, StoreMismatchError
 from ctrak_lightning.fingerprint import model_fingerprint
 from ctrak_lightning.gradients import GradientTracer, Projection, tracing_mode
+from ctrak_lightning.memory import RowLimit
 from ctrak_lightning.method import Damping, Method
+from ctrak_lightning.objective import Side
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.task import Condition, Spec, resolve_task
 from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.traces.schema import differences
-from ctrak_lightning.tracing import trace_query, warn_if_faint
+from ctrak_lightning.tracing import QueryTrace, trace_query, warn_if_faint
 from ctrak_lightning.trajectory import (
     Generated,
     Generation,
@@ -65,7 +67,7 @@ class Attributor:
             frozen ones must be those of the traced run.
         method: how to ask; by default as the store was made. Its training side must be the store's.
         sampler: how images are generated.
-        batch_size: queries per forward pass.
+        batch_size: queries per forward pass; fewer where memory is short (:class:`~ctrak_lightning.memory.RowLimit`).
         progress: show a progress bar.
 
     Raises:
@@ -89,7 +91,7 @@ class Attributor:
         self.store = store if isinstance(store, TraceStore) else TraceStore(store)
         self.method = method or Method.from_dict(self.store.header.method)
         self.sampler = sampler or Sampler()
-        self.batch_size = batch_size
+        self._row_limit = RowLimit(batch_size)
         self.progress = progress
         self._owner: nn.Module = module if isinstance(module, nn.Module) else self.task.denoiser
         self._trained = sorted(self.store.checkpoints[0].weights())
@@ -274,14 +276,18 @@ class Attributor:
         shape = self.store.header.dataset["latent_shape"]
         like = next(self.task.denoiser.parameters())
         noise = torch.stack([seeded_noise(shape, seed, 0, "generation") for seed in seeds]).to(like)
-        parts: list[Generation] = []
-        with self._borrowed(), tracing_mode(self._owner), torch.no_grad():
+        bar = tqdm(total=len(specs), desc="generate", disable=not self.progress)
+
+        def generated(start: int, stop: int) -> Generation:
+            condition = self._condition(specs[start:stop])
+            null = self.task.condition({}, stop - start)
+            made = self.sampler.run(self.task, noise[start:stop], condition, null)
+            bar.update(stop - start)
+            return made
+
+        with self._borrowed(), tracing_mode(self._owner), torch.no_grad(), bar:
             self._load(-1)
-            batches = torch.arange(len(specs)).split(self.batch_size)
-            for rows in tqdm(batches, desc="generate", disable=not self.progress):
-                condition = self._condition([specs[i] for i in rows.tolist()])
-                null = self.task.condition({}, len(rows))
-                parts.append(self.sampler.run(self.task, noise[rows], condition, null))
+            parts = self._row_limit.run(len(specs), generated)
         states = [_joined([part.states[i] for part in parts]) for i in range(len(parts[0].states))]
         return Generation(states, torch.cat([part.latents for part in parts]))
 
@@ -320,20 +326,20 @@ class Attributor:
     ) -> tuple[Tensor, Tensor]:
         self._load(index)
         tracer = self._gradient_tracer()
-        features, strengths = [], []
-        for rows in torch.arange(len(concepts)).split(self.batch_size):
-            part = [concepts[i] for i in rows.tolist()]
+
+        def traced(start: int, stop: int) -> QueryTrace:
+            rows, part = torch.arange(start, stop), concepts[start:stop]
             with torch.no_grad():
-                conditions = {
+                conditions: dict[Side, Condition] = {
                     "present": self._condition([concept.present for concept in part]),
                     "absent": self._condition([concept.absent for concept in part]),
                 }
             x0 = generation.latents[rows]
             states = self._states(method.query_trajectory, generation, rows, x0, conditions["present"])
-            trace = trace_query(self.task, tracer, method, states, x0, conditions)  # type: ignore[arg-type]
-            features.append(trace.features)
-            strengths.append(trace.strength)
-        return torch.cat(features), torch.cat(strengths)
+            return trace_query(self.task, tracer, method, states, x0, conditions)
+
+        traces = self._row_limit.run(len(concepts), traced)
+        return torch.cat([t.features for t in traces]), torch.cat([t.strength for t in traces])
 
     def _states(
         self,

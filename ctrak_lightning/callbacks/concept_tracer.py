@@ -3,22 +3,33 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from ctrak_lightning import methods
+from ctrak_lightning.callbacks.inline import (
+    grad_scaler,
+    loss_scale,
+    refuse_what_inline_cannot_trace,
+)
 from ctrak_lightning.capture import Capture
-from ctrak_lightning.errors import TaskError
+from ctrak_lightning.errors import GradientError, StoreError, StoreMismatchError, TaskError
 from ctrak_lightning.gradients import GradientTracer, Projection
+from ctrak_lightning.inline import InlineCapture
 from ctrak_lightning.method import Method
 from ctrak_lightning.task import resolve_task
+from ctrak_lightning.trajectory import InTraining
+
+Mode = Literal["capture", "inline"]
+OnError = Literal["raise", "warn"]
 
 
 class ConceptTracer(Callback):
@@ -32,7 +43,11 @@ class ConceptTracer(Callback):
 
     Args:
         dirpath: the store's folder.
-        method: a :class:`~ctrak_lightning.method.Method`, or the name of a preset in ``ctrak_lightning.methods``.
+        method: a :class:`~ctrak_lightning.method.Method`, or the name of a preset in ``ctrak_lightning.methods``; by default
+            ``"concept_trak"``, in mode ``"inline"`` ``"inline_trak"``.
+        mode: ``"capture"`` traces all samples at a checkpoint, with passes through the network of its own, by any method.
+            ``"inline"`` keeps the per-sample gradients that the training steps compute anyway, at the timesteps that they
+            happened to draw, and seals the means at a checkpoint; see ``docs/inline.md`` for what it can and cannot do.
         every_n_epochs: trace at the end of every n-th epoch.
         every_n_train_steps: trace after every n-th optimizer step.
         at_end: trace when training ends, if that step has no trace yet.
@@ -43,10 +58,20 @@ class ConceptTracer(Callback):
         dtype: of stored rows, ``"float32"``, ``"float16"`` or ``"int8"`` (a quarter of the size; the ranking keeps).
         thumbnails: store small images for reports.
         seed: of the projection and of the trajectories' noise.
+        on_error: what becomes of training when a trace cannot be stored, because the disk is full, say. ``"warn"``, the
+            default: days of training are worth more than one checkpoint's traces, so training goes on as if the callback
+            were not there; the first failure is told at once and all steps without a trace when training ends, and the
+            next checkpoint is tried again. ``"raise"`` stops training with the StoreError, where a gap in the record is
+            worse than a lost run. What was sealed before stays either way. A store that cannot be opened when training
+            starts, and a caller's mistake (another data set, a gradient that is not finite), always raise.
 
     Raises:
         MisconfigurationException: an argument out of range; a module that is no DiffusionTask; a sharded strategy; a folder
             that cannot be written, or that holds the traces of another run.
+        StoreError: a trace cannot be stored, under ``on_error="raise"``.
+
+    Warns:
+        UserWarning: steps have no trace, under ``on_error="warn"``.
 
     Example::
 
@@ -58,8 +83,9 @@ class ConceptTracer(Callback):
     def __init__(
         self,
         dirpath: str,
-        method: Method | str = "concept_trak",
+        method: Method | str | None = None,
         *,
+        mode: Mode = "capture",
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
         at_end: bool = True,
@@ -70,6 +96,7 @@ class ConceptTracer(Callback):
         dtype: Literal["float32", "float16", "int8"] = "float32",
         thumbnails: bool = True,
         seed: int = 0,
+        on_error: OnError = "warn",
     ) -> None:
         super().__init__()
         for name, value in {
@@ -87,11 +114,30 @@ class ConceptTracer(Callback):
                 "`ConceptTracer(at_end=False)` without every_n_epochs and every_n_train_steps would never trace. "
                 "HINT: set one of the three, or override should_trace."
             )
+        if on_error not in get_args(OnError):
+            raise MisconfigurationException(
+                f"`ConceptTracer(on_error={on_error!r})`: expected one of {get_args(OnError)}. HINT: 'warn' lets training go "
+                "on when a trace cannot be stored."
+            )
+        if mode not in get_args(Mode):
+            raise MisconfigurationException(
+                f"`ConceptTracer(mode={mode!r})`: expected one of {get_args(Mode)}. HINT: 'capture' is the default."
+            )
+        if method is None:
+            method = "inline_trak" if mode == "inline" else "concept_trak"
         try:
             self.method = methods.by_name(method) if isinstance(method, str) else method
             self.projection = Projection(rank=rank, dim=dim, seed=seed)
         except ValueError as error:
             raise MisconfigurationException(f"`ConceptTracer`: {error}") from error
+        inline_method = isinstance(self.method.training_trajectory, InTraining)
+        if inline_method != (mode == "inline"):
+            raise MisconfigurationException(
+                f"`ConceptTracer(method={self.method.name!r}, mode={mode!r})`: the method's traces are on "
+                f"{self.method.training_trajectory}. HINT: InTraining() goes with mode='inline', as in methods.inline_trak(), "
+                "and every other trajectory with mode='capture'."
+            )
+        self.mode = mode
         self.dirpath = str(dirpath)
         self.every_n_epochs = every_n_epochs
         self.every_n_train_steps = every_n_train_steps
@@ -101,6 +147,8 @@ class ConceptTracer(Callback):
         self.dtype = dtype
         self.thumbnails = thumbnails
         self.seed = seed
+        self.on_error = on_error
+        self._untraced: dict[int, int] = {}  # step: epoch
         self._capture: Capture | None = None
         self._last_step = 0
         self._run_id: str | None = None
@@ -133,6 +181,8 @@ class ConceptTracer(Callback):
             resolve_task(pl_module)
         except TaskError as error:
             raise MisconfigurationException(f"`ConceptTracer`: {error}") from error
+        if self.mode == "inline":
+            refuse_what_inline_cannot_trace(trainer, pl_module)
         _check_writable(self.dirpath)
 
     @override
@@ -140,9 +190,34 @@ class ConceptTracer(Callback):
         if _skipped(trainer):
             return
         self._last_step = trainer.global_step
+        self._untraced = {}
         if trainer.is_global_zero:
             self._capture = self._open(trainer, pl_module)
         trainer.strategy.barrier("ConceptTracer.on_train_start")
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(self._capture, InlineCapture):
+            self._capture.begin_step(batch)
+
+    @override
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        if isinstance(self._capture, InlineCapture):
+            try:
+                self._capture.before_backward(loss)
+            except GradientError as error:
+                raise MisconfigurationException(f'`ConceptTracer(mode="inline")`: {error}') from error
+
+    @override
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(self._capture, InlineCapture):
+            self._capture.after_backward(
+                step=trainer.global_step,
+                loss_scale=loss_scale(trainer),
+                skip_not_finite=grad_scaler(trainer) is not None,
+            )
 
     @override
     def on_train_batch_end(
@@ -164,16 +239,18 @@ class ConceptTracer(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not _skipped(trainer) and self.at_end:
             self._trace(trainer)
+        self._tell_untraced()
 
     @override
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        self._capture = None
+        self._tell_untraced()
+        self._close()
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._capture = None
+        self._close()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -184,16 +261,60 @@ class ConceptTracer(Callback):
         self._run_id = state_dict["run_id"]
         self._resumed = True
 
+    def _close(self) -> None:
+        if isinstance(self._capture, InlineCapture):
+            self._capture.detach()
+        self._capture = None
+
     def _trace(self, trainer: L.Trainer) -> None:
+        failure = None
         if self._capture is not None and trainer.global_step not in self._capture.writer.sealed_steps:
-            optimizers = trainer.optimizers
-            learning_rate = float(optimizers[0].param_groups[0]["lr"]) if optimizers else None
-            self._capture.run(trainer.global_step, epoch=trainer.current_epoch, learning_rate=learning_rate)
-        trainer.strategy.barrier("ConceptTracer.trace")
+            try:
+                self._run(self._capture, trainer)
+            except StoreMismatchError:
+                raise
+            except StoreError as error:
+                failure = error
+        # Decided by all: a process that went on alone would wait for the others for ever. Also the barrier.
+        failed = trainer.strategy.reduce_boolean_decision(failure is not None, all=False)
+        if failed and self.on_error == "raise":
+            raise failure or StoreError(
+                "The process of rank 0 could not store a trace. HINT: see its own error."
+            )
+        if failure is not None:
+            self._note_untraced(trainer.global_step, trainer.current_epoch, failure)
+
+    def _run(self, capture: Capture, trainer: L.Trainer) -> None:
+        optimizers = trainer.optimizers
+        learning_rate = float(optimizers[0].param_groups[0]["lr"]) if optimizers else None
+        step = trainer.global_step
+        # When training ends the epoch counts one more; a second attempt at a step goes on with the first one's rows.
+        epoch = self._untraced.get(step, trainer.current_epoch)
+        capture.run(step, epoch=epoch, learning_rate=learning_rate)
+        self._untraced.pop(step, None)
+
+    def _note_untraced(self, step: int, epoch: int, error: StoreError) -> None:
+        if not self._untraced:
+            rank_zero_warn(
+                f"ConceptTracer(dirpath={self.dirpath!r}): step {step} has no trace: {error} Training goes on, the next "
+                "checkpoint is tried again, and all steps without a trace are told when training ends. HINT: "
+                '`on_error="raise"` stops training instead.'
+            )
+        self._untraced.setdefault(step, epoch)
+
+    def _tell_untraced(self) -> None:
+        if self._untraced:
+            rank_zero_warn(
+                f"ConceptTracer(dirpath={self.dirpath!r}): steps {list(self._untraced)} have no trace, because it could not be "
+                "stored. The traces of the other steps are intact. HINT: scores will not know of these steps; resume from "
+                "a checkpoint before them to make up for it."
+            )
+            self._untraced = {}
 
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Capture:
         task = resolve_task(pl_module)
-        capture = Capture(
+        kind = InlineCapture if self.mode == "inline" else Capture
+        capture = kind(
             self.dirpath,
             pl_module,
             task,
@@ -207,6 +328,8 @@ class ConceptTracer(Callback):
             progress=trainer.progress_bar_callback is not None,
         )
         self._reconcile(capture, trainer.global_step)
+        if isinstance(capture, InlineCapture):
+            capture.attach()
         self._run_id = capture.writer.run_id
         return capture
 

@@ -98,13 +98,13 @@ class LinearLayer(Layer):
         if weight is None:
             projected = right.expand(len(positions), 1)
         elif bias is None:
-            projected = positions.float() @ weight
+            projected = _sided(positions.float(), weight)
         else:
             projected = torch.addmm(bias, positions.float(), weight)
         return projected.reshape(batch_size, -1, right.shape[1])  # [B, T, p_in]
 
     def contract(self, kept: Tensor, cotangent: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        g = cotangent.reshape(len(kept), -1, self.rows).float() @ left  # [B, T, p_out]
+        g = _sided(cotangent.reshape(len(kept), -1, self.rows).float(), left)  # [B, T, p_out]
         return g.mT @ kept
 
     def _split(self, right: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -257,6 +257,11 @@ def layer_kind(module: nn.Module) -> type[Layer] | None:
         if isinstance(module, base) and kind.forward is base.forward:
             return layer
     return _KINDS_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def _sided(x: Tensor, side: Tensor) -> Tensor:
+    """``x @ side``; a square side is the identity (:class:`~ctrak_lightning.gradients.projection.Projection`), as in LoRA."""
+    return x if side.shape[0] == side.shape[1] else x @ side
 
 
 def _join_positions(maps: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ctrak_lightning.errors import GradientError
 from ctrak_lightning.gradients.checks import Cotangent, Forward
 from ctrak_lightning.gradients.hooks import hooked_vjps
+from ctrak_lightning.gradients.inline import StepRecorder
 from ctrak_lightning.gradients.layers import Block
 from ctrak_lightning.gradients.modes import tracing_mode
 from ctrak_lightning.gradients.plan import plan_blocks
@@ -142,6 +143,18 @@ class GradientTracer:
             unit_layers: first scale every layer's part of a row to norm 1, so that layers weigh the same.
         """
         return self._projector.sketch(self._projector.unit_blocks(rows) if unit_layers else rows)
+
+    def step_recorder(self) -> StepRecorder:
+        """A recorder of the same rows [B, P] from training steps, without passes of its own; its layers are this tracer's.
+
+        Raises:
+            GradientError: the tracer has another engine than "hooks".
+        """
+        if self.engine != "hooks":
+            raise GradientError(
+                f'`GradientTracer(engine={self.engine!r}).step_recorder()`: expected the engine "hooks".'
+            )
+        return StepRecorder(self._layers, self._projector)
 
     def vjps(
         self, forward: Forward, cotangents: Sequence[Cotangent], batch_size: int, *, sketch: bool = True

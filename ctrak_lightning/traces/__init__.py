@@ -5,6 +5,7 @@ from ctrak_lightning.traces.kernel import Kernel
 from ctrak_lightning.traces.samples import SampleTable
 from ctrak_lightning.traces.schema import StoreHeader
 from ctrak_lightning.traces.store import Checkpoint, IncompleteStoreWarning, TraceStore
+from ctrak_lightning.traces.visits import Visits
 from ctrak_lightning.traces.writer import TraceWriter
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "StoreHeader",
     "TraceStore",
     "TraceWriter",
+    "Visits",
 ]

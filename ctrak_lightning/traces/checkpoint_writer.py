@@ -16,6 +16,7 @@ from ctrak_lightning.traces.atomic import FileRecord, make_folder, write_atomica
 from ctrak_lightning.traces.kernel import gram, write_kernel
 from ctrak_lightning.traces.schema import CheckpointRecord, StoreHeader
 from ctrak_lightning.traces.shards import Rows, read_column, read_shard, stored_unit, write_shard
+from ctrak_lightning.traces.visits import Visits, write_visits
 
 Commit = Callable[[CheckpointRecord, dict[str, FileRecord]], None]
 
@@ -104,6 +105,24 @@ class CheckpointWriter:
         self._seen[indices] = True
         while sum(map(len, self._buffer)) >= self._shard_rows:
             self._seal_shard()
+
+    def write_visits(self, visits: Visits) -> None:
+        """Store in which training steps each sample was seen, where those steps left the traces.
+
+        Raises:
+            ValueError: They are of another number of samples.
+            StoreError: This checkpoint is sealed or closed, or the file cannot be written.
+        """
+        self._require_open("write_visits")
+        if len(visits.counts) != len(self._seen):
+            raise ValueError(
+                f"CheckpointWriter.write_visits({len(visits.counts)} samples): expected {len(self._seen)}."
+            )
+        name = self._record.visits
+        self._commit(
+            self._record,
+            {name: write_atomically(self._root / name, lambda path: write_visits(path, visits))},
+        )
 
     def seal(self) -> None:
         """Write the rows that are left and the kernel, then mark the checkpoint sealed.

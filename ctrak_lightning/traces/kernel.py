@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import h5py
 import torch
 from torch import Tensor
 
 from ctrak_lightning.errors import GradientError
-from ctrak_lightning.traces.arrays import corrupt, open_for_reading, read_array, write_array
+from ctrak_lightning.traces.arrays import corrupt, open_for_reading, open_for_writing, read_array, write_array
 
 _COLUMNS_PER_STEP = 4096
 
@@ -70,7 +69,7 @@ def gram(blocks: Iterable[Tensor], n: int, k: int) -> Kernel:
 
 def write_kernel(path: Path, kernel: Kernel) -> None:
     """Write ``kernel`` to a new HDF5 file; equal kernels give equal bytes."""
-    with h5py.File(path, "w") as file:
+    with open_for_writing(path) as file:
         write_array(file, "gram", kernel.gram)
         write_array(file, "eigenvalues", kernel.eigenvalues, chunk_rows=kernel.eigenvalues.shape[0])
         file.attrs["side"] = kernel.side

@@ -25,7 +25,7 @@ _FOLDER = "checkpoint-[0-9]{8,19}"
 _FOLDER_PATTERN = re.compile(_FOLDER)
 _SHARD_PATTERN = re.compile(rf"{_FOLDER}/rank[0-9]{{1,9}}-[0-9]{{5,9}}\.h5")
 _FILE_PATTERN = re.compile(
-    rf"samples\.h5|{_FOLDER}/(weights\.safetensors|kernel\.h5)|{_SHARD_PATTERN.pattern}"
+    rf"samples\.h5|{_FOLDER}/(weights\.safetensors|(kernel|visits)\.h5)|{_SHARD_PATTERN.pattern}"
 )
 _SHA256_PATTERN = re.compile("[0-9a-f]{64}")
 
@@ -183,7 +183,7 @@ def _check_files_belong(manifest: Manifest, source: str) -> None:
         raise _corrupt(f"{source}: files lacks {SAMPLES}, which the checkpoints refer to")
     owned = {SAMPLES}
     for record in manifest.checkpoints:
-        owned |= {record.weights, *record.shards, *([record.kernel] if record.sealed else [])}
+        owned |= {record.weights, record.visits, *record.shards, *([record.kernel] if record.sealed else [])}
     if strangers := sorted(manifest.files.keys() - owned):
         raise _corrupt(f"{source}: files has {strangers[0]}, which belongs to no recorded checkpoint")
 

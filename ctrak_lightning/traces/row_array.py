@@ -68,7 +68,7 @@ class RowArray:
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(start_byte)
-                rest = memoryview(values.view(np.uint8))
+                rest = values.view(np.uint8).data
                 while len(rest):
                     got = file.readinto(rest)
                     if not got:

@@ -15,6 +15,7 @@ MANIFEST = "manifest.json"
 SAMPLES = "samples.h5"
 WEIGHTS = "weights.safetensors"
 KERNEL = "kernel.h5"
+VISITS = "visits.h5"
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "int8": 1}
 
 
@@ -118,6 +119,11 @@ class CheckpointRecord:
     def weights(self) -> str:
         """Path of the weights relative to the store; the manifest lists it only if they were stored."""
         return f"{self.folder}/{WEIGHTS}"
+
+    @property
+    def visits(self) -> str:
+        """Path of the visits relative to the store; the manifest lists it only if training itself left the traces."""
+        return f"{self.folder}/{VISITS}"
 
     def shard(self, rank: int) -> str:
         """Path of the shard to write next, relative to the store."""

@@ -9,7 +9,14 @@ import h5py
 import torch
 from torch import Tensor
 
-from ctrak_lightning.traces.arrays import corrupt, find_dataset, open_for_reading, read_array, write_array
+from ctrak_lightning.traces.arrays import (
+    corrupt,
+    find_dataset,
+    open_for_reading,
+    open_for_writing,
+    read_array,
+    write_array,
+)
 from ctrak_lightning.traces.row_array import RowArray, find_rows, write_rows
 
 _INT8_MAX = 127
@@ -67,7 +74,7 @@ def stored_unit(unit: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
 
 def write_shard(path: Path, rows: Rows) -> None:
     """Write ``rows`` to a new HDF5 file; equal rows give equal bytes."""
-    with h5py.File(path, "w") as file:
+    with open_for_writing(path) as file:
         write_rows(file, "features", rows.unit)
         for name in ("scale", "norm", "loss", "index"):
             write_array(file, name, getattr(rows, name), chunk_rows=len(rows))

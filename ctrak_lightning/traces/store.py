@@ -20,6 +20,7 @@ from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.traces.samples import SampleTable, count_samples, read_samples
 from ctrak_lightning.traces.schema import MANIFEST, SAMPLES, CheckpointRecord, Manifest, StoreHeader
 from ctrak_lightning.traces.shards import Rows, read_column, read_shard
+from ctrak_lightning.traces.visits import Visits, read_visits
 
 
 class IncompleteStoreWarning(UserWarning):
@@ -197,6 +198,18 @@ class Checkpoint:
             CorruptStoreError: The file is damaged.
         """
         return read_kernel(self._root / self._record.kernel, self._size, self._manifest.header.dim)
+
+    def visits(self) -> Visits | None:
+        """In which training steps each sample was seen, where those steps left the traces; else None.
+
+        Raises:
+            CorruptStoreError: The file is damaged.
+        """
+        name = self._record.visits
+        if name not in self._manifest.files:
+            return None
+        check_digest(self._root / name, self._manifest.files[name])
+        return read_visits(self._root / name, self._size)
 
     def _rows(self) -> Iterator[Rows]:
         seen = torch.zeros(self._size, dtype=torch.bool)

@@ -123,9 +123,12 @@ class CustomDiffusion(DiffusionTask, L.LightningModule):
         return Encoded(
             latents=self._latents(batch["image"]),
             condition={"input_ids": self._ids(captions)},
-            sample_ids=list(batch["sample_id"]),
+            sample_ids=self.sample_ids(batch),
             metadata={"kind": list(batch["kind"]), "caption": captions},
         )
+
+    def sample_ids(self, batch: dict[str, Any]) -> list[str]:
+        return list(batch["sample_id"])
 
     def condition(self, spec: Mapping[str, str] | str, n: int) -> dict[str, Tensor]:
         if not isinstance(spec, str) and spec:

@@ -4,17 +4,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ctrak_lightning import Method, methods
-from ctrak_lightning.objective import Denoising, contrast
+from ctrak_lightning.objective import Denoising, MeanOutput, contrast
 from ctrak_lightning.trajectory import Noised
 from recipes.benchmarks.compare import Variant
 
 WITHOUT_KEYS_AND_VALUES = ("*attn1*", "*attn2.to_q*", "*attn2.to_out*")
+CROSS_ATTENTION = ("*attn2*",)
 
 # Rows that are also asked about given images.
 GIVEN = (
     "concept_trak",
     "concept_trak_per_sample",
     "concept_trak_without_keys_and_values",
+    "concept_trak_cross_attention",
+    "mean_output",
+    "mean_output_cross_attention",
+    "mean_output_without_keys_and_values",
     "concept_trak_paper",
     "trak",
     "d_trak",
@@ -42,6 +47,7 @@ def table_variants(
     chosen: dict[str, Method] = {
         "concept_trak": ours,
         "concept_trak_per_sample": replace(ours, normalisation="sample"),
+        "mean_output": replace(ours, name="mean_output", training=MeanOutput(), query=contrast(MeanOutput())),
         "concept_trak_paper": paper,
         "contrastive_trak": replace(
             ours,
@@ -69,7 +75,12 @@ def table_variants(
     without = [
         replace(row, name=f"{row.name}_without_keys_and_values", layers=WITHOUT_KEYS_AND_VALUES)
         for row in rows
-        if row.name in ("concept_trak", "contrastive_trak")
+        if row.name in ("concept_trak", "contrastive_trak", "mean_output")
+    ]
+    across = [
+        replace(row, name=f"{row.name}_cross_attention", layers=CROSS_ATTENTION)
+        for row in rows
+        if row.name in ("concept_trak", "mean_output")
     ]
     overall = [
         replace(row, name=f"{row.name}_global", scope="global")
@@ -78,10 +89,10 @@ def table_variants(
     ]
     given = [
         replace(row, name=f"{row.name}_given", scope="given")
-        for row in (*rows, *without)
+        for row in (*rows, *without, *across)
         if row.name in GIVEN
     ]
-    everything = [*rows, *without, *overall, *given]
+    everything = [*rows, *without, *across, *overall, *given]
     known = [row.name for row in everything]
     if unknown := sorted(set(only or []) - set(known)):
         raise ValueError(f"table_variants(only={only}): unknown {unknown}. Known: {', '.join(known)}.")

@@ -19,6 +19,7 @@ from ctrak_lightning import Attributor, Concept, Method, Projection, methods
 from ctrak_lightning.attribution.attributor import Query
 from ctrak_lightning.attribution.solve import ensemble, standardised
 from ctrak_lightning.objective import (
+    ChannelProbe,
     ConceptDirection,
     Denoising,
     MeanOutput,
@@ -47,6 +48,7 @@ COLUMNS = (
 )
 GRID: tuple[float | None, ...] = (None, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 EFFECTIVE_SHARE = 0.25
+CROSS_ATTENTION = ("*attn2*",)
 
 
 def variants() -> list[Variant]:
@@ -80,6 +82,7 @@ def variants() -> list[Variant]:
         "norm per sample": replace(default, normalisation="sample"),
         "no norm": replace(default, normalisation="none"),
         "mean output, contrast": replace(default, training=MeanOutput(), query=contrast(MeanOutput())),
+        "channel probe, contrast": replace(default, training=ChannelProbe(), query=contrast(ChannelProbe())),
         "denoising, contrast": denoising,
         "posterior sampling traces, denoising contrast": replace(denoising, training=PosteriorSampling()),
         "denoising traces, concept direction": replace(denoising, query=direction),
@@ -94,7 +97,12 @@ def variants() -> list[Variant]:
     rows = [Variant(name=name, method=method, steps=STEPS, scope="given") for name, method in changed.items()]
     reference = rows[0]
     rows += [
-        replace(reference, name="cross-attention only", layers=("*attn2*",)),
+        replace(reference, name="cross-attention only", layers=CROSS_ATTENTION),
+        *(
+            replace(row, name=f"{row.name}, cross-attention only", layers=CROSS_ATTENTION)
+            for row in rows
+            if row.name in ("mean output, contrast", "channel probe, contrast")
+        ),
         replace(reference, name="self-attention only", layers=("*attn1*",)),
         replace(reference, name="last checkpoint only", steps=STEPS[-1:]),
         replace(reference, name="6 checkpoints", steps=SAVED_STEPS),

@@ -92,9 +92,12 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
         return Encoded(
             latents=patchify(batch["image"]),
             condition=self._names(batch["artist_token"], batch["object_token"]),
-            sample_ids=list(batch["sample_id"]),
+            sample_ids=self.sample_ids(batch),
             metadata={name: list(batch[name]) for name in METADATA},
         )
+
+    def sample_ids(self, batch: dict[str, Any]) -> list[str]:
+        return list(batch["sample_id"])
 
     def condition(self, spec: Mapping[str, str] | str, n: int) -> dict[str, Tensor]:
         if isinstance(spec, str):

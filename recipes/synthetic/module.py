@@ -67,9 +67,12 @@ class FactorDiffusion(DiffusionTask, L.LightningModule):
         return Encoded(
             latents=F.pixel_unshuffle(batch["image"].to(self.device), self.patch),
             condition={"encoder_hidden_states": self.tokens(self._rows(batch))},
-            sample_ids=list(batch["sample_id"]),
+            sample_ids=self.sample_ids(batch),
             metadata={name: list(batch[name]) for name in (*self.tokens.factors, "caption")},
         )
+
+    def sample_ids(self, batch: dict[str, Any]) -> list[str]:
+        return list(batch["sample_id"])
 
     def condition(self, spec: Mapping[str, str] | str, n: int) -> dict[str, Tensor]:
         if isinstance(spec, str):

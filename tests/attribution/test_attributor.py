@@ -24,7 +24,8 @@ from ctrak_lightning.attribution.solve import AGREEMENT_GRID
 from ctrak_lightning.capture import Capture
 from ctrak_lightning.errors import ConceptError, GradientError, StoreError, StoreMismatchError, TaskError
 from ctrak_lightning.objective import ConceptDirection, Prediction, Term
-from ctrak_lightning.trajectory import Generated, Noised, Renoised, State, seeded_noise
+from ctrak_lightning.rng import seeded_noise
+from ctrak_lightning.trajectory import Generated, Noised, Renoised, State
 
 from ..toy import ToyData, ToyDiffusion
 

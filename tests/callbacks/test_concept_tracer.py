@@ -26,6 +26,7 @@ from ctrak_lightning.gradients import UntracedParameterWarning
 from ..toy import ToyData, ToyDiffusion
 
 FAST = methods.d_trak(timesteps=2)
+ROOT = Path(__file__).parent.parent.parent
 
 
 def tracer(path: Path, **kwargs: Any) -> ConceptTracer:

@@ -351,7 +351,8 @@ def test_ablations_change_what_they_say() -> None:
 
 def test_the_table_has_every_preset() -> None:
     names = {row.method.name for row in table_variants(2, (1,))}
-    assert set(methods.PRESETS) <= names
+    # Its traces come from training itself, not from a capture of the weights that the table's methods share.
+    assert set(methods.PRESETS) - {"inline_trak"} <= names
     assert [row.name for row in table_variants(2, (1,), ["trak", "das"])] == ["trak", "das"]
     with pytest.raises(ValueError, match=r"unknown \['trakk'\]. Known: concept_trak, "):
         table_variants(2, (1,), ["trakk"])

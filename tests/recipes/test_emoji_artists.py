@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ctrak_lightning import Capture, GradientTracer, Projection, TraceStore, methods
+from ctrak_lightning.rng import seeded_noise
 from ctrak_lightning.traces import SampleTable
-from ctrak_lightning.trajectory import seeded_noise
 from recipes.benchmarks.replay import replay, save_trained, saved_steps
 from recipes.emoji_artists.data import KINDS, NEW_ARTISTS, Emoji, EmojiArtists
 from recipes.emoji_artists.demo import main

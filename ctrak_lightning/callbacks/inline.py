@@ -1,0 +1,57 @@
+"""What inline tracing asks of a Trainer, and reads from it."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from ctrak_lightning.task import resolve_task
+
+_HINT = 'HINT: mode="capture" traces any training loop.'
+
+
+def refuse_what_inline_cannot_trace(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Raises a MisconfigurationException for runs whose training steps cannot be followed exactly."""
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            '`ConceptTracer(mode="inline")`: manual optimization may scale the loss, or go backward several times, in ways that '
+            f"a callback cannot see. Expected automatic optimization. {_HINT}"
+        )
+    if trainer.world_size > 1:
+        raise MisconfigurationException(
+            f'`ConceptTracer(mode="inline")`: {trainer.world_size} processes, expected one: rows are gathered in one process. '
+            f"{_HINT}"
+        )
+    compiled = [
+        name or type(module).__name__
+        for root in (pl_module, resolve_task(pl_module).denoiser)
+        for name, module in root.named_modules()
+        if _is_compiled(module)
+    ]
+    if compiled:
+        raise MisconfigurationException(
+            f'`ConceptTracer(mode="inline")`: {compiled[0]!r} is compiled, and a compiled graph does not call the hooks of its '
+            f"layers. Expected eager training. {_HINT}"
+        )
+
+
+def loss_scale(trainer: L.Trainer) -> float:
+    """What Lightning multiplied the loss of a training step with: for accumulation, and by a GradScaler."""
+    scaler = grad_scaler(trainer)
+    scale = 1.0 if scaler is None else float(scaler.get_scale())
+    return scale / trainer.accumulate_grad_batches
+
+
+def grad_scaler(trainer: L.Trainer) -> Any:
+    """The GradScaler of 16-bit mixed precision, or None."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # Lightning puts a compiled LightningModule back to itself and notes it in `_compiler_ctx`.
+    return (
+        getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module, "_orig_mod")
+        or getattr(module, "_compiler_ctx", None) is not None
+    )

@@ -1,0 +1,238 @@
+"""Traces from the training steps themselves: no forward or backward pass of their own. For callbacks and raw loops."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from ctrak_lightning.capture import Capture
+from ctrak_lightning.errors import BatchError, GradientError
+from ctrak_lightning.fingerprint import trained_parameters
+from ctrak_lightning.gradients import tracing_mode
+from ctrak_lightning.method import Method
+from ctrak_lightning.rng import isolated_rng
+from ctrak_lightning.running import RunningTraces
+from ctrak_lightning.task import encode
+from ctrak_lightning.traces import TraceStore
+from ctrak_lightning.tracing import normalised
+from ctrak_lightning.trajectory import InTraining
+
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma")
+STEPS_AT_ONCE = 16
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What one training step gave: features [B, k], loss [] and timesteps [B] on the network's device."""
+
+    step: int
+    positions: Tensor
+    features: Tensor
+    loss: Tensor
+    timesteps: Tensor
+    skip_not_finite: bool
+
+
+class InlineCapture(Capture):
+    """Keeps every sample's share of the training steps' own gradients, and seals them into a checkpoint when asked.
+
+    A sample's row of one step is ``B * d loss / d theta`` over what the network did with that sample, for a loss that is a
+    mean over a batch of B: the gradient of the sample's own loss, whatever B is. (Under a loss that is a sum it is B times too
+    long, which normalised rows do not notice.) Rows are normalised as the method says and averaged over the steps since the
+    last checkpoint that saw the sample; see :class:`~ctrak_lightning.running.RunningTraces` for samples that none saw. Samples
+    of a training batch that are not among ``batches`` are passed over.
+
+    A raw loop calls, for every batch, :meth:`begin_step`, then its forward pass, :meth:`before_backward`, ``loss.backward()``
+    and :meth:`after_backward`; and :meth:`run` where a checkpoint is due.
+
+    Args:
+        path, owner, task, batches, method, tracer and the others: as of :class:`Capture`.
+
+    Raises:
+        GradientError: the method's traces are not :class:`~ctrak_lightning.trajectory.InTraining`; as :class:`Capture`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        method: Method = kwargs["method"]
+        if not isinstance(method.training_trajectory, InTraining):
+            raise GradientError(
+                f"InlineCapture(method={method.name!r}): its traces are on {method.training_trajectory}, expected InTraining(). "
+                "HINT: methods.inline_trak()."
+            )
+        super().__init__(*args, **kwargs)
+        self._recorder = self.tracer.step_recorder()
+        self._running = RunningTraces(self.sample_ids, self.tracer.dim)
+        self._index = {sample_id: i for i, sample_id in enumerate(self.sample_ids)}
+        self._handle: RemovableHandle | None = None
+        self._positions = torch.empty(0, dtype=torch.int64)
+        self._timesteps: list[Tensor] = []
+        self._loss = torch.empty(0)
+        self._pending: list[_Step] = []
+        self._is_forward = False
+        self._is_checked = False
+
+    def attach(self) -> None:
+        """Puts the hooks on the denoiser and goes on from the last sealed checkpoint, if there is one."""
+        self._recorder.attach()
+        if self._handle is None:
+            self._handle = self.task.denoiser.register_forward_pre_hook(self._note_call, with_kwargs=True)
+        if self.writer.sealed_steps:
+            last = TraceStore(self.writer.path).checkpoints[-1]
+            visits = last.visits()
+            if visits is not None:
+                self._running.continue_from(last.features(), last.losses(), visits)
+
+    def detach(self) -> None:
+        """Takes the hooks off; idempotent."""
+        self._recorder.detach()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def begin_step(self, batch: Any) -> None:
+        """Before the forward pass of a training batch, which is on its device.
+
+        Raises:
+            BatchError: the batch lacks a field that its sample ids need.
+        """
+        ids = self._sample_ids(batch)
+        self._positions = torch.tensor([self._index.get(sample_id, -1) for sample_id in ids])
+        self._timesteps = []
+        self._is_forward = True
+        self._recorder.begin(len(ids))
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Between the forward and the backward pass; ``loss`` is the scalar that the latter starts from.
+
+        Raises:
+            GradientError: the step cannot be traced: it called the denoiser not once, or a layer without a graph.
+        """
+        self._is_forward = False
+        if len(self._timesteps) != 1:
+            raise GradientError(
+                f"The training step called the denoiser {len(self._timesteps)} times with gradients, expected once. "
+                'HINT: mode="capture" traces any training step; calls under `torch.no_grad()` do not count.'
+            )
+        # Walking the graph costs a few per cent of a step; a step's graph does not change from one batch to the next.
+        self._recorder.before_backward(loss, check=not self._is_checked)
+        self._is_checked = True
+        self._loss = loss.detach()
+
+    def after_backward(self, *, step: int, loss_scale: float = 1.0, skip_not_finite: bool = False) -> None:
+        """After the backward pass of a batch.
+
+        Args:
+            step: optimizer steps taken before it.
+            loss_scale: what the loss was multiplied with beyond the mean over its batch, by a GradScaler or for accumulation.
+            skip_not_finite: pass over samples whose gradient is not finite, as a GradScaler passes over its steps.
+
+        Raises:
+            GradientError: no gradient came; or, within STEPS_AT_ONCE steps, a sample's is not finite: names the samples.
+        """
+        rows = self._recorder.rows() * (len(self._positions) / loss_scale)
+        features = normalised(rows, self.tracer, self.method.normalisation)
+        self._pending.append(
+            _Step(
+                step,
+                self._positions,
+                features,
+                self._loss / loss_scale,
+                self._timesteps.pop(),
+                skip_not_finite,
+            )
+        )
+        if len(self._pending) >= STEPS_AT_ONCE:
+            self._take_in()
+
+    @override
+    def run(self, step: int, *, epoch: int, learning_rate: float | None = None) -> None:
+        """Seals what the training steps so far gave, beside the present weights.
+
+        Raises:
+            StoreError: some samples have been in no training step yet; names them.
+            GradientError: a sample's gradients add up to zero; names the samples.
+        """
+        self._take_in()
+        self._running.require_all()
+        checkpoint = self.writer.begin_checkpoint(
+            step, epoch=epoch, learning_rate=learning_rate, weights=trained_parameters(self.owner)
+        )
+        with checkpoint:
+            checkpoint.write_visits(self._running.visits())
+            for indices in torch.arange(len(self.sample_ids))[checkpoint.rows_done :].split(1024):
+                checkpoint.append(indices, *self._running.means(indices))
+            checkpoint.seal()
+        self._running.begin_window()
+        self._is_checked = False
+
+    def _take_in(self) -> None:
+        """Adds the steps that are still on the device; not after every step, since a GPU must be waited for."""
+        pending, self._pending = self._pending, []
+        for one in pending:
+            features = one.features.cpu()
+            usable, finite = one.positions >= 0, features.isfinite().all(1)
+            lost = one.positions[usable & ~finite].tolist()
+            if lost and not one.skip_not_finite:
+                raise GradientError(
+                    f"The training step after {one.step} optimizer steps gave {len(lost)} samples gradients that are not "
+                    f"finite, for example {[self.sample_ids[i] for i in lost[:_SHOWN]]}. HINT: look at these samples and at "
+                    "the loss of the run."
+                )
+            usable &= finite
+            self._running.add(
+                one.positions[usable],
+                features[usable],
+                loss=float(one.loss),
+                timesteps=one.timesteps.float().cpu()[usable],
+                step=one.step,
+            )
+
+    def _sample_ids(self, batch: Any) -> list[str]:
+        if not hasattr(self.task, "sample_ids"):
+            # `encode` may sample, and may hold layers that training changes: neither must reach the training step.
+            with isolated_rng(self.seed), tracing_mode(self.owner):
+                return encode(self.task, batch).sample_ids
+        try:
+            return list(self.task.sample_ids(batch))
+        except KeyError as error:
+            fields = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+            raise BatchError(
+                f"{type(self.task).__name__}.sample_ids(batch) asked for {error}, and the batch has {fields}. "
+                "HINT: let the dataset return that field."
+            ) from error
+
+    def _note_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not self._is_forward or not torch.is_grad_enabled():
+            return
+        batch_size = len(self._positions)
+        x_t = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(x_t, Tensor) or len(x_t) != batch_size:
+            given = f"{len(x_t)} rows" if isinstance(x_t, Tensor) else type(x_t).__name__
+            raise GradientError(
+                f"The training step gave the denoiser {given} for a batch of {batch_size} samples, expected a row for each, "
+                'in their order. HINT: mode="capture" traces any training step.'
+            )
+        self._timesteps.append(_timesteps(module, args, kwargs, batch_size))
+
+
+def _timesteps(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch_size: int) -> Tensor:
+    """What a call tells the denoiser of its timesteps, as [B]: the argument with a timestep's name, else the second one."""
+    try:
+        named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    except TypeError:
+        named = {}
+    named = {**named, **kwargs}
+    candidates = [named[name] for name in TIMESTEP_NAMES if name in named] + list(args[1:2])
+    t = torch.as_tensor(candidates[0]).detach().flatten() if candidates else torch.empty(0)
+    if len(t) not in (1, batch_size):
+        raise GradientError(
+            f"The denoiser's call has {len(t)} timesteps for {batch_size} samples, expected one, or one for each. HINT: name "
+            f"the denoiser's argument one of {TIMESTEP_NAMES}, or make it the second."
+        )
+    return t.expand(batch_size).clone()

@@ -1,0 +1,396 @@
+"""What a trace costs, as multiples of a forward pass and of the floor, measured alternately in one process.
+
+python -m recipes.benchmarks.speed                 # writes results/speed.json and .md
+python -m recipes.benchmarks.speed --repeats 3 --models dit
+
+*Floor*: what no method with the diffusion-posterior-sampling objective can avoid: one forward pass and two vector-Jacobian
+products with respect to the input (the direction, and the cotangent through the network), without any per-sample work.
+Peak memory is that of a process of its own that does nothing else, beyond what the process held after building the network.
+traker and dattri (extra `bench`) project gradients that are there already; left out with a note where they are missing.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from ctrak_lightning import DiffusionTask, Encoded, GradientTracer, Method, NoiseSchedule, Projection, methods
+from ctrak_lightning.gradients import tracing_mode
+from ctrak_lightning.tracing import trace_batch
+from ctrak_lightning.trajectory import Noised
+
+RESULTS = Path(__file__).parent / "results"
+BATCH = 32
+DIM = 2048
+RANKS = (8, 16, 32)
+TIMESTEP = 500
+GUIDANCE = 3.0
+CHUNK = 8  # samples at a time in torch.func, which holds every sample's whole gradient
+DEFAULT = Projection()
+PEERS = ("traker", "dattri")
+Work = Callable[[], Any]
+
+
+class Subject(DiffusionTask, nn.Module):
+    """A network, and a batch for it.
+
+    Args:
+        name: in the tables.
+        denoiser: the network; what is to be traced requires a gradient.
+        latent: shape of a latent.
+        condition: the network's other arguments, each [B, ...].
+    """
+
+    def __init__(
+        self, name: str, denoiser: nn.Module, latent: tuple[int, ...], condition: dict[str, Tensor]
+    ) -> None:
+        super().__init__()
+        self.name, self.denoiser = name, denoiser
+        self.noise_schedule = NoiseSchedule.from_scheduler(DDIMScheduler(clip_sample=False))
+        self.given = condition
+        batch = len(next(iter(condition.values())))
+        self.x0 = torch.randn(batch, *latent)
+        self.t = torch.full((batch,), TIMESTEP)
+        self.x_t = self.noise_schedule.add_noise(self.x0, torch.randn_like(self.x0), self.t)
+
+    def on(self, device: torch.device) -> "Subject":
+        """Moved to a device, with its batch."""
+        self.x0, self.t, self.x_t = self.x0.to(device), self.t.to(device), self.x_t.to(device)
+        self.given = {name: value.to(device) for name, value in self.given.items()}
+        return self.to(device)
+
+    def encoded(self) -> Encoded:
+        return Encoded(
+            latents=self.x0, condition=self.given, sample_ids=[str(i) for i in range(len(self.x0))]
+        )
+
+    def condition(self, spec: Any, n: int) -> dict[str, Tensor]:
+        return {name: value[:n] for name, value in self.given.items()}
+
+
+def unet() -> Subject:
+    network = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    return Subject("unet", network, (4, 16, 16), {"encoder_hidden_states": torch.randn(BATCH, 8, 64)})
+
+
+def lora() -> Subject:
+    subject = unet()
+    subject.denoiser.requires_grad_(False)
+    config = LoraConfig(
+        r=8,
+        lora_alpha=8,
+        target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+        init_lora_weights=False,
+    )
+    subject.denoiser.add_adapter(config)  # type: ignore[operator]
+    subject.name = "unet, LoRA"
+    return subject
+
+
+def dit() -> Subject:
+    network = DiTTransformer2DModel(
+        num_attention_heads=6,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        sample_size=16,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+        norm_num_groups=8,
+    )
+    return Subject("DiT", network, (4, 16, 16), {"class_labels": torch.arange(BATCH)})
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {"unet": unet, "lora": lora, "dit": dit}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What is measured.
+
+    Args:
+        name: in the tables.
+        layers: whose gradients are traced, as a pattern; None takes Linear and convolutions, or what the adapter has.
+        projection: of the gradients.
+    """
+
+    name: str
+    layers: list[str] | None
+    projection: Projection
+
+
+def rows(subject: Subject) -> list[Row]:
+    """Layers, ranks and sketches."""
+    wide = [
+        name
+        for name, module in subject.denoiser.named_modules()
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+        and any(p.requires_grad for p in module.parameters(recurse=False))
+    ]
+    groups = {"LoRA" if "LoRA" in subject.name else "all Linear and Conv": wide}
+    if any("attn2" in name for name in wide) and "LoRA" not in subject.name:
+        groups["cross-attention"] = [name for name in wide if "attn2" in name]
+    return [
+        Row(
+            name=f"{title}, {rank}x{rank}, " + ("no sketch" if dim is None else f"to {dim}"),
+            layers=layers,
+            projection=Projection(rank=rank, dim=dim),
+        )
+        for title, layers in groups.items()
+        for rank in RANKS
+        for dim in (DIM, None)
+    ]
+
+
+def forward(subject: Subject) -> None:
+    with torch.no_grad():
+        subject.predict(subject.x_t, subject.t, subject.given)
+
+
+def floor(subject: Subject) -> None:
+    """One forward pass and two input-VJPs of the posterior-sampling objective."""
+    with tracing_mode(subject):
+        x_t = subject.x_t.detach().requires_grad_()
+        output = subject.predict(x_t, subject.t, subject.given)
+        e = subject.noise_schedule.epsilon(output[:, : x_t.shape[1]], x_t, subject.t)
+        x0_hat = subject.noise_schedule.x0_hat(e, x_t, subject.t)
+        error = (x0_hat - subject.x0).square().flatten(1).mean(1).sum()
+        (direction,) = torch.autograd.grad(error, x_t, retain_graph=True)
+        torch.autograd.grad(e, x_t, -2 * direction / e[0].numel())
+
+
+def training_step(subject: Subject) -> None:
+    output = subject.predict(subject.x_t, subject.t, subject.given)
+    (output[:, : subject.x0.shape[1]] - subject.x0).square().mean().backward()
+    subject.denoiser.zero_grad()
+
+
+# One state a sample, so that a trace is one forward pass and two vector-Jacobian products.
+POSTERIOR = replace(methods.concept_trak_paper(1), training_trajectory=Noised(timesteps=1))
+
+
+def traced(subject: Subject, tracer: GradientTracer, method: Method = POSTERIOR) -> None:
+    trace_batch(subject, tracer, method, subject.encoded(), 0)
+
+
+def functional(subject: Subject) -> Tensor:
+    """The order of work of the reference pipeline: a guidance pass of its own, the squared loss, each sample's whole gradient
+    by ``vmap(grad)``: gradients [B, P], not yet projected."""
+    parameters: dict[str, Tensor] = {
+        name: p for name, p in subject.denoiser.named_parameters() if p.requires_grad
+    }
+    frozen = {name: p for name, p in subject.denoiser.named_parameters() if not p.requires_grad}
+    schedule = subject.noise_schedule
+
+    def predict(weights: dict[str, Tensor], x: Tensor, t: Tensor, given: dict[str, Tensor]) -> Tensor:
+        arguments = (x, t)
+        output: Tensor = functional_call(
+            subject.denoiser, weights | frozen, arguments, {**given, "return_dict": False}
+        )[0]
+        return output[:, : x.shape[1]]
+
+    def loss(
+        weights: dict[str, Tensor], x: Tensor, t: Tensor, given: dict[str, Tensor], target: Tensor
+    ) -> Tensor:
+        one = {name: value[None] for name, value in given.items()}
+        return (target - predict(weights, x[None], t[None], one)[0]).square().mean()
+
+    with tracing_mode(subject):
+        x_t = subject.x_t.detach().requires_grad_()
+        e = predict(parameters, x_t, subject.t, subject.given)
+        x0_hat = schedule.x0_hat(e, x_t, subject.t)
+        error = (x0_hat - subject.x0).square().flatten(1).mean(1).sum()
+        (direction,) = torch.autograd.grad(error, x_t)
+        target = (e + direction).detach()
+        detached = {name: p.detach() for name, p in parameters.items()}
+        parts = []
+        for rows in torch.arange(BATCH).split(CHUNK):
+            given = {name: value[rows] for name, value in subject.given.items()}
+            gradients = vmap(grad(loss), in_dims=(None, 0, 0, 0, 0), randomness="different")(
+                detached, subject.x_t[rows], subject.t[rows], given, target[rows]
+            )
+            parts.append(torch.cat([each.flatten(1) for each in gradients.values()], 1).detach())
+    return torch.cat(parts)
+
+
+def peers(width: int) -> dict[str, Work]:
+    """The peers' own projections of gradients [B, P] on the CPU, by name; those that are installed."""
+    gradients = torch.randn(BATCH, width)
+    found: dict[str, Work] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if importlib.util.find_spec("trak"):
+            from trak.projectors import BasicProjector
+
+            projector = BasicProjector(width, DIM, 0, "normal", "cpu", block_size=128)
+            found["traker"] = lambda: projector.project(gradients, 0)
+        if importlib.util.find_spec("dattri"):
+            from dattri.func.projection import random_project
+
+            project = random_project(gradients, BATCH, DIM, 32, proj_type="normal", device="cpu")
+            found["dattri"] = lambda: project(gradients)
+    return found
+
+
+def work_of(subject: Subject) -> dict[str, Work]:
+    """Everything that is measured for a network, by name."""
+    work: dict[str, Work] = {
+        "forward pass": partial(forward, subject),
+        "floor": partial(floor, subject),
+        "training step": partial(training_step, subject),
+    }
+    for row in rows(subject):
+        tracer = GradientTracer(subject.denoiser, row.projection, layers=row.layers)
+        work[row.name] = partial(traced, subject, tracer)
+        if row.projection.rank == DEFAULT.rank and row.projection.dim == DEFAULT.dim:
+            work[f"{row.name}; the default method"] = partial(
+                traced, subject, tracer, methods.concept_trak(1)
+            )
+    work["torch.func, whole gradients"] = partial(functional, subject)
+    if "LoRA" in subject.name:  # their matrices for a whole network would not fit into memory
+        width = sum(p.numel() for p in subject.denoiser.parameters() if p.requires_grad)
+        work |= {f"{name}, projection alone": each for name, each in peers(width).items()}
+    return work
+
+
+def measured(work: dict[str, Work], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every piece of work, in turn, ``repeats`` times after a round that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for repeat in range(repeats + 1):
+        for name, one in work.items():
+            started = time.perf_counter()
+            one()
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def peak(model: str, name: str) -> float:
+    """MiB beyond the built network that a process of its own needs at most for a piece of work."""
+    command = [sys.executable, "-m", "recipes.benchmarks.speed", "--peak", model, name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def print_peak(model: str, name: str) -> None:
+    torch.manual_seed(0)
+    work = work_of(SUBJECTS[model]())
+    # The high-water mark, reset to what is held now (Linux only).
+    Path("/proc/self/clear_refs").write_text("5")
+    before = high_water()
+    for _ in range(2):
+        work[name]()
+    print((high_water() - before) / 1024)
+
+
+def high_water() -> int:
+    """The most memory that this process has held, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+
+
+def table(facts: dict[str, Any]) -> str:
+    lines = [
+        f"`{facts['command']}`; {facts['machine']}; batch of {BATCH}, one timestep, medians of {facts['repeats']} alternating "
+        "runs.",
+    ]
+    for model in facts["models"].values():
+        lines += [
+            "",
+            f"### {model['name']} ({model['parameters']:,} parameters, {model['trained']:,} trained)",
+            "",
+            "| work | / floor | / forward pass | peak memory, MiB | / training step's |",
+            "|---|---|---|---|---|",
+        ]
+        own = model["rows"]["training step"]["peak_mib"]
+        for name, row in model["rows"].items():
+            memory = f"{row['peak_mib']:,.0f} | {row['peak_mib'] / own:.2f}" if row["peak_mib"] else " | "
+            lines.append(f"| {name} | {row['floor']:.2f} | {row['forward pass']:.2f} | {memory} |")
+    missing = [name for name in PEERS if name not in facts["peers"]]
+    if missing:
+        lines += ["", f"Not installed, so not measured: {', '.join(missing)} (`pip install -e .[bench]`)."]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--peak", nargs=2, metavar=("MODEL", "WORK"), help="print one peak of memory, in MiB")
+    args = parser.parse_args(argv)
+    if args.peak:
+        print_peak(*args.peak)
+        return
+    models = {}
+    for model in args.models:
+        torch.manual_seed(0)
+        subject = SUBJECTS[model]()
+        work = work_of(subject)
+        seconds = measured(work, args.repeats)
+        models[model] = {
+            "name": subject.name,
+            "parameters": sum(p.numel() for p in subject.denoiser.parameters()),
+            "trained": sum(p.numel() for p in subject.denoiser.parameters() if p.requires_grad),
+            "rows": {
+                name: {
+                    "seconds": statistics.median(spent),
+                    **{
+                        unit: statistics.median(a / b for a, b in zip(spent, seconds[unit], strict=True))
+                        for unit in ("floor", "forward pass", "training step")
+                    },
+                    "peak_mib": None if "projection alone" in name else peak(model, name),
+                }
+                for name, spent in seconds.items()
+            },
+        }
+    facts = {
+        "command": f"python -m recipes.benchmarks.speed --models {' '.join(args.models)} --repeats {args.repeats}",
+        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+        "repeats": args.repeats,
+        "peers": [
+            name
+            for name, module in zip(PEERS, ("trak", "dattri"), strict=True)
+            if importlib.util.find_spec(module)
+        ],
+        "models": models,
+    }
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / "speed.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    text = table(facts)
+    (args.results / "speed.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

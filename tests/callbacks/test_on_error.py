@@ -1,0 +1,144 @@
+"""A trace that cannot be stored: training stops with a typed error, or goes on as if nothing had been attached."""
+
+import errno
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from ctrak_lightning import TraceStore
+from ctrak_lightning.callbacks import ConceptTracer
+from ctrak_lightning.errors import DatasetChangedError, GradientError, StoreError
+from ctrak_lightning.traces import IncompleteStoreWarning, checkpoint_writer
+
+from ..toy import ToyDiffusion
+from .test_concept_tracer import ROOT, fit, tracer
+
+Fill = Callable[[Path], None]
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, is_full: Callable[[Path], bool]) -> None:
+    """Shards and kernels for which ``is_full`` fail half-way through, as on a full disk."""
+    real = checkpoint_writer.write_atomically
+
+    def write(path: Path, fill: Fill) -> Any:
+        def half(temporary: Path) -> None:
+            temporary.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        return real(path, half if is_full(path) else fill)
+
+    monkeypatch.setattr(checkpoint_writer, "write_atomically", write)
+
+
+def fitted(callbacks: list[Any]) -> dict[str, torch.Tensor]:
+    L.seed_everything(5, verbose=False)
+    module = ToyDiffusion(dropout=0.2)
+    fit(module, callbacks, max_epochs=3)
+    return module.state_dict()
+
+
+def sealed(path: Path) -> list[int]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IncompleteStoreWarning)
+        store = TraceStore(path / "traces")
+    assert store.verify() == []
+    for checkpoint in store.checkpoints:
+        checkpoint.features()
+    return [checkpoint.step for checkpoint in store.checkpoints]
+
+
+def test_a_full_disk_costs_its_own_checkpoint_only_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = fitted([])
+    full_disk(monkeypatch, lambda path: path.parent.name == "checkpoint-00000006")
+    with pytest.warns(UserWarning, match="no trace") as caught:
+        traced = fitted([tracer(tmp_path)])
+    told = [str(warning.message) for warning in caught if "ConceptTracer" in str(warning.message)]
+    assert len(told) == 2
+    assert "step 6 has no trace" in told[0]
+    assert "No space left on device" in told[0]
+    assert "HINT" in told[0]
+    assert r"steps [6] have no trace" in told[1]
+    assert sealed(tmp_path) == [3, 9]
+    assert all(torch.equal(plain[name], traced[name]) for name in plain)
+
+
+def test_failures_are_told_at_the_first_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_disk(monkeypatch, lambda path: path.parent.name > "checkpoint-00000004")
+    with pytest.warns(UserWarning, match="no trace") as caught:
+        fitted([tracer(tmp_path, every_n_epochs=None, every_n_train_steps=2)])
+    told = [str(warning.message) for warning in caught if "ConceptTracer" in str(warning.message)]
+    assert [text.split(": ", 1)[1].split(" no trace")[0] for text in told] == [
+        "step 6 has",
+        "steps [6, 8, 9] have",
+    ]
+    assert sealed(tmp_path) == [2, 4]
+
+
+def test_the_same_step_is_tried_again_at_the_end_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = []
+
+    def once(path: Path) -> bool:
+        failures.append(path.parent.name == "checkpoint-00000009")
+        return failures[-1] and sum(failures) == 1
+
+    full_disk(monkeypatch, once)
+    with pytest.warns(UserWarning, match="no trace") as caught:
+        fitted([tracer(tmp_path)])
+    assert sum("no trace" in str(warning.message) for warning in caught) == 1
+    assert sealed(tmp_path) == [3, 6, 9]
+
+
+def test_on_error_raise_stops_with_the_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full_disk(monkeypatch, lambda path: path.parent.name == "checkpoint-00000006")
+    with pytest.raises(StoreError, match="checkpoint-00000006.*No space left on device.*HINT"):
+        fitted([tracer(tmp_path, on_error="raise")])
+    assert sealed(tmp_path) == [3]
+
+
+@pytest.mark.parametrize("mistake", [DatasetChangedError, GradientError, MisconfigurationException])
+def test_a_callers_mistake_is_raised_always(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: type[Exception]
+) -> None:
+    def wrong(*args: Any, **kwargs: Any) -> None:
+        raise mistake("wrong")
+
+    monkeypatch.setattr("ctrak_lightning.capture.Capture.run", wrong)
+    with pytest.raises(mistake, match="wrong"):
+        fitted([tracer(tmp_path, on_error="warn")])
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match=r"on_error='ignore'.*'raise', 'warn'.*HINT"):
+        ConceptTracer("x", on_error="ignore")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX resource limits")
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_a_real_limit_on_file_sizes(tmp_path: Path, on_error: str) -> None:
+    command = [sys.executable, "-m", "tests.callbacks.disk_worker", str(tmp_path / "traces"), on_error]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if on_error == "warn":
+        assert "step 6 has no trace" in done.stdout
+        assert "steps [6] have no trace" in done.stdout
+        assert sealed(tmp_path) == [3, 9]
+    else:
+        assert "stopped at step 6: " in done.stdout
+        assert "rank0-00000.h5 cannot be written" in done.stdout
+        assert sealed(tmp_path) == [3]

@@ -1,0 +1,166 @@
+"""StepRecorder: rows of a training step's own backward pass against the per-sample loop, and the step itself untouched."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ctrak_lightning.errors import GradientError
+from ctrak_lightning.gradients import GradientTracer
+from tests.gradients.test_graphs import Checkpointed, InPlace
+from tests.gradients.zoo import (
+    PROJECTION,
+    SAMPLES,
+    TOLERANCE,
+    ZOO,
+    Case,
+    build,
+    features,
+    randomized,
+    row_error,
+    weighted,
+)
+
+BF16_TOLERANCE = 2e-2
+
+
+def loss_of(case: Case, forward: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """A mean over the batch whose per-sample cotangents are those of ``weighted``."""
+    rows = torch.arange(SAMPLES)
+    e = (forward or case.forward)(rows)
+    return (weighted(e, rows).detach() * e).sum() / SAMPLES
+
+
+def inline_rows(case: Case, scale: float = 1.0) -> Tensor:
+    recorder = GradientTracer(case.module, PROJECTION).step_recorder()
+    recorder.attach()
+    try:
+        recorder.begin(SAMPLES)
+        loss = loss_of(case) * scale
+        recorder.before_backward(loss)
+        loss.backward()
+        return recorder.rows() * (SAMPLES / scale)
+    finally:
+        recorder.detach()
+
+
+def gradients(case: Case) -> dict[str, Tensor]:
+    named = case.module.named_parameters()
+    return {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+@pytest.mark.filterwarnings("ignore::ctrak_lightning.gradients.UntracedParameterWarning")
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("name", ZOO)
+def test_rows_are_those_of_the_loop_and_the_steps_gradients_stay(name: str) -> None:
+    case = build(name)
+    case.module.eval()
+    expected = features(case, "loop")
+    twin = Case(copy.deepcopy(case.module), case.inputs, case.call)
+    loss_of(twin).backward()
+    rows = inline_rows(case)
+    assert row_error(rows, expected) < TOLERANCE
+    plain, followed = gradients(twin), gradients(case)
+    assert plain.keys() == followed.keys()
+    assert all(torch.equal(plain[each], followed[each]) for each in plain)
+    assert not any(m._forward_hooks for m in case.module.modules())
+
+
+@pytest.mark.parametrize("name", ["conditional_unet", "lora_unet"])
+def test_checkpointing_that_is_not_reentrant(name: str) -> None:
+    case = build(name)
+    case.module.eval()
+    expected = inline_rows(case)
+    case.module.zero_grad()
+    case.module.enable_gradient_checkpointing()  # type: ignore[operator]
+    case.module.train()  # diffusers checkpoints in training mode only
+    assert row_error(inline_rows(case), expected) < TOLERANCE
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    case = Case(randomized(Checkpointed(True, x_requires_grad=True)), (torch.randn(SAMPLES, 5),))
+    with pytest.raises(GradientError, match=r"\['first', 'second'\].*use_reentrant=False"):
+        inline_rows(case)
+
+
+def test_operations_in_place() -> None:
+    case = Case(randomized(InPlace()), (torch.randn(SAMPLES, 2, 5, 5),))
+    assert row_error(inline_rows(case), features(case, "loop")) < TOLERANCE
+
+
+def test_bfloat16_autocast() -> None:
+    case = build("conditional_unet")
+    exact = inline_rows(case)
+    forward = case.forward
+
+    def cast(rows: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(rows).float()
+
+    recorder = GradientTracer(case.module, PROJECTION).step_recorder()
+    recorder.attach()
+    recorder.begin(SAMPLES)
+    loss = loss_of(case, cast)
+    recorder.before_backward(loss)
+    loss.backward()
+    rows = recorder.rows() * SAMPLES
+    recorder.detach()
+    assert rows.dtype == torch.float32
+    cosine = torch.cosine_similarity(rows, exact, dim=1)
+    assert (cosine > 1 - BF16_TOLERANCE).all()
+
+
+def test_what_happens_outside_of_the_step_leaves_no_row() -> None:
+    """A gradient penalty inside the step, a validation pass, and a step that was given up."""
+    case = build("called_twice")
+    expected = inline_rows(case)
+    recorder = GradientTracer(case.module, PROJECTION).step_recorder()
+    recorder.attach()
+    recorder.begin(SAMPLES)
+    loss_of(case).backward()
+    recorder.begin(SAMPLES)
+    loss = loss_of(case)
+    torch.autograd.grad(loss, list(case.module.parameters()), retain_graph=True)
+    recorder.before_backward(loss)
+    loss_of(case)
+    loss.backward()
+    rows = recorder.rows() * SAMPLES
+    loss_of(case).backward()
+    recorder.detach()
+    assert row_error(rows, expected) < TOLERANCE
+
+
+def test_a_penalty_on_weights_is_refused() -> None:
+    case = build("linear_2d")
+    recorder = GradientTracer(case.module, PROJECTION).step_recorder()
+    recorder.attach()
+    recorder.begin(SAMPLES)
+    penalty = sum(p.square().sum() for p in case.module.parameters())
+    with pytest.raises(
+        GradientError, match="'0.bias' enters the loss 2 times.*penalty.*HINT|HINT: a penalty"
+    ):
+        recorder.before_backward(loss_of(case) + penalty)
+    recorder.detach()
+
+
+def test_a_batch_that_is_no_multiple_of_the_samples_is_refused() -> None:
+    case = build("linear_2d")
+    recorder = GradientTracer(case.module, PROJECTION).step_recorder()
+    recorder.attach()
+    recorder.begin(SAMPLES - 1)
+    with pytest.raises(GradientError, match=f"batch of {SAMPLES - 1} samples.*HINT"):
+        loss_of(case)
+    recorder.detach()
+
+
+def test_a_backward_pass_elsewhere_is_refused() -> None:
+    case = build("linear_2d")
+    recorder = GradientTracer(case.module, PROJECTION).step_recorder()
+    recorder.begin(SAMPLES)
+    loss = loss_of(case)
+    recorder.before_backward(loss, check=False)
+    loss.backward()
+    with pytest.raises(GradientError, match="reached no traced layer.*torch.compile"):
+        recorder.rows()
