@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ctrak_lightning.attribution.dots import Dots
 from ctrak_lightning.traces import Checkpoint
 
 AGREEMENT_GRID: tuple[float | None, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, None)
@@ -29,16 +30,13 @@ def scores_by_damping(queries: Tensor, checkpoint: Checkpoint, dampings: Sequenc
         checkpoint: a sealed checkpoint of a store.
         dampings: relative to the mean eigenvalue; None leaves the kernel out.
     """
-    q = queries.double()
     if all(damping is None for damping in dampings):
-        return _dots(q, checkpoint).expand(len(dampings), -1, -1)
+        return _dots(queries, checkpoint).expand(len(dampings), -1, -1)
     kernel = checkpoint.kernel()
-    gram = kernel.gram.double()
-    if kernel.side == "primal":
-        solved = [_solved(gram, q, damping) for damping in dampings]
-        return _dots(torch.cat(solved), checkpoint).view(len(dampings), len(q), -1)
-    plain = _dots(q, checkpoint)
-    return torch.stack([_solved(gram, plain, damping) for damping in dampings])
+    if kernel.side == "dual":
+        return kernel.solve(_dots(queries, checkpoint), dampings)
+    solved = kernel.solve(queries, dampings)  # [D, Q, k]
+    return _dots(solved.flatten(0, 1), checkpoint).view(len(dampings), len(queries), -1)
 
 
 def agreement(scores: Tensor) -> Tensor:
@@ -86,17 +84,9 @@ def soft_thresholded(scores: Tensor, threshold: float) -> Tensor:
     return units.sign() * (units.abs() - threshold).clamp(min=0)
 
 
-def _dots(q: Tensor, checkpoint: Checkpoint) -> Tensor:
-    scores = torch.empty(len(q), checkpoint.rows, dtype=torch.float64)
-    for index, features in checkpoint.shards():
-        scores[:, index] = q @ features.double().T
+def _dots(directions: Tensor, checkpoint: Checkpoint) -> Tensor:
+    dots = Dots(directions)
+    scores = torch.empty(len(directions), checkpoint.rows, dtype=torch.float64)
+    for rows in checkpoint.blocks():
+        scores[:, rows.index] = dots(rows)
     return scores
-
-
-def _solved(gram: Tensor, rows: Tensor, damping: float | None) -> Tensor:
-    """Rows [Q, m] times ``(gram + lambda I)^-1``; as they are without a damping."""
-    if damping is None:
-        return rows
-    ridge = damping * float(gram.diagonal().sum()) / len(gram)
-    factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
-    return torch.cholesky_solve(rows.T, factor).T

@@ -79,11 +79,31 @@ class RowArray:
         except OSError as error:
             raise corrupt(self.path, f"cannot be read ({error})") from error
         rows = values.reshape(-1, k)
-        if bad := np.flatnonzero(row_sums(rows) != self.sums[start:stop]).tolist():
+        self.check(start, row_sums(rows))
+        return torch.from_numpy(rows)
+
+    def read_columns(self, start: int, stop: int) -> Tensor:
+        """Columns ``start`` to ``stop`` of all rows [n, stop - start]; their sums are for the caller to :meth:`check`.
+
+        Raises:
+            CorruptStoreError: They cannot be read.
+        """
+        try:
+            mapped = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+            return torch.from_numpy(np.array(mapped[:, start:stop]))
+        except (OSError, ValueError) as error:
+            raise corrupt(self.path, f"cannot be read ({error})") from error
+
+    def check(self, start: int, sums: np.ndarray) -> None:
+        """Compare the :func:`row_sums` of the rows from ``start`` on with those that were stored.
+
+        Raises:
+            CorruptStoreError: They differ.
+        """
+        if bad := np.flatnonzero(sums != self.sums[start : start + len(sums)]).tolist():
             raise corrupt(
                 self.path, f"features of row {start + bad[0]} are not those that were written (checksum)"
             )
-        return torch.from_numpy(rows)
 
 
 def find_rows(file: h5py.File, path: Path, name: str, shape: tuple[int, int], dtype: str) -> RowArray:

@@ -42,7 +42,15 @@ class Rows:
 
     def features(self) -> Tensor:
         """The features as they were captured, up to the rounding of the store, float32 [n, k]."""
-        return self.unit.float() * (self.scale * self.norm)[:, None]
+        return self.unit.float() * self.magnitude()[:, None]
+
+    def magnitude(self) -> Tensor:
+        """What the stored rows are multiplied by to have the scale of the features, float32 [n]."""
+        return self.scale * self.norm
+
+    def take(self, rows: Tensor) -> Rows:
+        """The rows at positions ``rows`` [m], in that order."""
+        return Rows(**{name: getattr(self, name)[rows] for name in _FIELDS})
 
     def split(self, n: int) -> tuple[Rows, Rows]:
         """The first ``n`` rows, and the others."""
@@ -95,6 +103,16 @@ class Shard:
         """Rows ``start`` to ``stop``, their features in the memory of ``into`` if given; see :meth:`RowArray.read`."""
         columns = {name: values[start:stop] for name, values in self.columns.items()}
         return Rows(unit=self.array.read(start, stop, into), **columns)
+
+    def pick(self, rows: Tensor) -> Rows:
+        """The rows at ascending positions ``rows`` [m]; those that follow each other are read at once."""
+        breaks = (rows.diff() != 1).nonzero().flatten() + 1
+        runs = torch.tensor_split(rows, breaks)
+        return Rows.concatenate([self.read(int(run[0]), int(run[-1]) + 1) for run in runs])
+
+    def magnitude(self) -> Tensor:
+        """As :meth:`Rows.magnitude`, of all rows."""
+        return self.columns["scale"] * self.columns["norm"]
 
 
 def open_shard(path: Path, *, dim: int, dtype: str, max_rows: int, samples: int) -> Shard:

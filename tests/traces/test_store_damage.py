@@ -96,7 +96,7 @@ def test_reading_a_flipped_shard_raises(path: Path, column: str) -> None:
 
 def test_reading_flipped_kernels_weights_and_samples_raises(path: Path) -> None:
     with h5py.File(path / "checkpoint-00000300/kernel.h5") as file:
-        flip(path / "checkpoint-00000300/kernel.h5", file["gram"][:])
+        flip(path / "checkpoint-00000300/kernel.h5", file["eigenvectors"][:])
     flip(path / "checkpoint-00000300/weights.safetensors", np.full(3, 300, dtype=np.float32))
     flip(path / "samples.h5", np.frombuffer(b"image/003.png", dtype=np.uint8))
     store = TraceStore(path)
