@@ -30,7 +30,7 @@ def test_products_are_those_of_float64(
     if not integers:
         monkeypatch.setattr(dots, "has_integer_products", lambda: False)
     rows = rows_of(random(n, k, 0) * torch.logspace(-15, 15, n)[:, None], dtype)
-    directions = random(c, k, 1).double() * torch.logspace(-60, 60, c)[:, None].double()
+    directions = random(c, k, 1).double() * torch.logspace(-60, 60, c, dtype=torch.float64)[:, None]
     directions[0, 0] *= 50  # a large entry must not cost the others their digits
     found = Dots(directions)(rows)
     stored = rows.unit.double() * (rows.scale.double() * rows.norm.double())[:, None]
@@ -54,7 +54,7 @@ def test_directions_of_zero_give_zero() -> None:
 @pytest.mark.skipif(not has_integer_products(), reason="needs a processor with VNNI")
 def test_equal_rows_score_the_same_to_the_bit_wherever_they_stand() -> None:
     features = random(301, 999, 0)
-    features[[7, 130, 300]] = features[0]
+    features[[7, 130, 300]] = features[0].clone()
     found = Dots(random(6, 999, 1))(rows_of(features, "int8"))
     for i in (7, 130, 300):
         assert torch.equal(found[:, i], found[:, 0])
