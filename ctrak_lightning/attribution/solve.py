@@ -12,6 +12,7 @@ AGREEMENT_GRID: tuple[float | None, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0
 """Dampings among which ``damping="agreement"`` chooses."""
 LONE_DAMPING = 10.0
 """What ``damping="agreement"`` uses where there is one checkpoint only, and so nothing to agree with."""
+_SCORES_AT_ONCE = 2**27  # float64 numbers, one gigabyte
 
 
 def checkpoint_scores(queries: Tensor, checkpoint: Checkpoint, damping: float | None) -> Tensor:
@@ -37,6 +38,29 @@ def scores_by_damping(queries: Tensor, checkpoint: Checkpoint, dampings: Sequenc
         return kernel.solve(_dots(queries, checkpoint), dampings)
     solved = kernel.solve(queries, dampings)  # [D, Q, k]
     return _dots(solved.flatten(0, 1), checkpoint).view(len(dampings), len(queries), -1)
+
+
+def chosen_scores(
+    queries: Tensor, checkpoints: Sequence[Checkpoint], grid: Sequence[float | None]
+) -> tuple[Tensor, list[float | None]]:
+    """Scores [M, Q, N] of queries [M, Q, k] at every checkpoint, and the damping used for each query.
+
+    Args:
+        queries: projected gradients of the queries, for each of the M checkpoints.
+        checkpoints: sealed checkpoints of one store.
+        grid: the damping; of several, each query uses the one at which the checkpoints agree most (:func:`agreement`).
+    """
+    parts, chosen = [], []
+    room = max(1, _SCORES_AT_ONCE // (len(grid) * len(checkpoints) * checkpoints[0].rows))
+    for part in queries.split(room, 1):
+        each = [scores_by_damping(rows, c, grid) for rows, c in zip(part, checkpoints, strict=True)]
+        scores = torch.stack(each, 1)  # [D, M, Q, N]
+        best = torch.zeros(part.shape[1], dtype=torch.long)
+        if len(grid) > 1:
+            best = torch.stack([agreement(at_one) for at_one in scores]).argmax(0)
+        parts.append(torch.stack([scores[d, :, i] for i, d in enumerate(best.tolist())], 1))
+        chosen += [grid[d] for d in best.tolist()]
+    return torch.cat(parts, 1), chosen
 
 
 def agreement(scores: Tensor) -> Tensor:

@@ -142,13 +142,16 @@ class Checkpoint:
             rows = shard.read(0, len(shard))
             yield rows.index, rows.features()
 
-    def blocks(self) -> Iterator[Rows]:
+    def blocks(self, dims: int | None = None) -> Iterator[Rows]:
         """The stored rows, a few MiB at a time whatever the size of the store; see :meth:`StoredRows.blocks`.
+
+        Args:
+            dims: read the first ``dims`` features of each row only.
 
         Raises:
             CorruptStoreError: As :meth:`shards`.
         """
-        return self._stored.blocks()
+        return self._stored.blocks(dims)
 
     def rows_of(self, samples: Tensor) -> Rows:
         """The stored rows of some samples, positions in the sample table [n], in that order.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,25 +51,24 @@ class StoredRows:
         """
         seen = torch.zeros(self._samples, dtype=torch.bool)
         for name in self._names:
-            shard = open_shard(
-                self._root / name,
-                dim=self._header.dim,
-                dtype=self._header.dtype,
-                max_rows=self._samples,
-                samples=self._samples,
-            )
+            shard = self._open(name)
             self._note(seen, shard.columns["index"], self._root / name)
             yield shard
         self._require_all(seen)
 
-    def blocks(self) -> Iterator[Rows]:
+    def blocks(self, dims: int | None = None) -> Iterator[Rows]:
         """All rows, a few MiB at a time; the next block is read in a thread while the present one is used.
 
         The features of a block are overwritten once the one after it is asked for: clone what is to stay.
 
+        Args:
+            dims: The first ``dims`` features of each row only, which no checksum covers.
+
         Raises:
             CorruptStoreError: As :meth:`shards`; or rows are not those that were written.
         """
+        if dims is not None:
+            return _ahead(self._first_features(dims))
         dtype = getattr(torch, self._header.dtype)
         rows = max(1, BLOCK_BYTES // (self._header.dim * dtype.itemsize))
         buffers = [torch.empty(rows * self._header.dim, dtype=dtype) for _ in range(2)]
@@ -112,28 +112,47 @@ class StoredRows:
             CorruptStoreError: As :meth:`blocks`.
         """
         wanted, inverse = torch.unique(samples, return_inverse=True)
+        shard_of, row_of = self._places
         parts = []
-        for name in self._names:
-            # Only the shards that hold a wanted sample are read further.
-            index = read_column(self._root / name, "index", "int64", max_rows=self._samples)
-            rows = torch.isin(index, wanted).nonzero().flatten()
-            if len(rows):
-                parts.append(self._pick(self._root / name, rows))
+        # Only the shards that hold a wanted sample are opened.
+        for number in torch.unique(shard_of[wanted]).tolist():
+            rows = row_of[wanted[shard_of[wanted] == number]].long()
+            parts.append(self._open(self._names[number]).pick(rows.sort().values))
         found = Rows.concatenate(parts)
         order = torch.argsort(found.index)
         if not torch.equal(found.index[order], wanted):
             raise corrupt(self._root / self._folder, "the shards do not hold every sample once")
         return found.take(order[inverse])
 
-    def _pick(self, path: Path, rows: Tensor) -> Rows:
-        shard = open_shard(
-            path,
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """In which shard, and in which of its rows, each sample is: int32 [N] both."""
+        shard_of = torch.full((self._samples,), -1, dtype=torch.int32)
+        row_of = torch.zeros(self._samples, dtype=torch.int32)
+        seen = torch.zeros(self._samples, dtype=torch.bool)
+        for number, name in enumerate(self._names):
+            index = read_column(self._root / name, "index", "int64", max_rows=self._samples)
+            self._note(seen, index, self._root / name)
+            shard_of[index] = number
+            row_of[index] = torch.arange(len(index), dtype=torch.int32)
+        self._require_all(seen)
+        return shard_of, row_of
+
+    def _first_features(self, dims: int) -> Iterator[Rows]:
+        dtype = getattr(torch, self._header.dtype)
+        rows = max(1, BLOCK_BYTES // (dims * dtype.itemsize))
+        for shard in self.shards():
+            for start in range(0, len(shard), rows):
+                yield shard.read_first(start, min(start + rows, len(shard)), dims)
+
+    def _open(self, name: str) -> Shard:
+        return open_shard(
+            self._root / name,
             dim=self._header.dim,
             dtype=self._header.dtype,
             max_rows=self._samples,
             samples=self._samples,
         )
-        return shard.pick(rows)
 
     def _note(self, seen: Tensor, index: Tensor, path: Path) -> None:
         inside = bool(((index >= 0) & (index < self._samples)).all())
