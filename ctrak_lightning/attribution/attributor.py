@@ -249,7 +249,7 @@ class Attributor:
             query: from :meth:`query` or :meth:`query_global`.
             n: how many samples for each question.
             damping: another one than the method's; None leaves the kernel out.
-            shortlist: look at a part of each row first, which is faster and may miss a sample.
+            shortlist: look at a part of each row first, which may miss a sample and is not always faster.
 
         Returns:
             For each question, its samples, best first (ties by position in the data set).

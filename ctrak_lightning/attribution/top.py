@@ -22,9 +22,12 @@ _TRUSTED = 1e-3
 class Shortlist:
     """Look at a part of each row first, and in full only at the samples that then look best.
 
-    The part's weights are the least-squares prediction of the score from it (:meth:`Kernel.predictor`). It spares
-    arithmetic always, and reading where a row is longer than a few pages of memory. Scores of what is found are exact;
-    a sample may be missed. Rows that are not shortlisted are not compared with their checksums.
+    The part's weights are the least-squares prediction of the score from it (:meth:`Kernel.predictor`). Scores of what is
+    found are exact; a sample may be missed. Rows that are not shortlisted are not compared with their checksums.
+
+    It spares arithmetic, but rows are stored whole, so the disk reads as much as before where a row is not longer than a few
+    pages of memory, and looking rows up costs. On int8 rows of 4,096 it was slower than the exact search
+    (``recipes/benchmarks/results/scale.md``): measure before you use it.
 
     Raises:
         ValueError: ``dims`` or ``size`` is below 1.
