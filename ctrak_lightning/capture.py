@@ -35,7 +35,7 @@ class Capture:
         method: what to trace.
         tracer: the gradient tracer of ``task.denoiser``.
         seed: of the trajectories' noise and of whatever is random in ``batches``.
-        dtype: of the stored rows, ``"float32"`` or ``"float16"`` (each row also has a float32 norm).
+        dtype: of the stored rows, ``"float32"``, ``"float16"`` or ``"int8"`` (each row also has a float32 norm and scale).
         thumbnails: store small images for reports, where the task can decode.
         device: where batches are moved to.
         rows_at_once: samples per forward pass at most; None takes whole batches.
@@ -57,7 +57,7 @@ class Capture:
         method: Method,
         tracer: GradientTracer,
         seed: int = 0,
-        dtype: Literal["float32", "float16"] = "float32",
+        dtype: Literal["float32", "float16", "int8"] = "float32",
         thumbnails: bool = True,
         device: torch.device | str = "cpu",
         rows_at_once: int | None = None,

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ctrak_lightning.attribution.concept import Concept, check_known
-from ctrak_lightning.attribution.result import Attribution
+from ctrak_lightning.attribution.result import Attribution, Record
 from ctrak_lightning.attribution.solve import (
     AGREEMENT_GRID,
     LONE_DAMPING,
-    agreement,
-    scores_by_damping,
+    chosen_scores,
 )
+from ctrak_lightning.attribution.top import Shortlist, top_scores
 from ctrak_lightning.errors import GradientError, StoreMismatchError
 from ctrak_lightning.fingerprint import model_fingerprint
 from ctrak_lightning.gradients import GradientTracer, Projection, tracing_mode
@@ -39,8 +39,6 @@ from ctrak_lightning.trajectory import (
     Trajectory,
     seeded_noise,
 )
-
-_SCORES_AT_ONCE = 2**27  # float64 numbers, one gigabyte
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +214,7 @@ class Attributor:
         used = self.method if damping == "method" else replace(self.method, damping=damping)
         if query.trajectory is not None:
             used = replace(used, query_trajectory=query.trajectory)
-        scores, dampings = self._scores(query.features, used.damping)
+        scores, dampings = chosen_scores(query.features, self.store.checkpoints, self._grid(used.damping))
         if used.residual:
             scores = scores * torch.stack([c.losses().double() for c in self.store.checkpoints]).unsqueeze(1)
         weights = self._learning_rates() if used.ensemble == "learning_rate" else None
@@ -236,10 +234,51 @@ class Attributor:
             for i, concept in enumerate(query.concepts)
         ]
 
-    def _scores(self, features: Tensor, damping: Damping) -> tuple[Tensor, list[float | None]]:
-        """Scores [M, Q, N] of queries [M, Q, k], and the damping used for each."""
-        checkpoints = self.store.checkpoints
-        if damping == "agreement" and len(checkpoints) < 2:
+    def top(
+        self,
+        query: Query,
+        n: int = 10,
+        *,
+        damping: Damping | Literal["method"] = "method",
+        shortlist: Shortlist | None = None,
+    ) -> list[list[Record]]:
+        """The ``n`` samples that taught each concept most, as :meth:`score` and :meth:`Attribution.top` give them, but without
+        holding the scores of all samples; for stores that are larger than memory.
+
+        Args:
+            query: from :meth:`query` or :meth:`query_global`.
+            n: how many samples for each question.
+            damping: another one than the method's; None leaves the kernel out.
+            shortlist: look at a part of each row first, which may miss a sample and is not always faster.
+
+        Returns:
+            For each question, its samples, best first (ties by position in the data set).
+
+        Raises:
+            ValueError: ``n`` is below 1.
+            CorruptStoreError: the store is damaged.
+        """
+        found = top_scores(
+            query.features,
+            self.store.checkpoints,
+            n,
+            self._grid(self.method.damping if damping == "method" else damping),
+            weights=self._learning_rates() if self.method.ensemble == "learning_rate" else None,
+            residual=self.method.residual,
+            shortlist=shortlist,
+        )
+        samples = self.store.samples
+        return [
+            [
+                Record(samples.sample_ids[i], score, rank, samples.metadata_of(i))
+                for rank, (i, score) in enumerate(zip(positions, scores, strict=True), start=1)
+            ]
+            for positions, scores in zip(found.positions.tolist(), found.scores.tolist(), strict=True)
+        ]
+
+    def _grid(self, damping: Damping) -> Sequence[float | None]:
+        """The dampings to choose among."""
+        if damping == "agreement" and len(self.store.checkpoints) < 2:
             warnings.warn(
                 f"damping='agreement' compares checkpoints and the store has one: {LONE_DAMPING} is used. HINT: trace at two "
                 "or more steps, or give a damping.",
@@ -247,18 +286,7 @@ class Attributor:
                 stacklevel=3,
             )
             damping = LONE_DAMPING
-        grid = AGREEMENT_GRID if isinstance(damping, str) else (damping,)
-        parts, chosen = [], []
-        room = max(1, _SCORES_AT_ONCE // (len(grid) * len(checkpoints) * len(self.store.samples)))
-        for part in features.split(room, 1):
-            each = [scores_by_damping(rows, c, grid) for rows, c in zip(part, checkpoints, strict=True)]
-            scores = torch.stack(each, 1)  # [D, M, Q, N]
-            best = torch.zeros(part.shape[1], dtype=torch.long)
-            if len(grid) > 1:
-                best = torch.stack([agreement(at_one) for at_one in scores]).argmax(0)
-            parts.append(torch.stack([scores[d, :, i] for i, d in enumerate(best.tolist())], 1))
-            chosen += [grid[d] for d in best.tolist()]
-        return torch.cat(parts, 1), chosen
+        return AGREEMENT_GRID if isinstance(damping, str) else (damping,)
 
     def generate(self, specs: Sequence[Spec], seeds: Sequence[int]) -> Generation:
         """Generates one image per (spec, seed) with the last checkpoint's weights; the same seed gives the same noise.

@@ -104,7 +104,7 @@ class Attribution:
         scores = self.scores
         order = torch.argsort(scores, descending=True, stable=True)[:n].tolist()
         return [
-            Record(self.samples.sample_ids[i], float(scores[i]), rank, self._metadata(i))
+            Record(self.samples.sample_ids[i], float(scores[i]), rank, self.samples.metadata_of(i))
             for rank, i in enumerate(order, start=1)
         ]
 
@@ -196,6 +196,3 @@ class Attribution:
         Path(path).write_text(
             json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
         )
-
-    def _metadata(self, index: int) -> dict[str, str]:
-        return {column: values[index] for column, values in self.samples.metadata.items()}

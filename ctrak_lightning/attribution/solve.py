@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ctrak_lightning.attribution.dots import Dots
 from ctrak_lightning.traces import Checkpoint
 
 AGREEMENT_GRID: tuple[float | None, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, None)
 """Dampings among which ``damping="agreement"`` chooses."""
 LONE_DAMPING = 10.0
 """What ``damping="agreement"`` uses where there is one checkpoint only, and so nothing to agree with."""
+_SCORES_AT_ONCE = 2**27  # float64 numbers, one gigabyte
 
 
 def checkpoint_scores(queries: Tensor, checkpoint: Checkpoint, damping: float | None) -> Tensor:
@@ -29,16 +31,36 @@ def scores_by_damping(queries: Tensor, checkpoint: Checkpoint, dampings: Sequenc
         checkpoint: a sealed checkpoint of a store.
         dampings: relative to the mean eigenvalue; None leaves the kernel out.
     """
-    q = queries.double()
     if all(damping is None for damping in dampings):
-        return _dots(q, checkpoint).expand(len(dampings), -1, -1)
+        return _dots(queries, checkpoint).expand(len(dampings), -1, -1)
     kernel = checkpoint.kernel()
-    gram = kernel.gram.double()
-    if kernel.side == "primal":
-        solved = [_solved(gram, q, damping) for damping in dampings]
-        return _dots(torch.cat(solved), checkpoint).view(len(dampings), len(q), -1)
-    plain = _dots(q, checkpoint)
-    return torch.stack([_solved(gram, plain, damping) for damping in dampings])
+    if kernel.side == "dual":
+        return kernel.solve(_dots(queries, checkpoint), dampings)
+    solved = kernel.solve(queries, dampings)  # [D, Q, k]
+    return _dots(solved.flatten(0, 1), checkpoint).view(len(dampings), len(queries), -1)
+
+
+def chosen_scores(
+    queries: Tensor, checkpoints: Sequence[Checkpoint], grid: Sequence[float | None]
+) -> tuple[Tensor, list[float | None]]:
+    """Scores [M, Q, N] of queries [M, Q, k] at every checkpoint, and the damping used for each query.
+
+    Args:
+        queries: projected gradients of the queries, for each of the M checkpoints.
+        checkpoints: sealed checkpoints of one store.
+        grid: the damping; of several, each query uses the one at which the checkpoints agree most (:func:`agreement`).
+    """
+    parts, chosen = [], []
+    room = max(1, _SCORES_AT_ONCE // (len(grid) * len(checkpoints) * checkpoints[0].rows))
+    for part in queries.split(room, 1):
+        each = [scores_by_damping(rows, c, grid) for rows, c in zip(part, checkpoints, strict=True)]
+        scores = torch.stack(each, 1)  # [D, M, Q, N]
+        best = torch.zeros(part.shape[1], dtype=torch.long)
+        if len(grid) > 1:
+            best = torch.stack([agreement(at_one) for at_one in scores]).argmax(0)
+        parts.append(torch.stack([scores[d, :, i] for i, d in enumerate(best.tolist())], 1))
+        chosen += [grid[d] for d in best.tolist()]
+    return torch.cat(parts, 1), chosen
 
 
 def agreement(scores: Tensor) -> Tensor:
@@ -86,17 +108,9 @@ def soft_thresholded(scores: Tensor, threshold: float) -> Tensor:
     return units.sign() * (units.abs() - threshold).clamp(min=0)
 
 
-def _dots(q: Tensor, checkpoint: Checkpoint) -> Tensor:
-    scores = torch.empty(len(q), checkpoint.rows, dtype=torch.float64)
-    for index, features in checkpoint.shards():
-        scores[:, index] = q @ features.double().T
+def _dots(directions: Tensor, checkpoint: Checkpoint) -> Tensor:
+    dots = Dots(directions)
+    scores = torch.empty(len(directions), checkpoint.rows, dtype=torch.float64)
+    for rows in checkpoint.blocks():
+        scores[:, rows.index] = dots(rows)
     return scores
-
-
-def _solved(gram: Tensor, rows: Tensor, damping: float | None) -> Tensor:
-    """Rows [Q, m] times ``(gram + lambda I)^-1``; as they are without a damping."""
-    if damping is None:
-        return rows
-    ridge = damping * float(gram.diagonal().sum()) / len(gram)
-    factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
-    return torch.cholesky_solve(rows.T, factor).T

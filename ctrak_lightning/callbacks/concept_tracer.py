@@ -56,7 +56,7 @@ class ConceptTracer(Callback):
         dim: length of a trace; None keeps all projected values.
         batch_size: samples per forward pass; None takes half of the training loader's, with which a capture needs less memory
             than a training step.
-        dtype: of stored rows, ``"float32"`` or ``"float16"``.
+        dtype: of stored rows, ``"float32"``, ``"float16"`` or ``"int8"`` (a quarter of the size; the ranking keeps).
         thumbnails: store small images for reports.
         seed: of the projection and of the trajectories' noise.
         on_error: what becomes of training when a trace cannot be stored, because the disk is full, say. ``"warn"``, the
@@ -94,7 +94,7 @@ class ConceptTracer(Callback):
         rank: int = 16,
         dim: int | None = 2048,
         batch_size: int | None = None,
-        dtype: Literal["float32", "float16"] = "float32",
+        dtype: Literal["float32", "float16", "int8"] = "float32",
         thumbnails: bool = True,
         seed: int = 0,
         on_error: OnError = "warn",

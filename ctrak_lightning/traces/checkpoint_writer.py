@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreError
 from ctrak_lightning.traces.atomic import FileRecord, make_folder, write_atomically
-from ctrak_lightning.traces.kernel import gram, write_kernel
+from ctrak_lightning.traces.kernel import kernel_of_columns, kernel_of_rows, write_kernel
 from ctrak_lightning.traces.schema import CheckpointRecord, StoreHeader
-from ctrak_lightning.traces.shards import Rows, read_column, read_shard, write_shard
+from ctrak_lightning.traces.shards import Rows, read_column, stored_unit, write_shard
+from ctrak_lightning.traces.stored_rows import StoredRows
 from ctrak_lightning.traces.visits import Visits, write_visits
 
 Commit = Callable[[CheckpointRecord, dict[str, FileRecord]], None]
@@ -212,8 +213,8 @@ class CheckpointWriter:
         wide = features.double()
         norm = wide.norm(dim=1).float()
         self._refuse_rows(indices, ~norm.isfinite(), "features whose norm is beyond float32")
-        unit = (wide / norm.double()[:, None]).to(getattr(torch, self._header.dtype))
-        return Rows(index=indices.clone(), unit=unit, norm=norm, loss=loss.clone())
+        unit, scale = stored_unit(wide / norm.double()[:, None], self._header.dtype)
+        return Rows(index=indices.clone(), unit=unit, scale=scale, norm=norm, loss=loss.clone())
 
     def _seal_shard(self) -> None:
         rows, rest = Rows.concatenate(self._buffer).split(self._shard_rows)
@@ -229,28 +230,12 @@ class CheckpointWriter:
     def _write_kernel(self) -> FileRecord:
         n, k = len(self._seen), self._header.dim
         # From the files, not from memory: what was stored is what is described, also after an interruption.
-        blocks = self._stored_features() if k <= n else iter([self._stored_in_table_order()])
-        kernel = gram(blocks, n, k)
+        stored = StoredRows(self._root, self._record.folder, self._record.shards, self._header, n)
+        if k <= n:
+            kernel = kernel_of_rows((rows.features() for rows in stored.blocks()), n, k)
+        else:
+            kernel = kernel_of_columns(stored.columns(), n, k)
         return write_atomically(self._root / self._record.kernel, lambda path: write_kernel(path, kernel))
-
-    def _stored_features(self) -> Iterator[Tensor]:
-        return (rows.features() for rows in self._stored_rows())
-
-    def _stored_in_table_order(self) -> Tensor:
-        features = torch.empty(len(self._seen), self._header.dim)
-        for rows in self._stored_rows():
-            features[rows.index] = rows.features()
-        return features
-
-    def _stored_rows(self) -> Iterator[Rows]:
-        for name in self._record.shards:
-            yield read_shard(
-                self._root / name,
-                dim=self._header.dim,
-                dtype=self._header.dtype,
-                max_rows=self._record.rows,
-                samples=len(self._seen),
-            )
 
     def _names(self, indices: Tensor) -> str:
         shown = ", ".join(repr(self._sample_ids[i]) for i in indices[:_SHOWN].tolist())

@@ -1,8 +1,8 @@
-"""The Gram matrix of a checkpoint's traces, on whichever side is smaller."""
+"""The Gram matrix of a checkpoint's traces, on whichever side is smaller, as its eigendecomposition."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,15 +10,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ctrak_lightning.errors import GradientError
 from ctrak_lightning.traces.arrays import corrupt, open_for_reading, open_for_writing, read_array, write_array
 
-_COLUMNS_PER_STEP = 4096
+_PANEL = 1024
+_RIDGE = 1e-6
+"""Relative to the mean eigenvalue: features that the others determine would make the predictor's matrix singular."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """Gram matrix of the features Phi [n, k], with m = min(n, k)."""
+    """Gram matrix ``V diag(eigenvalues) V^T`` of the features Phi [n, k], with m = min(n, k).
+
+    The decomposition serves every damping: a solve costs two products with V, never a factorisation. V in float32 is
+    enough: its rounding changes scores in proportion to the square root of the condition number of the damped matrix, where
+    that of a Gram matrix in float32 did so in proportion to the condition number itself.
+    """
 
     side: Literal["primal", "dual"]
     """``primal``: Phi^T Phi [k, k]; ``dual``: Phi Phi^T [n, n], in the order of the sample table."""
@@ -26,52 +32,105 @@ class Kernel:
     """Samples."""
     k: int
     """Features per sample."""
-    gram: Tensor
-    """float32 [m, m], symmetric."""
     eigenvalues: Tensor
     """float64 [m], ascending; of the float64 Gram matrix, so rounding can leave zeros slightly negative."""
+    eigenvectors: Tensor
+    """V, float32 [m, m], one eigenvector per column."""
     trace: float
     """Trace of the float64 Gram matrix: the sum of the squared norms of all traces."""
+    mean: Tensor
+    """Mean of the traces over the samples, float64 [k]."""
+
+    def gram(self) -> Tensor:
+        """The Gram matrix, float64 [m, m], put together again."""
+        vectors = self.eigenvectors.double()
+        matrix = (vectors * self.eigenvalues) @ vectors.T
+        return (matrix + matrix.T) / 2
+
+    def solve(self, rows: Tensor, dampings: Sequence[float | None]) -> Tensor:
+        """Rows [q, m] times ``(gram + damping * trace / m * I)^-1``, float64 [d, q, m]; as they are where a damping is None."""
+        vectors, values = self.eigenvectors.double(), self.eigenvalues.clamp(min=0)
+        along, mean = rows.double() @ vectors, self.trace / len(values)
+        return torch.stack(
+            [rows.double() if d is None else along / (values + d * mean) @ vectors.T for d in dampings]
+        )
+
+    def score_moments(self, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean [c] and standard deviation [c] over the n samples of the scores ``Phi d`` of directions d [c, k], float64.
+
+        ``sum_i (phi_i d)^2 = d^T Phi^T Phi d``, so no trace need be read. For the primal side only.
+        """
+        mean = directions.double() @ self.mean
+        along = directions.double() @ self.eigenvectors.double()
+        square = (along.square() * self.eigenvalues.clamp(min=0)).sum(1) / self.n
+        return mean, (square - mean.square()).clamp(min=0).sqrt()
+
+    def predictor(self, directions: Tensor, dims: int) -> Tensor:
+        """Weights w, float64 [c, dims], with which the first ``dims`` features predict ``Phi d`` of directions d [c, k] best.
+
+        Least squares over the n samples: ``w = (Phi_1^T Phi_1)^-1 Phi_1^T Phi d``. For the primal side only.
+        """
+        vectors, values = self.eigenvectors.double(), self.eigenvalues.clamp(min=0)
+        part = vectors[:dims] * values  # [dims, m]
+        products = part @ (vectors.T @ directions.double().T)  # Phi_1^T Phi d: [dims, c]
+        gram = part @ vectors[:dims].T
+        ridge = _RIDGE * gram.diagonal().mean() * torch.eye(dims, dtype=torch.float64)
+        weights: Tensor = torch.linalg.solve(gram + ridge, products)
+        return weights.T
 
 
-def gram(blocks: Iterable[Tensor], n: int, k: int) -> Kernel:
-    """Gram matrix of n traces of k features, accumulated in float64.
-
-    Args:
-        blocks: Features [n_i, k], n rows in all; for the dual side (k > n) in the order of the sample table.
-        n: Number of samples.
-        k: Features per sample.
-
-    Returns:
-        The primal kernel when k <= n, else the dual one.
+def kernel_of_rows(blocks: Iterable[Tensor], n: int, k: int) -> Kernel:
+    """The primal kernel of n >= k traces, from blocks of them [n_i, k] in any order, each looked at once.
 
     Raises:
         ValueError: The blocks do not have n rows of k features.
-        GradientError: The Gram matrix does not fit float32.
     """
-    checked = _checked(blocks, n, k)
-    matrix = _primal(checked, k) if k <= n else _dual(torch.cat(list(checked)))
-    stored = matrix.float()
-    if not bool(stored.isfinite().all()):
-        raise GradientError(
-            f"the Gram matrix has entries up to {float(matrix.abs().max()):.3g}, beyond float32. "
-            "HINT: the per-sample gradients are too large; scale the objective down."
+    total = torch.zeros(k, k, dtype=torch.float64)
+    added = torch.zeros(k, dtype=torch.float64)
+    rows = 0
+    for block in blocks:
+        if block.dim() != 2 or block.shape[1] != k:
+            raise ValueError(f"kernel_of_rows: a block has shape {tuple(block.shape)}, expected [n_i, {k}].")
+        rows += len(block)
+        wide = block.double()
+        added += wide.sum(0)
+        for start in range(0, k, _PANEL):
+            # [p, n_i] x [n_i, k - start] -> [p, k - start]: what is below the diagonal is what is above it
+            total[start : start + _PANEL, start:] += wide[:, start : start + _PANEL].T @ wide[:, start:]
+    if rows != n:
+        raise ValueError(f"kernel_of_rows: the blocks have {rows} rows in all, expected {n}.")
+    return _decomposed("primal", n, k, total, added / n)
+
+
+def kernel_of_columns(panels: Iterable[Tensor], n: int, k: int) -> Kernel:
+    """The dual kernel of n < k traces, from columns of them [n, k_i] in order, each looked at once.
+
+    Raises:
+        ValueError: The panels do not have n rows and k columns.
+    """
+    total = torch.zeros(n, n, dtype=torch.float64)
+    means = []
+    for panel in panels:
+        if panel.dim() != 2 or panel.shape[0] != n:
+            raise ValueError(
+                f"kernel_of_columns: a panel has shape {tuple(panel.shape)}, expected [{n}, k_i]."
+            )
+        for columns in panel.split(_PANEL, 1):
+            wide = columns.double()
+            total += wide @ wide.T  # [n, p] x [p, n] -> [n, n]
+            means.append(wide.mean(0))
+    if sum(map(len, means)) != k:
+        raise ValueError(
+            f"kernel_of_columns: the panels have {sum(map(len, means))} columns in all, expected {k}."
         )
-    return Kernel(
-        side="primal" if k <= n else "dual",
-        n=n,
-        k=k,
-        gram=stored,
-        eigenvalues=torch.linalg.eigvalsh(matrix),
-        trace=float(matrix.trace()),
-    )
+    return _decomposed("dual", n, k, total, torch.cat(means))
 
 
 def write_kernel(path: Path, kernel: Kernel) -> None:
     """Write ``kernel`` to a new HDF5 file; equal kernels give equal bytes."""
     with open_for_writing(path) as file:
-        write_array(file, "gram", kernel.gram)
-        write_array(file, "eigenvalues", kernel.eigenvalues, chunk_rows=kernel.eigenvalues.shape[0])
+        for name in ("eigenvectors", "eigenvalues", "mean"):
+            write_array(file, name, getattr(kernel, name), chunk_rows=_PANEL)
         file.attrs["side"] = kernel.side
         file.attrs["n"] = kernel.n
         file.attrs["k"] = kernel.k
@@ -94,42 +153,16 @@ def read_kernel(path: Path, n: int, k: int) -> Kernel:
             side=side,
             n=n,
             k=k,
-            gram=read_array(file, path, "gram", (size, size), "float32"),
             eigenvalues=read_array(file, path, "eigenvalues", (size,), "float64"),
+            eigenvectors=read_array(file, path, "eigenvectors", (size, size), "float32"),
             trace=float(file.attrs["trace"]),
+            mean=read_array(file, path, "mean", (k,), "float64"),
         )
 
 
-def _checked(blocks: Iterable[Tensor], n: int, k: int) -> Iterable[Tensor]:
-    rows = 0
-    for block in blocks:
-        if block.dim() != 2 or block.shape[1] != k:
-            raise ValueError(
-                f"gram(blocks, n={n}, k={k}): a block has shape {tuple(block.shape)}, expected [n_i, {k}]."
-            )
-        rows += block.shape[0]
-        yield block
-    if rows != n:
-        raise ValueError(f"gram(blocks, n={n}, k={k}): the blocks have {rows} rows in all, expected {n}.")
-
-
-def _primal(blocks: Iterable[Tensor], k: int) -> Tensor:
-    total = torch.zeros(k, k, dtype=torch.float64)
-    for block in blocks:
-        rows = block.double()
-        total += rows.T @ rows  # [k, n_i] x [n_i, k] -> [k, k]
-    return _symmetric(total)
-
-
-def _dual(features: Tensor) -> Tensor:
-    total = torch.zeros(features.shape[0], features.shape[0], dtype=torch.float64)
-    # By columns, so that float64 copies of all features never stand beside the Gram matrix.
-    for columns in torch.split(features, _COLUMNS_PER_STEP, dim=1):
-        wide = columns.double()
-        total += wide @ wide.T  # [n, c] x [c, n] -> [n, n]
-    return _symmetric(total)
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    """BLAS may round the two triangles differently; a Cholesky of the stored matrix must not see that."""
-    return (matrix + matrix.T) / 2
+def _decomposed(side: Literal["primal", "dual"], n: int, k: int, upper: Tensor, mean: Tensor) -> Kernel:
+    trace = float(upper.trace())
+    values, vectors = torch.linalg.eigh(upper, UPLO="U")
+    return Kernel(
+        side=side, n=n, k=k, eigenvalues=values, eigenvectors=vectors.float(), trace=trace, mean=mean
+    )

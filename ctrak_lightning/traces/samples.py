@@ -84,6 +84,10 @@ class SampleTable:
             "metadata": {name: column[i] for name, column in self.metadata.items()},
         }
 
+    def metadata_of(self, i: int) -> dict[str, str]:
+        """The metadata of the sample at position ``i``, by column."""
+        return {column: values[i] for column, values in self.metadata.items()}
+
     def _check_column(self, name: str, column: Sequence[str]) -> None:
         if isinstance(column, str):
             raise StoreError(

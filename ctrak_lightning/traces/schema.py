@@ -10,13 +10,13 @@ from typing import Any, Literal
 from ctrak_lightning.errors import StoreError
 from ctrak_lightning.traces.atomic import FileRecord
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SAMPLES = "samples.h5"
 WEIGHTS = "weights.safetensors"
 KERNEL = "kernel.h5"
 VISITS = "visits.h5"
-BYTES_PER_VALUE = {"float32": 4, "float16": 2}
+BYTES_PER_VALUE = {"float32": 4, "float16": 2, "int8": 1}
 
 
 class _Absent:
@@ -52,8 +52,8 @@ class StoreHeader:
     """What identifies the dataset, as JSON values: ``{"size": n, "sample_ids": sha256hex}``."""
     dim: int
     """Features per sample, k."""
-    dtype: Literal["float32", "float16"]
-    """How the unit-norm rows are stored; norms and losses are float32 always."""
+    dtype: Literal["float32", "float16", "int8"]
+    """How the unit-norm rows are stored (int8 with one scale per row); scales, norms and losses are float32 always."""
 
     def __post_init__(self) -> None:
         for name in ("method", "projection", "model", "dataset"):

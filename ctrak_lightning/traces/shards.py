@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -17,6 +17,9 @@ from ctrak_lightning.traces.arrays import (
     read_array,
     write_array,
 )
+from ctrak_lightning.traces.row_array import RowArray, find_rows, write_rows
+
+_INT8_MAX = 127
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +29,9 @@ class Rows:
     index: Tensor
     """Position of each sample in the sample table, int64 [n]."""
     unit: Tensor
-    """Features divided by their norm, [n, k]: float16 overflows at 65504, a unit-norm row never does."""
+    """Features divided by their norm and by ``scale``, [n, k], in the dtype of the store."""
+    scale: Tensor
+    """What a stored row is multiplied by to have unit norm, float32 [n]; 1 unless the store is int8."""
     norm: Tensor
     """Norm of the features, float32 [n]."""
     loss: Tensor
@@ -36,55 +41,114 @@ class Rows:
         return self.index.shape[0]
 
     def features(self) -> Tensor:
-        """The features with their scale, float32 [n, k]."""
-        return self.unit.float() * self.norm[:, None]
+        """The features as they were captured, up to the rounding of the store, float32 [n, k]."""
+        return self.unit.float() * self.magnitude()[:, None]
+
+    def magnitude(self) -> Tensor:
+        """What the stored rows are multiplied by to have the scale of the features, float32 [n]."""
+        return self.scale * self.norm
+
+    def take(self, rows: Tensor) -> Rows:
+        """The rows at positions ``rows`` [m], in that order."""
+        return Rows(**{name: getattr(self, name)[rows] for name in _FIELDS})
+
+    def first(self, dims: int | None) -> Rows:
+        """The same rows with their first ``dims`` features only; all of them where it is None."""
+        return self if dims is None else replace(self, unit=self.unit[:, :dims].contiguous())
 
     def split(self, n: int) -> tuple[Rows, Rows]:
         """The first ``n`` rows, and the others."""
-        fields = ("index", "unit", "norm", "loss")
-        first = Rows(**{name: getattr(self, name)[:n] for name in fields})
+        first = Rows(**{name: getattr(self, name)[:n] for name in _FIELDS})
         # Cloned, so that a few rows left over do not keep the whole batch in memory.
-        return first, Rows(**{name: getattr(self, name)[n:].clone() for name in fields})
+        return first, Rows(**{name: getattr(self, name)[n:].clone() for name in _FIELDS})
 
     @staticmethod
     def concatenate(parts: list[Rows]) -> Rows:
         """All rows of ``parts``, in order."""
-        return Rows(
-            index=torch.cat([part.index for part in parts]),
-            unit=torch.cat([part.unit for part in parts]),
-            norm=torch.cat([part.norm for part in parts]),
-            loss=torch.cat([part.loss for part in parts]),
-        )
+        return Rows(**{name: torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS})
+
+
+_FIELDS = ("index", "unit", "scale", "norm", "loss")
+
+
+def stored_unit(unit: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """Unit-norm rows [n, k] as a store of ``dtype`` keeps them [n, k], and the scale of each row, float32 [n].
+
+    float16 overflows at 65504, which a unit-norm row never reaches. int8 rows are symmetric: the entry of the largest
+    magnitude becomes 127 or -127, so that no entry is off by more than half of ``scale``.
+    """
+    if dtype != "int8":
+        return unit.to(getattr(torch, dtype)), torch.ones(len(unit))
+    scale = (unit.abs().amax(1) / _INT8_MAX).float()
+    rounded = (unit / scale.to(unit.dtype)[:, None]).round().clamp(-_INT8_MAX, _INT8_MAX)
+    return rounded.to(torch.int8), scale
 
 
 def write_shard(path: Path, rows: Rows) -> None:
     """Write ``rows`` to a new HDF5 file; equal rows give equal bytes."""
     with open_for_writing(path) as file:
-        write_array(file, "features", rows.unit)
-        write_array(file, "norm", rows.norm)
-        write_array(file, "loss", rows.loss)
-        write_array(file, "index", rows.index)
+        write_rows(file, "features", rows.unit)
+        for name in ("scale", "norm", "loss", "index"):
+            write_array(file, name, getattr(rows, name), chunk_rows=len(rows))
 
 
-def read_shard(path: Path, *, dim: int, dtype: str, max_rows: int, samples: int) -> Rows:
-    """Read a shard of at most ``max_rows`` rows of ``dim`` features, of a table of ``samples`` samples.
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A shard whose columns were read and checked, and whose features have not been."""
+
+    columns: dict[str, Tensor]
+    """``index``, ``scale``, ``norm`` and ``loss``, each [n]."""
+    array: RowArray
+
+    def __len__(self) -> int:
+        return self.array.shape[0]
+
+    def read(self, start: int, stop: int, into: Tensor | None = None) -> Rows:
+        """Rows ``start`` to ``stop``, their features in the memory of ``into`` if given; see :meth:`RowArray.read`."""
+        columns = {name: values[start:stop] for name, values in self.columns.items()}
+        return Rows(unit=self.array.read(start, stop, into), **columns)
+
+    def read_first(self, start: int, stop: int, dims: int) -> Rows:
+        """Rows ``start`` to ``stop`` with their first ``dims`` features only, which no checksum covers."""
+        columns = {name: values[start:stop] for name, values in self.columns.items()}
+        return Rows(unit=self.array.read_columns(0, dims, slice(start, stop)), **columns)
+
+    def pick(self, rows: Tensor) -> Rows:
+        """The rows at ascending positions ``rows`` [m]; those that follow each other are read at once."""
+        breaks = (rows.diff() != 1).nonzero().flatten() + 1
+        runs = torch.tensor_split(rows, breaks)
+        return Rows.concatenate([self.read(int(run[0]), int(run[-1]) + 1) for run in runs])
+
+    def magnitude(self) -> Tensor:
+        """As :meth:`Rows.magnitude`, of all rows."""
+        return self.columns["scale"] * self.columns["norm"]
+
+
+def open_shard(path: Path, *, dim: int, dtype: str, max_rows: int, samples: int) -> Shard:
+    """The shard at ``path``: at most ``max_rows`` rows of ``dim`` features, of a table of ``samples`` samples.
 
     Raises:
         CorruptStoreError: The file is damaged, or holds other shapes or impossible values.
     """
     with open_for_reading(path) as file:
         n = _row_count(file, path, max_rows)
-        rows = Rows(
-            index=read_array(file, path, "index", (n,), "int64"),
-            unit=read_array(file, path, "features", (n, dim), dtype),
-            norm=read_array(file, path, "norm", (n,), "float32"),
-            loss=read_array(file, path, "loss", (n,), "float32"),
-        )
-    _check_index(rows.index, path, samples)
-    # HDF5 reads a chunk that was never written as zeros, and the writer refuses zero rows.
-    if not bool((rows.norm.isfinite() & (rows.norm > 0)).all()):
-        raise corrupt(path, "norm has values that are not positive and finite")
-    return rows
+        columns = {
+            name: read_array(file, path, name, (n,), "int64" if name == "index" else "float32")
+            for name in ("index", "scale", "norm", "loss")
+        }
+        array = find_rows(file, path, "features", (n, dim), dtype)
+    _check_index(columns["index"], path, samples)
+    for name in ("norm", "scale"):
+        # HDF5 reads a chunk that was never written as zeros, and the writer refuses zero rows.
+        if not bool((columns[name].isfinite() & (columns[name] > 0)).all()):
+            raise corrupt(path, f"{name} has values that are not positive and finite")
+    return Shard(columns=columns, array=array)
+
+
+def read_shard(path: Path, *, dim: int, dtype: str, max_rows: int, samples: int) -> Rows:
+    """All rows of a shard; see :func:`open_shard`."""
+    shard = open_shard(path, dim=dim, dtype=dtype, max_rows=max_rows, samples=samples)
+    return shard.read(0, len(shard))
 
 
 def read_column(path: Path, name: str, dtype: str, *, max_rows: int) -> Tensor:

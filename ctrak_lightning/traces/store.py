@@ -19,7 +19,8 @@ from ctrak_lightning.traces.kernel import Kernel, read_kernel
 from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.traces.samples import SampleTable, count_samples, read_samples
 from ctrak_lightning.traces.schema import MANIFEST, SAMPLES, CheckpointRecord, Manifest, StoreHeader
-from ctrak_lightning.traces.shards import Rows, read_column, read_shard
+from ctrak_lightning.traces.shards import Rows
+from ctrak_lightning.traces.stored_rows import StoredRows
 from ctrak_lightning.traces.visits import Visits, read_visits
 
 
@@ -129,6 +130,7 @@ class Checkpoint:
         self._record = record
         self._manifest = manifest
         self._size = size
+        self._stored = StoredRows(root, record.folder, record.shards, manifest.header, size)
 
     def shards(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The traces in the order of capture, a shard at a time: index int64 [n] and features float32 [n, k].
@@ -136,8 +138,28 @@ class Checkpoint:
         Raises:
             CorruptStoreError: A shard is damaged, or the shards do not hold every sample once.
         """
-        for rows in self._rows():
+        for shard in self._stored.shards():
+            rows = shard.read(0, len(shard))
             yield rows.index, rows.features()
+
+    def blocks(self, dims: int | None = None) -> Iterator[Rows]:
+        """The stored rows, a few MiB at a time whatever the size of the store; see :meth:`StoredRows.blocks`.
+
+        Args:
+            dims: read the first ``dims`` features of each row only.
+
+        Raises:
+            CorruptStoreError: As :meth:`shards`.
+        """
+        return self._stored.blocks(dims)
+
+    def rows_of(self, samples: Tensor) -> Rows:
+        """The stored rows of some samples, positions in the sample table [n], in that order.
+
+        Raises:
+            CorruptStoreError: As :meth:`shards`.
+        """
+        return self._stored.at(samples)
 
     def features(self) -> Tensor:
         """Features of all samples, float32 [N, k], in the order of the sample table.
@@ -147,8 +169,8 @@ class Checkpoint:
         """
         # The manifest's row count was compared with the files' sizes: this allocates no more than they hold.
         features = torch.empty(self._size, self._manifest.header.dim)
-        for index, values in self.shards():
-            features[index] = values
+        for rows in self.blocks():
+            features[rows.index] = rows.features()
         return features
 
     def losses(self) -> Tensor:
@@ -192,7 +214,7 @@ class Checkpoint:
             raise corrupt(path, f"safetensors reports: {error}") from error
 
     def kernel(self) -> Kernel:
-        """The Gram matrix of :meth:`features` and its eigenvalues.
+        """The eigendecomposition of the Gram matrix of :meth:`features`.
 
         Raises:
             CorruptStoreError: The file is damaged.
@@ -211,42 +233,11 @@ class Checkpoint:
         check_digest(self._root / name, self._manifest.files[name])
         return read_visits(self._root / name, self._size)
 
-    def _rows(self) -> Iterator[Rows]:
-        seen = torch.zeros(self._size, dtype=torch.bool)
-        header = self._manifest.header
-        for name in self._record.shards:
-            path = self._root / name
-            rows = read_shard(
-                path, dim=header.dim, dtype=header.dtype, max_rows=self._size, samples=self._size
-            )
-            self._note(seen, rows.index, path)
-            yield rows
-        self._require_all(seen)
-
     def _column(self, column: str) -> Tensor:
         values = torch.empty(self._size)
-        seen = torch.zeros(self._size, dtype=torch.bool)
-        for name in self._record.shards:
-            path = self._root / name
-            index = read_column(path, "index", "int64", max_rows=self._size)
-            self._note(seen, index, path)
-            values[index] = read_column(path, column, "float32", max_rows=self._size)
-        self._require_all(seen)
+        for shard in self._stored.shards():
+            values[shard.columns["index"]] = shard.columns[column]
         return values
-
-    def _note(self, seen: Tensor, index: Tensor, path: Path) -> None:
-        inside = bool(((index >= 0) & (index < self._size)).all())
-        if not inside or bool(seen[index].any()) or len(torch.unique(index)) < len(index):
-            raise corrupt(
-                path, f"index names a sample twice, or one outside the {self._size} samples of the store"
-            )
-        seen[index] = True
-
-    def _require_all(self, seen: Tensor) -> None:
-        if not bool(seen.all()):
-            raise corrupt(
-                self._root / self._record.folder, f"{int((~seen).sum())} samples have no trace in the shards"
-            )
 
 
 def _problem(root: Path, name: str, known: FileRecord) -> str | None:

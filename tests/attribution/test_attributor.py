@@ -262,10 +262,35 @@ def test_damping_by_agreement_is_where_the_checkpoints_agree_most(
         )
         assert chosen.method["damping"] == "agreement"
         assert grid[0.3].damping == 0.3
-    monkeypatch.setattr("ctrak_lightning.attribution.attributor._SCORES_AT_ONCE", 1)  # one query at a time
+    monkeypatch.setattr("ctrak_lightning.attribution.solve._SCORES_AT_ONCE", 1)  # one query at a time
     one_by_one = attributor.score(query, damping="agreement")
     assert [each.damping for each in one_by_one] == [each.damping for each in found]
-    torch.testing.assert_close(one_by_one[1].checkpoint_scores, found[1].checkpoint_scores)
+    torch.testing.assert_close(
+        one_by_one[1].checkpoint_scores, found[1].checkpoint_scores, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["trak", "das", "retrac", "concept_trak"])
+def test_top_is_the_top_of_all_scores(tmp_path: Path, name: str) -> None:
+    module = traced(tmp_path / "s", METHODS[name], copies=8)
+    attributor = Attributor(tmp_path / "s", module, sampler=SAMPLER)
+    query = attributor.query([RED, BAR], seeds=[4, 5])
+    for damping in ("method", 0.3, "agreement"):
+        found = attributor.top(query, 5, damping=damping)
+        for mine, full in zip(found, attributor.score(query, damping=damping), strict=True):
+            expected = full.top(5)
+            np.testing.assert_allclose(
+                [record.score for record in mine], [record.score for record in expected], rtol=1e-4
+            )
+            # Copies of a sample tie up to rounding, so a rank is known by the sample's score.
+            by_id = dict(zip(full.samples.sample_ids, full.scores.tolist(), strict=True))
+            for rank, record in enumerate(mine, start=1):
+                assert record.rank == rank
+                assert record.score == pytest.approx(by_id[record.sample_id], rel=1e-4)
+                where = full.samples.sample_ids.index(record.sample_id)
+                assert record.metadata == full.samples.metadata_of(where)
+    with pytest.raises(ValueError, match="expected at least 1"):
+        attributor.top(query, 0)
 
 
 def test_one_checkpoint_cannot_agree_and_says_so(tmp_path: Path) -> None:

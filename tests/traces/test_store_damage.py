@@ -17,6 +17,7 @@ from store_builder import Capture, make_table
 
 from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.traces import IncompleteStoreWarning, TraceStore
+from ctrak_lightning.traces.row_array import row_sums
 
 SHARD = "checkpoint-00000300/rank0-00001.h5"
 FILES = ["samples.h5", SHARD, "checkpoint-00000600/kernel.h5", "checkpoint-00000600/weights.safetensors"]
@@ -86,7 +87,8 @@ def test_reading_a_flipped_shard_raises(path: Path, column: str) -> None:
         values = file[column][:]
     flip(path / SHARD, values)
     checkpoint = TraceStore(path).checkpoints[0]
-    with pytest.raises(CorruptStoreError, match=f"{SHARD}: HDF5 reports.*HINT"):
+    found = "features of row [0-3] are not" if column == "features" else "HDF5 reports"
+    with pytest.raises(CorruptStoreError, match=f"{SHARD}: {found}.*HINT"):
         checkpoint.features()
     with pytest.raises(CorruptStoreError, match=SHARD):
         list(checkpoint.shards())
@@ -94,7 +96,7 @@ def test_reading_a_flipped_shard_raises(path: Path, column: str) -> None:
 
 def test_reading_flipped_kernels_weights_and_samples_raises(path: Path) -> None:
     with h5py.File(path / "checkpoint-00000300/kernel.h5") as file:
-        flip(path / "checkpoint-00000300/kernel.h5", file["gram"][:])
+        flip(path / "checkpoint-00000300/kernel.h5", file["eigenvectors"][:])
     flip(path / "checkpoint-00000300/weights.safetensors", np.full(3, 300, dtype=np.float32))
     flip(path / "samples.h5", np.frombuffer(b"image/003.png", dtype=np.uint8))
     store = TraceStore(path)
@@ -142,6 +144,17 @@ def make_virtual(file: h5py.File) -> None:
         replace("features", np.ones((3, 6), "f4")),
         replace("features", np.ones((4, 6), "f2")),
         replace("features", np.ones(24, "f4")),
+        replace("features", np.ones((4, 6), "f4")),
+        lambda file: (file.__delitem__("features"), file.create_dataset("features", (4, 6), "f4")),
+        lambda file: file.__setitem__("checksum", file.pop("checksum")[:] + 1),
+        lambda file: (
+            file.move("features", "old"),
+            file.create_dataset("features", data=file["old"][:], chunks=(2, 6)),
+        ),
+        lambda file: (
+            file.move("features", "old"),
+            file.create_dataset("features", (4, 6), "f4", external=[("rank0-00000.h5", 0, 96)]),
+        ),
         replace("index", np.array([0, 1, 2, 10])),
         replace("index", np.array([0, 1, 2, -1])),
         replace("index", np.array([0, 0, 1, 2])),
@@ -223,7 +236,7 @@ RECORD = {"sha256": "0" * 64, "bytes": 1}
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        (("schema",), 2, "schema is 2, this version of ctrak-lightning reads 1"),
+        (("schema",), 1, "schema is 1, this version of ctrak-lightning reads 2"),
         (("schema",), "1", "schema"),
         (("schema",), True, "schema"),
         (("extra",), 1, r"unknown keys \['extra'\]"),
@@ -264,7 +277,7 @@ RECORD = {"sha256": "0" * 64, "bytes": 1}
 def test_manifests_that_no_writer_writes(path: Path, keys: tuple[Any, ...], value: Any, message: str) -> None:
     with pytest.raises(StoreError, match=message) as caught:
         TraceStore(edited(path, *keys, value=value))
-    assert isinstance(caught.value, CorruptStoreError) == (value != 2)
+    assert isinstance(caught.value, CorruptStoreError) == (not message.startswith("schema is 1"))
 
 
 JSON = st.recursive(
@@ -347,9 +360,24 @@ def test_any_edit_of_the_manifest_bytes_is_refused_or_harmless(
     either_sound_or_refused(path, whole[:start] + inserted + whole[start + length :], features)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[" * 10**5, b"9" * 5000, b'{"schema": 1}', b"null"])
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[" * 10**5, b"9" * 5000, b'{"schema": 2}', b"null"])
 def test_text_that_is_no_manifest(victim: tuple[Path, bytes, list[torch.Tensor]], text: bytes) -> None:
     path, _, _ = victim
     (path / "manifest.json").write_bytes(text)
     with pytest.raises(CorruptStoreError, match=r"manifest\.json.*HINT"):
         TraceStore(path)
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 24, 27])
+def test_every_flipped_bit_changes_the_checksum_of_its_row_alone(width: int) -> None:
+    rows = np.random.default_rng(width).integers(0, 256, (3, width), dtype=np.uint8)
+    before = row_sums(rows)
+    for bit in range(8 * width):
+        rows[1, bit // 8] ^= 1 << bit % 8
+        assert (row_sums(rows) != before).tolist() == [False, True, False]
+        rows[1, bit // 8] ^= 1 << bit % 8
+
+
+def test_the_checksum_of_a_row_is_the_sum_of_its_words_and_last_bytes() -> None:
+    rows = np.array([[*(255,) * 8, 2, *(0,) * 7, 3, 4], [*(0,) * 18]], dtype=np.uint8)
+    assert row_sums(rows).tolist() == [(2**64 - 1 + 2 + 3 + 4) % 2**64, 0]

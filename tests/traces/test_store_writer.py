@@ -82,7 +82,7 @@ def test_differences_tell_true_from_one_and_absent_from_null() -> None:
         {"dim": 0},
         {"dim": True},
         {"dim": 2.0},
-        {"dtype": "int8"},
+        {"dtype": "int4"},
         {"dtype": None},
     ],
 )

@@ -1,0 +1,42 @@
+"""The best scores among many that come in blocks."""
+
+import torch
+from torch import Tensor
+
+_LOW = 2**32 - 1
+
+
+class Best:
+    """Keeps the ``n`` best of scores that come some samples at a time; ties go to the lower position.
+
+    Args:
+        n: how many to keep for each question.
+    """
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._keys: Tensor | None = None
+
+    def add(self, scores: Tensor, positions: Tensor) -> None:
+        """Take in the scores [Q, b] of the samples at ``positions`` [b]; each position once in all."""
+        keys = _keys(scores.float(), positions)
+        if self._keys is not None:
+            keys = torch.cat([self._keys, keys], 1)
+        self._keys = keys if keys.shape[1] <= self._n else keys.topk(self._n, 1, sorted=False).values
+
+    def sorted(self) -> tuple[Tensor, Tensor]:
+        """Positions [Q, n], int64, and scores [Q, n], float32, best first; fewer where fewer were added."""
+        if self._keys is None:
+            raise ValueError("Best.sorted(): expected scores; add() was never called.")
+        keys = self._keys.sort(1, descending=True).values
+        ordered = keys >> 32
+        bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
+        return _LOW - (keys & _LOW), bits.int().view(torch.float32)
+
+
+def _keys(scores: Tensor, positions: Tensor) -> Tensor:
+    """int64 [Q, b] whose order is that of the scores, then of the positions, descending: no two are equal."""
+    # Adding zero makes -0.0 the 0.0 that it equals. IEEE 754 floats order like integers once negative ones are mirrored.
+    bits = (scores + 0.0).view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    return (ordered << 32) | (_LOW - positions)

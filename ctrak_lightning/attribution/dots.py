@@ -1,0 +1,77 @@
+"""Inner products of a few directions with stored rows, as fast as the rows come from the disk."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ctrak_lightning.traces.shards import Rows
+
+_DIGIT = 127
+_BASE = 254
+_DIGITS = 3
+_ROWS_AT_ONCE = 128
+"""Rows of 4,096 that are widened to float32 at once: at 6.8 GB/s of int8, 1.8 with 2,048 of them, which leave the cache."""
+
+
+class Dots:
+    """Inner products with fixed directions.
+
+    Rows of float16 and float32 are multiplied in float32. int8 rows are multiplied as integers where the processor can do
+    that (:func:`has_integer_products`): each direction becomes three digits to the base 254 with a scale of its own, which
+    keep 23 bits of its largest entry, as float32 does, and the sums are exact, so equal rows score the same to the bit.
+    With 64 directions this is three times as fast as float32 (0.6 GB/s on one core of an AMD EPYC with AVX-512 VNNI).
+
+    Args:
+        directions: [c, k], of any scale.
+    """
+
+    def __init__(self, directions: Tensor) -> None:
+        wide = directions.double()
+        self._scale = wide.abs().amax(1).clamp(min=torch.finfo(torch.float64).tiny)  # [c]
+        unit = wide / self._scale[:, None]
+        self._plain = unit.float()
+        # 127 * 127 * k must stay below 2**31.
+        fits = wide.shape[1] <= 2**31 // _DIGIT**2
+        self._digits = _digits(unit) if fits and has_integer_products() else None
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """Products of the features of n rows with the directions, float64 [c, n]."""
+        if rows.unit.dtype == torch.int8 and self._digits is not None:
+            products = torch._int_mm(rows.unit, self._digits)  # [n, 3 c]
+            c = len(self._scale)
+            plain = sum(
+                products[:, i * c : (i + 1) * c].double() / (_DIGIT * float(_BASE) ** i)
+                for i in range(_DIGITS)
+            )
+            return (plain * rows.magnitude().double()[:, None]).T * self._scale[:, None]
+        parts = [part.float() @ self._plain.T for part in rows.unit.split(_ROWS_AT_ONCE)]
+        return (torch.cat(parts).double() * rows.magnitude().double()[:, None]).T * self._scale[:, None]
+
+
+@cache
+def has_integer_products() -> bool:
+    """Whether int8 matrices are multiplied fast and exactly here.
+
+    Processors without VNNI may add pairs of products in 16 bits, which 127 * 127 twice over saturates.
+    """
+    if not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
+        return False
+    rows = torch.full((2, 64), _DIGIT, dtype=torch.int8)
+    rows[1] = -_DIGIT
+    try:
+        found = torch._int_mm(rows, rows.T.contiguous())
+    except RuntimeError:
+        return False
+    return torch.equal(found.long(), rows.long() @ rows.T.long())
+
+
+def _digits(unit: Tensor) -> Tensor:
+    """Directions [c, k] with entries in [-1, 1] as digits ``sum_i digit_i / (127 * 254**i)``, int8 [k, 3 c]."""
+    rest, parts = unit * _DIGIT, []
+    for _ in range(_DIGITS):
+        digit = rest.round().clamp(-_DIGIT, _DIGIT)
+        parts.append(digit.to(torch.int8))
+        rest = (rest - digit) * _BASE
+    # A copy even of one column: torch._int_mm goes wrong on a contiguous view whose strides are not those of a new tensor.
+    return torch.cat(parts).T.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,44 @@
+"""Deviations and correlations of checkpoints' scores, gathered block by block."""
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Sums over the samples of the scores of M checkpoints and of their products, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """Samples taken in."""
+        self._shift: Tensor | None = None
+        self._sums = torch.zeros(())
+        self._products = torch.zeros(())
+
+    def add(self, scores: Tensor) -> None:
+        """Take in the scores [..., M, b] of b samples more."""
+        wide = scores.double()
+        if self._shift is None:
+            # Sums of squares cancel where the mean is far from zero: all are taken around the first block's mean.
+            self._shift = wide.mean(-1, keepdim=True)
+        wide = wide - self._shift
+        self.count += wide.shape[-1]
+        self._sums = self._sums + wide.sum(-1)
+        self._products = self._products + wide @ wide.mT  # [..., M, b] x [..., b, M] -> [..., M, M]
+
+    def deviation(self) -> Tensor:
+        """Standard deviation over the samples [..., M]."""
+        return self._covariances().diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+
+    def agreement(self) -> Tensor:
+        """Mean Pearson correlation over the pairs of checkpoints [...]; 0 for those whose scores are all equal."""
+        spread = self.deviation()
+        both = spread.unsqueeze(-1) * spread.unsqueeze(-2)
+        tiny = torch.finfo(torch.float64).tiny
+        correlations = torch.where(both > 0, self._covariances() / both.clamp(min=tiny), 0.0)
+        count = spread.shape[-1]
+        pairs = 1 - torch.eye(count, dtype=torch.float64)
+        return (correlations * pairs).sum((-2, -1)) / (count * (count - 1))
+
+    def _covariances(self) -> Tensor:
+        means = self._sums / self.count
+        return self._products / self.count - means.unsqueeze(-1) * means.unsqueeze(-2)

@@ -1,0 +1,225 @@
+"""The best samples for each question, from a store of any size: scores are looked at block by block and never kept."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ctrak_lightning.attribution.best import Best
+from ctrak_lightning.attribution.dots import Dots
+from ctrak_lightning.attribution.moments import Moments
+from ctrak_lightning.attribution.solve import chosen_scores, ensemble
+from ctrak_lightning.traces import Checkpoint
+from ctrak_lightning.traces.shards import Rows
+
+_DIRECTIONS_BYTES = 2**28
+_PICKED_ROWS = 1024
+_TRUSTED = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shortlist:
+    """Look at a part of each row first, and in full only at the samples that then look best.
+
+    The part's weights are the least-squares prediction of the score from it (:meth:`Kernel.predictor`). Scores of what is
+    found are exact; a sample may be missed. Rows that are not shortlisted are not compared with their checksums.
+
+    It spares arithmetic, but rows are stored whole, so the disk reads as much as before where a row is not longer than a few
+    pages of memory, and looking rows up costs. On int8 rows of 4,096 it was slower than the exact search
+    (``recipes/benchmarks/results/scale.md``): measure before you use it.
+
+    Raises:
+        ValueError: ``dims`` or ``size`` is below 1.
+    """
+
+    dims: int
+    """How many features of each row are looked at first."""
+    size: int
+    """How many samples are looked at in full, for each question."""
+
+    def __post_init__(self) -> None:
+        if self.dims < 1 or self.size < 1:
+            raise ValueError(
+                f"Shortlist(dims={self.dims}, size={self.size}): expected both to be at least 1. HINT: an eighth of "
+                "the features, and ten times as many samples as are asked for."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopScores:
+    """The best samples for each question, best first."""
+
+    positions: Tensor
+    """Positions in the sample table, int64 [Q, n]."""
+    scores: Tensor
+    """Ensembled scores, float32 [Q, n]."""
+    dampings: list[float | None]
+    """The damping used for each question [Q]."""
+
+
+def top_scores(
+    queries: Tensor,
+    checkpoints: Sequence[Checkpoint],
+    n: int,
+    grid: Sequence[float | None],
+    *,
+    weights: Sequence[float] | None = None,
+    residual: bool = False,
+    shortlist: Shortlist | None = None,
+) -> TopScores:
+    """The ``n`` best samples for each question, as sorting all :func:`~ctrak_lightning.attribution.solve.ensemble` scores
+    would give them (ties by position in the data set).
+
+    With no more features than samples, memory does not grow with the samples (but for one bit each). The store is read
+    once, or twice where the scores' own deviations must be known first: several dampings, ``residual``. With fewer samples
+    than features, all scores are kept, which are smaller than the queries.
+
+    Args:
+        queries: projected gradients of the queries [M, Q, k], for each of the M checkpoints.
+        checkpoints: sealed checkpoints of one store.
+        n: how many samples; all of them where the store has fewer.
+        grid: the damping; of several, each question uses the one at which the checkpoints agree most.
+        weights: of the checkpoints; without them each is scaled by the deviation of its own scores.
+        residual: multiply scores by the samples' losses.
+        shortlist: see :class:`Shortlist`; only with no more features than samples.
+
+    Raises:
+        ValueError: ``n`` is below 1.
+        CorruptStoreError: the store is damaged.
+    """
+    if n < 1:
+        raise ValueError(f"top_scores(n={n}): expected at least 1.")
+    m, _, k = queries.shape
+    streamed = k <= checkpoints[0].rows
+    room = max(1, _DIRECTIONS_BYTES // (8 * k * len(grid) * m)) if streamed else queries.shape[1]
+    parts = []
+    for part in queries.split(room, 1):
+        if streamed:
+            question = _Question(part, checkpoints, grid, weights, residual)
+            parts.append((*question.top(n, shortlist), question.dampings))
+        else:
+            parts.append(_dense(part, checkpoints, n, grid, weights, residual))
+    return TopScores(
+        positions=torch.cat([positions for positions, _, _ in parts]),
+        scores=torch.cat([scores for _, scores, _ in parts]),
+        dampings=[damping for _, _, dampings in parts for damping in dampings],
+    )
+
+
+class _Question:
+    """Some queries as directions [M, Q, k] whose products with the rows add up to the ensembled scores."""
+
+    def __init__(
+        self,
+        queries: Tensor,
+        checkpoints: Sequence[Checkpoint],
+        grid: Sequence[float | None],
+        weights: Sequence[float] | None,
+        residual: bool,
+    ) -> None:
+        self._checkpoints = checkpoints
+        self._residual = residual
+        solved, known = [], []
+        for rows, checkpoint in zip(queries, checkpoints, strict=True):
+            kernel = checkpoint.kernel()
+            solved.append(kernel.solve(rows, grid))
+            known.append(torch.stack(kernel.score_moments(solved[-1].flatten(0, 1))))
+        directions = torch.stack(solved)  # [M, D, Q, k]
+        mean, deviation = torch.stack(known, 1).unflatten(2, (len(grid), -1))  # [M, D, Q] each
+        # A variance that is the small difference of two large numbers is measured rather than computed.
+        trusted = bool((deviation.square() > _TRUSTED * mean.square()).all()) and not residual
+        best = torch.zeros(queries.shape[1], dtype=torch.long)
+        if len(grid) > 1 or (weights is None and not trusted):
+            raw, scored = self._moments(directions)
+            deviation = scored.deviation().permute(2, 0, 1)
+            if len(grid) > 1:
+                best = raw.agreement().argmax(0)
+        each = torch.arange(len(best))
+        self._directions = directions[:, best, each]  # [M, Q, k]
+        self.dampings = [grid[d] for d in best.tolist()]
+        if weights is None:
+            spread = deviation[:, best, each]
+            spread = torch.where(spread > 0, spread, torch.ones_like(spread))
+            self._directions /= (spread * len(checkpoints))[..., None]
+        else:
+            self._directions *= torch.tensor(weights, dtype=torch.float64)[:, None, None]
+
+    def top(self, n: int, shortlist: Shortlist | None) -> tuple[Tensor, Tensor]:
+        """Positions [Q, n] and scores [Q, n]."""
+        if shortlist is None:
+            return self._best(n, joint_blocks(self._checkpoints), self._directions)
+        dims = min(shortlist.dims, self._directions.shape[2])
+        predictors = torch.stack(
+            [
+                checkpoint.kernel().predictor(directions, dims)
+                for checkpoint, directions in zip(self._checkpoints, self._directions, strict=True)
+            ]
+        )
+        listed, _ = self._best(max(n, shortlist.size), joint_blocks(self._checkpoints, dims), predictors)
+        wanted = torch.unique(listed)
+        rows = ([c.rows_of(some) for c in self._checkpoints] for some in wanted.split(_PICKED_ROWS))
+        return self._best(n, rows, self._directions)
+
+    def _best(self, n: int, blocks: Iterator[list[Rows]], directions: Tensor) -> tuple[Tensor, Tensor]:
+        dots, best = [Dots(some) for some in directions], Best(n)
+        for block in blocks:
+            scores = [
+                product(rows) * rows.loss.double() if self._residual else product(rows)
+                for product, rows in zip(dots, block, strict=True)
+            ]
+            best.add(torch.stack(scores).sum(0), block[0].index)
+        return best.sorted()
+
+    def _moments(self, directions: Tensor) -> tuple[Moments, Moments]:
+        """Moments [D, Q, M] of the scores of directions [M, D, Q, k]: without the residual, and as they are scored."""
+        raw = Moments()
+        scored = Moments() if self._residual else raw
+        dots = [Dots(some.flatten(0, 1)) for some in directions]
+        for block in joint_blocks(self._checkpoints):
+            products = [product(rows) for product, rows in zip(dots, block, strict=True)]
+            scores = torch.stack(products, 1).unflatten(0, directions.shape[1:3])  # [D, Q, M, b]
+            raw.add(scores)
+            if self._residual:
+                scored.add(scores * torch.stack([rows.loss.double() for rows in block]))
+        return raw, scored
+
+
+def joint_blocks(checkpoints: Sequence[Checkpoint], dims: int | None = None) -> Iterator[list[Rows]]:
+    """Blocks of rows of the same samples at every checkpoint; of their first ``dims`` features only, if given.
+
+    Checkpoints that were captured in the same order, as they usually are, are read from end to end; the rows of another are
+    looked up one by one, which is slow.
+    """
+    first, *others = checkpoints
+    streams: list[Iterator[Rows] | None] = [other.blocks(dims) for other in others]
+    for rows in first.blocks(dims):
+        block = [rows]
+        for i, other in enumerate(others):
+            stream = streams[i]
+            found = None if stream is None else next(stream, None)
+            if found is None or not torch.equal(found.index, rows.index):
+                streams[i] = None
+                found = other.rows_of(rows.index).first(dims)
+            block.append(found)
+        yield block
+    for stream in streams:
+        # One step beyond the last block, where a stream checks that it has seen every sample.
+        if stream is not None:
+            next(stream, None)
+
+
+def _dense(
+    queries: Tensor,
+    checkpoints: Sequence[Checkpoint],
+    n: int,
+    grid: Sequence[float | None],
+    weights: Sequence[float] | None,
+    residual: bool,
+) -> tuple[Tensor, Tensor, list[float | None]]:
+    scores, dampings = chosen_scores(queries, checkpoints, grid)
+    if residual:
+        scores = scores * torch.stack([c.losses().double() for c in checkpoints]).unsqueeze(1)
+    best = Best(n)
+    best.add(ensemble(scores, weights), torch.arange(checkpoints[0].rows))
+    return (*best.sorted(), dampings)
