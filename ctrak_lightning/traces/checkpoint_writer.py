@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreError
 from ctrak_lightning.traces.atomic import FileRecord, make_folder, write_atomically
+from ctrak_lightning.traces.background import InBackground
 from ctrak_lightning.traces.kernel import kernel_of_columns, kernel_of_rows, write_kernel
 from ctrak_lightning.traces.schema import CheckpointRecord, StoreHeader
 from ctrak_lightning.traces.shards import Rows, read_column, stored_unit, write_shard
@@ -27,10 +29,11 @@ _SHOWN = 5
 class CheckpointWriter:
     """Takes the traces of one checkpoint in batches and seals them in shards.
 
-    Made by ``TraceWriter.begin_checkpoint``. A shard is sealed whenever ``shard_rows`` rows have come,
+    Made by ``TraceWriter.begin_checkpoint``. A shard is made whenever ``shard_rows`` rows have come,
     whatever the batch size, so a capture that was interrupted and continued with the same order of samples
-    gives the same bytes as one that was not. As a context manager it drops, on leaving, the rows in no shard
-    yet; sealed shards stay for the next run.
+    gives the same bytes as one that was not. A thread writes the shards, one after the other; what it meets is raised by
+    the next call. A call that raises so has taken in nothing, and no row is lost: after it, the shard that failed is tried
+    again. As a context manager it drops, on leaving, the rows in no shard yet; sealed shards stay for the next run.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class CheckpointWriter:
         sample_ids: list[str],
         *,
         shard_rows: int,
+        queue_shards: int,
         rank: int,
         commit: Commit,
     ) -> None:
@@ -52,6 +56,7 @@ class CheckpointWriter:
         self._rank = rank
         self._commit = commit
         self._buffer: list[Rows] = []
+        self._jobs = InBackground(queue_shards)
         self._open = True
         self._seen = torch.zeros(len(sample_ids), dtype=torch.bool)
         for name in record.shards:
@@ -77,7 +82,8 @@ class CheckpointWriter:
 
     @property
     def rows_done(self) -> int:
-        """Rows in sealed shards: how many, in the order of appending, a continued capture skips."""
+        """Rows in sealed shards: how many, in the order of appending, a continued capture skips. Appended rows count once
+        the thread has written them (:meth:`flush`)."""
         return self._record.rows
 
     def append(self, indices: Tensor, features: Tensor, loss: Tensor) -> None:
@@ -91,9 +97,10 @@ class CheckpointWriter:
         Raises:
             ValueError: Wrong shape or dtype, or a position that is outside the table or was appended already.
             GradientError: A row is zero or not finite; names the samples.
-            StoreError: This checkpoint is sealed or closed, or a shard cannot be written.
+            StoreError: This checkpoint is sealed or closed, or an earlier shard could not be written.
         """
         self._require_open("append")
+        self._jobs.raise_error()
         self._check_arrays(indices, features, loss)
         if not len(indices):
             return
@@ -105,7 +112,15 @@ class CheckpointWriter:
         self._buffer.append(self._unit_rows(indices, features, loss))
         self._seen[indices] = True
         while sum(map(len, self._buffer)) >= self._shard_rows:
-            self._seal_shard()
+            self._queue_shard()
+
+    def flush(self) -> None:
+        """Wait until the shards that are full have been written and recorded.
+
+        Raises:
+            StoreError: One cannot be written.
+        """
+        self._jobs.wait()
 
     def write_visits(self, visits: Visits) -> None:
         """Store in which training steps each sample was seen, where those steps left the traces.
@@ -115,6 +130,7 @@ class CheckpointWriter:
             StoreError: This checkpoint is sealed or closed, or the file cannot be written.
         """
         self._require_open("write_visits")
+        self.flush()
         if len(visits.counts) != len(self._seen):
             raise ValueError(
                 f"CheckpointWriter.write_visits({len(visits.counts)} samples): expected {len(self._seen)}."
@@ -140,16 +156,22 @@ class CheckpointWriter:
                 f"{self._names(missing)}. HINT: append the traces of every sample first."
             )
         if self._buffer:
-            self._seal_shard()
+            self._queue_shard()
+        self.flush()
         files = {self._record.kernel: self._write_kernel()}
         self._commit(sealed := replace(self._record, sealed=True), files)
         self._record = sealed
         self.close()
 
     def close(self) -> None:
-        """Drop the rows that no shard holds and refuse further calls; idempotent."""
+        """Wait for the shards that are full, drop the rows that no shard holds and refuse further calls; idempotent.
+
+        Raises:
+            StoreError: A shard that no earlier call told of cannot be written. The checkpoint is closed all the same.
+        """
         self._open = False
         self._buffer = []
+        self._jobs.end()
 
     def __enter__(self) -> Self:
         return self
@@ -157,7 +179,9 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        # What ends the capture is told, not what it leaves undone.
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(StoreError):
+            self.close()
 
     def _require_open(self, call: str) -> None:
         if not self._open:
@@ -216,8 +240,13 @@ class CheckpointWriter:
         unit, scale = stored_unit(wide / norm.double()[:, None], self._header.dtype)
         return Rows(index=indices.clone(), unit=unit, scale=scale, norm=norm, loss=loss.clone())
 
-    def _seal_shard(self) -> None:
+    def _queue_shard(self) -> None:
         rows, rest = Rows.concatenate(self._buffer).split(self._shard_rows)
+        self._buffer = [rest] if len(rest) else []
+        self._jobs.submit(lambda: self._write_shard(rows))
+
+    def _write_shard(self, rows: Rows) -> None:
+        """In the thread, which alone changes the record while there are shards to write."""
         name = self._record.shard(self._rank)
         known = write_atomically(self._root / name, lambda path: write_shard(path, rows))
         record = replace(
@@ -225,7 +254,6 @@ class CheckpointWriter:
         )
         self._commit(record, {name: known})
         self._record = record
-        self._buffer = [rest] if len(rest) else []
 
     def _write_kernel(self) -> FileRecord:
         n, k = len(self._seen), self._header.dim

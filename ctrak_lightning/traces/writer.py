@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import uuid
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ class TraceWriter:
         header: What all traces of the store have in common.
         run_id: Name of a new store's run, a random one by default; an existing store keeps its own.
         shard_rows: Samples per shard. Continue with the same number to get the bytes of an uninterrupted run.
+        queue_shards: Shards that may wait to be written, before a capture waits for the disk.
         rank: Stands in the shards' names.
 
     Raises:
@@ -69,16 +71,19 @@ class TraceWriter:
         *,
         run_id: str | None = None,
         shard_rows: int = 1024,
+        queue_shards: int = 2,
         rank: int = 0,
     ) -> None:
-        if not is_integer(shard_rows) or shard_rows < 1:
-            raise StoreError(f"TraceWriter(shard_rows={shard_rows!r}): expected an int of at least 1.")
+        for name, value in (("shard_rows", shard_rows), ("queue_shards", queue_shards)):
+            if not is_integer(value) or value < 1:
+                raise StoreError(f"TraceWriter({name}={value!r}): expected an int of at least 1.")
         if not is_integer(rank) or rank < 0:
             raise StoreError(f"TraceWriter(rank={rank!r}): expected an int of at least 0.")
         if run_id is not None and (not isinstance(run_id, str) or not run_id):
             raise StoreError(f"TraceWriter(run_id={run_id!r}): expected a str that is not empty, or None.")
         self.path = Path(path)
         self._shard_rows = shard_rows
+        self._queue_shards = queue_shards
         self._rank = rank
         self._table: SampleTable | None = None
         self._current: CheckpointWriter | None = None
@@ -143,7 +148,8 @@ class TraceWriter:
             weights: The traced parameters by name, stored beside the traces; None stores none.
 
         Raises:
-            StoreError: It is sealed, was begun with another epoch or learning rate, or there are no samples.
+            StoreError: It is sealed, was begun with another epoch or learning rate, or there are no samples; or a shard of
+                the checkpoint that is still open cannot be written.
         """
         given = CheckpointRecord(
             step=_count("step", step), epoch=_count("epoch", epoch), learning_rate=_rate(learning_rate)
@@ -164,6 +170,7 @@ class TraceWriter:
             self.header,
             self._stored_table().sample_ids,
             shard_rows=self._shard_rows,
+            queue_shards=self._queue_shards,
             rank=self._rank,
             commit=self._commit,
         )
@@ -176,8 +183,12 @@ class TraceWriter:
             The steps removed, ascending.
         """
         steps = [record.step for record in self._manifest.checkpoints if record.step > step]
-        if self._current is not None and self._current.step in steps:
-            self._current.close()
+        if self._current is not None:
+            if self._current.step in steps:
+                with contextlib.suppress(StoreError):  # of shards that are to go
+                    self._current.close()
+            else:
+                self._current.flush()
         if steps:
             # First the manifest: a crash in between leaves unrecorded files, never records without files.
             self._save(self._manifest.without_steps(steps))

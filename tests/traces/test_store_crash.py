@@ -109,8 +109,9 @@ def test_disk_that_fails_once_loses_and_doubles_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", full_disk)
+        checkpoint.append(order[4:8], features[order[4:8]], loss[order[4:8]])
         with pytest.raises(StoreError, match=r"No space left on device.*HINT") as caught:
-            checkpoint.append(order[4:8], features[order[4:8]], loss[order[4:8]])
+            checkpoint.flush()
     assert isinstance(caught.value.__cause__, OSError)
     checkpoint.append(order[8:], features[order[8:]], loss[order[8:]])
     checkpoint.seal()
@@ -138,6 +139,7 @@ def test_content_and_names_are_durable_before_the_manifest_says_so(
     monkeypatch.setattr(os, "replace", note_replace)
     features, loss = capture.traces(300)
     checkpoint.append(torch.arange(4), features[:4], loss[:4])
+    checkpoint.flush()
     assert events == [
         "fsync rank0-00000.h5.ctrak-tmp",
         "replace rank0-00000.h5",

@@ -125,7 +125,9 @@ def test_foreign_files_are_not_mixed_with(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("options", [{"shard_rows": 0}, {"shard_rows": 1.5}, {"rank": -1}, {"run_id": ""}])
+@pytest.mark.parametrize(
+    "options", [{"shard_rows": 0}, {"shard_rows": 1.5}, {"queue_shards": 0}, {"rank": -1}, {"run_id": ""}]
+)
 def test_options_are_checked_before_a_folder_is_made(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(StoreError, match=next(iter(options))):
         TraceWriter(tmp_path / "store", make_header(), **options)
@@ -157,6 +159,7 @@ def append(writer: TraceWriter, **changes: Any) -> None:
     with writer.begin_checkpoint(300, epoch=3) as checkpoint:
         if checkpoint.rows_done == 0:
             checkpoint.append(torch.arange(4), features[:4], loss[:4])
+            checkpoint.flush()
         checkpoint.append(**arguments | changes)
 
 
@@ -236,6 +239,7 @@ def test_seal_requires_every_sample(writer: TraceWriter) -> None:
     checkpoint.append(torch.arange(7), features[:7], loss[:7])
     with pytest.raises(StoreError, match=r"3 of 10 samples have no trace: 'image/007\.png'"):
         checkpoint.seal()
+    checkpoint.flush()
     assert checkpoint.rows_done == 4, "a seal that is refused must not write the rows that are left"
     checkpoint.append(torch.arange(7, 10), features[7:], loss[7:])
     checkpoint.seal()
@@ -314,7 +318,8 @@ def test_a_step_captured_out_of_order_is_listed_in_order(writer: TraceWriter) ->
 def test_rank_names_the_shards(tmp_path: Path) -> None:
     writer = TraceWriter(tmp_path, make_header(), rank=3, shard_rows=10)
     writer.write_samples(make_table())
-    writer.begin_checkpoint(1, epoch=0).append(torch.arange(10), *make_traces(10, 6))
+    with writer.begin_checkpoint(1, epoch=0) as checkpoint:
+        checkpoint.append(torch.arange(10), *make_traces(10, 6))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["checkpoints"][0]["shards"] == ["checkpoint-00000001/rank3-00000.h5"]
 
