@@ -16,22 +16,28 @@ class Best:
     def __init__(self, n: int) -> None:
         self._n = n
         self._keys: Tensor | None = None
+        self._floor: Tensor | None = None
 
     def add(self, scores: Tensor, positions: Tensor) -> None:
         """Take in the scores [Q, b] of the samples at ``positions`` [b]; each position once in all."""
-        keys = _keys(scores.float(), positions)
+        scores = scores.float()
+        if self._floor is not None:
+            # Of a large store most samples are below the n-th best of those before, for every question.
+            hopeful = (scores >= self._floor).any(0)
+            scores, positions = scores[:, hopeful], positions[hopeful]
+        keys = _keys(scores, positions)
         if self._keys is not None:
             keys = torch.cat([self._keys, keys], 1)
         self._keys = keys if keys.shape[1] <= self._n else keys.topk(self._n, 1, sorted=False).values
+        if self._keys.shape[1] == self._n:
+            self._floor = _scores(self._keys.amin(1, keepdim=True))
 
     def sorted(self) -> tuple[Tensor, Tensor]:
         """Positions [Q, n], int64, and scores [Q, n], float32, best first; fewer where fewer were added."""
         if self._keys is None:
             raise ValueError("Best.sorted(): expected scores; add() was never called.")
         keys = self._keys.sort(1, descending=True).values
-        ordered = keys >> 32
-        bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
-        return _LOW - (keys & _LOW), bits.int().view(torch.float32)
+        return _LOW - (keys & _LOW), _scores(keys)
 
 
 def _keys(scores: Tensor, positions: Tensor) -> Tensor:
@@ -40,3 +46,10 @@ def _keys(scores: Tensor, positions: Tensor) -> Tensor:
     bits = (scores + 0.0).view(torch.int32)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     return (ordered << 32) | (_LOW - positions)
+
+
+def _scores(keys: Tensor) -> Tensor:
+    """The scores of keys, float32."""
+    ordered = keys >> 32
+    bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
+    return bits.int().view(torch.float32)

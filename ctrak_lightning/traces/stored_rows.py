@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,8 @@ from ctrak_lightning.traces.schema import StoreHeader
 from ctrak_lightning.traces.shards import Rows, Shard, open_shard, read_column
 
 BLOCK_BYTES = 2**22
+_AHEAD = 4
+"""Blocks that exist at a time: on a busy machine either thread waits longer for its turn than a block takes."""
 _COLUMNS_BYTES = 2**26
 
 T = TypeVar("T")
@@ -57,7 +60,7 @@ class StoredRows:
         self._require_all(seen)
 
     def blocks(self, dims: int | None = None) -> Iterator[Rows]:
-        """All rows, a few MiB at a time; the next block is read in a thread while the present one is used.
+        """All rows, a few MiB at a time; the next blocks are read in a thread while the present one is used.
 
         The features of a block are overwritten once the one after it is asked for: clone what is to stay.
 
@@ -71,13 +74,13 @@ class StoredRows:
             return _ahead(self._first_features(dims))
         dtype = getattr(torch, self._header.dtype)
         rows = max(1, BLOCK_BYTES // (self._header.dim * dtype.itemsize))
-        buffers = [torch.empty(rows * self._header.dim, dtype=dtype) for _ in range(2)]
+        buffers = [torch.empty(rows * self._header.dim, dtype=dtype) for _ in range(_AHEAD)]
 
         def read() -> Iterator[Rows]:
             count = 0
             for shard in self.shards():
                 for start in range(0, len(shard), rows):
-                    yield shard.read(start, min(start + rows, len(shard)), buffers[count % 2])
+                    yield shard.read(start, min(start + rows, len(shard)), buffers[count % _AHEAD])
                     count += 1
 
         return _ahead(read())
@@ -170,11 +173,17 @@ class StoredRows:
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made in a thread while the one before it is used."""
+    """The same items, made in a thread before they are asked for; no more than ``_AHEAD`` exist at a time."""
     end = object()
-    make: Callable[[], T | object] = lambda: next(items, end)  # noqa: E731
-    with ThreadPoolExecutor(1, thread_name_prefix="ctrak-read") as thread:
-        coming = thread.submit(make)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(make)
+
+    def make() -> T | object:
+        return next(items, end)
+
+    thread = ThreadPoolExecutor(1, thread_name_prefix="ctrak-read")
+    try:
+        coming = deque(thread.submit(make) for _ in range(_AHEAD))
+        while (item := coming.popleft().result()) is not end:
             yield item  # type: ignore[misc]
+            coming.append(thread.submit(make))
+    finally:
+        thread.shutdown(cancel_futures=True)

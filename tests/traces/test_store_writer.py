@@ -19,6 +19,7 @@ from ctrak_lightning.errors import (
 from ctrak_lightning.traces import TraceStore, TraceWriter
 from ctrak_lightning.traces.samples import read_samples
 from ctrak_lightning.traces.schema import ABSENT
+from ctrak_lightning.traces.writer import _default_shard_rows
 
 NAN, INF = float("nan"), float("inf")
 
@@ -329,3 +330,27 @@ def test_writer_refuses_a_damaged_store(tmp_path: Path, capture: Capture) -> Non
     (tmp_path / "checkpoint-00000300" / "rank0-00001.h5").unlink()
     with pytest.raises(CorruptStoreError, match=r"rank0-00001\.h5 is missing"):
         capture.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("samples", "dim", "dtype", "rows"),
+    [
+        (10, 4096, "int8", 1024),
+        (65_536, 4096, "int8", 1024),
+        (200_000, 4096, "int8", 3125),
+        (10**6, 4096, "int8", 8192),
+        (10**6, 4096, "float32", 2048),
+        (10**6, 10**6, "float32", 1024),
+    ],
+)
+def test_shards_grow_with_the_store_up_to_32_mib(samples: int, dim: int, dtype: str, rows: int) -> None:
+    assert _default_shard_rows(make_header(dim=dim, dtype=dtype), samples) == rows
+
+
+def test_shards_have_1024_rows_by_default(tmp_path: Path) -> None:
+    writer = TraceWriter(tmp_path, make_header())
+    writer.write_samples(make_table(2000))
+    with writer.begin_checkpoint(1, epoch=0) as checkpoint:
+        checkpoint.append(torch.arange(2000), *make_traces(2000, 6))
+        checkpoint.seal()
+    assert [len(index) for index, _ in TraceStore(tmp_path).checkpoints[0].shards()] == [1024, 976]
