@@ -42,11 +42,11 @@ class Dots:
         if rows.unit.dtype == torch.int8 and self._digits is not None:
             products = torch._int_mm(rows.unit, self._digits)  # [n, >= 3 c]
             c = len(self._scale)
-            plain = sum(
-                products[:, i * c : (i + 1) * c].double() / (_DIGIT * float(_BASE) ** i)
-                for i in range(_DIGITS)
-            )
-            return (plain * rows.magnitude().double()[:, None]).T * self._scale[:, None]
+            plain = products[:, :c].double()
+            for i in range(1, _DIGITS):
+                plain.mul_(_BASE).add_(products[:, i * c : (i + 1) * c])
+            unit = rows.magnitude().double() / (_DIGIT * float(_BASE) ** (_DIGITS - 1))
+            return plain.T * unit * self._scale[:, None]
         parts = [part.float() @ self._plain.T for part in rows.unit.split(_ROWS_AT_ONCE)]
         return (torch.cat(parts).double() * rows.magnitude().double()[:, None]).T * self._scale[:, None]
 
