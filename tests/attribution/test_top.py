@@ -117,6 +117,14 @@ def test_best_orders_negative_scores_and_takes_minus_zero_for_zero() -> None:
         Best(1).sorted()
 
 
+def test_a_tie_that_comes_late_goes_to_the_lower_position_all_the_same() -> None:
+    best = Best(2)
+    for scores, positions in (([3.0, 1.0, 1.0], [8, 5, 9]), ([0.5, 1.0, 0.9], [1, 2, 3])):
+        best.add(torch.tensor([scores]), torch.tensor(positions))
+    positions, scores = best.sorted()
+    assert (positions.tolist(), scores.tolist()) == ([[8, 2]], [[3.0, 1.0]])
+
+
 @pytest.mark.parametrize("block", [1, 7, 100])
 def test_moments_in_blocks_are_those_of_all_scores(block: int) -> None:
     scores = torch.randn(5, 4, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
