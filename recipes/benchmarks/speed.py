@@ -32,16 +32,17 @@ from torch.func import functional_call, grad, vmap
 
 from ctrak_lightning import DiffusionTask, Encoded, GradientTracer, Method, NoiseSchedule, Projection, methods
 from ctrak_lightning.gradients import tracing_mode
-from ctrak_lightning.tracing import trace_batch
+from ctrak_lightning.memory import RowLimit
+from ctrak_lightning.tracing import Trace, trace_batch
 from ctrak_lightning.trajectory import Noised
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 32
 DIM = 2048
 RANKS = (8, 16, 32)
-TIMESTEP = 500
-GUIDANCE = 3.0
 CHUNK = 8  # samples at a time in torch.func, which holds every sample's whole gradient
+# One state a sample, so that a trace is one forward pass and two vector-Jacobian products.
+POSTERIOR = replace(methods.concept_trak_paper(1), training_trajectory=Noised(timesteps=1))
 DEFAULT = Projection()
 PEERS = ("traker", "dattri")
 Work = Callable[[], Any]
@@ -64,10 +65,11 @@ class Subject(DiffusionTask, nn.Module):
         self.name, self.denoiser = name, denoiser
         self.noise_schedule = NoiseSchedule.from_scheduler(DDIMScheduler(clip_sample=False))
         self.given = condition
-        batch = len(next(iter(condition.values())))
-        self.x0 = torch.randn(batch, *latent)
-        self.t = torch.full((batch,), TIMESTEP)
-        self.x_t = self.noise_schedule.add_noise(self.x0, torch.randn_like(self.x0), self.t)
+        self.x0 = torch.randn(len(next(iter(condition.values()))), *latent)
+        # The very state that a trace looks at.
+        trajectory = POSTERIOR.training_trajectory
+        [state] = trajectory.states(self, self.x0, condition, self.encoded().sample_ids, 0)
+        self.x_t, self.t = state.x_t, state.t
 
     def on(self, device: torch.device) -> "Subject":
         """Moved to a device, with its batch."""
@@ -193,12 +195,11 @@ def training_step(subject: Subject) -> None:
     subject.denoiser.zero_grad()
 
 
-# One state a sample, so that a trace is one forward pass and two vector-Jacobian products.
-POSTERIOR = replace(methods.concept_trak_paper(1), training_trajectory=Noised(timesteps=1))
-
-
-def traced(subject: Subject, tracer: GradientTracer, method: Method = POSTERIOR) -> None:
-    trace_batch(subject, tracer, method, subject.encoded(), 0)
+def traced(
+    subject: Subject, tracer: GradientTracer, method: Method = POSTERIOR, rows: int | None = None
+) -> Trace:
+    """A trace of the batch, ``rows`` samples at a time."""
+    return trace_batch(subject, tracer, method, subject.encoded(), 0, RowLimit(rows))
 
 
 def functional(subject: Subject) -> Tensor:
@@ -271,8 +272,11 @@ def work_of(subject: Subject) -> dict[str, Work]:
         tracer = GradientTracer(subject.denoiser, row.projection, layers=row.layers)
         work[row.name] = partial(traced, subject, tracer)
         if row.projection.rank == DEFAULT.rank and row.projection.dim == DEFAULT.dim:
-            work[f"{row.name}; the default method"] = partial(
-                traced, subject, tracer, methods.concept_trak(1)
+            default = methods.concept_trak(1)
+            work[f"{row.name}; the default method"] = partial(traced, subject, tracer, default)
+            # As ConceptTracer captures.
+            work[f"{row.name}; the default method, half a batch at a time"] = partial(
+                traced, subject, tracer, default, BATCH // 2
             )
     work["torch.func, whole gradients"] = partial(functional, subject)
     if "LoRA" in subject.name:  # their matrices for a whole network would not fit into memory

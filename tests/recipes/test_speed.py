@@ -1,0 +1,58 @@
+"""The speed benchmark's pieces of work do the same work."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ctrak_lightning import GradientTracer, Projection
+from recipes.benchmarks import speed
+
+
+@pytest.fixture(scope="module")
+def subject() -> speed.Subject:
+    torch.manual_seed(0)
+    return speed.lora()
+
+
+def test_the_reference_pipeline_and_a_trace_have_the_same_inner_products(subject: speed.Subject) -> None:
+    whole = speed.functional(subject)
+    exact = GradientTracer(subject.denoiser, Projection(rank=10**6, dim=None))
+    plain = replace(speed.POSTERIOR, normalisation="none")
+    ours = speed.traced(subject, exact, plain).features
+    assert whole.shape == ours.shape
+    gram = whole @ whole.T
+    assert (gram - ours @ ours.T).norm() <= 1e-4 * gram.norm()
+
+
+def test_rows_name_what_they_trace(subject: speed.Subject) -> None:
+    names = [row.name for row in speed.rows(subject)]
+    assert names == [f"LoRA, {r}x{r}, {s}" for r in (8, 16, 32) for s in ("to 2048", "no sketch")]
+    seconds = speed.measured({"a": lambda: None, "b": lambda: None}, 2)
+    assert [len(spent) for spent in seconds.values()] == [2, 2]
+
+
+def test_a_table_says_what_was_not_measured() -> None:
+    row = {"seconds": 1.0, "floor": 1.5, "forward pass": 4.0, "training step": 2.0, "peak_mib": 50.0}
+    facts = {
+        "command": "c",
+        "machine": "m",
+        "repeats": 3,
+        "peers": ["traker"],
+        "models": {
+            "x": {
+                "name": "net",
+                "parameters": 1000,
+                "trained": 10,
+                "rows": {
+                    "training step": row | {"peak_mib": 100.0},
+                    "ours": row,
+                    "p": row | {"peak_mib": None},
+                },
+            }
+        },
+    }
+    text = speed.table(facts)
+    assert "| ours | 1.50 | 4.00 | 50 | 0.50 |" in text
+    assert "| p | 1.50 | 4.00 |  |  |" in text
+    assert "Not installed, so not measured: dattri" in text
