@@ -11,13 +11,13 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from ctrak_lightning.capture import Capture
-from ctrak_lightning.errors import BatchError, GradientError
+from ctrak_lightning.errors import GradientError
 from ctrak_lightning.fingerprint import trained_parameters
 from ctrak_lightning.gradients import tracing_mode
 from ctrak_lightning.method import Method
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.running import RunningTraces
-from ctrak_lightning.task import encode
+from ctrak_lightning.task import encode, named_samples
 from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.tracing import normalised
 from ctrak_lightning.trajectory import InTraining
@@ -198,14 +198,7 @@ class InlineCapture(Capture):
             # `encode` may sample, and may hold layers that training changes: neither must reach the training step.
             with isolated_rng(self.seed), tracing_mode(self.owner):
                 return encode(self.task, batch).sample_ids
-        try:
-            return list(self.task.sample_ids(batch))
-        except KeyError as error:
-            fields = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-            raise BatchError(
-                f"{type(self.task).__name__}.sample_ids(batch) asked for {error}, and the batch has {fields}. "
-                "HINT: let the dataset return that field."
-            ) from error
+        return named_samples(self.task, batch)
 
     def _note_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if not self._is_forward or not torch.is_grad_enabled():

@@ -120,16 +120,32 @@ def encode(task: Any, batch: Any) -> Encoded:
         with torch.no_grad():
             encoded = task.encode(batch)
     except KeyError as error:
-        fields = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-        raise BatchError(
-            f"{type(task).__name__}.encode(batch) asked for {error}, and the batch has {fields}. "
-            "HINT: let the dataset return that field, or change encode()."
-        ) from error
+        raise _missing_field(task, "encode", batch, error) from error
     if not isinstance(encoded, Encoded):
         raise BatchError(
             f"{type(task).__name__}.encode(batch) returned {type(encoded).__name__}, expected ctrak_lightning.Encoded."
         )
     return encoded
+
+
+def named_samples(task: Any, batch: Any) -> list[str]:
+    """``task.sample_ids(batch)``, with a batch that lacks fields reported as such.
+
+    Raises:
+        BatchError: a field is missing.
+    """
+    try:
+        return list(task.sample_ids(batch))
+    except KeyError as error:
+        raise _missing_field(task, "sample_ids", batch, error) from error
+
+
+def _missing_field(task: Any, call: str, batch: Any, error: KeyError) -> BatchError:
+    fields = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+    return BatchError(
+        f"{type(task).__name__}.{call}(batch) asked for {error}, and the batch has {fields}. "
+        f"HINT: let the dataset return that field, or change {call}()."
+    )
 
 
 def select(condition: Condition, rows: Tensor) -> Condition:

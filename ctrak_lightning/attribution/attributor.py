@@ -214,9 +214,9 @@ class Attributor:
         used = self.method if damping == "method" else replace(self.method, damping=damping)
         if query.trajectory is not None:
             used = replace(used, query_trajectory=query.trajectory)
-        scores, dampings = chosen_scores(query.features, self.store.checkpoints, self._grid(used.damping))
-        if used.residual:
-            scores = scores * torch.stack([c.losses().double() for c in self.store.checkpoints]).unsqueeze(1)
+        scores, dampings = chosen_scores(
+            query.features, self.store.checkpoints, self._grid(used.damping), residual=used.residual
+        )
         weights = self._learning_rates() if used.ensemble == "learning_rate" else None
         return [
             Attribution(
@@ -249,13 +249,14 @@ class Attributor:
             query: from :meth:`query` or :meth:`query_global`.
             n: how many samples for each question.
             damping: another one than the method's; None leaves the kernel out.
-            shortlist: look at a part of each row first, which may miss a sample and is not always faster.
+            shortlist: look at a part of each row first, which may miss a sample and was slower wherever it was measured
+                (``recipes/benchmarks/results/scale.md``).
 
         Returns:
             For each question, its samples, best first (ties by position in the data set).
 
         Raises:
-            ValueError: ``n`` is below 1.
+            ValueError: ``n`` is below 1, or a shortlist is asked of a store with fewer samples than features.
             CorruptStoreError: the store is damaged.
         """
         found = top_scores(

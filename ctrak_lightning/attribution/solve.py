@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.attribution.dots import Dots
+from ctrak_lightning.attribution.moments import Moments
 from ctrak_lightning.traces import Checkpoint
 
 AGREEMENT_GRID: tuple[float | None, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, None)
@@ -41,7 +42,11 @@ def scores_by_damping(queries: Tensor, checkpoint: Checkpoint, dampings: Sequenc
 
 
 def chosen_scores(
-    queries: Tensor, checkpoints: Sequence[Checkpoint], grid: Sequence[float | None]
+    queries: Tensor,
+    checkpoints: Sequence[Checkpoint],
+    grid: Sequence[float | None],
+    *,
+    residual: bool = False,
 ) -> tuple[Tensor, list[float | None]]:
     """Scores [M, Q, N] of queries [M, Q, k] at every checkpoint, and the damping used for each query.
 
@@ -49,6 +54,7 @@ def chosen_scores(
         queries: projected gradients of the queries, for each of the M checkpoints.
         checkpoints: sealed checkpoints of one store.
         grid: the damping; of several, each query uses the one at which the checkpoints agree most (:func:`agreement`).
+        residual: multiply the scores, once the damping is chosen, by the samples' losses (DAS).
     """
     parts, chosen = [], []
     room = max(1, _SCORES_AT_ONCE // (len(grid) * len(checkpoints) * checkpoints[0].rows))
@@ -60,7 +66,10 @@ def chosen_scores(
             best = torch.stack([agreement(at_one) for at_one in scores]).argmax(0)
         parts.append(torch.stack([scores[d, :, i] for i, d in enumerate(best.tolist())], 1))
         chosen += [grid[d] for d in best.tolist()]
-    return torch.cat(parts, 1), chosen
+    scores = torch.cat(parts, 1)
+    if residual:
+        scores = scores * torch.stack([c.losses().double() for c in checkpoints]).unsqueeze(1)
+    return scores, chosen
 
 
 def agreement(scores: Tensor) -> Tensor:
@@ -75,9 +84,9 @@ def agreement(scores: Tensor) -> Tensor:
     count = len(scores)
     if count < 2:
         raise ValueError(f"agreement(scores {list(scores.shape)}): expected two checkpoints or more.")
-    units = standardised(scores - scores.mean(-1, keepdim=True))
-    # the mean over pairs i != j of mean_n(u_i u_j), from the square of the sum
-    return (units.sum(0).square().mean(-1) - units.square().mean(-1).sum(0)) / (count * (count - 1))
+    moments = Moments()
+    moments.add(scores.movedim(0, -2))
+    return moments.agreement()
 
 
 def ensemble(per_checkpoint: Tensor, weights: Sequence[float] | None = None) -> Tensor:

@@ -82,16 +82,21 @@ def top_scores(
         grid: the damping; of several, each question uses the one at which the checkpoints agree most.
         weights: of the checkpoints; without them each is scaled by the deviation of its own scores.
         residual: multiply scores by the samples' losses.
-        shortlist: see :class:`Shortlist`; only with no more features than samples.
+        shortlist: see :class:`Shortlist`.
 
     Raises:
-        ValueError: ``n`` is below 1.
+        ValueError: ``n`` is below 1, or a shortlist is asked where there are fewer samples than features.
         CorruptStoreError: the store is damaged.
     """
     if n < 1:
         raise ValueError(f"top_scores(n={n}): expected at least 1.")
     m, _, k = queries.shape
     streamed = k <= checkpoints[0].rows
+    if shortlist is not None and not streamed:
+        raise ValueError(
+            f"top_scores(shortlist={shortlist}): the store has {checkpoints[0].rows} samples of {k} features, expected no fewer "
+            "samples than features. HINT: leave the shortlist out; so few samples are scored at once."
+        )
     room = max(1, _DIRECTIONS_BYTES // (8 * k * len(grid) * m)) if streamed else queries.shape[1]
     parts = []
     for part in queries.split(room, 1):
@@ -217,9 +222,7 @@ def _dense(
     weights: Sequence[float] | None,
     residual: bool,
 ) -> tuple[Tensor, Tensor, list[float | None]]:
-    scores, dampings = chosen_scores(queries, checkpoints, grid)
-    if residual:
-        scores = scores * torch.stack([c.losses().double() for c in checkpoints]).unsqueeze(1)
+    scores, dampings = chosen_scores(queries, checkpoints, grid, residual=residual)
     best = Best(n)
     best.add(ensemble(scores, weights), torch.arange(checkpoints[0].rows))
     return (*best.sorted(), dampings)

@@ -112,7 +112,7 @@ class _Recorder:
                 "Expected gradients to flow through them. HINT: use checkpointing with `use_reentrant=False`, "
                 "or exclude them with `layers=`."
             )
-        nodes, uses = _walk(output)
+        nodes, uses = walk(output)
         reached = Counter(call.layer.name for call in self.calls if call.edge.node in nodes)
         for layer in self._layers:
             for name, parameter in layer.parameters.items():
@@ -177,11 +177,11 @@ class _Recorder:
             _, right = self._projector.matrices(layer.name, x.device)
             with full_precision(x.device):
                 kept = layer.keep(x, output, right, self._batch_size)
-        edge = get_gradient_edge(_anchor(output))
+        edge = get_gradient_edge(anchor(output))
         self.calls.append(_Call(layer, edge, tuple(x.shape), kept, 0 if kept is None else kept._version))
 
 
-def _anchor(output: Tensor) -> Tensor:
+def anchor(output: Tensor) -> Tensor:
     """The tensor at whose graph node the output's cotangent is taken.
 
     A Linear with a bias returns a view of a matrix. An in-place operation on that view gives it a new node, which would
@@ -193,7 +193,7 @@ def _anchor(output: Tensor) -> Tensor:
     return base if base.is_contiguous() and output.is_contiguous() else output
 
 
-def _walk(output: Tensor) -> tuple[set[Node], Counter[Tensor]]:
+def walk(output: Tensor) -> tuple[set[Node], Counter[Tensor]]:
     """All nodes of an output's graph, and how many edges lead to each leaf that requires a gradient."""
     uses: Counter[Tensor] = Counter()
     root = output.grad_fn

@@ -10,7 +10,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from ctrak_lightning.errors import GradientError
-from ctrak_lightning.gradients.hooks import _anchor, _walk
+from ctrak_lightning.gradients.hooks import anchor, walk
 from ctrak_lightning.gradients.layers import Layer
 from ctrak_lightning.gradients.modes import full_precision
 from ctrak_lightning.gradients.projection import BlockProjector
@@ -134,7 +134,7 @@ class StepRecorder:
         with full_precision(x.device):
             kept = layer.keep(x, output, right, self._batch_size)
         version = kept._version
-        edge = get_gradient_edge(_anchor(output))
+        edge = get_gradient_edge(anchor(output))
         self._edges.append((layer, edge))
 
         # On the node, not the tensor: it gets the cotangent of the output as it was, whatever is done to it in place.
@@ -154,7 +154,7 @@ class StepRecorder:
         edge.node.register_prehook(pull)
 
     def _check(self, loss: Tensor) -> None:
-        nodes, uses = _walk(loss)
+        nodes, uses = walk(loss)
         reached = Counter(layer.name for layer, edge in self._edges if edge.node in nodes)
         for layer in self._layers:
             for name, parameter in layer.parameters.items():

@@ -145,12 +145,6 @@ def open_shard(path: Path, *, dim: int, dtype: str, max_rows: int, samples: int)
     return Shard(columns=columns, array=array)
 
 
-def read_shard(path: Path, *, dim: int, dtype: str, max_rows: int, samples: int) -> Rows:
-    """All rows of a shard; see :func:`open_shard`."""
-    shard = open_shard(path, dim=dim, dtype=dtype, max_rows=max_rows, samples=samples)
-    return shard.read(0, len(shard))
-
-
 def read_column(path: Path, name: str, dtype: str, *, max_rows: int) -> Tensor:
     """Read one dataset [n] of a shard, without its features."""
     with open_for_reading(path) as file:

@@ -1,10 +1,11 @@
-"""What a trace costs, as multiples of a forward pass and of the floor, measured alternately in one process.
+"""What a trace costs, as multiples of a forward pass and of the floor, measured in pairs in one process.
 
 python -m recipes.benchmarks.speed                 # writes results/speed.json and .md
 python -m recipes.benchmarks.speed --repeats 3 --models dit
 
 *Floor*: what no method with the diffusion-posterior-sampling objective can avoid: one forward pass and two vector-Jacobian
 products with respect to the input (the direction, and the cotangent through the network), without any per-sample work.
+Every measurement stands directly after one of the floor, so that a machine whose speed drifts does not shift the ratio.
 Peak memory is that of a process of its own that does nothing else, beyond what the process held after building the network.
 traker and dattri (extra `bench`) project gradients that are there already; left out with a note where they are missing.
 """
@@ -285,16 +286,38 @@ def work_of(subject: Subject) -> dict[str, Work]:
     return work
 
 
-def measured(work: dict[str, Work], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every piece of work, in turn, ``repeats`` times after a round that warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
+def measured(work: dict[str, Work], repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of every piece of work and of the floor directly before it, in turn, ``repeats`` times after a round that warms up."""
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
     for repeat in range(repeats + 1):
         for name, one in work.items():
-            started = time.perf_counter()
-            one()
+            before = elapsed(work["floor"])
+            spent = elapsed(one)
             if repeat:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+                pairs[name].append((spent, before))
+    return pairs
+
+
+def elapsed(work: Work) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def summary(pairs: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, Any]]:
+    """Median seconds and ratios of every piece of work; the middle half of its ratios to the floor beside them."""
+    floors = {name: [spent / floor for spent, floor in each] for name, each in pairs.items()}
+    ratios = {name: statistics.median(each) for name, each in floors.items()}
+    return {
+        name: {
+            "seconds": statistics.median(spent for spent, _ in pairs[name]),
+            "floor": ratio,
+            "floor_quartiles": statistics.quantiles(floors[name], n=4)[::2],
+            "forward pass": ratio / ratios["forward pass"],
+            "training step": ratio / ratios["training step"],
+        }
+        for name, ratio in ratios.items()
+    }
 
 
 def peak(model: str, name: str) -> float:
@@ -323,8 +346,8 @@ def high_water() -> int:
 
 def table(facts: dict[str, Any]) -> str:
     lines = [
-        f"`{facts['command']}`; {facts['machine']}; batch of {BATCH}, one timestep, medians of {facts['repeats']} alternating "
-        "runs.",
+        f"`{facts['command']}`; {facts['machine']}; batch of {BATCH}, one timestep, medians of {facts['repeats']} runs "
+        "(the middle half of the ratios in brackets), each directly after one of the floor.",
     ]
     for model in facts["models"].values():
         lines += [
@@ -337,7 +360,10 @@ def table(facts: dict[str, Any]) -> str:
         own = model["rows"]["training step"]["peak_mib"]
         for name, row in model["rows"].items():
             memory = f"{row['peak_mib']:,.0f} | {row['peak_mib'] / own:.2f}" if row["peak_mib"] else " | "
-            lines.append(f"| {name} | {row['floor']:.2f} | {row['forward pass']:.2f} | {memory} |")
+            low, high = row["floor_quartiles"]
+            lines.append(
+                f"| {name} | {row['floor']:.2f} ({low:.2f}-{high:.2f}) | {row['forward pass']:.2f} | {memory} |"
+            )
     missing = [name for name in PEERS if name not in facts["peers"]]
     if missing:
         lines += ["", f"Not installed, so not measured: {', '.join(missing)} (`pip install -e .[bench]`)."]
@@ -349,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "WORK"), help="print one peak of memory, in MiB")
     args = parser.parse_args(argv)
@@ -361,22 +387,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.manual_seed(0)
         subject = SUBJECTS[model]()
         work = work_of(subject)
-        seconds = measured(work, args.repeats)
+        found = summary(measured(work, args.repeats))
+        for name, row in found.items():
+            row["peak_mib"] = None if "projection alone" in name else peak(model, name)
         models[model] = {
             "name": subject.name,
             "parameters": sum(p.numel() for p in subject.denoiser.parameters()),
             "trained": sum(p.numel() for p in subject.denoiser.parameters() if p.requires_grad),
-            "rows": {
-                name: {
-                    "seconds": statistics.median(spent),
-                    **{
-                        unit: statistics.median(a / b for a, b in zip(spent, seconds[unit], strict=True))
-                        for unit in ("floor", "forward pass", "training step")
-                    },
-                    "peak_mib": None if "projection alone" in name else peak(model, name),
-                }
-                for name, spent in seconds.items()
-            },
+            "rows": found,
         }
     facts = {
         "command": f"python -m recipes.benchmarks.speed --models {' '.join(args.models)} --repeats {args.repeats}",

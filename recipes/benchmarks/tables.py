@@ -11,10 +11,8 @@ from torch import Tensor
 from ctrak_lightning.metrics import bootstrap_interval, functional
 
 Figures = Mapping[str, Tensor]
-NOTE = (
-    "Mean [95 % bootstrap interval over questions]; in brackets what the best damping by the metric itself would give (an "
-    "oracle)."
-)
+MEAN = "Mean [95 % bootstrap interval over questions]"
+NOTE = f"{MEAN}; in brackets what the best damping by the metric itself would give (an oracle)."
 RETRIEVAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "P@10": functional.precision_at_k,
     "R-precision": functional.r_precision,
@@ -54,12 +52,15 @@ def summarised(
     return summary
 
 
-def markdown(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], keys: Sequence[str]) -> list[str]:
-    """The lines of a table with a row per method and a column per figure."""
+def markdown(
+    rows: Mapping[str, Mapping[str, Mapping[str, Any]]], keys: Sequence[str], *, oracle: bool = True
+) -> list[str]:
+    """The lines of a table with a row per method and a column per figure, with or without the best damping's."""
     lines = [f"| method | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
     for name, row in rows.items():
         cells = [
-            f"{row[key]['mean']:.2f} [{row[key]['low']:.2f}, {row[key]['high']:.2f}] ({row[key]['oracle']:.2f})"
+            f"{row[key]['mean']:.2f} [{row[key]['low']:.2f}, {row[key]['high']:.2f}]"
+            + (f" ({row[key]['oracle']:.2f})" if oracle else "")
             for key in keys
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -71,10 +72,11 @@ class Table:
 
     Args:
         columns: the figures that the Markdown shows; the JSON has all of them.
+        oracle: whether rows have a grid of dampings to show the best of.
     """
 
-    def __init__(self, columns: Sequence[str]) -> None:
-        self.columns = list(columns)
+    def __init__(self, columns: Sequence[str], *, oracle: bool = True) -> None:
+        self.columns, self.oracle = list(columns), oracle
         self._honest: dict[str, list[Figures]] = {}
         self._grids: dict[str, list[Mapping[str, Figures]]] = {}
 
@@ -99,6 +101,8 @@ class Table:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**facts, "rows": rows}, indent=1)
         path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
-        text = "\n".join([head, NOTE, "", *markdown(rows, self.columns)]) + "\n"
+        note = NOTE if self.oracle else f"{MEAN}."
+        lines = [head, note, "", *markdown(rows, self.columns, oracle=self.oracle)]
+        text = "\n".join(lines) + "\n"
         path.with_suffix(".md").write_text(text, encoding="utf-8")
         return text

@@ -8,7 +8,7 @@ own traces, centring, other rules for the damping and other ways to join checkpo
 
 import argparse
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from recipes.emoji_artists import benchmark
 from recipes.emoji_artists.benchmark import STEPS, TIMESTEPS
 from recipes.emoji_artists.data import KINDS, EmojiArtists
 from recipes.emoji_artists.evaluate import Question, questions
-from recipes.emoji_artists.fidelity import features
+from recipes.emoji_artists.fidelity import scores
 from recipes.emoji_artists.outcomes import RESULTS, Outcomes
 from recipes.emoji_artists.retrain import SAVED_STEPS
 
@@ -168,17 +168,9 @@ def counters(asked: Sequence[Question], known: dict[str, list[str]]) -> dict[str
     return result
 
 
-def dense_scores(queries: Tensor, traces: Sequence[Tensor], damping: float | None) -> Tensor:
-    """Scores [M, Q, N] of queries [M, Q, k] against traces [N, k] of every checkpoint, by the dual form."""
-    parts = []
-    for q, phi in zip(queries.double(), traces, strict=True):
-        gram = phi @ phi.T
-        plain = q @ phi.T
-        if damping is not None:
-            ridge = damping * float(gram.diagonal().mean())
-            plain = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), plain.T).T
-        parts.append(plain)
-    return torch.stack(parts)
+def by_checkpoint(queries: Tensor, traces: Sequence[Tensor], damping: float | None) -> Tensor:
+    """Scores [M, Q, N] of queries [M, Q, k] against the traces [N, k] of every checkpoint."""
+    return torch.stack([scores(q, phi, damping) for q, phi in zip(queries, traces, strict=True)])
 
 
 def effective_damping(traces: Tensor, share: float) -> float:
@@ -203,29 +195,29 @@ def without_the_other(queries: Tensor) -> Tensor:
 def on_the_same_traces(attributor: Attributor, query: Query) -> dict[str, Tensor]:
     """Scores [Q, N] by other ways to use the default's traces and query."""
     checkpoints = attributor.store.checkpoints
-    traces = [features(checkpoint).double() for checkpoint in checkpoints]
+    traces = [checkpoint.features().double() for checkpoint in checkpoints]
     centred = [each - each.mean(0) for each in traces]
     agreed = torch.stack([r.checkpoint_scores for r in attributor.score(query)], 1)  # [M, Q, N]
-    grid = [ensemble(dense_scores(query.features, traces, damping)) for damping in GRID]
-    ranks = [scores.argsort(1).argsort(1).double() for scores in grid]
+    grid = [ensemble(by_checkpoint(query.features, traces, damping)) for damping in GRID]
+    ranks = [each.argsort(1).argsort(1).double() for each in grid]
     effective = [
-        dense_scores(q[None], [phi], effective_damping(phi, EFFECTIVE_SHARE))[0]
+        scores(q, phi, effective_damping(phi, EFFECTIVE_SHARE))
         for q, phi in zip(query.features, traces, strict=True)
     ]
     result: dict[str, Tensor] = {
         "damping 10": grid[GRID.index(10.0)],
-        "damping 10, centred traces": ensemble(dense_scores(query.features, centred, 10.0)),
+        "damping 10, centred traces": ensemble(by_checkpoint(query.features, centred, 10.0)),
         "no kernel": grid[0],
         "ranks averaged over dampings": torch.stack(ranks).mean(0),
         f"effective dimension {EFFECTIVE_SHARE:.0%} of the samples": ensemble(torch.stack(effective)),
         "without the other concept's component, damping 10": ensemble(
-            dense_scores(without_the_other(query.features), traces, 10.0)
+            by_checkpoint(without_the_other(query.features), traces, 10.0)
         ),
         "checkpoints added as they are": agreed.sum(0),
     }
     result |= {
-        f"step {checkpoint.step} alone": standardised(scores)
-        for checkpoint, scores in zip(checkpoints, agreed, strict=True)
+        f"step {checkpoint.step} alone": standardised(each)
+        for checkpoint, each in zip(checkpoints, agreed, strict=True)
     }
     return result
 
@@ -246,19 +238,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = [row for name, row in rows.items() if args.rows is None or name in args.rows]
     data, outcomes = EmojiArtists("new"), Outcomes.load("labelled", args.results)
     asked = questions(data.held_out)
-    table = Table(COLUMNS)
-    measure: Callable[[Tensor], dict[str, Tensor]] = lambda scores: benchmark.measured(  # noqa: E731
-        asked, scores, data, outcomes, [0, 1]
-    )
+    table = Table(COLUMNS, oracle=False)
+
+    def measure(rows: Tensor) -> dict[str, Tensor]:
+        return benchmark.measured(asked, rows, data, outcomes, [0, 1])
+
     for seed in args.seeds:
         folder = args.runs / "labelled"
         case = benchmark.case(folder / f"full-seed{seed}", data, asked)
         case = replace(case, counters=counters(asked, case.module.known_attributes()))
         found: dict[str, Tensor] = {}
         for variant, attributor, query in answers(case, chosen, folder / "ablations" / f"seed{seed}"):
-            scores = torch.stack([each.scores for each in attributor.score(query)])
-            found[variant.name] = standardised(scores.double())
-            table.add(variant.name, {"agreement": measure(scores)}, "agreement")
+            own = torch.stack([each.scores for each in attributor.score(query)])
+            found[variant.name] = standardised(own.double())
+            table.add(variant.name, {"": measure(own)}, "")
             if variant.name == REFERENCE:
                 for name, other in on_the_same_traces(attributor, query).items():
                     table.add(name, {"": measure(other)}, "")

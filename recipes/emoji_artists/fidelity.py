@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ctrak_lightning import Attributor, Projection, methods
 from ctrak_lightning.metrics import spearman
-from ctrak_lightning.traces import Checkpoint
+from ctrak_lightning.traces.shards import stored_unit
 from recipes.benchmarks.replay import replay
 from recipes.emoji_artists import benchmark
 from recipes.emoji_artists.data import EmojiArtists
@@ -31,16 +31,6 @@ QUESTIONS = 32
 EXACT = Projection(rank=100_000, dim=None)
 
 
-def features(checkpoint: Checkpoint) -> Tensor:
-    """All traces [N, k], in the order of the sample table."""
-    rows = torch.empty(checkpoint.rows, 0)
-    for index, part in checkpoint.shards():
-        if rows.shape[1] == 0:
-            rows = torch.empty(checkpoint.rows, part.shape[1])
-        rows[index] = part.float()
-    return rows
-
-
 def scores(queries: Tensor, traces: Tensor, damping: float | None) -> Tensor:
     """Scores [Q, N] of queries [Q, k] against traces [N, k], by the dual form (N < k here)."""
     gram = traces.double() @ traces.double().T
@@ -53,14 +43,10 @@ def scores(queries: Tensor, traces: Tensor, damping: float | None) -> Tensor:
 
 
 def rounded(rows: Tensor, dtype: str) -> Tensor:
-    """Rows [N, k] as they come back from a smaller type; int8 is scaled row by row to its largest entry."""
-    if dtype == "float16":
-        scale = rows.norm(dim=1, keepdim=True)
-        coarse = (rows / scale).half().float()
-    else:
-        scale = rows.abs().amax(1, keepdim=True) / 127
-        coarse = (rows / scale).round()
-    back: Tensor = coarse * scale
+    """Rows [N, k] as they come back from a store of a smaller type."""
+    norm = rows.norm(dim=1, keepdim=True)
+    unit, scale = stored_unit(rows / norm, dtype)
+    back: Tensor = unit.float() * scale[:, None] * norm
     return back
 
 
@@ -87,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         attributor = Attributor(store, case.module, sampler=case.sampler, batch_size=32)
         query = attributor.query_given(case.concepts, case.given[:QUESTIONS])
-        both[name] = (query.features[0], features(store.checkpoints[0]))
+        both[name] = (query.features[0], store.checkpoints[0].features())
     queries, traces = both["rank 16, 4096"]
     for dtype in ("float16", "int8"):
         both[f"rank 16, 4096, {dtype}"] = (queries, rounded(traces, dtype))

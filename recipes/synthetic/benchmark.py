@@ -111,22 +111,28 @@ def main() -> None:
         run = train(folder, args.variant, seed)
         asked = questions(run, QUERIES[args.variant])
         table = table_variants(TIMESTEPS, tuple(run.facts["checkpoints"]), args.methods)
+        wordings = {
+            counter: [concept(run, combo, factor, counter) for combo, factor, _ in asked]
+            for counter in COUNTER_CONDITIONS
+        }
+        case = Case(
+            folder=folder,
+            module=run.module,
+            batches=run.data.trace_dataloader(),
+            concepts=wordings["dropped"],
+            seeds=[seed for _, _, seed in asked],
+            sampler=SAMPLERS[args.variant],
+            counters=wordings,
+        )
         for counter in args.counters:
-            case = Case(
-                folder=folder,
-                module=run.module,
-                batches=run.data.trace_dataloader(),
-                concepts=[concept(run, combo, factor, counter) for combo, factor, _ in asked],
-                seeds=[seed for _, _, seed in asked],
-                sampler=SAMPLERS[args.variant],
-            )
             # A whole-image method does not see the counter-condition.
             chosen = [v for v in table if counter == "dropped" or v.method.sees_absent]
             chosen = [v for v in chosen if v.scope != "given"]  # everything asked about is generated here
-            named = [v if counter == "dropped" else replace(v, name=f"{v.name}, {counter}") for v in chosen]
+            if counter != "dropped":
+                chosen = [replace(v, name=f"{v.name}, {counter}", counters=(counter,)) for v in chosen]
             # Traces do not depend on the counter-condition: both share them.
-            found, _ = compare(case, named, answers_folder(folder, asked, run.data.traced))
-            for variant in named:
+            found, _ = compare(case, chosen, answers_folder(folder, asked, run.data.traced))
+            for variant in chosen:
                 grid = {
                     damping: figures(run, asked, scores) for damping, scores in found[variant.name].items()
                 }

@@ -174,3 +174,10 @@ def test_a_shortlist_of_all_samples_is_exact_and_small_ones_recall_less(tmp_path
 def test_impossible_shortlists(given: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"Shortlist.*HINT"):
         Shortlist(**given)
+
+
+def test_a_shortlist_is_refused_where_samples_are_fewer_than_features(tmp_path: Path) -> None:
+    phi, queries = traces(20, 60, 1)
+    store = store_of(tmp_path / "s.ctrak", phi, [0])
+    with pytest.raises(ValueError, match="20 samples of 60 features"):
+        top_scores(queries, store.checkpoints, 5, (1.0,), shortlist=Shortlist(dims=8, size=10))

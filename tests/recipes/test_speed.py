@@ -28,12 +28,39 @@ def test_the_reference_pipeline_and_a_trace_have_the_same_inner_products(subject
 def test_rows_name_what_they_trace(subject: speed.Subject) -> None:
     names = [row.name for row in speed.rows(subject)]
     assert names == [f"LoRA, {r}x{r}, {s}" for r in (8, 16, 32) for s in ("to 2048", "no sketch")]
-    seconds = speed.measured({"a": lambda: None, "b": lambda: None}, 2)
-    assert [len(spent) for spent in seconds.values()] == [2, 2]
+
+
+def test_each_measurement_follows_one_of_the_floor() -> None:
+    done: list[str] = []
+    work = {name: lambda name=name: done.append(name) for name in ("floor", "ours")}
+    pairs = speed.measured(work, 2)
+    assert done == ["floor", "floor", "floor", "ours"] * 3
+    assert [len(each) for each in pairs.values()] == [2, 2]
+
+
+def test_ratios_are_to_the_floor_beside_them_so_a_slower_machine_does_not_matter() -> None:
+    # The machine is ten times slower while "ours" is measured.
+    pairs = {
+        "forward pass": [(1.0, 4.0), (1.0, 4.0), (2.0, 4.0)],
+        "training step": [(2.0, 4.0)] * 3,
+        "ours": [(50.0, 40.0), (50.0, 40.0), (40.0, 40.0)],
+    }
+    found = speed.summary(pairs)
+    assert found["ours"]["floor"] == 1.25
+    assert found["ours"]["forward pass"] == 5.0
+    assert found["ours"]["training step"] == 2.5
+    assert found["ours"]["floor_quartiles"] == [1.0, 1.25]
 
 
 def test_a_table_says_what_was_not_measured() -> None:
-    row = {"seconds": 1.0, "floor": 1.5, "forward pass": 4.0, "training step": 2.0, "peak_mib": 50.0}
+    row = {
+        "seconds": 1.0,
+        "floor": 1.5,
+        "floor_quartiles": [1.4, 1.65],
+        "forward pass": 4.0,
+        "training step": 2.0,
+        "peak_mib": 50.0,
+    }
     facts = {
         "command": "c",
         "machine": "m",
@@ -53,6 +80,6 @@ def test_a_table_says_what_was_not_measured() -> None:
         },
     }
     text = speed.table(facts)
-    assert "| ours | 1.50 | 4.00 | 50 | 0.50 |" in text
-    assert "| p | 1.50 | 4.00 |  |  |" in text
+    assert "| ours | 1.50 (1.40-1.65) | 4.00 | 50 | 0.50 |" in text
+    assert "| p | 1.50 (1.40-1.65) | 4.00 |  |  |" in text
     assert "Not installed, so not measured: dattri" in text
