@@ -1,12 +1,17 @@
 """Capture: the traces of a whole data set at one checkpoint. For callbacks and for raw training loops."""
 
+from __future__ import annotations
+
 import hashlib
+import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
 from tqdm import tqdm
 
 from ctrak_lightning.errors import DatasetChangedError, GradientError
@@ -14,12 +19,25 @@ from ctrak_lightning.fingerprint import content_hashes, model_fingerprint, train
 from ctrak_lightning.gradients import GradientTracer, UntracedParameterWarning, tracing_mode
 from ctrak_lightning.memory import RowLimit
 from ctrak_lightning.method import Method
+from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.task import Encoded, encode
-from ctrak_lightning.traces import SampleTable, StoreHeader, TraceWriter
+from ctrak_lightning.traces import CheckpointWriter, SampleTable, StoreHeader, TraceWriter
 from ctrak_lightning.tracing import trace_batch
 
 THUMBNAIL = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Surveyed:
+    """Who the samples of one batch are."""
+
+    number: int
+    shape: torch.Size
+    sample_ids: list[str]
+    hashes: list[str]
+    metadata: dict[str, list[str]]
+    thumbnails: Tensor | None
 
 
 class Capture:
@@ -39,6 +57,8 @@ class Capture:
         thumbnails: store small images for reports, where the task can decode.
         device: where batches are moved to.
         rows_at_once: samples per forward pass at most; None takes whole batches.
+        processes: those that trace together, each every so-manieth batch, into one folder that all of them see. They make their
+            captures, and call :meth:`run`, together.
 
     Raises:
         StoreMismatchError: the folder holds traces of another method, projection, model or data set.
@@ -62,12 +82,17 @@ class Capture:
         device: torch.device | str = "cpu",
         rows_at_once: int | None = None,
         progress: bool = True,
+        processes: Processes = ALONE,
     ) -> None:
         self.owner, self.task, self.batches, self.method, self.tracer = owner, task, batches, method, tracer
         self.seed, self.device, self.progress = seed, torch.device(device), progress
         self._row_limit = RowLimit(rows_at_once)
+        self._processes = processes
         self._warn_of_parameters_outside()
-        table, latent_shape = self._survey(thumbnails)
+        surveyed = self._survey(thumbnails)
+        table, latent_shape = _table(surveyed)
+        sizes = [len(batch.sample_ids) for batch in surveyed]
+        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
         header = StoreHeader(
             method=method.to_dict(),
             projection=tracer.describe(),
@@ -82,7 +107,7 @@ class Capture:
             dtype=dtype,
         )
         self.sample_ids = table.sample_ids
-        self.writer = TraceWriter(path, header)
+        self.writer = TraceWriter(path, header, processes=processes)
         self.writer.write_samples(table)
 
     def run(self, step: int, *, epoch: int, learning_rate: float | None = None) -> None:
@@ -95,27 +120,44 @@ class Capture:
         checkpoint = self.writer.begin_checkpoint(
             step, epoch=epoch, learning_rate=learning_rate, weights=trained_parameters(self.owner)
         )
-        position = 0
-        with checkpoint, isolated_rng(self.seed), tracing_mode(self.owner):
-            bar = tqdm(
-                total=len(self.sample_ids), desc=f"trace step {step}", unit="img", disable=not self.progress
-            )
-            with bar:
-                for batch in self.batches:
-                    encoded = self._encode(batch)
-                    rows = len(encoded.sample_ids)
-                    self._check_ids(encoded, position)
-                    done = min(max(checkpoint.rows_done - position, 0), rows)
-                    if done < rows:
-                        rest = encoded.rows(done)
-                        trace = trace_batch(
-                            self.task, self.tracer, self.method, rest, self.seed, self._row_limit
-                        )
-                        indices = torch.arange(position + done, position + rows)
-                        checkpoint.append(indices, trace.features, trace.loss)
-                    position += rows
-                    bar.update(rows)
+        with checkpoint:
+            with self._processes.together(), isolated_rng(self.seed), tracing_mode(self.owner):
+                self._trace(checkpoint)
             checkpoint.seal()
+
+    def _trace(self, checkpoint: CheckpointWriter) -> None:
+        """Traces the samples that are this process's and not in ``checkpoint`` yet."""
+        taken = 0
+        bar = tqdm(
+            total=len(self.sample_ids),
+            desc=f"trace step {checkpoint.step}",
+            unit="img",
+            disable=not self._shows_progress,
+        )
+        with bar:
+            for number, batch in self._own_batches():
+                encoded = self._encode(batch)
+                rows = len(encoded.sample_ids)
+                position = self._position(number, encoded)
+                done = min(max(checkpoint.rows_done - taken, 0), rows)
+                if done < rows:
+                    rest = encoded.rows(done)
+                    trace = trace_batch(self.task, self.tracer, self.method, rest, self.seed, self._row_limit)
+                    indices = torch.arange(position + done, position + rows)
+                    checkpoint.append(indices, trace.features, trace.loss)
+                taken += rows
+                bar.update(rows * self._processes.count)
+
+    @property
+    def _shows_progress(self) -> bool:
+        return self.progress and self._processes.is_first
+
+    def _own_batches(self) -> Iterator[tuple[int, Any]]:
+        """The batches that are this process's, with their numbers."""
+        rank, count = self._processes.rank, self._processes.count
+        if count > 1 and (part := _every(self.batches, rank, count)) is not None:
+            return zip(itertools.count(rank, count), part, strict=False)
+        return itertools.islice(enumerate(self.batches), rank, None, count)
 
     def _warn_of_parameters_outside(self) -> None:
         inside = {id(parameter) for parameter in self.tracer.module.parameters()}
@@ -131,43 +173,38 @@ class Capture:
                 stacklevel=3,
             )
 
-    def _survey(self, thumbnails: bool) -> tuple[SampleTable, torch.Size]:
-        """One pass over the data without the network: who the samples are."""
-        ids: list[str] = []
-        hashes: list[str] = []
-        columns: dict[str, list[str]] = {}
-        images: list[Tensor] = []
-        shape: torch.Size | None = None
-        with isolated_rng(self.seed), tracing_mode(self.owner), torch.no_grad():
-            for batch in tqdm(
-                self.batches, desc="survey", unit="batch", leave=False, disable=not self.progress
+    def _survey(self, thumbnails: bool) -> list[_Surveyed]:
+        """One pass over the data without the network: who the samples are, batch by batch."""
+        own = []
+        with self._processes.together(), isolated_rng(self.seed), tracing_mode(self.owner), torch.no_grad():
+            for number, batch in tqdm(
+                self._own_batches(),
+                desc="survey",
+                unit="batch",
+                leave=False,
+                disable=not self._shows_progress,
             ):
                 encoded = self._encode(batch)
-                if shape is not None and shape != encoded.latents.shape[1:]:
-                    raise GradientError(
-                        f"Latents of shapes {tuple(shape)} and {tuple(encoded.latents.shape[1:])} in one data set; expected "
-                        "one shape. HINT: trace buckets of different sizes into stores of their own."
+                images = thumbnails and hasattr(self.task, "decode")
+                own.append(
+                    _Surveyed(
+                        number,
+                        encoded.latents.shape[1:],
+                        encoded.sample_ids,
+                        content_hashes(batch, encoded),
+                        {name: list(map(str, values)) for name, values in encoded.metadata.items()},
+                        _thumbnails(self.task.decode(encoded.latents)) if images else None,
                     )
-                shape = encoded.latents.shape[1:]
-                if ids and columns.keys() != encoded.metadata.keys():
-                    raise DatasetChangedError(
-                        f"Metadata columns {sorted(columns)} and {sorted(encoded.metadata)} in one data set; expected the "
-                        "same columns in every batch."
-                    )
-                ids += encoded.sample_ids
-                hashes += content_hashes(batch, encoded)
-                for name, values in encoded.metadata.items():
-                    columns.setdefault(name, []).extend(map(str, values))
-                if thumbnails and hasattr(self.task, "decode"):
-                    images.append(_thumbnails(self.task.decode(encoded.latents)))
-        if shape is None:
-            raise GradientError("The data set to trace is empty; expected at least one batch.")
-        return SampleTable(ids, hashes, columns, torch.cat(images) if images else None), shape
+                )
+        each = self._processes.gather(own)
+        return sorted((batch for batches in each for batch in batches), key=lambda batch: batch.number)
 
     def _encode(self, batch: Any) -> Encoded:
         return encode(self.task, _to(batch, self.device))
 
-    def _check_ids(self, encoded: Encoded, position: int) -> None:
+    def _position(self, number: int, encoded: Encoded) -> int:
+        """Where in the sample table the ``number``-th batch begins, which must be the one that was surveyed."""
+        position = self._starts[number] if number < len(self._starts) else len(self.sample_ids)
         expected = self.sample_ids[position : position + len(encoded.sample_ids)]
         if expected != encoded.sample_ids:
             changed = sorted(set(encoded.sample_ids) - set(expected))[:5] or encoded.sample_ids[:5]
@@ -175,6 +212,50 @@ class Capture:
                 f"Samples from position {position} on differ from those the store began with, for example {changed}. "
                 "Expected the same samples in the same order at every capture. HINT: no shuffling in trace_dataloader()."
             )
+        return position
+
+
+def _table(batches: Sequence[_Surveyed]) -> tuple[SampleTable, torch.Size]:
+    """The samples of all batches, and the shape of their latents."""
+    if not batches:
+        raise GradientError("The data set to trace is empty; expected at least one batch.")
+    first = batches[0]
+    for batch in batches:
+        if batch.shape != first.shape:
+            raise GradientError(
+                f"Latents of shapes {tuple(first.shape)} and {tuple(batch.shape)} in one data set; expected "
+                "one shape. HINT: trace buckets of different sizes into stores of their own."
+            )
+        if batch.metadata.keys() != first.metadata.keys():
+            raise DatasetChangedError(
+                f"Metadata columns {sorted(first.metadata)} and {sorted(batch.metadata)} in one data set; expected the "
+                "same columns in every batch."
+            )
+    images = [batch.thumbnails for batch in batches if batch.thumbnails is not None]
+    table = SampleTable(
+        [sample_id for batch in batches for sample_id in batch.sample_ids],
+        [digest for batch in batches for digest in batch.hashes],
+        {name: [value for batch in batches for value in batch.metadata[name]] for name in first.metadata},
+        torch.cat(images) if images else None,
+    )
+    return table, first.shape
+
+
+def _every(batches: Iterable[Any], rank: int, count: int) -> DataLoader[Any] | None:
+    """The ``rank``-th of every ``count`` batches of a DataLoader that goes through its data set in order, without loading the
+    others; None for anything else, which must be gone through."""
+    if not (isinstance(batches, DataLoader) and isinstance(batches.sampler, SequentialSampler)):
+        return None
+    if batches.batch_sampler is None:
+        return None
+    return DataLoader(
+        batches.dataset,
+        batch_sampler=list(batches.batch_sampler)[rank::count],
+        collate_fn=batches.collate_fn,
+        num_workers=batches.num_workers,
+        pin_memory=batches.pin_memory,
+        worker_init_fn=batches.worker_init_fn,
+    )
 
 
 def _to(batch: Any, device: torch.device) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ from ctrak_lightning.gradients import GradientTracer, Projection, tracing_mode
 from ctrak_lightning.memory import RowLimit
 from ctrak_lightning.method import Damping, Method
 from ctrak_lightning.objective import Side
+from ctrak_lightning.processes import processes_of
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.task import Condition, Spec, resolve_task
 from ctrak_lightning.traces import TraceStore
@@ -241,6 +243,7 @@ class Attributor:
         *,
         damping: Damping | Literal["method"] = "method",
         shortlist: Shortlist | None = None,
+        fabric: Fabric | None = None,
     ) -> list[list[Record]]:
         """The ``n`` samples that taught each concept most, as :meth:`score` and :meth:`Attribution.top` give them, but without
         holding the scores of all samples; for stores that are larger than memory.
@@ -251,6 +254,8 @@ class Attributor:
             damping: another one than the method's; None leaves the kernel out.
             shortlist: look at a part of each row first, which may miss a sample and was slower wherever it was measured
                 (``recipes/benchmarks/results/scale.md``).
+            fabric: whose processes search together, each its share of the store's files. All of them call this (and
+                :meth:`query` before), and all get the result.
 
         Returns:
             For each question, its samples, best first (ties by position in the data set).
@@ -267,14 +272,17 @@ class Attributor:
             weights=self._learning_rates() if self.method.ensemble == "learning_rate" else None,
             residual=self.method.residual,
             shortlist=shortlist,
+            processes=processes_of(1 if fabric is None else fabric.world_size),
         )
-        samples = self.store.samples
+        # Of a large store the table of all samples takes more memory than the search.
+        samples = self.store.samples_of(found.positions)
+        _, where = torch.unique(found.positions, return_inverse=True)
         return [
             [
                 Record(samples.sample_ids[i], score, rank, samples.metadata_of(i))
-                for rank, (i, score) in enumerate(zip(positions, scores, strict=True), start=1)
+                for rank, (i, score) in enumerate(zip(rows, scores, strict=True), start=1)
             ]
-            for positions, scores in zip(found.positions.tolist(), found.scores.tolist(), strict=True)
+            for rows, scores in zip(where.tolist(), found.scores.tolist(), strict=True)
         ]
 
     def _grid(self, damping: Damping) -> Sequence[float | None]:

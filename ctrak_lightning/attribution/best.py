@@ -3,7 +3,11 @@
 import torch
 from torch import Tensor
 
-_LOW = 2**32 - 1
+from ctrak_lightning.processes import Processes
+
+MOST_SAMPLES = 2**32
+"""A position takes half of a key; see :func:`_keys`."""
+_LOW = MOST_SAMPLES - 1
 
 
 class Best:
@@ -31,6 +35,14 @@ class Best:
         self._keys = keys if keys.shape[1] <= self._n else keys.topk(self._n, 1, sorted=False).values
         if self._keys.shape[1] == self._n:
             self._floor = _scores(self._keys.amin(1, keepdim=True))
+
+    def over(self, processes: Processes) -> "Best":
+        """The best of what all processes have taken in, who call it together."""
+        each = [keys for keys in processes.gather(self._keys) if keys is not None]
+        if each:
+            joined = torch.cat(each, 1)
+            self._keys = joined.topk(min(self._n, joined.shape[1]), 1, sorted=False).values
+        return self
 
     def sorted(self) -> tuple[Tensor, Tensor]:
         """Positions [Q, n], int64, and scores [Q, n], float32, best first; fewer where fewer were added."""

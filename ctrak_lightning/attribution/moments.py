@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ctrak_lightning.processes import Processes
+
 
 class Moments:
     """Sums over the samples of the scores of M checkpoints and of their products, in float64."""
@@ -25,6 +27,13 @@ class Moments:
         self._sums = self._sums + wide.sum(-1)
         self._products = self._products + wide @ wide.mT  # [..., M, b] x [..., b, M] -> [..., M, M]
 
+    def over(self, processes: Processes) -> "Moments":
+        """The sums over the samples of all processes, who call it together."""
+        whole = Moments()
+        for other in processes.gather(self):
+            whole._join(other)
+        return whole
+
     def deviation(self) -> Tensor:
         """Standard deviation over the samples [..., M]."""
         return self._covariances().diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
@@ -38,6 +47,19 @@ class Moments:
         count = spread.shape[-1]
         pairs = 1 - torch.eye(count, dtype=torch.float64)
         return (correlations * pairs).sum((-2, -1)) / (count * (count - 1))
+
+    def _join(self, other: "Moments") -> None:
+        if other._shift is None:
+            return
+        if self._shift is None:
+            self._shift = other._shift
+        # sum (x + d) and sum (x + d)(x + d)^T, for x around the other's shift and d from mine to it
+        d = (other._shift - self._shift).squeeze(-1)
+        cross = other._sums.unsqueeze(-1) * d.unsqueeze(-2)
+        outer = d.unsqueeze(-1) * d.unsqueeze(-2)
+        self._products = self._products + other._products + cross + cross.mT + other.count * outer
+        self._sums = self._sums + other._sums + other.count * d
+        self.count += other.count
 
     def _covariances(self) -> Tensor:
         means = self._sums / self.count

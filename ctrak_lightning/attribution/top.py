@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctrak_lightning.attribution.best import Best
+from ctrak_lightning.attribution.best import MOST_SAMPLES, Best
 from ctrak_lightning.attribution.dots import Dots
 from ctrak_lightning.attribution.moments import Moments
 from ctrak_lightning.attribution.solve import chosen_scores, ensemble
+from ctrak_lightning.errors import CorruptStoreError
+from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.traces import Checkpoint
 from ctrak_lightning.traces.shards import Rows
 
@@ -67,6 +69,7 @@ def top_scores(
     weights: Sequence[float] | None = None,
     residual: bool = False,
     shortlist: Shortlist | None = None,
+    processes: Processes = ALONE,
 ) -> TopScores:
     """The ``n`` best samples for each question, as sorting all :func:`~ctrak_lightning.attribution.solve.ensemble` scores
     would give them (ties by position in the data set).
@@ -83,13 +86,23 @@ def top_scores(
         weights: of the checkpoints; without them each is scaled by the deviation of its own scores.
         residual: multiply scores by the samples' losses.
         shortlist: see :class:`Shortlist`.
+        processes: those that search together, each its share of the shards; all call this with equal arguments, and all get
+            the result. With fewer samples than features each searches all.
 
     Raises:
-        ValueError: ``n`` is below 1, or a shortlist is asked where there are fewer samples than features.
+        ValueError: ``n`` is below 1, there are more than 2^32 samples, or a shortlist is asked where there are fewer samples
+            than features.
         CorruptStoreError: the store is damaged.
     """
     if n < 1:
         raise ValueError(f"top_scores(n={n}): expected at least 1.")
+    if checkpoints[0].rows > MOST_SAMPLES:
+        raise ValueError(
+            f"top_scores: the store has {checkpoints[0].rows} samples, expected at most {MOST_SAMPLES}. HINT: ask stores of "
+            "parts of the data set one by one."
+        )
+    # Rounding differs from one machine to another; scores that are compared with each other must not.
+    queries = processes.from_first(queries)
     m, _, k = queries.shape
     streamed = k <= checkpoints[0].rows
     if shortlist is not None and not streamed:
@@ -101,7 +114,7 @@ def top_scores(
     parts = []
     for part in queries.split(room, 1):
         if streamed:
-            question = _Question(part, checkpoints, grid, weights, residual)
+            question = _Question(part, checkpoints, grid, weights, residual, processes)
             parts.append((*question.top(n, shortlist), question.dampings))
         else:
             parts.append(_dense(part, checkpoints, n, grid, weights, residual))
@@ -122,8 +135,10 @@ class _Question:
         grid: Sequence[float | None],
         weights: Sequence[float] | None,
         residual: bool,
+        processes: Processes,
     ) -> None:
         self._checkpoints = checkpoints
+        self._processes = processes
         self._residual = residual
         solved, known = [], []
         for rows, checkpoint in zip(queries, checkpoints, strict=True):
@@ -153,7 +168,7 @@ class _Question:
     def top(self, n: int, shortlist: Shortlist | None) -> tuple[Tensor, Tensor]:
         """Positions [Q, n] and scores [Q, n]."""
         if shortlist is None:
-            return self._best(n, joint_blocks(self._checkpoints), self._directions)
+            return self._best(n, self._blocks(), self._directions, self._checkpoints[0].rows)
         dims = min(shortlist.dims, self._directions.shape[2])
         predictors = torch.stack(
             [
@@ -161,44 +176,68 @@ class _Question:
                 for checkpoint, directions in zip(self._checkpoints, self._directions, strict=True)
             ]
         )
-        listed, _ = self._best(max(n, shortlist.size), joint_blocks(self._checkpoints, dims), predictors)
+        size = max(n, shortlist.size)
+        listed, _ = self._best(size, self._blocks(dims), predictors, self._checkpoints[0].rows)
         wanted = torch.unique(listed)
-        rows = ([c.rows_of(some) for c in self._checkpoints] for some in wanted.split(_PICKED_ROWS))
-        return self._best(n, rows, self._directions)
+        own = wanted[self._processes.rank :: self._processes.count]
+        rows = ([c.rows_of(some) for c in self._checkpoints] for some in own.split(_PICKED_ROWS) if len(some))
+        return self._best(n, rows, self._directions, len(wanted))
 
-    def _best(self, n: int, blocks: Iterator[list[Rows]], directions: Tensor) -> tuple[Tensor, Tensor]:
-        dots, best = [Dots(some) for some in directions], Best(n)
-        for block in blocks:
-            scores = [
-                product(rows) * rows.loss.double() if self._residual else product(rows)
-                for product, rows in zip(dots, block, strict=True)
-            ]
-            best.add(torch.stack(scores).sum(0), block[0].index)
-        return best.sorted()
+    def _blocks(self, dims: int | None = None) -> Iterator[list[Rows]]:
+        return joint_blocks(self._checkpoints, dims, self._processes)
+
+    def _best(
+        self, n: int, blocks: Iterator[list[Rows]], directions: Tensor, samples: int
+    ) -> tuple[Tensor, Tensor]:
+        """Of the samples in ``blocks``, which are ``samples`` in all processes."""
+        dots, best, seen = [Dots(some) for some in directions], Best(n), 0
+        with self._processes.together():
+            for block in blocks:
+                scores = [
+                    product(rows) * rows.loss.double() if self._residual else product(rows)
+                    for product, rows in zip(dots, block, strict=True)
+                ]
+                best.add(torch.stack(scores).sum(0), block[0].index)
+                seen += len(block[0])
+        self._require_all(seen, samples)
+        return best.over(self._processes).sorted()
+
+    def _require_all(self, seen: int, samples: int) -> None:
+        everywhere = sum(self._processes.gather(seen))
+        if everywhere != samples:
+            raise CorruptStoreError(
+                f"The shards of step {self._checkpoints[0].step} hold {everywhere} rows, expected {samples}. HINT: "
+                "TraceStore.verify() names files that are damaged."
+            )
 
     def _moments(self, directions: Tensor) -> tuple[Moments, Moments]:
         """Moments [D, Q, M] of the scores of directions [M, D, Q, k]: without the residual, and as they are scored."""
         raw = Moments()
         scored = Moments() if self._residual else raw
         dots = [Dots(some.flatten(0, 1)) for some in directions]
-        for block in joint_blocks(self._checkpoints):
-            products = [product(rows) for product, rows in zip(dots, block, strict=True)]
-            scores = torch.stack(products, 1).unflatten(0, directions.shape[1:3])  # [D, Q, M, b]
-            raw.add(scores)
-            if self._residual:
-                scored.add(scores * torch.stack([rows.loss.double() for rows in block]))
-        return raw, scored
+        with self._processes.together():
+            for block in self._blocks():
+                products = [product(rows) for product, rows in zip(dots, block, strict=True)]
+                scores = torch.stack(products, 1).unflatten(0, directions.shape[1:3])  # [D, Q, M, b]
+                raw.add(scores)
+                if self._residual:
+                    scored.add(scores * torch.stack([rows.loss.double() for rows in block]))
+        whole = raw.over(self._processes)
+        return whole, scored.over(self._processes) if self._residual else whole
 
 
-def joint_blocks(checkpoints: Sequence[Checkpoint], dims: int | None = None) -> Iterator[list[Rows]]:
-    """Blocks of rows of the same samples at every checkpoint; of their first ``dims`` features only, if given.
+def joint_blocks(
+    checkpoints: Sequence[Checkpoint], dims: int | None = None, processes: Processes = ALONE
+) -> Iterator[list[Rows]]:
+    """Blocks of rows of the same samples at every checkpoint; of their first ``dims`` features only, if given; of several
+    processes, those in this one's share of the first checkpoint's shards.
 
     Checkpoints that were captured in the same order, as they usually are, are read from end to end; the rows of another are
     looked up one by one, which is slow.
     """
     first, *others = checkpoints
-    streams: list[Iterator[Rows] | None] = [other.blocks(dims) for other in others]
-    for rows in first.blocks(dims):
+    streams: list[Iterator[Rows] | None] = [other.blocks(dims, processes) for other in others]
+    for rows in first.blocks(dims, processes):
         block = [rows]
         for i, other in enumerate(others):
             stream = streams[i]

@@ -25,6 +25,7 @@ from ctrak_lightning.errors import GradientError, StoreError, StoreMismatchError
 from ctrak_lightning.gradients import GradientTracer, Projection
 from ctrak_lightning.inline import InlineCapture
 from ctrak_lightning.method import Method
+from ctrak_lightning.processes import Processes, processes_of
 from ctrak_lightning.task import resolve_task
 from ctrak_lightning.trajectory import InTraining
 
@@ -37,7 +38,8 @@ class ConceptTracer(Callback):
     :class:`~ctrak_lightning.Attributor` reads afterwards.
 
     The samples are those of ``trace_dataloader()`` of the DataModule or module where it exists (augmentation off), else the
-    training set in its own order. Training is not changed: the callback draws from random generators of its own, never
+    training set in its own order. Under DDP every process traces a share of them, into one folder that all must see.
+    Training is not changed: the callback draws from random generators of its own, never
     calls ``backward()``, and restores every module's training flag. Weights are those being trained; at the end of
     training, after a weight-averaging callback that stands before this one, they are the averaged ones.
 
@@ -192,9 +194,7 @@ class ConceptTracer(Callback):
             return
         self._last_step = trainer.global_step
         self._untraced = {}
-        if trainer.is_global_zero:
-            self._capture = self._open(trainer, pl_module)
-        trainer.strategy.barrier("ConceptTracer.on_train_start")
+        self._capture = self._open(trainer, pl_module)
 
     @override
     def on_train_batch_start(
@@ -268,22 +268,16 @@ class ConceptTracer(Callback):
         self._capture = None
 
     def _trace(self, trainer: L.Trainer) -> None:
-        failure = None
-        if self._capture is not None and trainer.global_step not in self._capture.writer.sealed_steps:
-            try:
-                self._run(self._capture, trainer)
-            except StoreMismatchError:
+        if self._capture is None or trainer.global_step in self._capture.writer.sealed_steps:
+            return
+        try:
+            self._run(self._capture, trainer)
+        except StoreMismatchError:
+            raise
+        except StoreError as error:  # the same in all processes: see Processes.together
+            if self.on_error == "raise":
                 raise
-            except StoreError as error:
-                failure = error
-        # Decided by all: a process that went on alone would wait for the others for ever. Also the barrier.
-        failed = trainer.strategy.reduce_boolean_decision(failure is not None, all=False)
-        if failed and self.on_error == "raise":
-            raise failure or StoreError(
-                "The process of rank 0 could not store a trace. HINT: see its own error."
-            )
-        if failure is not None:
-            self._note_untraced(trainer.global_step, trainer.current_epoch, failure)
+            self._note_untraced(trainer.global_step, trainer.current_epoch, error)
 
     def _run(self, capture: Capture, trainer: L.Trainer) -> None:
         optimizers = trainer.optimizers
@@ -328,12 +322,23 @@ class ConceptTracer(Callback):
             device=pl_module.device,
             rows_at_once=self.batch_size or _half_batch(trainer),
             progress=trainer.progress_bar_callback is not None,
+            processes=self._processes(trainer),
         )
         self._reconcile(capture, trainer.global_step)
         if isinstance(capture, InlineCapture):
             capture.attach()
         self._run_id = capture.writer.run_id
         return capture
+
+    @staticmethod
+    def _processes(trainer: L.Trainer) -> Processes:
+        try:
+            return processes_of(trainer.world_size)
+        except RuntimeError as error:
+            raise MisconfigurationException(
+                f"`ConceptTracer`: {trainer.world_size} processes under {type(trainer.strategy).__name__}: {error} HINT: use "
+                'strategy="ddp", or a single device.'
+            ) from error
 
     def _reconcile(self, capture: Capture, step: int) -> None:
         """Makes the store describe the run that goes on from ``step``, and nothing else."""

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreError
-from ctrak_lightning.traces.atomic import FileRecord, make_folder, write_atomically
+from ctrak_lightning.processes import Processes
+from ctrak_lightning.traces.atomic import make_folder, write_atomically
 from ctrak_lightning.traces.background import InBackground
-from ctrak_lightning.traces.kernel import kernel_of_columns, kernel_of_rows, write_kernel
+from ctrak_lightning.traces.kernel import Kernel, gram_of_rows, kernel_of_columns, write_kernel
+from ctrak_lightning.traces.ledger import Ledger
 from ctrak_lightning.traces.schema import CheckpointRecord, StoreHeader
 from ctrak_lightning.traces.shards import Rows, read_column, stored_unit, write_shard
 from ctrak_lightning.traces.stored_rows import StoredRows
 from ctrak_lightning.traces.visits import Visits, write_visits
-
-Commit = Callable[[CheckpointRecord, dict[str, FileRecord]], None]
 
 _SHOWN = 5
 
@@ -34,6 +34,7 @@ class CheckpointWriter:
     gives the same bytes as one that was not. A thread writes the shards, one after the other; what it meets is raised by
     the next call. A call that raises so has taken in nothing, and no row is lost: after it, the shard that failed is tried
     again. As a context manager it drops, on leaving, the rows in no shard yet; sealed shards stay for the next run.
+    Of several processes each takes the traces of its own samples; :meth:`seal` they call together.
     """
 
     def __init__(
@@ -45,16 +46,16 @@ class CheckpointWriter:
         *,
         shard_rows: int,
         queue_shards: int,
-        rank: int,
-        commit: Commit,
+        ledger: Ledger,
+        processes: Processes,
     ) -> None:
         self._root = root
         self._record = record
         self._header = header
         self._sample_ids = sample_ids
         self._shard_rows = shard_rows
-        self._rank = rank
-        self._commit = commit
+        self._ledger = ledger
+        self._processes = processes
         self._buffer: list[Rows] = []
         self._jobs = InBackground(queue_shards)
         self._open = True
@@ -136,7 +137,7 @@ class CheckpointWriter:
                 f"CheckpointWriter.write_visits({len(visits.counts)} samples): expected {len(self._seen)}."
             )
         name = self._record.visits
-        self._commit(
+        self._ledger.commit(
             self._record,
             {name: write_atomically(self._root / name, lambda path: write_visits(path, visits))},
         )
@@ -144,22 +145,26 @@ class CheckpointWriter:
     def seal(self) -> None:
         """Write the rows that are left and the kernel, then mark the checkpoint sealed.
 
+        Of several processes all call it; the one of rank 0 writes the kernel.
+
         Raises:
             StoreError: Samples are missing, this checkpoint is sealed or closed, or a file cannot be written.
         """
-        self._require_open("seal")
-        missing = (~self._seen).nonzero().flatten()
-        if len(missing):
-            raise StoreError(
-                f"checkpoint {self.step} cannot be sealed: {len(missing)} of {len(self._seen)} samples have "
-                "no trace: "
-                f"{self._names(missing)}. HINT: append the traces of every sample first."
-            )
-        if self._buffer:
-            self._queue_shard()
-        self.flush()
-        files = {self._record.kernel: self._write_kernel()}
-        self._commit(sealed := replace(self._record, sealed=True), files)
+        with self._processes.together():
+            self._require_open("seal")
+        self._require_all_once()
+        with self._processes.together():
+            if self._buffer:
+                self._queue_shard()
+            self.flush()
+        whole, files = self._ledger.join(self._record)
+        kernel = self._kernel(whole)
+        with self._processes.together():
+            if self._processes.is_first:
+                files[whole.kernel] = write_atomically(
+                    self._root / whole.kernel, lambda path: write_kernel(path, kernel())
+                )
+        self._ledger.seal(sealed := replace(whole, sealed=True), files)
         self._record = sealed
         self.close()
 
@@ -247,23 +252,42 @@ class CheckpointWriter:
 
     def _write_shard(self, rows: Rows) -> None:
         """In the thread, which alone changes the record while there are shards to write."""
-        name = self._record.shard(self._rank)
+        name = self._record.shard(self._processes.rank)
         known = write_atomically(self._root / name, lambda path: write_shard(path, rows))
         record = replace(
             self._record, rows=self._record.rows + len(rows), shards=(*self._record.shards, name)
         )
-        self._commit(record, {name: known})
+        self._ledger.commit(record, {name: known})
         self._record = record
 
-    def _write_kernel(self) -> FileRecord:
+    def _require_all_once(self) -> None:
+        counts = self._processes.sum(self._seen.int())
+        missing, twice = (counts == 0).nonzero().flatten(), (counts > 1).nonzero().flatten()
+        if len(missing):
+            raise StoreError(
+                f"checkpoint {self.step} cannot be sealed: {len(missing)} of {len(self._seen)} samples have "
+                "no trace: "
+                f"{self._names(missing)}. HINT: append the traces of every sample first."
+            )
+        if len(twice):
+            raise StoreError(
+                f"checkpoint {self.step} cannot be sealed: {len(twice)} samples have traces of more than one process: "
+                f"{self._names(twice)}. HINT: give every process samples of its own."
+            )
+
+    def _kernel(self, whole: CheckpointRecord) -> Callable[[], Kernel]:
+        """How the first process gets the kernel; the sums over the traces are made here, by all processes."""
         n, k = len(self._seen), self._header.dim
         # From the files, not from memory: what was stored is what is described, also after an interruption.
-        stored = StoredRows(self._root, self._record.folder, self._record.shards, self._header, n)
-        if k <= n:
-            kernel = kernel_of_rows((rows.features() for rows in stored.blocks()), n, k)
-        else:
-            kernel = kernel_of_columns(stored.columns(), n, k)
-        return write_atomically(self._root / self._record.kernel, lambda path: write_kernel(path, kernel))
+        if k > n:
+            stored = StoredRows(self._root, whole.folder, whole.shards, self._header, n, rows=n)
+            return lambda: kernel_of_columns(stored.columns(), n, k)
+        own = StoredRows(
+            self._root, whole.folder, self._record.shards, self._header, n, rows=self._record.rows
+        )
+        with self._processes.together():
+            sums = gram_of_rows((rows.features() for rows in own.blocks()), k)
+        return sums.over(self._processes).kernel
 
     def _names(self, indices: Tensor) -> str:
         shown = ", ".join(repr(self._sample_ids[i]) for i in indices[:_SHOWN].tolist())

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ctrak_lightning.processes import Processes
 from ctrak_lightning.traces.arrays import corrupt, open_for_reading, open_for_writing, read_array, write_array
 
 _PANEL = 1024
@@ -79,27 +80,50 @@ class Kernel:
         return weights.T
 
 
-def kernel_of_rows(blocks: Iterable[Tensor], n: int, k: int) -> Kernel:
-    """The primal kernel of n >= k traces, from blocks of them [n_i, k] in any order, each looked at once.
+@dataclass(frozen=True, kw_only=True)
+class GramSums:
+    """Sums over some of the traces; those of all make the primal kernel."""
+
+    products: Tensor
+    """Phi^T Phi, float64 [k, k]; what is below the diagonal is not filled."""
+    features: Tensor
+    """Sum of the traces, float64 [k]."""
+    rows: int
+    """How many traces."""
+
+    def over(self, processes: Processes) -> GramSums:
+        """The sums over the traces of all processes, which call it together."""
+        return GramSums(
+            products=processes.sum(self.products),
+            features=processes.sum(self.features),
+            rows=sum(processes.gather(self.rows)),
+        )
+
+    def kernel(self) -> Kernel:
+        """The primal kernel, if these are the sums over all traces."""
+        k = len(self.features)
+        return _decomposed("primal", self.rows, k, self.products, self.features / self.rows)
+
+
+def gram_of_rows(blocks: Iterable[Tensor], k: int) -> GramSums:
+    """The sums over traces that come in blocks [n_i, k] in any order, each looked at once.
 
     Raises:
-        ValueError: The blocks do not have n rows of k features.
+        ValueError: A block has other than k features.
     """
-    total = torch.zeros(k, k, dtype=torch.float64)
-    added = torch.zeros(k, dtype=torch.float64)
+    products = torch.zeros(k, k, dtype=torch.float64)
+    features = torch.zeros(k, dtype=torch.float64)
     rows = 0
     for block in blocks:
         if block.dim() != 2 or block.shape[1] != k:
-            raise ValueError(f"kernel_of_rows: a block has shape {tuple(block.shape)}, expected [n_i, {k}].")
+            raise ValueError(f"gram_of_rows: a block has shape {tuple(block.shape)}, expected [n_i, {k}].")
         rows += len(block)
         wide = block.double()
-        added += wide.sum(0)
+        features += wide.sum(0)
         for start in range(0, k, _PANEL):
             # [p, n_i] x [n_i, k - start] -> [p, k - start]: what is below the diagonal is what is above it
-            total[start : start + _PANEL, start:] += wide[:, start : start + _PANEL].T @ wide[:, start:]
-    if rows != n:
-        raise ValueError(f"kernel_of_rows: the blocks have {rows} rows in all, expected {n}.")
-    return _decomposed("primal", n, k, total, added / n)
+            products[start : start + _PANEL, start:] += wide[:, start : start + _PANEL].T @ wide[:, start:]
+    return GramSums(products=products, features=features, rows=rows)
 
 
 def kernel_of_columns(panels: Iterable[Tensor], n: int, k: int) -> Kernel:

@@ -30,24 +30,24 @@ _FILE_PATTERN = re.compile(
 _SHA256_PATTERN = re.compile("[0-9a-f]{64}")
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace the manifest of the store at ``folder`` durably; the same content gives the same bytes."""
+def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> None:
+    """Replace the manifest ``name`` of the store at ``folder`` durably; the same content gives the same bytes."""
     text = _to_json(manifest)
-    write_atomically(folder / MANIFEST, lambda path: _write_text(path, text))
+    write_atomically(folder / name, lambda path: _write_text(path, text))
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of the store at ``folder``, validate it, and compare every recorded file's size.
+def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
+    """Read the manifest ``name`` of the store at ``folder``, validate it, and compare every recorded file's size.
 
     Raises:
         StoreError: There is no store, or its schema is another version's.
         CorruptStoreError: The manifest is invalid, or a recorded file is missing or truncated.
     """
-    path = folder / MANIFEST
+    path = folder / name
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError as error:
-        what = f"has no {MANIFEST}" if folder.is_dir() else "does not exist"
+        what = f"has no {name}" if folder.is_dir() else "does not exist"
         raise StoreError(
             f"{folder} {what}, so it is not a trace store. HINT: give the folder that the tracer was told to "
             "write to."
@@ -59,8 +59,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} cannot be read ({error}). HINT: give the folder of a trace store."
         ) from error
     manifest = parse_manifest(text, str(path))
-    for name, known in manifest.files.items():
-        _check_size(folder / name, known)
+    for file, known in manifest.files.items():
+        _check_size(folder / file, known)
     return manifest
 
 
@@ -169,7 +169,10 @@ def _checkpoint(value: Any, where: str, files: dict[str, FileRecord]) -> Checkpo
         sealed=_boolean(fields["sealed"], f"{where}.sealed"),
         rows=_integer(fields["rows"], f"{where}.rows"),
         shards=tuple(shards),
+        processes=_integer(fields["processes"], f"{where}.processes"),
     )
+    if record.processes < 1:
+        raise _corrupt(f"{where}.processes is 0, expected at least 1")
     if len(set(shards)) < len(shards):
         raise _corrupt(f"{where}.shards names a shard twice")
     for name in [*shards, *([record.kernel] if record.sealed else [])]:

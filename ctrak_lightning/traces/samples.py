@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.errors import DatasetChangedError, StoreError
-from ctrak_lightning.traces.arrays import corrupt, find_dataset, open_for_reading, read_array, write_array
+from ctrak_lightning.traces.arrays import (
+    corrupt,
+    find_dataset,
+    open_for_reading,
+    open_for_writing,
+    write_array,
+)
 
 _SHOWN = 5
 
@@ -147,7 +153,7 @@ def check_unchanged(stored: SampleTable, given: SampleTable, path: Path) -> None
 
 def write_samples(path: Path, table: SampleTable) -> None:
     """Write ``table`` to a new HDF5 file; equal tables give equal bytes."""
-    with h5py.File(path, "w") as file:
+    with open_for_writing(path) as file:
         _write_strings(file, "sample_id", table.sample_ids)
         _write_strings(file, "content_sha256", table.content_sha256)
         group = file.create_group("metadata")
@@ -157,18 +163,23 @@ def write_samples(path: Path, table: SampleTable) -> None:
             write_array(file, "thumbnails", table.thumbnails, chunk_rows=1)
 
 
-def read_samples(path: Path) -> SampleTable:
+def read_samples(path: Path, positions: Sequence[int] | None = None) -> SampleTable:
     """Read a sample table; metadata columns come sorted by name.
+
+    Args:
+        path: Of the file.
+        positions: Read these samples only, ascending; all by default.
 
     Raises:
         CorruptStoreError: The file is damaged.
     """
+    rows = ... if positions is None else list(positions)
     with open_for_reading(path) as file:
-        ids = _read_strings(file, path, "sample_id")
+        ids = _read_strings(file, path, "sample_id", rows)
         group = file["metadata"]
-        columns = {unquote(name): _read_strings(group, path, name) for name in group}
-        content = _read_strings(file, path, "content_sha256")
-        thumbnails = _read_thumbnails(file, path, len(ids)) if "thumbnails" in file else None
+        columns = {unquote(name): _read_strings(group, path, name, rows) for name in group}
+        content = _read_strings(file, path, "content_sha256", rows)
+        thumbnails = _read_thumbnails(file, path, rows) if "thumbnails" in file else None
     try:
         return SampleTable(ids, content, columns, thumbnails)
     except StoreError as error:
@@ -188,16 +199,17 @@ def _write_strings(group: h5py.Group, name: str, values: list[str]) -> None:
     group.create_dataset(name, data=values, dtype=h5py.string_dtype("utf-8"), track_times=False)
 
 
-def _read_strings(group: h5py.Group, path: Path, name: str) -> list[str]:
-    values: list[str] = find_dataset(group, path, name).asstr()[...].tolist()
+def _read_strings(group: h5py.Group, path: Path, name: str, rows: Any) -> list[str]:
+    values: list[str] = find_dataset(group, path, name).asstr()[rows].tolist()
     return values
 
 
-def _read_thumbnails(file: h5py.File, path: Path, n: int) -> Tensor:
-    shape = find_dataset(file, path, "thumbnails").shape
-    if len(shape) != 4:
-        raise corrupt(path, f"thumbnails has shape {shape}, expected [{n}, h, w, 3]")
-    return read_array(file, path, "thumbnails", (n, *shape[1:]), "uint8")
+def _read_thumbnails(file: h5py.File, path: Path, rows: Any) -> Tensor:
+    images = find_dataset(file, path, "thumbnails")
+    n = file["sample_id"].shape[0]
+    if len(images.shape) != 4 or images.shape[0] != n or images.dtype != "uint8":
+        raise corrupt(path, f"thumbnails is {images.dtype} {images.shape}, expected uint8 [{n}, h, w, 3]")
+    return torch.from_numpy(images[rows])
 
 
 def _escape(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ctrak_lightning.errors import StoreError
 from ctrak_lightning.traces.atomic import FileRecord
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 SAMPLES = "samples.h5"
 WEIGHTS = "weights.safetensors"
@@ -101,9 +101,11 @@ class CheckpointRecord:
     sealed: bool = False
     """Whether every sample is there."""
     rows: int = 0
-    """Samples in the recorded shards."""
+    """Samples in the recorded shards; until it is sealed, those of the process of rank 0."""
     shards: tuple[str, ...] = ()
-    """Paths of the shards relative to the store, in the order in which they were written."""
+    """Paths of the shards relative to the store, in the order in which they were written; of several processes, by rank."""
+    processes: int = 1
+    """How many processes capture it, each a share of the samples."""
 
     @property
     def folder(self) -> str:

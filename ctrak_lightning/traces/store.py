@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ctrak_lightning.errors import CorruptStoreError, StoreError
+from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.traces.arrays import check_digest, corrupt
 from ctrak_lightning.traces.atomic import FileRecord, sha256_of
 from ctrak_lightning.traces.kernel import Kernel, read_kernel
+from ctrak_lightning.traces.ledger import recorded_files
 from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.traces.samples import SampleTable, count_samples, read_samples
 from ctrak_lightning.traces.schema import MANIFEST, SAMPLES, CheckpointRecord, Manifest, StoreHeader
@@ -95,6 +97,15 @@ class TraceStore:
         check_digest(self.path / SAMPLES, self._manifest.files[SAMPLES])
         return read_samples(self.path / SAMPLES)
 
+    def samples_of(self, positions: Tensor) -> SampleTable:
+        """The samples at positions [n] only, each once, ascending; for stores whose sample table is larger than memory.
+
+        Raises:
+            CorruptStoreError: The table's file is not the one that was sealed.
+        """
+        check_digest(self.path / SAMPLES, self._manifest.files[SAMPLES])
+        return read_samples(self.path / SAMPLES, torch.unique(positions).tolist())
+
     def __len__(self) -> int:
         return self._size
 
@@ -105,7 +116,7 @@ class TraceStore:
             One line per file that is missing, altered or not recorded; empty when all is well.
         """
         problems = [_problem(self.path, name, known) for name, known in sorted(self._manifest.files.items())]
-        recorded = {MANIFEST, *self._manifest.files}
+        recorded = {MANIFEST, *recorded_files(self.path, self._manifest)}
         present = (
             entry.relative_to(self.path).as_posix() for entry in self.path.rglob("*") if not entry.is_dir()
         )
@@ -130,7 +141,7 @@ class Checkpoint:
         self._record = record
         self._manifest = manifest
         self._size = size
-        self._stored = StoredRows(root, record.folder, record.shards, manifest.header, size)
+        self._stored = StoredRows(root, record.folder, record.shards, manifest.header, size, rows=size)
 
     def shards(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The traces in the order of capture, a shard at a time: index int64 [n] and features float32 [n, k].
@@ -142,16 +153,17 @@ class Checkpoint:
             rows = shard.read(0, len(shard))
             yield rows.index, rows.features()
 
-    def blocks(self, dims: int | None = None) -> Iterator[Rows]:
+    def blocks(self, dims: int | None = None, processes: Processes = ALONE) -> Iterator[Rows]:
         """The stored rows, a few MiB at a time whatever the size of the store; see :meth:`StoredRows.blocks`.
 
         Args:
             dims: read the first ``dims`` features of each row only.
+            processes: of several, each gets the rows of its share of the shards.
 
         Raises:
             CorruptStoreError: As :meth:`shards`.
         """
-        return self._stored.blocks(dims)
+        return self._stored.share(processes).blocks(dims)
 
     def rows_of(self, samples: Tensor) -> Rows:
         """The stored rows of some samples, positions in the sample table [n], in that order.

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ctrak_lightning.processes import Processes
 from ctrak_lightning.traces.arrays import corrupt
 from ctrak_lightning.traces.row_array import row_sums
 from ctrak_lightning.traces.schema import StoreHeader
@@ -35,16 +36,25 @@ class StoredRows:
         shards: paths of its shards relative to ``root``, in the order of capture.
         header: of the store.
         samples: size N of the sample table.
+        rows: how many of the samples the shards hold; None if that is not known.
     """
 
     def __init__(
-        self, root: Path, folder: str, shards: Sequence[str], header: StoreHeader, samples: int
+        self,
+        root: Path,
+        folder: str,
+        shards: Sequence[str],
+        header: StoreHeader,
+        samples: int,
+        *,
+        rows: int | None,
     ) -> None:
         self._root = root
         self._folder = folder
         self._names = shards
         self._header = header
         self._samples = samples
+        self._rows = rows
 
     def shards(self) -> Iterator[Shard]:
         """The shards in the order of capture, opened one at a time, with their features not read yet.
@@ -127,6 +137,16 @@ class StoredRows:
             raise corrupt(self._root / self._folder, "the shards do not hold every sample once")
         return found.take(order[inverse])
 
+    def share(self, processes: Processes) -> StoredRows:
+        """Those of every ``count``-th shard: what this process reads where all of them together read the whole checkpoint.
+
+        That the shares hold every sample once is for the caller to see to.
+        """
+        if processes.count == 1:
+            return self
+        names = processes.share(self._names)
+        return StoredRows(self._root, self._folder, names, self._header, self._samples, rows=None)
+
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor]:
         """In which shard, and in which of its rows, each sample is: int32 [N] both."""
@@ -166,9 +186,10 @@ class StoredRows:
         seen[index] = True
 
     def _require_all(self, seen: Tensor) -> None:
-        if not bool(seen.all()):
+        if self._rows is not None and int(seen.sum()) != self._rows:
             raise corrupt(
-                self._root / self._folder, f"{int((~seen).sum())} samples have no trace in the shards"
+                self._root / self._folder,
+                f"{self._rows - int(seen.sum())} samples have no trace in the shards",
             )
 
 

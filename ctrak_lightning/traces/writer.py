@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import math
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ctrak_lightning.errors import DatasetChangedError, StoreError, StoreMismatchError
+from ctrak_lightning.errors import StoreError
+from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.traces.arrays import check_digest
-from ctrak_lightning.traces.atomic import TEMPORARY_SUFFIX, FileRecord, make_folder, write_atomically
+from ctrak_lightning.traces.atomic import make_folder, write_atomically
 from ctrak_lightning.traces.checkpoint_writer import CheckpointWriter
-from ctrak_lightning.traces.manifest import is_checkpoint_folder, read_manifest, write_manifest
+from ctrak_lightning.traces.ledger import Ledger
 from ctrak_lightning.traces.samples import SampleTable, check_unchanged, read_samples, write_samples
 from ctrak_lightning.traces.schema import (
     BYTES_PER_VALUE,
-    MANIFEST,
     SAMPLES,
     CheckpointRecord,
-    Manifest,
     StoreHeader,
     is_integer,
 )
@@ -46,7 +44,8 @@ class TraceWriter:
         shard_rows: Samples per shard; by default 1,024, in large stores up to a 64th of the samples or 32 MiB. Continue with
             the same number to get the bytes of an uninterrupted run.
         queue_shards: Shards that may wait to be written, before a capture waits for the disk.
-        rank: Stands in the shards' names.
+        processes: Those that capture together, each a share of the samples, into one folder that all of them see. They make
+            their writers, and call its methods, together.
 
     Raises:
         StoreMismatchError: The store that is there has another header; names each field that differs.
@@ -78,46 +77,35 @@ class TraceWriter:
         run_id: str | None = None,
         shard_rows: int | None = None,
         queue_shards: int = 2,
-        rank: int = 0,
+        processes: Processes = ALONE,
     ) -> None:
         for name, value in (("shard_rows", shard_rows), ("queue_shards", queue_shards)):
             if value is not None and (not is_integer(value) or value < 1):
                 raise StoreError(f"TraceWriter({name}={value!r}): expected an int of at least 1.")
-        if not is_integer(rank) or rank < 0:
-            raise StoreError(f"TraceWriter(rank={rank!r}): expected an int of at least 0.")
         if run_id is not None and (not isinstance(run_id, str) or not run_id):
             raise StoreError(f"TraceWriter(run_id={run_id!r}): expected a str that is not empty, or None.")
         self.path = Path(path)
         self._shard_rows = shard_rows
         self._queue_shards = queue_shards
-        self._rank = rank
+        self._processes = processes
         self._table: SampleTable | None = None
         self._current: CheckpointWriter | None = None
-        make_folder(self.path)
-        if (self.path / MANIFEST).exists():
-            self._manifest = read_manifest(self.path)
-            _check_header(self._manifest.header, header, self.path)
-        else:
-            _refuse_foreign_files(self.path)
-            self._manifest = Manifest(header=header, run_id=run_id or uuid.uuid4().hex)
-        # Written even where nothing changes: an unwritable folder shows now, not hours into training.
-        self._save(self._manifest)
-        self._remove_unrecorded()
+        self._ledger = Ledger(self.path, header, run_id, processes)
 
     @property
     def header(self) -> StoreHeader:
         """What all traces of the store have in common."""
-        return self._manifest.header
+        return self._ledger.manifest.header
 
     @property
     def run_id(self) -> str:
         """Name of the run that created the store."""
-        return self._manifest.run_id
+        return self._ledger.manifest.run_id
 
     @property
     def sealed_steps(self) -> list[int]:
         """Steps of the sealed checkpoints, ascending."""
-        return [record.step for record in self._manifest.checkpoints if record.sealed]
+        return [record.step for record in self._ledger.manifest.checkpoints if record.sealed]
 
     def write_samples(self, table: SampleTable) -> None:
         """Store the sample table, or compare it with the stored one; needed before the first checkpoint.
@@ -127,12 +115,11 @@ class TraceWriter:
         Raises:
             DatasetChangedError: Ids, their order or content differ from the stored ones; names the samples.
         """
-        if SAMPLES in self._manifest.files:
-            check_unchanged(self._stored_table(), table, self.path)
-            return
-        known = write_atomically(self.path / SAMPLES, lambda path: write_samples(path, table))
-        self._save(self._manifest.with_files({SAMPLES: known}))
-        self._table = table
+        with self._processes.together():
+            if self._processes.is_first:
+                self._write_samples(table)
+        self._ledger.share()
+        self._table = self._table or table
 
     def begin_checkpoint(
         self,
@@ -158,28 +145,33 @@ class TraceWriter:
                 the checkpoint that is still open cannot be written.
         """
         given = CheckpointRecord(
-            step=_count("step", step), epoch=_count("epoch", epoch), learning_rate=_rate(learning_rate)
+            step=_count("step", step),
+            epoch=_count("epoch", epoch),
+            learning_rate=_rate(learning_rate),
+            processes=self._processes.count,
         )
-        if SAMPLES not in self._manifest.files:
+        if SAMPLES not in self._ledger.manifest.files:
             raise StoreError(
                 "TraceWriter.begin_checkpoint(): the store has no samples. HINT: call write_samples() first."
             )
-        if self._current is not None:
-            self._current.close()
-        record = self._manifest.find(given.step)
-        if record is not None:
-            self._check_continues(record, given)
-        record = self._store_weights(record, given, weights)
-        self._current = CheckpointWriter(
-            self.path,
-            record,
-            self.header,
-            self._stored_table().sample_ids,
-            shard_rows=self._shard_rows or _default_shard_rows(self.header, len(self._stored_table())),
-            queue_shards=self._queue_shards,
-            rank=self._rank,
-            commit=self._commit,
-        )
+        with self._processes.together():
+            if self._current is not None:
+                self._current.close()
+        with self._processes.together():
+            if self._processes.is_first:
+                self._prepare(given, weights)
+        self._ledger.share()
+        with self._processes.together():
+            self._current = CheckpointWriter(
+                self.path,
+                self._ledger.begin(self._begun(given.step)),
+                self.header,
+                self._stored_table().sample_ids,
+                shard_rows=self._shard_rows or default_shard_rows(self.header, len(self._stored_table())),
+                queue_shards=self._queue_shards,
+                ledger=self._ledger,
+                processes=self._processes,
+            )
         return self._current
 
     def discard_after(self, step: int) -> list[int]:
@@ -188,23 +180,34 @@ class TraceWriter:
         Returns:
             The steps removed, ascending.
         """
-        steps = [record.step for record in self._manifest.checkpoints if record.step > step]
-        if self._current is not None:
-            if self._current.step in steps:
+        steps = [record.step for record in self._ledger.manifest.checkpoints if record.step > step]
+        with self._processes.together():
+            if self._current is not None and self._current.step in steps:
                 with contextlib.suppress(StoreError):  # of shards that are to go
                     self._current.close()
-            else:
+            elif self._current is not None:
                 self._current.flush()
-        if steps:
-            # First the manifest: a crash in between leaves unrecorded files, never records without files.
-            self._save(self._manifest.without_steps(steps))
-            self._remove_unrecorded()
+        with self._processes.together():
+            if steps and self._processes.is_first:
+                # First the manifest: a crash in between leaves unrecorded files, never records without files.
+                self._ledger.save(self._ledger.manifest.without_steps(steps))
+                self._ledger.remove_unrecorded()
+        self._ledger.share()
         return steps
 
-    def _store_weights(
-        self, record: CheckpointRecord | None, given: CheckpointRecord, weights: Mapping[str, Tensor] | None
-    ) -> CheckpointRecord:
-        """Write the weights and record the checkpoint, without shards unless the same weights gave them."""
+    def _write_samples(self, table: SampleTable) -> None:
+        if SAMPLES in self._ledger.manifest.files:
+            check_unchanged(self._stored_table(), table, self.path)
+            return
+        known = write_atomically(self.path / SAMPLES, lambda path: write_samples(path, table))
+        self._ledger.save(self._ledger.manifest.with_files({SAMPLES: known}))
+
+    def _prepare(self, given: CheckpointRecord, weights: Mapping[str, Tensor] | None) -> None:
+        """Record the checkpoint, and write its weights: without shards, unless as many processes with the same weights gave
+        them."""
+        record = self._ledger.manifest.find(given.step)
+        if record is not None:
+            _check_continues(record, given)
         files = {}
         if weights is not None:
             # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
@@ -213,91 +216,42 @@ class TraceWriter:
             files[given.weights] = write_atomically(
                 self.path / given.weights, lambda path: save_file(plain, path)
             )
-        if record is not None and self._manifest.files.get(given.weights) == files.get(given.weights):
-            return record
         if record is not None:
-            self._save(self._manifest.without_steps([given.step]))
-        self._commit(given, files)
-        self._remove_unrecorded()
-        return given
+            known = self._ledger.manifest.files.get(given.weights)
+            if known == files.get(given.weights) and record.processes == given.processes:
+                return
+        self._ledger.restart(given, files)
 
-    def _check_continues(self, record: CheckpointRecord, given: CheckpointRecord) -> None:
-        if record.sealed:
-            raise StoreError(
-                f"TraceWriter.begin_checkpoint(step={record.step}): this checkpoint is sealed already. HINT: "
-                "skip it, or "
-                f"discard_after({record.step - 1}) to capture it again."
-            )
-        if (record.epoch, record.learning_rate) != (given.epoch, given.learning_rate):
-            raise StoreError(
-                f"TraceWriter.begin_checkpoint(step={record.step}): it was begun at epoch {record.epoch} "
-                "with learning rate "
-                f"{record.learning_rate}, now epoch {given.epoch} and {given.learning_rate} are given. HINT: "
-                "the model is "
-                f"not the same; discard_after({record.step - 1}) removes what was captured."
-            )
+    def _begun(self, step: int) -> CheckpointRecord:
+        record = self._ledger.manifest.find(step)
+        assert record is not None
+        return record
 
     def _stored_table(self) -> SampleTable:
         if self._table is None:
-            check_digest(self.path / SAMPLES, self._manifest.files[SAMPLES])
+            check_digest(self.path / SAMPLES, self._ledger.manifest.files[SAMPLES])
             self._table = read_samples(self.path / SAMPLES)
         return self._table
 
-    def _commit(self, record: CheckpointRecord, files: dict[str, FileRecord]) -> None:
-        self._save(self._manifest.with_checkpoint(record).with_files(files))
 
-    def _save(self, manifest: Manifest) -> None:
-        write_manifest(self.path, manifest)
-        self._manifest = manifest
-
-    def _remove_unrecorded(self) -> None:
-        """Remove temporary files, and those that have a store's names but are not in the manifest."""
-        unrecorded = {SAMPLES} - self._manifest.files.keys()
-        try:
-            for entry in sorted(self.path.iterdir()):
-                if entry.is_dir() and not entry.is_symlink() and is_checkpoint_folder(entry.name):
-                    self._remove_unrecorded_in(entry)
-                elif entry.name.endswith(TEMPORARY_SUFFIX) or entry.name in unrecorded:
-                    entry.unlink()
-        except OSError as error:
-            raise StoreError(
-                f"{self.path}: what an interrupted run left cannot be removed ({error}). HINT: check the "
-                "permissions."
-            ) from error
-
-    def _remove_unrecorded_in(self, folder: Path) -> None:
-        for entry in folder.iterdir():
-            if not entry.is_dir() and f"{folder.name}/{entry.name}" not in self._manifest.files:
-                entry.unlink()
-        recorded = any(record.folder == folder.name for record in self._manifest.checkpoints)
-        if not recorded and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _check_header(stored: StoreHeader, given: StoreHeader, path: Path) -> None:
-    differences = stored.differences(given)
-    if not differences:
-        return
-    fields = "; ".join(
-        f"{name}: the store has {mine!r}, this run {theirs!r}" for name, mine, theirs in differences
-    )
-    dataset = any(name.split(".")[0] == "dataset" for name, _, _ in differences)
-    raise (DatasetChangedError if dataset else StoreMismatchError)(
-        f"{path} holds traces made otherwise: {fields}. HINT: use the settings of the store, or write to a "
-        "new folder."
-    )
-
-
-def _refuse_foreign_files(path: Path) -> None:
-    foreign = sorted(entry.name for entry in path.iterdir() if not entry.name.endswith(TEMPORARY_SUFFIX))
-    if foreign:
+def _check_continues(record: CheckpointRecord, given: CheckpointRecord) -> None:
+    if record.sealed:
         raise StoreError(
-            f"{path} has no {MANIFEST} but holds {len(foreign)} other files, such as {foreign[0]!r}. "
-            "HINT: give an empty folder, or one that does not exist yet."
+            f"TraceWriter.begin_checkpoint(step={record.step}): this checkpoint is sealed already. HINT: "
+            "skip it, or "
+            f"discard_after({record.step - 1}) to capture it again."
+        )
+    if (record.epoch, record.learning_rate) != (given.epoch, given.learning_rate):
+        raise StoreError(
+            f"TraceWriter.begin_checkpoint(step={record.step}): it was begun at epoch {record.epoch} "
+            "with learning rate "
+            f"{record.learning_rate}, now epoch {given.epoch} and {given.learning_rate} are given. HINT: "
+            "the model is "
+            f"not the same; discard_after({record.step - 1}) removes what was captured."
         )
 
 
-def _default_shard_rows(header: StoreHeader, samples: int) -> int:
+def default_shard_rows(header: StoreHeader, samples: int) -> int:
     # Opening a shard takes 2 ms, in which a disk reads 2 MB: half of the time where a shard has 4 MB, little at 32.
     fits = _SHARD_BYTES // (header.dim * BYTES_PER_VALUE[header.dtype])
     return max(_SHARD_ROWS, min(samples // _SHARDS, fits))

@@ -1,4 +1,4 @@
-"""Two processes: training stays as it was, and rank 0's store is the store of one process with the same weights."""
+"""Two processes: training stays as it was, and the store is that of one process with the same weights."""
 
 import os
 import subprocess
@@ -16,23 +16,31 @@ from ..toy import ToyData, ToyDiffusion
 ROOT = Path(__file__).parent.parent.parent
 
 
-def fit(folder: Path, traced: str) -> dict[str, torch.Tensor]:
-    command = [sys.executable, "-m", "tests.callbacks.ddp_worker", str(folder), "2", traced]
+def fit(folder: Path, what: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.callbacks.ddp_worker", str(folder), what]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def weights_after(folder: Path, what: str) -> dict[str, torch.Tensor]:
+    done = fit(folder, what)
     assert done.returncode == 0, done.stderr[-2000:]
     return load_file(folder / "weights.safetensors")
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_before_and_trace_every_sample_once(tmp_path: Path) -> None:
-    plain, traced = fit(tmp_path / "plain", "plain"), fit(tmp_path / "traced", "traced")
+def test_two_processes_train_as_before_and_trace_a_share_each(tmp_path: Path) -> None:
+    plain, traced = weights_after(tmp_path / "plain", "plain"), weights_after(tmp_path / "traced", "traced")
     assert plain.keys() == traced.keys()
     assert all(torch.equal(plain[name], traced[name]) for name in plain)
 
     store = TraceStore(tmp_path / "traced" / "traces")
     assert store.verify() == []
     assert len(store) == 12
+    last = store.checkpoints[-1]
+    folder = tmp_path / "traced" / "traces" / f"checkpoint-{last.step:08d}"
+    assert [path.name for path in sorted(folder.glob("rank*"))] == ["rank0-00000.h5", "rank1-00000.h5"]
+
     module = ToyDiffusion()
     module.load_state_dict(traced)
     loader = ToyData().train_dataloader()
@@ -46,9 +54,25 @@ def test_two_processes_train_as_before_and_trace_every_sample_once(tmp_path: Pat
         tracer=GradientTracer(module.denoiser, Projection(rank=4, dim=64)),
         progress=False,
     )
-    last = store.checkpoints[-1]
     capture.run(last.step, epoch=last.epoch)
-    again = TraceStore(tmp_path / "single").checkpoints[0]
-    for (index, ours), (expected_index, expected) in zip(last.shards(), again.shards(), strict=True):
-        assert list(index) == list(expected_index)
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+    single = TraceStore(tmp_path / "single")
+    assert single.samples.sample_ids == store.samples.sample_ids
+    assert single.samples.content_sha256 == store.samples.content_sha256
+    torch.testing.assert_close(last.features(), single.checkpoints[0].features(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(last.losses(), single.checkpoints[0].losses())
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_run_and_leaves_what_was_sealed(tmp_path: Path) -> None:
+    assert fit(tmp_path, "dies").returncode != 0
+    with pytest.warns(UserWarning, match="not sealed"):
+        store = TraceStore(tmp_path / "traces")
+    [first] = store.checkpoints
+    assert store.verify() == []
+    features = first.features()
+
+    weights_after(tmp_path, "resumes")
+    store = TraceStore(tmp_path / "traces")
+    assert [checkpoint.epoch for checkpoint in store.checkpoints] == [0, 1]
+    assert torch.equal(store.checkpoints[0].features(), features)
+    assert store.verify() == []

@@ -13,7 +13,7 @@ from store_builder import Capture, make_header, make_table, make_traces, read_by
 
 from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.traces import TraceStore, TraceWriter
-from ctrak_lightning.traces.kernel import kernel_of_columns, kernel_of_rows
+from ctrak_lightning.traces.kernel import gram_of_rows, kernel_of_columns
 
 FILES = ("kernel.h5", "rank0-00000.h5", "rank0-00001.h5", "rank0-00002.h5", "weights.safetensors")
 TOLERANCE = {"float32": 1e-6, "float16": 1e-3, "int8": 1e-2}
@@ -158,7 +158,7 @@ def test_kernel_matches_numpy_for_any_blocks(n: int, k: int, block: int) -> None
     features = torch.randn(n, k, generator=torch.Generator().manual_seed(1))
     wide = features.double().numpy()
     if k <= n:
-        kernel, expected = kernel_of_rows(features.split(block), n, k), wide.T @ wide
+        kernel, expected = gram_of_rows(features.split(block), k).kernel(), wide.T @ wide
     else:
         kernel, expected = kernel_of_columns(features.split(block, 1), n, k), wide @ wide.T
     assert (kernel.side, kernel.n, kernel.k) == ("primal" if k <= n else "dual", n, k)
@@ -176,7 +176,7 @@ def test_solves_are_as_good_as_float64_inverses_at_every_damping(damping: float)
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(200, 40, generator=generator) * torch.logspace(0, -6, 40)
     rows = features[:3] + torch.randn(3, 40, generator=generator) * torch.logspace(0, -6, 40)
-    kernel = kernel_of_rows([features], 200, 40)
+    kernel = gram_of_rows([features], 40).kernel()
     wide = features.double().numpy()
     gram = wide.T @ wide
     inverse = np.linalg.inv(gram + damping * np.trace(gram) / 40 * np.eye(40))
@@ -190,7 +190,7 @@ def test_score_moments_are_those_of_the_scores() -> None:
     features = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 0.5
     directions = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
     scores = (features.double() @ directions.double().T).numpy()
-    mean, deviation = kernel_of_rows(features.split(7), 50, 6).score_moments(directions)
+    mean, deviation = gram_of_rows(features.split(7), 6).kernel().score_moments(directions)
     np.testing.assert_allclose(mean.numpy(), scores.mean(0), rtol=1e-9)
     np.testing.assert_allclose(deviation.numpy(), scores.std(0), rtol=1e-6)
 
@@ -198,13 +198,17 @@ def test_score_moments_are_those_of_the_scores() -> None:
 def test_gram_accumulates_in_float64() -> None:
     # In float32 the thousand small squares vanish beside the large one.
     features = torch.cat([torch.tensor([[1e4]]), torch.ones(1000, 1)])
-    assert kernel_of_rows([features], 1001, 1).trace == 1e8 + 1000
+    assert gram_of_rows([features], 1).kernel().trace == 1e8 + 1000
     assert kernel_of_columns([features.T], 1, 1001).trace == 1e8 + 1000
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4,)])
+def test_sums_refuse_other_features(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="gram_of_rows"):
+        gram_of_rows([torch.ones(shape)], 4)
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (4, 3), (4,)])
 def test_kernels_refuse_other_shapes(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="kernel_of_rows"):
-        kernel_of_rows([torch.ones(shape)], 4, 4)
     with pytest.raises(ValueError, match="kernel_of_columns"):
         kernel_of_columns([torch.ones(shape)], 4, 4)

@@ -54,6 +54,18 @@ def test_thumbnails_and_records(tmp_path: Path) -> None:
             stored.record(position)
 
 
+def test_some_samples_are_read_without_the_others(tmp_path: Path) -> None:
+    table = make_table()
+    write_samples(tmp_path / "samples.h5", table)
+    some = read_samples(tmp_path / "samples.h5", [2, 3, 7])
+    assert some.sample_ids == [table.sample_ids[i] for i in (2, 3, 7)]
+    assert some.content_sha256 == [table.content_sha256[i] for i in (2, 3, 7)]
+    assert some.metadata == {name: [values[i] for i in (2, 3, 7)] for name, values in table.metadata.items()}
+    assert some.thumbnails is not None
+    assert table.thumbnails is not None
+    assert torch.equal(some.thumbnails, table.thumbnails[[2, 3, 7]])
+
+
 def test_fingerprint_depends_on_ids_their_order_and_their_ends() -> None:
     prints = {
         SampleTable(ids, [""] * len(ids)).fingerprint()

@@ -1,6 +1,5 @@
 """The writer refuses what would make a store say something that is not so."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ctrak_lightning.errors import (
 from ctrak_lightning.traces import TraceStore, TraceWriter
 from ctrak_lightning.traces.samples import read_samples
 from ctrak_lightning.traces.schema import ABSENT
-from ctrak_lightning.traces.writer import _default_shard_rows
+from ctrak_lightning.traces.writer import default_shard_rows
 
 NAN, INF = float("nan"), float("inf")
 
@@ -127,7 +126,7 @@ def test_foreign_files_are_not_mixed_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"shard_rows": 0}, {"shard_rows": 1.5}, {"queue_shards": 0}, {"rank": -1}, {"run_id": ""}]
+    "options", [{"shard_rows": 0}, {"shard_rows": 1.5}, {"queue_shards": 0}, {"run_id": ""}]
 )
 def test_options_are_checked_before_a_folder_is_made(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(StoreError, match=next(iter(options))):
@@ -316,15 +315,6 @@ def test_a_step_captured_out_of_order_is_listed_in_order(writer: TraceWriter) ->
     assert [checkpoint.step for checkpoint in TraceStore(writer.path).checkpoints] == [300, 600]
 
 
-def test_rank_names_the_shards(tmp_path: Path) -> None:
-    writer = TraceWriter(tmp_path, make_header(), rank=3, shard_rows=10)
-    writer.write_samples(make_table())
-    with writer.begin_checkpoint(1, epoch=0) as checkpoint:
-        checkpoint.append(torch.arange(10), *make_traces(10, 6))
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["checkpoints"][0]["shards"] == ["checkpoint-00000001/rank3-00000.h5"]
-
-
 def test_writer_refuses_a_damaged_store(tmp_path: Path, capture: Capture) -> None:
     capture.run(tmp_path)
     (tmp_path / "checkpoint-00000300" / "rank0-00001.h5").unlink()
@@ -344,7 +334,7 @@ def test_writer_refuses_a_damaged_store(tmp_path: Path, capture: Capture) -> Non
     ],
 )
 def test_shards_grow_with_the_store_up_to_32_mib(samples: int, dim: int, dtype: str, rows: int) -> None:
-    assert _default_shard_rows(make_header(dim=dim, dtype=dtype), samples) == rows
+    assert default_shard_rows(make_header(dim=dim, dtype=dtype), samples) == rows
 
 
 def test_shards_have_1024_rows_by_default(tmp_path: Path) -> None:

@@ -1,0 +1,187 @@
+"""What is recorded of a store: in its manifest, and, while several processes capture a checkpoint, in their journals."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+from ctrak_lightning.errors import DatasetChangedError, StoreError, StoreMismatchError
+from ctrak_lightning.processes import Processes
+from ctrak_lightning.traces.atomic import TEMPORARY_SUFFIX, FileRecord, make_folder
+from ctrak_lightning.traces.manifest import is_checkpoint_folder, read_manifest, write_manifest
+from ctrak_lightning.traces.schema import MANIFEST, SAMPLES, CheckpointRecord, Manifest, StoreHeader
+
+_JOURNAL_PATTERN = re.compile(r"rank[0-9]{1,9}\.json")
+
+
+class Ledger:
+    """The record of the store at ``root``, which processes that capture together keep together.
+
+    The process of rank 0 writes the manifest. What another has written of the checkpoint in progress stands in a journal of
+    its own, which is a manifest of that checkpoint alone, until the checkpoint is sealed. All processes call
+    the constructor, :meth:`share`, :meth:`join` and :meth:`seal` together.
+
+    Args:
+        root: folder of the store; created if it does not exist.
+        header: what all traces of the store have in common.
+        run_id: name of a new store's run, a random one by default.
+        processes: those that capture together.
+
+    Raises:
+        StoreMismatchError, DatasetChangedError, StoreError, CorruptStoreError: as of :class:`TraceWriter`.
+    """
+
+    def __init__(self, root: Path, header: StoreHeader, run_id: str | None, processes: Processes) -> None:
+        self.root = root
+        self._processes = processes
+        self._journal: Manifest | None = None
+        opened: Manifest | None = None
+        with processes.together():
+            if processes.is_first:
+                opened = self._open(header, run_id)
+        self.manifest: Manifest = processes.from_first(opened)  # type: ignore[assignment]
+        """The same in all processes since they last met."""
+        with processes.together():
+            _check_header(self.manifest.header, header, root)
+            if processes.is_first:
+                # Written even where nothing changes: an unwritable folder shows now, not hours into training.
+                self.save(self.manifest)
+                self.remove_unrecorded()
+
+    def save(self, manifest: Manifest) -> None:
+        """Replace the manifest; for the process of rank 0."""
+        write_manifest(self.root, manifest)
+        self.manifest = manifest
+
+    def share(self) -> None:
+        """Make the first process's manifest that of all."""
+        self.manifest = self._processes.from_first(self.manifest)
+
+    def begin(self, record: CheckpointRecord) -> CheckpointRecord:
+        """What this process has captured of the checkpoint ``record``, which the manifest has."""
+        if self._processes.is_first:
+            return record
+        name = _journal(record, self._processes.rank)
+        mine = replace(record, rows=0, shards=())
+        self._journal = replace(
+            self.manifest, files={SAMPLES: self.manifest.files[SAMPLES]}, checkpoints=(mine,)
+        )
+        if (self.root / name).exists():
+            self._journal = read_manifest(self.root, name)
+        return self._journal.checkpoints[0]
+
+    def commit(self, record: CheckpointRecord, files: dict[str, FileRecord]) -> None:
+        """Note what this process has written of a checkpoint."""
+        if self._processes.is_first:
+            self.save(self.manifest.with_checkpoint(record).with_files(files))
+        else:
+            assert self._journal is not None
+            journal = self._journal.with_checkpoint(record).with_files(files)
+            write_manifest(self.root, journal, _journal(record, self._processes.rank))
+            self._journal = journal
+
+    def restart(self, record: CheckpointRecord, files: dict[str, FileRecord]) -> None:
+        """Begin a checkpoint anew, without what was captured of it before; for the process of rank 0."""
+        self.save(self.manifest.without_steps([record.step]))
+        for name in _journals(self.root, record):
+            (self.root / name).unlink()
+        self.commit(record, files)
+        self.remove_unrecorded()
+
+    def join(self, record: CheckpointRecord) -> tuple[CheckpointRecord, dict[str, FileRecord]]:
+        """The checkpoint and the shards of all processes, by rank, from what each has of it."""
+        known = self.manifest if self._journal is None else self._journal
+        each = self._processes.gather((record, {name: known.files[name] for name in record.shards}))
+        whole = replace(
+            record,
+            rows=sum(one.rows for one, _ in each),
+            shards=tuple(name for one, _ in each for name in one.shards),
+        )
+        return whole, {name: file for _, files in each for name, file in files.items()}
+
+    def seal(self, record: CheckpointRecord, files: dict[str, FileRecord]) -> None:
+        """Record a checkpoint that all processes have joined; afterwards there are no journals of it."""
+        with self._processes.together():
+            if self._processes.is_first:
+                self.save(self.manifest.with_checkpoint(record).with_files(files))
+                self.remove_unrecorded()
+        self._journal = None
+        self.share()
+
+    def remove_unrecorded(self) -> None:
+        """Remove temporary files, and those that have a store's names but are in no record; for the process of rank 0."""
+        recorded = recorded_files(self.root, self.manifest)
+        try:
+            for entry in sorted(self.root.iterdir()):
+                if entry.is_dir() and not entry.is_symlink() and is_checkpoint_folder(entry.name):
+                    self._remove_unrecorded_in(entry, recorded)
+                elif entry.name.endswith(TEMPORARY_SUFFIX) or entry.name in {SAMPLES} - recorded:
+                    entry.unlink()
+        except OSError as error:
+            raise StoreError(
+                f"{self.root}: what an interrupted run left cannot be removed ({error}). HINT: check the permissions."
+            ) from error
+
+    def _open(self, header: StoreHeader, run_id: str | None) -> Manifest:
+        make_folder(self.root)
+        if (self.root / MANIFEST).exists():
+            return read_manifest(self.root)
+        _refuse_foreign_files(self.root)
+        return Manifest(header=header, run_id=run_id or uuid.uuid4().hex)
+
+    def _remove_unrecorded_in(self, folder: Path, recorded: set[str]) -> None:
+        for entry in folder.iterdir():
+            if not entry.is_dir() and f"{folder.name}/{entry.name}" not in recorded:
+                entry.unlink()
+        known = any(record.folder == folder.name for record in self.manifest.checkpoints)
+        if not known and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def recorded_files(root: Path, manifest: Manifest) -> set[str]:
+    """The files that the manifest names, and those of the journals of checkpoints that are not sealed.
+
+    Raises:
+        CorruptStoreError: a journal is damaged, or a file that it names is.
+    """
+    found = set(manifest.files)
+    for record in manifest.checkpoints:
+        if not record.sealed:
+            for name in _journals(root, record):
+                found |= {name, *read_manifest(root, name).files}
+    return found
+
+
+def _journals(root: Path, record: CheckpointRecord) -> list[str]:
+    folder = root / record.folder
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    return [f"{record.folder}/{name}" for name in names if _JOURNAL_PATTERN.fullmatch(name)]
+
+
+def _journal(record: CheckpointRecord, rank: int) -> str:
+    return f"{record.folder}/rank{rank}.json"
+
+
+def _check_header(stored: StoreHeader, given: StoreHeader, path: Path) -> None:
+    differences = stored.differences(given)
+    if not differences:
+        return
+    fields = "; ".join(
+        f"{name}: the store has {mine!r}, this run {theirs!r}" for name, mine, theirs in differences
+    )
+    dataset = any(name.split(".")[0] == "dataset" for name, _, _ in differences)
+    raise (DatasetChangedError if dataset else StoreMismatchError)(
+        f"{path} holds traces made otherwise: {fields}. HINT: use the settings of the store, or write to a "
+        "new folder."
+    )
+
+
+def _refuse_foreign_files(path: Path) -> None:
+    foreign = sorted(entry.name for entry in path.iterdir() if not entry.name.endswith(TEMPORARY_SUFFIX))
+    if foreign:
+        raise StoreError(
+            f"{path} has no {MANIFEST} but holds {len(foreign)} other files, such as {foreign[0]!r}. "
+            "HINT: give an empty folder, or one that does not exist yet."
+        )
