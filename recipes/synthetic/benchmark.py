@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--variant", choices=list(VARIANTS), default="paper")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--methods", nargs="+", default=None, help="rows of the table; all by default")
+    parser.add_argument("--timesteps", nargs="+", type=int, default=[TIMESTEPS], help="a row for each number")
     parser.add_argument("--counters", nargs="+", choices=COUNTER_CONDITIONS, default=list(COUNTER_CONDITIONS))
     parser.add_argument("--runs", type=Path, default=Path("runs/synthetic"))
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -110,7 +111,11 @@ def main() -> None:
         folder = args.runs / f"{args.variant}-{seed}"
         run = train(folder, args.variant, seed)
         asked = questions(run, QUERIES[args.variant])
-        table = table_variants(TIMESTEPS, tuple(run.facts["checkpoints"]), args.methods)
+        table = [
+            replace(row, name=row.name if count == TIMESTEPS else f"{row.name}, {count} timesteps")
+            for count in args.timesteps
+            for row in table_variants(count, tuple(run.facts["checkpoints"]), args.methods)
+        ]
         wordings = {
             counter: [concept(run, combo, factor, counter) for combo, factor, _ in asked]
             for counter in COUNTER_CONDITIONS
@@ -142,6 +147,7 @@ def main() -> None:
     facts = {
         "command": f"python -m recipes.synthetic.benchmark --variant {args.variant} --seeds {seeds}"
         + (f" --methods {' '.join(args.methods)}" if args.methods else "")
+        + (f" --timesteps {' '.join(map(str, args.timesteps))}" if args.timesteps != [TIMESTEPS] else "")
         + (f" --counters {' '.join(args.counters)}" if len(args.counters) < len(COUNTER_CONDITIONS) else "")
         + (f" --suffix {args.suffix}" if args.suffix else ""),
         "machine": f"{platform.machine()}, torch {torch.__version__}",

@@ -1,0 +1,124 @@
+"""Several processes trace a data set: each its share, and the store is that of one."""
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ctrak_lightning import Capture, GradientTracer, Projection, TraceStore, methods
+from ctrak_lightning.errors import DatasetChangedError, GradientError
+from ctrak_lightning.processes import ALONE, Processes
+
+from .threads import together
+from .toy import ToyDiffusion, Toys
+
+MODULE = ToyDiffusion()  # made once: threads that seed the global generator get in each other's way
+
+
+class Counted(Dataset[dict[str, Any]]):
+    """The toys, and which of them were looked at."""
+
+    def __init__(self) -> None:
+        self.toys, self.seen = Toys(), list[int]()
+
+    def __len__(self) -> int:
+        return len(self.toys)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.seen.append(index)
+        return self.toys[index]
+
+
+def capture(path: Path, batches: Iterable[Any], processes: Processes, runs: int = 1) -> Capture:
+    module = copy.deepcopy(MODULE)
+    made = Capture(
+        str(path),
+        module,
+        module,
+        batches,
+        method=methods.d_trak(timesteps=2),
+        tracer=GradientTracer(module.denoiser, Projection(rank=4, dim=64)),
+        progress=False,
+        processes=processes,
+    )
+    for step in range(runs):
+        made.run(step, epoch=0)
+    return made
+
+
+@pytest.mark.parametrize("count", [2, 3, 5], ids=["2", "3", "more than batches"])
+@pytest.mark.parametrize("kind", ["loader", "list", "shuffled once"])
+def test_the_store_is_that_of_one_process(tmp_path: Path, count: int, kind: str) -> None:
+    def batches() -> Iterable[Any]:
+        loader = DataLoader(Toys(), batch_size=3)
+        if kind == "loader":
+            return loader
+        order = [2, 0, 3, 1] if kind == "shuffled once" else range(4)
+        all_batches = list(loader)
+        return [all_batches[i] for i in order]
+
+    ended = together(count, lambda processes: capture(tmp_path / "many", batches(), processes, runs=2))
+    assert [error for error in ended if isinstance(error, Exception)] == []
+    capture(tmp_path / "one", batches(), ALONE, runs=2)
+    many, one = TraceStore(tmp_path / "many"), TraceStore(tmp_path / "one")
+    assert many.verify() == []
+    assert many.header == one.header
+    assert many.samples.metadata == one.samples.metadata
+    assert many.samples.thumbnails is not None
+    assert one.samples.thumbnails is not None
+    assert torch.equal(many.samples.thumbnails, one.samples.thumbnails)
+    for mine, other in zip(many.checkpoints, one.checkpoints, strict=True):
+        assert torch.equal(mine.features(), other.features())
+        assert torch.equal(mine.losses(), other.losses())
+
+
+def test_a_loader_in_order_loads_no_others_samples(tmp_path: Path) -> None:
+    seen: list[list[int]] = [[], []]
+
+    def one(processes: Processes) -> None:
+        data = Counted()
+        capture(tmp_path, DataLoader(data, batch_size=3), processes)
+        seen[processes.rank] = data.seen
+
+    assert together(2, one) == [None, None]
+    # Once to see who they are, once to trace them.
+    assert seen == [[0, 1, 2, 6, 7, 8] * 2, [3, 4, 5, 9, 10, 11] * 2]
+
+
+def test_a_sample_that_cannot_be_traced_stops_all(tmp_path: Path) -> None:
+    def one(processes: Processes) -> None:
+        toys = Toys()
+        toys.images[4] = float("nan")
+        capture(tmp_path, DataLoader(toys, batch_size=3), processes)
+
+    for error in together(2, one):
+        assert isinstance(error, GradientError)
+        assert "red" in str(error) or "green" in str(error)
+
+
+def test_an_order_that_changes_is_refused_by_all(tmp_path: Path) -> None:
+    class Unsteady:
+        """Other batches each time."""
+
+        def __init__(self) -> None:
+            self.times = 0
+
+        def __iter__(self) -> Any:
+            self.times += 1
+            batches = list(DataLoader(Toys(), batch_size=3))
+            return iter(batches[:: 1 if self.times == 1 else -1])
+
+    errors = together(2, lambda processes: capture(tmp_path, Unsteady(), processes))
+    assert [type(error) for error in errors] == [DatasetChangedError] * 2
+
+
+def test_shapes_that_differ_between_processes_are_refused_by_all(tmp_path: Path) -> None:
+    batches = list(DataLoader(Toys(), batch_size=3))
+    batches[1]["image"] = batches[1]["image"][..., :4]
+    errors = together(2, lambda processes: capture(tmp_path, batches, processes))
+    assert [type(error) for error in errors] == [GradientError] * 2
+    assert "(3, 8, 8) and (3, 8, 4)" in str(errors[0])
