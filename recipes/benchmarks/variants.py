@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ctrak_lightning import Method, methods
-from ctrak_lightning.objective import Denoising, MeanOutput, contrast
+from ctrak_lightning.objective import Denoising, Joint, MeanOutput, SquaredNorm, contrast
 from ctrak_lightning.trajectory import Noised
 from recipes.benchmarks.compare import Variant
 
@@ -20,7 +20,9 @@ GIVEN = (
     "mean_output",
     "mean_output_cross_attention",
     "concept_probes",
+    "concept_probes_with_norm",
     "concept_probes_cross_attention",
+    "concept_probes_with_norm_cross_attention",
     "mean_output_without_keys_and_values",
     "concept_trak_paper",
     "trak",
@@ -46,11 +48,16 @@ def table_variants(
     paper = methods.concept_trak_paper(timesteps, 2 * timesteps)
     ours = methods.concept_trak(timesteps)
     noised = Noised(timesteps=timesteps)
+    probes = methods.concept_probes(timesteps)
+    with_norm = Joint(SquaredNorm(), *probes.training.parts)
     chosen: dict[str, Method] = {
         "concept_trak": ours,
         "concept_trak_per_sample": replace(ours, normalisation="sample"),
         "mean_output": replace(ours, name="mean_output", training=MeanOutput(), query=contrast(MeanOutput())),
-        "concept_probes": methods.concept_probes(timesteps),
+        "concept_probes": probes,
+        "concept_probes_with_norm": replace(
+            probes, name="concept_probes_with_norm", training=with_norm, query=contrast(with_norm)
+        ),
         "concept_trak_paper": paper,
         "contrastive_trak": replace(
             ours,
@@ -83,7 +90,7 @@ def table_variants(
     across = [
         replace(row, name=f"{row.name}_cross_attention", layers=CROSS_ATTENTION)
         for row in rows
-        if row.name in ("concept_trak", "mean_output", "concept_probes")
+        if row.name in ("concept_trak", "mean_output", "concept_probes", "concept_probes_with_norm")
     ]
     overall = [
         replace(row, name=f"{row.name}_global", scope="global")

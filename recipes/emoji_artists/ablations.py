@@ -130,7 +130,7 @@ def variants() -> list[Variant]:
         *(
             replace(row, name=f"{row.name}, cross-attention only", layers=CROSS_ATTENTION)
             for row in rows
-            if row.name in ("mean output, contrast", PROBES[0])
+            if row.name in ("mean output, contrast", PROBES[0]) or row.name.startswith("joint")
         ),
         replace(reference, name="self-attention only", layers=("*attn1*",)),
         replace(reference, name="last checkpoint only", steps=STEPS[-1:]),
