@@ -50,6 +50,7 @@ def table_variants(
     noised = Noised(timesteps=timesteps)
     probes = methods.concept_probes(timesteps)
     with_norm = Joint(SquaredNorm(), *probes.training.parts)
+    two = Joint(SquaredNorm(), MeanOutput())
     chosen: dict[str, Method] = {
         "concept_trak": ours,
         "concept_trak_per_sample": replace(ours, normalisation="sample"),
@@ -57,6 +58,9 @@ def table_variants(
         "concept_probes": probes,
         "concept_probes_with_norm": replace(
             probes, name="concept_probes_with_norm", training=with_norm, query=contrast(with_norm)
+        ),
+        "norm_and_mean_output": replace(
+            probes, name="norm_and_mean_output", training=two, query=contrast(two)
         ),
         "concept_trak_paper": paper,
         "contrastive_trak": replace(

@@ -54,6 +54,7 @@ EFFECTIVE_SHARE = 0.25
 CROSS_ATTENTION = ("*attn2*",)
 PROBES = ("channel probe, contrast", "another channel probe", "a third channel probe")
 EVERY_PROBE = Joint(SquaredNorm(), *methods.concept_probes().training.parts)
+TWO = Joint(SquaredNorm(), MeanOutput())
 # Rows whose standardised scores are averaged.
 AVERAGED = {
     "average: squared norm, channel probe": (REFERENCE, PROBES[0]),
@@ -109,6 +110,7 @@ def variants() -> list[Variant]:
         "joint: squared norm, mean output, three channel probes": replace(
             default, training=EVERY_PROBE, query=contrast(EVERY_PROBE)
         ),
+        "joint: squared norm, mean output": replace(default, training=TWO, query=contrast(TWO)),
         "whole image, D-TRAK": methods.d_trak(TIMESTEPS),
         "whole image, TRAK": methods.trak(TIMESTEPS),
         "whole image, DAS": methods.das(TIMESTEPS),

@@ -22,7 +22,6 @@ from torch import Tensor
 from ctrak_lightning.attribution.solve import soft_thresholded, standardised
 from ctrak_lightning.metrics import (
     bootstrap_difference,
-    bootstrap_interval,
     datamodeling_correlations,
     functional,
 )
@@ -34,7 +33,7 @@ from recipes.benchmarks.variants import table_variants
 from recipes.emoji_artists import retrain
 from recipes.emoji_artists.data import KINDS, NEW_ARTISTS, SETTINGS, EmojiArtists
 from recipes.emoji_artists.evaluate import Question, questions
-from recipes.emoji_artists.groups import effects
+from recipes.emoji_artists.groups import effects, lines_of
 from recipes.emoji_artists.judge import SAMPLER, EmojiJudge
 from recipes.emoji_artists.module import EmojiDiffusion
 from recipes.emoji_artists.network import patchify
@@ -388,7 +387,7 @@ def _page(facts: dict[str, Any]) -> str:
             "",
             "### Groups of images left out, one at a time",
             "",
-            *_group_lines(facts["groups_left_out"]),
+            *lines_of(facts["groups_left_out"]),
         ]
     title = "Contributions, less label search (paired bootstrap over questions)"
     lines += _difference_lines(title, facts["contributions_less_label_search"])
@@ -405,29 +404,6 @@ def _difference_lines(title: str, differences: dict[str, dict[str, list[float]]]
     for name, row in differences.items():
         cells = [f"{row[key][0]:+.3f} [{row[key][1]:+.3f}, {row[key][2]:+.3f}]" for key in keys]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
-
-
-def _group_lines(found: list[dict[str, Any]]) -> list[str]:
-    """A table of the effects, one row per plan, kind and measure."""
-    lines = [
-        "Effect of a group on its own concept's strength, in standard deviations of the runs that saw the group; positive: "
-        "the group taught it.",
-        "",
-        "| left out | measure | groups | mean effect | beyond 2 | which |",
-        "|---|---|---|---|---|---|",
-    ]
-    for key in dict.fromkeys((each["plan"], each["kind"], each["measure"]) for each in found):
-        rows = [each for each in found if (each["plan"], each["kind"], each["measure"]) == key]
-        units = torch.tensor([each["effect"] / each["noise"] for each in rows], dtype=torch.float64)
-        interval = "{:+.2f}, {:+.2f}".format(*bootstrap_interval(units)) if len(units) > 1 else ""
-        real = [
-            f"{each['value']} ({each['effect'] / each['noise']:+.1f})" for each in rows if each["is_real"]
-        ]
-        title = f"{key[0].removeprefix('without-')}, {key[1]}s"
-        lines.append(
-            f"| {title} | {key[2]} | {len(rows)} | {float(units.mean()):+.2f} [{interval}] | {len(real)} | {', '.join(real)} |"
-        )
     return lines
 
 

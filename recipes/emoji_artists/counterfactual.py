@@ -104,7 +104,7 @@ def blamed(scores: Tensor, asked: Sequence[Question], part: Part) -> set[int]:
 def rankings(
     folder: Path, data: EmojiArtists, asked: Sequence[Question], names: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Scores [Q, N] of the methods asked, from the traces of one full fine-tune.
+    """Scores [Q, N] of the methods asked, from the traces of one full fine-tune; nothing is traced where none is asked.
 
     Raises:
         ValueError: an unknown method; the message lists the known ones.
@@ -115,6 +115,8 @@ def rankings(
         raise ValueError(
             f"counterfactual(methods={list(names)}): unknown {unknown}. Known: {', '.join([*rows, *others])}."
         )
+    if not names:
+        return {}
     case = benchmark.case(folder / f"full-seed{TRACED_SEED}", data, list(asked))
     wanted = {*names, "concept_trak"}  # one that asks of generated images, for the references
     chosen = [row for name, row in rows.items() if name in wanted]
@@ -170,40 +172,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--suffix", default="", help="of the results' file names, for a table of its own")
     args = parser.parse_args(argv)
     folder = args.runs / "labelled"
     data = EmojiArtists("new")
     asked, planned = questions(data.held_out), parts(data)
     full = [(run, seed) for seed in FULL_SEEDS for run in retrain.plan("full", data)]
     retrain.finish(folder, "labelled", full)
-    scores = rankings(folder, data, asked, args.methods)
-    everything = set(range(len(data.train_set)))
-    jobs = [
-        (retrain.Run(part.name(name), sorted(everything - blamed(scores[name], asked, part))), seed)
+    known = set(judged(folder, Outcomes.load("labelled", args.results)).names)
+    missing = [
+        (name, part, seed)
         for seed in args.seeds
         for name in args.methods
         for part in planned
+        if f"{part.name(name)}-seed{seed}" not in known
+    ]
+    # Rankings need traces, and are needed only where there is something left to leave out.
+    scores = rankings(folder, data, asked, list(dict.fromkeys(name for name, _, _ in missing)))
+    everything = set(range(len(data.train_set)))
+    jobs = [
+        (retrain.Run(part.name(name), sorted(everything - blamed(scores[name], asked, part))), seed)
+        for name, part, seed in missing
     ]
     retrain.finish(folder, "labelled", jobs)
     outcomes = judged(folder, Outcomes.load("labelled", args.results))
     outcomes.save("labelled", args.results)
     found = {name: drops(outcomes, asked, planned, name, args.seeds) for name in args.methods}
-    options = f"--methods {' '.join(args.methods)} --seeds {' '.join(map(str, args.seeds))}"
+    suffix = f" --suffix {args.suffix}" if args.suffix else ""
+    options = f"--methods {' '.join(args.methods)} --seeds {' '.join(map(str, args.seeds))}{suffix}"
     facts: dict[str, Any] = {
         "command": f"python -m recipes.emoji_artists.counterfactual {options}",
         "machine": f"{platform.machine()}, torch {torch.__version__}",
         "rows": figures_of(found),
     }
-    (args.results / "counterfactual.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    (args.results / f"counterfactual{args.suffix}.json").write_text(
+        json.dumps(facts, indent=1) + "\n", "utf-8"
+    )
     keys = [key for key in next(iter(found.values())) if key.endswith("judge")]
     bars(
-        args.results / "counterfactual.png",
+        args.results / f"counterfactual{args.suffix}.png",
         facts["rows"],
         keys,
         "What is lost without the blamed images (log odds)",
     )
     text = page(facts)
-    (args.results / "counterfactual.md").write_text(text, "utf-8")
+    (args.results / f"counterfactual{args.suffix}.md").write_text(text, "utf-8")
     print(text)
 
 
