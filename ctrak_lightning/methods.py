@@ -20,65 +20,49 @@ from ctrak_lightning.trajectory import Generated, InTraining, Inverted, Noised, 
 
 
 def concept_trak(
-    timesteps: int = 10, damping: Damping = "agreement", normalisation: Normalisation = "layer"
-) -> Method:
-    """The default: D-TRAK traces, asked with the difference of the gradients under the present and the absent condition.
-
-    It keeps Concept-TRAK's question (the same image with and without the concept) and its trajectory, and changes the parts
-    that the benchmarks did not bear out: the difference is taken between gradients, not between predictions; the objective
-    is ``mean(e^2)`` on both sides (arXiv 2311.00500); every layer weighs the same; and the damping is where the checkpoints
-    agree most.
-    ``recipes/benchmarks/README.md`` has what each is worth, and where it loses. The published setting is
-    :func:`concept_trak_paper`.
-
-    Args:
-        timesteps: states per sample and per query.
-        damping: see :class:`~ctrak_lightning.method.Method`.
-        normalisation: ``"layer"`` lets every layer weigh the same, ``"sample"`` every sample as a whole.
-    """
-    return Method(
-        name="concept_trak",
-        training=SquaredNorm(),
-        training_trajectory=Noised(timesteps=timesteps),
-        query=contrast(SquaredNorm()),
-        query_trajectory=Generated(timesteps=timesteps),
-        normalisation=normalisation,
-        damping=damping,
-    )
-
-
-def concept_probes(
     timesteps: int = 5,
     damping: Damping = "agreement",
     normalisation: Normalisation = "layer",
     channel_probes: int = 3,
 ) -> Method:
-    """:func:`concept_trak` with fixed linear probes of the output in place of ``mean(e^2)``: its mean, and means in which every
-    channel has a random weight.
+    """The default: how much a sample's gradient moves the output *because of* the concept, through fixed linear probes.
 
-    How much a sample's gradient moves the output *because of* the concept, whatever the output is there. It finds held-out
-    combinations that the default misses (``recipes/benchmarks/README.md``, Synthetic); on EmojiArtists it predicts retraining as
-    well and ranks fewer images with the same label. The counterfactual has not judged it, so it is not the default.
+    It keeps Concept-TRAK's question (the same image with and without the concept) and its trajectory, and changes the parts
+    that the benchmarks did not bear out: the difference is taken between gradients, not between predictions; the objectives
+    are fixed linear functionals of the output on both sides (its mean, and means in which every channel has a random
+    weight); every layer weighs the same; and the damping is where the checkpoints agree most.
+    ``recipes/benchmarks/README.md`` has what each is worth, and where it loses. The published setting is
+    :func:`concept_trak_paper`; :func:`concept_trak_norm` costs less and finds more images with the same label, and misses
+    combinations that training never showed.
 
     Args:
         timesteps: states per sample and per query; each costs a forward pass and ``1 + channel_probes`` vector-Jacobian
             products.
         damping: see :class:`~ctrak_lightning.method.Method`.
-        normalisation: as in :func:`concept_trak`.
+        normalisation: ``"layer"`` lets every layer weigh the same, ``"sample"`` every sample as a whole.
         channel_probes: how many random probes beside the mean.
 
     Raises:
         ValueError: ``channel_probes`` below 1.
     """
     if channel_probes < 1:
-        raise ValueError(f"concept_probes(channel_probes={channel_probes}): expected at least 1.")
+        raise ValueError(f"concept_trak(channel_probes={channel_probes}): expected at least 1.")
     probes = Joint(MeanOutput(), *map(ChannelProbe, range(channel_probes)))
-    return replace(
-        concept_trak(timesteps, damping, normalisation),
-        name="concept_probes",
-        training=probes,
-        query=contrast(probes),
-    )
+    return _contrastive("concept_trak", probes, timesteps, damping, normalisation)
+
+
+def concept_trak_norm(
+    timesteps: int = 5, damping: Damping = "agreement", normalisation: Normalisation = "layer"
+) -> Method:
+    """:func:`concept_trak` with D-TRAK's objective, ``mean(e^2)`` (arXiv 2311.00500), in place of the probes: one
+    vector-Jacobian product per state.
+
+    Args:
+        timesteps: states per sample and per query.
+        damping: see :class:`~ctrak_lightning.method.Method`.
+        normalisation: as in :func:`concept_trak`.
+    """
+    return _contrastive("concept_trak_norm", SquaredNorm(), timesteps, damping, normalisation)
 
 
 def concept_trak_paper(
@@ -170,6 +154,20 @@ def retrac(timesteps: int = 10) -> Method:
     return replace(tracin(timesteps), name="retrac", normalisation="sample")
 
 
+def _contrastive(
+    name: str, objective: Objective, timesteps: int, damping: Damping, normalisation: Normalisation
+) -> Method:
+    return Method(
+        name=name,
+        training=objective,
+        training_trajectory=Noised(timesteps=timesteps),
+        query=contrast(objective),
+        query_trajectory=Generated(timesteps=timesteps),
+        normalisation=normalisation,
+        damping=damping,
+    )
+
+
 def _whole_image(name: str, objective: Objective, timesteps: int, damping: Damping) -> Method:
     """The same objective on both sides, on noised images, gradients as they are."""
     noised = Noised(timesteps=timesteps)
@@ -187,7 +185,7 @@ def _whole_image(name: str, objective: Objective, timesteps: int, damping: Dampi
 PRESETS: dict[str, Callable[..., Method]] = {
     "concept_trak": concept_trak,
     "concept_trak_paper": concept_trak_paper,
-    "concept_probes": concept_probes,
+    "concept_trak_norm": concept_trak_norm,
     "inline_trak": inline_trak,
     "trak": trak,
     "d_trak": d_trak,

@@ -20,10 +20,12 @@ from typing import Any
 from ctrak_lightning.traces import SampleTable, StoreHeader
 from ctrak_lightning.traces.samples import read_samples, write_samples
 from ctrak_lightning.traces.writer import default_shard_rows
+from recipes.benchmarks.speed import HALF
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = (1_000_000, 100_000_000, 5_000_000_000)
 PROCESSES = (1, 8, 64)
+METHODS = ("concept_trak", "concept_trak_norm")
 ROW_EXTRA = 28  # bytes beside a row's int8 features: scale, norm, loss, position, checksum
 MANIFEST_ENTRY = 215  # bytes that a shard takes in the manifest: its name twice, sha256, size
 TABLE_ROWS = 200_000
@@ -81,12 +83,12 @@ def constants(results: Path) -> Constants:
     """From the results of `speed` and `scale`, and the sample table measured now."""
     speed = json.loads((results / "speed.json").read_text("utf-8"))
     scale = json.loads((results / "scale.json").read_text("utf-8"))
-    half = "the default method, half a batch at a time"
     steps = {
-        f"{model['name']}: {name.split(',')[0]}": row["training step"]
+        f"{model['name']}, {name.split(',')[0]}; {method}": row["training step"]
+        for method in METHODS
         for model in speed["models"].values()
         for name, row in model["rows"].items()
-        if name.endswith(half)
+        if name.endswith(f"; {method}, {HALF}")
     }
     [case] = [case for case in scale["cases"] if case["rows"] > case["dim"]]
     on_disk, in_memory = sample_table_bytes(TABLE_ROWS)

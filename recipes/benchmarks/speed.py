@@ -44,6 +44,8 @@ RANKS = (8, 16, 32)
 CHUNK = 8  # samples at a time in torch.func, which holds every sample's whole gradient
 # One state a sample, so that a trace is one forward pass and two vector-Jacobian products.
 POSTERIOR = replace(methods.concept_trak_paper(1), training_trajectory=Noised(timesteps=1))
+CAPTURED = (methods.concept_trak(1), methods.concept_trak_norm(1))
+HALF = "half a batch at a time"
 DEFAULT = Projection()
 PEERS = ("traker", "dattri")
 Work = Callable[[], Any]
@@ -273,12 +275,11 @@ def work_of(subject: Subject) -> dict[str, Work]:
         tracer = GradientTracer(subject.denoiser, row.projection, layers=row.layers)
         work[row.name] = partial(traced, subject, tracer)
         if row.projection.rank == DEFAULT.rank and row.projection.dim == DEFAULT.dim:
-            default = methods.concept_trak(1)
-            work[f"{row.name}; the default method"] = partial(traced, subject, tracer, default)
-            # As ConceptTracer captures.
-            work[f"{row.name}; the default method, half a batch at a time"] = partial(
-                traced, subject, tracer, default, BATCH // 2
-            )
+            for method in CAPTURED:
+                # As ConceptTracer captures.
+                work[f"{row.name}; {method.name}, {HALF}"] = partial(
+                    traced, subject, tracer, method, BATCH // 2
+                )
     work["torch.func, whole gradients"] = partial(functional, subject)
     if "LoRA" in subject.name:  # their matrices for a whole network would not fit into memory
         width = sum(p.numel() for p in subject.denoiser.parameters() if p.requires_grad)

@@ -14,15 +14,15 @@ CROSS_ATTENTION = ("*attn2*",)
 # Rows that are also asked about given images.
 GIVEN = (
     "concept_trak",
-    "concept_trak_per_sample",
-    "concept_trak_without_keys_and_values",
     "concept_trak_cross_attention",
+    "concept_trak_with_norm",
+    "concept_trak_with_norm_cross_attention",
+    "concept_trak_norm",
+    "concept_trak_norm_per_sample",
+    "concept_trak_norm_without_keys_and_values",
+    "concept_trak_norm_cross_attention",
     "mean_output",
     "mean_output_cross_attention",
-    "concept_probes",
-    "concept_probes_with_norm",
-    "concept_probes_cross_attention",
-    "concept_probes_with_norm_cross_attention",
     "mean_output_without_keys_and_values",
     "concept_trak_paper",
     "trak",
@@ -46,22 +46,19 @@ def table_variants(
         ValueError: a name is unknown; the message lists the known ones.
     """
     paper = methods.concept_trak_paper(timesteps, 2 * timesteps)
-    ours = methods.concept_trak(timesteps)
+    ours, norm = methods.concept_trak(timesteps), methods.concept_trak_norm(timesteps)
     noised = Noised(timesteps=timesteps)
-    probes = methods.concept_probes(timesteps)
-    with_norm = Joint(SquaredNorm(), *probes.training.parts)
+    with_norm = Joint(SquaredNorm(), *ours.training.parts)
     two = Joint(SquaredNorm(), MeanOutput())
     chosen: dict[str, Method] = {
         "concept_trak": ours,
-        "concept_trak_per_sample": replace(ours, normalisation="sample"),
+        "concept_trak_with_norm": replace(
+            ours, name="concept_trak_with_norm", training=with_norm, query=contrast(with_norm)
+        ),
+        "concept_trak_norm": norm,
+        "concept_trak_norm_per_sample": replace(norm, normalisation="sample"),
         "mean_output": replace(ours, name="mean_output", training=MeanOutput(), query=contrast(MeanOutput())),
-        "concept_probes": probes,
-        "concept_probes_with_norm": replace(
-            probes, name="concept_probes_with_norm", training=with_norm, query=contrast(with_norm)
-        ),
-        "norm_and_mean_output": replace(
-            probes, name="norm_and_mean_output", training=two, query=contrast(two)
-        ),
+        "norm_and_mean_output": replace(ours, name="norm_and_mean_output", training=two, query=contrast(two)),
         "concept_trak_paper": paper,
         "contrastive_trak": replace(
             ours,
@@ -89,12 +86,12 @@ def table_variants(
     without = [
         replace(row, name=f"{row.name}_without_keys_and_values", layers=WITHOUT_KEYS_AND_VALUES)
         for row in rows
-        if row.name in ("concept_trak", "contrastive_trak", "mean_output")
+        if row.name in ("concept_trak_norm", "contrastive_trak", "mean_output")
     ]
     across = [
         replace(row, name=f"{row.name}_cross_attention", layers=CROSS_ATTENTION)
         for row in rows
-        if row.name in ("concept_trak", "mean_output", "concept_probes", "concept_probes_with_norm")
+        if row.name in ("concept_trak", "concept_trak_with_norm", "concept_trak_norm", "mean_output")
     ]
     overall = [
         replace(row, name=f"{row.name}_global", scope="global")

@@ -40,7 +40,7 @@ from recipes.emoji_artists.fidelity import scores
 from recipes.emoji_artists.outcomes import RESULTS, Outcomes
 from recipes.emoji_artists.retrain import SAVED_STEPS
 
-REFERENCE = "concept_trak_given"
+REFERENCE = "concept_trak_norm_given"
 COLUMNS = (
     "R-precision, object",
     "R-precision, artist",
@@ -53,7 +53,7 @@ GRID: tuple[float | None, ...] = (None, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 EFFECTIVE_SHARE = 0.25
 CROSS_ATTENTION = ("*attn2*",)
 PROBES = ("channel probe, contrast", "another channel probe", "a third channel probe")
-EVERY_PROBE = Joint(SquaredNorm(), *methods.concept_probes().training.parts)
+EVERY_PROBE = Joint(SquaredNorm(), *methods.concept_trak().training.parts)
 TWO = Joint(SquaredNorm(), MeanOutput())
 # Rows whose standardised scores are averaged.
 AVERAGED = {
@@ -72,7 +72,7 @@ AVERAGED = {
 def variants() -> list[Variant]:
     """The default, and the default with one part changed; every row is a :class:`Variant` of its own traces or query."""
     plain = Noised(timesteps=TIMESTEPS)
-    default = replace(methods.concept_trak(TIMESTEPS), query_trajectory=plain)
+    default = replace(methods.concept_trak_norm(TIMESTEPS), query_trajectory=plain)
 
     def on(trajectory: Noised | Inverted, query: Noised | None = None) -> Method:
         return replace(default, training_trajectory=trajectory, query_trajectory=query or plain)
@@ -105,7 +105,7 @@ def variants() -> list[Variant]:
             for seed, name in enumerate(PROBES)
         },
         "joint: mean output, three channel probes": replace(
-            methods.concept_probes(TIMESTEPS), query_trajectory=plain
+            methods.concept_trak(TIMESTEPS), query_trajectory=plain
         ),
         "joint: squared norm, mean output, three channel probes": replace(
             default, training=EVERY_PROBE, query=contrast(EVERY_PROBE)

@@ -48,7 +48,13 @@ CEILING_SEEDS = (0, 1)
 # A retraining seed on which nothing was chosen: the differences to label search are shown on it alone too.
 SECOND = 1
 # Rows that are also shown with the runs of all seeds joined: the mean of their standardised scores.
-JOINED = ("concept_trak", "concept_trak_given", "d_trak_given")
+JOINED = (
+    "concept_trak",
+    "concept_trak_given",
+    "concept_trak_norm",
+    "concept_trak_norm_given",
+    "d_trak_given",
+)
 # The images whose token does not say what they show, by setting.
 ODD: dict[str, str | None] = {"labelled": None, "hidden": "hidden", "mislabelled": "wrong"}
 THRESHOLD = 2.0

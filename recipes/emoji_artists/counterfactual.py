@@ -29,11 +29,12 @@ from recipes.emoji_artists.outcomes import MEASURES, RESULTS, Outcomes, judged
 
 METHODS = (
     "concept_trak_given",
+    "concept_trak_norm_given",
     "label_search",
     "random",
     "judge_features_given",
     "d_trak_given",
-    "concept_trak_per_sample",
+    "concept_trak_norm_per_sample",
 )
 REFERENCES = (
     "label_search",

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = questions(data.held_out)[:QUESTIONS]
     case = benchmark.case(args.runs / "labelled" / f"full-seed{SEED}", data, asked)
     assert case.given is not None
-    method = methods.concept_trak(benchmark.TIMESTEPS)
+    method = methods.concept_trak_norm(benchmark.TIMESTEPS)
     projections = {"exact": EXACT}
     projections |= {f"rank {rank}, no sketch": Projection(rank=rank, dim=None) for rank in RANKS}
     projections |= {f"rank 16, {dim}": Projection(rank=16, dim=dim) for dim in DIMS}

@@ -163,7 +163,7 @@ def main() -> None:
         rows,
         keys,
         f"Synthetic, {args.variant}: mean, 95 % interval; blue: best damping by the metric itself",
-        ours=("concept_probes", "concept_trak"),
+        ours=("concept_trak", "concept_trak_cross_attention"),
     )
     lines = [
         f"`{facts['command']}`; {facts['machine']}; {facts['queries_per_combination']} verified queries a combination."

@@ -44,16 +44,18 @@ SAMPLER = Sampler(steps=6, guidance=2.0)
 JOINT = Joint(SquaredNorm(), ChannelProbe(1), Denoising())
 METHODS = {
     "concept_trak_paper": methods.concept_trak_paper(timesteps=2, inversion_steps=4, guidance=2.0),
-    "concept_trak": methods.concept_trak(timesteps=2, damping=1.0),
+    "concept_trak": methods.concept_trak(timesteps=2, damping=1.0, channel_probes=1),
+    "concept_trak_norm": methods.concept_trak_norm(timesteps=2, damping=1.0),
     "trak": methods.trak(timesteps=2),
     "d_trak": methods.d_trak(timesteps=2),
-    "per_sample": methods.concept_trak(timesteps=2, damping=1.0, normalisation="sample"),
+    "per_sample": methods.concept_trak_norm(timesteps=2, damping=1.0, normalisation="sample"),
     "two_sided": replace(
         methods.concept_trak_paper(timesteps=2, inversion_steps=4),
         query=(Term(ConceptDirection(), "present"), Term(ConceptDirection(), "absent")),
     ),
-    "joint": replace(methods.concept_trak(timesteps=2, damping=1.0), training=JOINT, query=contrast(JOINT)),
-    "concept_probes": methods.concept_probes(timesteps=2, damping=1.0, channel_probes=1),
+    "joint": replace(
+        methods.concept_trak_norm(timesteps=2, damping=1.0), training=JOINT, query=contrast(JOINT)
+    ),
     "das": methods.das(timesteps=2),
     "das_absolute": methods.das(timesteps=2, absolute=True),
     "journey_trak": methods.journey_trak(timesteps=2),

@@ -404,7 +404,7 @@ def test_rows_leave_out_layers_that_are_not_trained() -> None:
     assert {"concept_trak_paper", "trak", "d_trak", "das"} <= set(names)
     assert not [name for name in names if "without_keys" in name or "given" in name]
     with pytest.raises(ValueError, match="trace no layer that is trained here"):
-        benchmark.rows([1], ["concept_trak_without_keys_and_values"])
+        benchmark.rows([1], ["concept_trak_norm_without_keys_and_values"])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
