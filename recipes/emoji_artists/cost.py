@@ -57,6 +57,7 @@ def main() -> None:
     work: dict[str, Callable[[], Any]] = {"forward pass": forward, "training step": train}
     for name, method in {
         "trak": methods.trak(timesteps=TIMESTEPS),
+        "concept_trak_norm": methods.concept_trak_norm(timesteps=TIMESTEPS),
         "concept_trak": methods.concept_trak(timesteps=TIMESTEPS),
         "concept_trak_paper": methods.concept_trak_paper(timesteps=TIMESTEPS, inversion_steps=2 * TIMESTEPS),
     }.items():

@@ -33,7 +33,8 @@ TIMESTEPS = 3
 SAMPLER = Sampler(steps=20, guidance=2.5)
 SHEETS = "concept_trak"
 LABELS = {
-    "concept_trak": "concept query (the default)",
+    "concept_trak": "`concept_trak()`, the default",
+    "concept_trak_norm": "`concept_trak_norm()`",
     "concept_trak_paper": "Concept-TRAK as published",
     "trak": "denoising loss (TRAK), whole image",
     "label_search": "label search (no gradients)",
@@ -45,6 +46,7 @@ def traced_methods() -> dict[str, Method]:
     """The methods of the table. Their dampings are the library's defaults, fixed without labels."""
     return {
         "concept_trak": methods.concept_trak(timesteps=TIMESTEPS),
+        "concept_trak_norm": methods.concept_trak_norm(timesteps=TIMESTEPS),
         "concept_trak_paper": methods.concept_trak_paper(timesteps=TIMESTEPS, inversion_steps=2 * TIMESTEPS),
         "trak": methods.trak(timesteps=TIMESTEPS),
     }
