@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -22,7 +23,7 @@ from recipes.emoji_artists.benchmark import ceilings, image_datamodeling, measur
 from recipes.emoji_artists.counterfactual import Part, blamed, drops, figures_of, page, parts
 from recipes.emoji_artists.data import KINDS, EmojiArtists
 from recipes.emoji_artists.evaluate import questions
-from recipes.emoji_artists.groups import effects
+from recipes.emoji_artists.groups import effects, lines_of
 from recipes.emoji_artists.outcomes import Outcomes, judged
 from recipes.emoji_artists.retrain import half
 
@@ -373,3 +374,14 @@ def test_trained_weights_are_saved_after_the_chosen_steps(tmp_path: Path) -> Non
     assert all(torch.equal(last[name], value) for name, value in trained.items())
     load_trained(module, tmp_path, 1)
     assert not torch.equal(module.embedding.weight, last["embedding.weight"])
+
+
+def test_the_groups_table_is_in_standard_deviations_and_names_what_is_real() -> None:
+    def effect(value: str, size: float) -> dict[str, Any]:
+        same = {"plan": "without-artist", "kind": "artist", "images": 56, "measure": "loss", "noise": 0.5}
+        return same | {"value": value, "effect": size, "is_real": abs(size) > 1.0}
+
+    lines = lines_of([effect("ann", 2.0), effect("bo", -0.5)])
+    [row] = [line for line in lines if line.startswith("| artist, artists | loss | 2 |")]
+    assert "+1.50 [" in row  # the mean of +4 and -1
+    assert row.endswith("| 1 | ann (+4.0) |")
