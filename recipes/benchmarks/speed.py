@@ -45,6 +45,7 @@ CHUNK = 8  # samples at a time in torch.func, which holds every sample's whole g
 # One state a sample, so that a trace is one forward pass and two vector-Jacobian products.
 POSTERIOR = replace(methods.concept_trak_paper(1), training_trajectory=Noised(timesteps=1))
 CAPTURED = (methods.concept_trak(1), methods.concept_trak_norm(1))
+UNITS = ("forward pass", "floor", "training step")
 HALF = "half a batch at a time"
 DEFAULT = Projection()
 PEERS = ("traker", "dattri")
@@ -378,29 +379,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--match", default="", help="measure only rows with this text anew, and keep the others' results"
+    )
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "WORK"), help="print one peak of memory, in MiB")
     args = parser.parse_args(argv)
     if args.peak:
         print_peak(*args.peak)
         return
+    command = f"python -m recipes.benchmarks.speed --models {' '.join(args.models)} --repeats {args.repeats}"
+    known: dict[str, Any] = {}
+    if args.match:
+        # Ratios are to the floor beside each row, so rows of two runs on one machine stand in one table.
+        known = json.loads((args.results / "speed.json").read_text("utf-8"))
+        command = f'{known["command"]}`; rows with "{args.match}": `{command} --match "{args.match}"'
     models = {}
     for model in args.models:
         torch.manual_seed(0)
         subject = SUBJECTS[model]()
         work = work_of(subject)
-        found = summary(measured(work, args.repeats))
+        asked = {name: one for name, one in work.items() if name in UNITS or args.match in name}
+        found = summary(measured(asked, args.repeats))
         for name, row in found.items():
             row["peak_mib"] = None if "projection alone" in name else peak(model, name)
+        kept = known["models"][model]["rows"] if known else {}
         models[model] = {
             "name": subject.name,
             "parameters": sum(p.numel() for p in subject.denoiser.parameters()),
             "trained": sum(p.numel() for p in subject.denoiser.parameters() if p.requires_grad),
-            "rows": found,
+            "rows": {name: found[name] if args.match in name else kept[name] for name in work},
         }
     facts = {
-        "command": f"python -m recipes.benchmarks.speed --models {' '.join(args.models)} --repeats {args.repeats}",
+        "command": command,
         "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
-        "repeats": args.repeats,
+        "repeats": known["repeats"] if known else args.repeats,
         "peers": [
             name
             for name, module in zip(PEERS, ("trak", "dattri"), strict=True)
