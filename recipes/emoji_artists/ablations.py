@@ -250,6 +250,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         case = benchmark.case(folder / f"full-seed{seed}", data, asked)
         case = replace(case, counters=counters(asked, case.module.known_attributes()))
         found: dict[str, Tensor] = {}
+        drawings = ((data.held_out_set.images + 1) / 2).repeat_interleave(len(KINDS), 0)
+        labels = benchmark.references(asked, data, drawings)[benchmark.REFERENCE]
+        table.add(benchmark.REFERENCE, {"": measure(labels)}, "")
         for variant, attributor, query in answers(case, chosen, folder / "ablations" / f"seed{seed}"):
             own = torch.stack([each.scores for each in attributor.score(query)])
             found[variant.name] = standardised(own.double())
