@@ -57,7 +57,7 @@ class Capture:
         thumbnails: store small images for reports, where the task can decode.
         device: where batches are moved to.
         rows_at_once: samples per forward pass at most; None takes whole batches.
-        processes: those that trace together, each every so-manieth batch, into one folder that all of them see. They make their
+        processes: those that trace together, each the batches of its turn, into one folder that all of them see. They make their
             captures, and call :meth:`run`, together.
 
     Raises:

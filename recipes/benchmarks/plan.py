@@ -20,7 +20,7 @@ from typing import Any
 from ctrak_lightning.traces import SampleTable, StoreHeader
 from ctrak_lightning.traces.samples import read_samples, write_samples
 from ctrak_lightning.traces.writer import default_shard_rows
-from recipes.benchmarks.speed import HALF
+from recipes.benchmarks.speed import HALF, memory_kib
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = (1_000_000, 100_000_000, 5_000_000_000)
@@ -76,6 +76,8 @@ class Plan:
             "search_h": rows_gb / measured.read_gb_s / self.processes / HOUR,
             "shards": shards,
             "manifest_mb": shards * MANIFEST_ENTRY / 1e6,
+            # Written anew with every shard, so half of its last size on average.
+            "manifest_written_gb": shards**2 * MANIFEST_ENTRY / 2 / 1e9,
         }
 
 
@@ -121,16 +123,10 @@ def sample_table_bytes(rows: int) -> tuple[float, float]:
 
 
 def print_table_memory(path: Path) -> None:
-    before = resident_bytes()
+    before = memory_kib("VmRSS")
     table = read_samples(path)
-    after = resident_bytes()
-    print(after - before, len(table))
-
-
-def resident_bytes() -> int:
-    """Memory that this process holds now (Linux only)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmRSS")))
+    # The table is named after the second look, so that it is still held then.
+    print(1024 * (memory_kib("VmRSS") - before), len(table))
 
 
 def page(measured: Constants, plans: Sequence[tuple[Plan, dict[str, float]]], facts: dict[str, Any]) -> str:
@@ -166,14 +162,15 @@ def page(measured: Constants, plans: Sequence[tuple[Plan, dict[str, float]]], fa
         f"### Storing and searching: int8 rows of {first.dim:,}, {first.checkpoints} checkpoints",
         "",
         "| images | processes | rows | sample table | the table in each process's memory | sealing, all checkpoints | a search | "
-        "files | manifest |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "files | manifest | written of it in all, by one process |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for plan, cost in plans:
         lines.append(
             f"| {plan.images:,} | {plan.processes} | {_bytes(cost['rows_gb'])} | {_bytes(cost['table_gb'])} | "
             f"{_bytes(cost['table_memory_gb'])} | {_time(cost['seal_h'])} | {_time(cost['search_h'])} | "
-            f"{cost['shards']:,.0f} | {_bytes(cost['manifest_mb'] / 1e3)} |"
+            f"{cost['shards']:,.0f} | {_bytes(cost['manifest_mb'] / 1e3)} | "
+            f"{_bytes(cost['manifest_written_gb'])} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -222,7 +219,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     costs = [(plan, plan.cost(measured)) for plan in plans]
     facts = {
-        "command": f"python -m recipes.benchmarks.plan --dim {args.dim} --checkpoints {args.checkpoints} --states {args.states}",
+        "command": f"python -m recipes.benchmarks.plan --images {' '.join(f'{images:.0f}' for images in args.images)} "
+        f"--processes {' '.join(map(str, args.processes))} --dim {args.dim} --checkpoints {args.checkpoints} "
+        f"--states {args.states}",
         "machine": platform.machine(),
         "measured": asdict(measured),
         "plans": [asdict(plan) | cost for plan, cost in costs],

@@ -334,16 +334,16 @@ def print_peak(model: str, name: str) -> None:
     work = work_of(SUBJECTS[model]())
     # The high-water mark, reset to what is held now (Linux only).
     Path("/proc/self/clear_refs").write_text("5")
-    before = high_water()
+    before = memory_kib("VmHWM")
     for _ in range(2):
         work[name]()
-    print((high_water() - before) / 1024)
+    print((memory_kib("VmHWM") - before) / 1024)
 
 
-def high_water() -> int:
-    """The most memory that this process has held, in KiB."""
+def memory_kib(field: str) -> int:
+    """What this process holds (``VmRSS``), or has held at most (``VmHWM``), in KiB; Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    return int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
 def table(facts: dict[str, Any]) -> str:

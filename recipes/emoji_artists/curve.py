@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes.benchmarks.plots import OTHERS, OURS
 from recipes.emoji_artists.ablations import REFERENCE
 from recipes.emoji_artists.benchmark import STEPS, TIMESTEPS
 from recipes.emoji_artists.outcomes import RESULTS
@@ -92,7 +93,7 @@ def draw(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
     for panel, name in zip(panels, FIGURES, strict=True):
         for point in POINTS:
             cell = rows[point.row][name]
-            colour = "#c4551b" if point.row == REFERENCE else "#8a94a0"
+            colour = OURS if point.row == REFERENCE else OTHERS
             panel.plot([point.per_image] * 2, [cell["low"], cell["high"]], color=colour, linewidth=1.2)
             panel.plot(point.per_image, cell["mean"], "o", color=colour, markersize=5)
             label = f"{point.timesteps}x{point.checkpoints}"

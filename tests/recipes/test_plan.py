@@ -25,6 +25,7 @@ def test_costs_by_hand() -> None:
     assert cost["seal_h"] * 3600 == pytest.approx(1e-10 * 1e6 * 972**2 * 3 / 4)
     assert cost["search_h"] * 3600 == pytest.approx(3.0 / 2.0 / 4)
     assert cost["shards"] == 3 * 64
+    assert cost["manifest_written_gb"] == pytest.approx(192 * 192 * 215 / 2 / 1e9)
 
 
 def test_the_page_quotes_the_committed_results() -> None:

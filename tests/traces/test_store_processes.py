@@ -111,17 +111,17 @@ def test_other_weights_or_another_number_of_processes_begin_anew(
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
-def test_a_sample_of_two_processes_is_refused_in_both(tmp_path: Path) -> None:
-    def both(processes: Processes) -> None:
-        features, loss = make_traces(N, 6)
-        writer = TraceWriter(tmp_path, make_header(dataset={"size": N}), processes=processes)
-        writer.write_samples(make_table(N))
-        with writer.begin_checkpoint(1, epoch=0) as checkpoint:
-            own = torch.arange(12) + 10 * processes.rank
-            checkpoint.append(own, features[own], loss[own])
-            checkpoint.seal()
+def seal(path: Path, processes: Processes, own: torch.Tensor) -> None:
+    features, loss = make_traces(N, 6)
+    writer = TraceWriter(path, make_header(dataset={"size": N}), processes=processes)
+    writer.write_samples(make_table(N))
+    with writer.begin_checkpoint(1, epoch=0) as checkpoint:
+        checkpoint.append(own, features[own], loss[own])
+        checkpoint.seal()
 
-    for error in together(2, both):
+
+def test_a_sample_of_two_processes_is_refused_in_both(tmp_path: Path) -> None:
+    for error in together(2, lambda one: seal(tmp_path, one, torch.arange(12) + 10 * one.rank)):
         assert isinstance(error, StoreError)
         assert "2 samples have traces of more than one process: 'image/010.png', 'image/011.png'" in str(
             error
@@ -129,16 +129,7 @@ def test_a_sample_of_two_processes_is_refused_in_both(tmp_path: Path) -> None:
 
 
 def test_a_missing_sample_is_told_to_all(tmp_path: Path) -> None:
-    def few(processes: Processes) -> None:
-        features, loss = make_traces(N, 6)
-        writer = TraceWriter(tmp_path, make_header(dataset={"size": N}), processes=processes)
-        writer.write_samples(make_table(N))
-        with writer.begin_checkpoint(1, epoch=0) as checkpoint:
-            own = torch.arange(1, N)[processes.rank :: 2]
-            checkpoint.append(own, features[own], loss[own])
-            checkpoint.seal()
-
-    for error in together(2, few):
+    for error in together(2, lambda one: seal(tmp_path, one, torch.arange(1, N)[one.rank :: 2])):
         assert "1 of 22 samples have no trace: 'image/000.png'" in str(error)
 
 
