@@ -21,6 +21,7 @@ GIVEN = (
     "concept_trak_norm_per_sample",
     "concept_trak_norm_without_keys_and_values",
     "concept_trak_norm_cross_attention",
+    "norm_and_mean_output",
     "mean_output",
     "mean_output_cross_attention",
     "mean_output_without_keys_and_values",
@@ -91,7 +92,14 @@ def table_variants(
     across = [
         replace(row, name=f"{row.name}_cross_attention", layers=CROSS_ATTENTION)
         for row in rows
-        if row.name in ("concept_trak", "concept_trak_with_norm", "concept_trak_norm", "mean_output")
+        if row.name
+        in (
+            "concept_trak",
+            "concept_trak_with_norm",
+            "concept_trak_norm",
+            "mean_output",
+            "norm_and_mean_output",
+        )
     ]
     overall = [
         replace(row, name=f"{row.name}_global", scope="global")

@@ -254,6 +254,7 @@ def main() -> None:
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="folder of the committed outcomes and the tables"
     )
+    parser.add_argument("--suffix", default="", help="of the results' file names, for a table of its own")
     args = parser.parse_args()
     folder = args.runs / args.setting
     for plans, seeds in ((["full"], args.seeds), (PLANS, args.retrain_seeds)):
@@ -304,6 +305,8 @@ def main() -> None:
     options = f"--setting {args.setting} --seeds {' '.join(map(str, args.seeds))}"
     options += f" --retrain-seeds {' '.join(map(str, args.retrain_seeds))}"
     options += f" --methods {' '.join(args.methods)}" if args.methods else ""
+    options += f" --suffix {args.suffix}" if args.suffix else ""
+    name = f"benchmark_{args.setting}{args.suffix}"
     rows = {name: summarised(per_seed, grids[name]) for name, per_seed in honest.items()}
     facts: dict[str, Any] = {
         "command": f"python -m recipes.emoji_artists.benchmark {options}",
@@ -321,10 +324,10 @@ def main() -> None:
     facts["contributions_less_label_search"] = _against_reference(honest)
     facts["subsets_of_second_retraining"] = len(outcomes.of("half-", [SECOND]).names)
     facts["on_second_retraining"] = _against_reference(again)
-    (args.results / f"benchmark_{args.setting}.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
-    draw(args.results / f"benchmark_{args.setting}.png", args.setting, rows)
+    (args.results / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    draw(args.results / f"{name}.png", args.setting, rows)
     text = _page(facts)
-    (args.results / f"benchmark_{args.setting}.md").write_text(text, "utf-8")
+    (args.results / f"{name}.md").write_text(text, "utf-8")
     print(text)
 
 
