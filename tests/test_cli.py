@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from ctrak_lightning import TraceStore
-from ctrak_lightning.cli import load_module, main, parse_spec
+from ctrak_lightning.cli import main
+from ctrak_lightning.cli.question import load_module, parse_spec
 from ctrak_lightning.errors import ConceptError
 
 ROOT = Path(__file__).parent.parent

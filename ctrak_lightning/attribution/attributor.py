@@ -1,8 +1,7 @@
 """Attributor: asks a trace store which samples taught the model a concept."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ctrak_lightning.attribution.concept import Concept, check_known
+from ctrak_lightning.attribution.lending import LentModel
 from ctrak_lightning.attribution.result import Attribution, Record
 from ctrak_lightning.attribution.solve import (
     AGREEMENT_GRID,
@@ -94,7 +94,7 @@ class Attributor:
         self._row_limit = RowLimit(batch_size)
         self.progress = progress
         self._owner: nn.Module = module if isinstance(module, nn.Module) else self.task.denoiser
-        self._trained = sorted(self.store.checkpoints[0].weights())
+        self._model = LentModel(self._owner, self.store.checkpoints)
         self._check_method()
         self._check_model()
         self._tracer: GradientTracer | None = None
@@ -322,8 +322,8 @@ class Attributor:
             bar.update(stop - start)
             return made
 
-        with self._borrowed(), tracing_mode(self._owner), torch.no_grad(), bar:
-            self._load(-1)
+        with self._model.borrowed(), tracing_mode(self._owner), torch.no_grad(), bar:
+            self._model.load(-1)
             parts = self._row_limit.run(len(specs), generated)
         states = [_joined([part.states[i] for part in parts]) for i in range(len(parts[0].states))]
         return Generation(states, torch.cat([part.latents for part in parts]))
@@ -339,7 +339,7 @@ class Attributor:
     def _asked(
         self, concepts: Sequence[Concept], seeds: list[int], generation: Generation, method: Method
     ) -> Query:
-        with self._borrowed(), isolated_rng(0):
+        with self._model.borrowed(), isolated_rng(0):
             features, strength = [], torch.zeros(len(concepts))
             for index in tqdm(
                 range(len(self.store.checkpoints)), desc="attribute", disable=not self.progress
@@ -361,7 +361,7 @@ class Attributor:
     def _query_features(
         self, index: int, concepts: Sequence[Concept], generation: Generation, method: Method
     ) -> tuple[Tensor, Tensor]:
-        self._load(index)
+        self._model.load(index)
         tracer = self._gradient_tracer()
 
         def traced(start: int, stop: int) -> QueryTrace:
@@ -418,31 +418,8 @@ class Attributor:
         _refuse_differences("method.training", stored, mine)
 
     def _check_model(self) -> None:
-        mine = model_fingerprint(self._owner, self._trained, self.task.noise_schedule)
+        mine = model_fingerprint(self._owner, self._model.trained, self.task.noise_schedule)
         _refuse_differences("model", self.store.header.model, mine)
-
-    @contextmanager
-    def _borrowed(self) -> Iterator[None]:
-        """Lends the module: afterwards its weights and ``requires_grad`` flags are what they were."""
-        parameters = dict(self._owner.named_parameters())
-        flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
-        values = {name: parameters[name].detach().clone() for name in self._trained}
-        try:
-            for name, parameter in parameters.items():
-                parameter.requires_grad_(name in self._trained)
-            yield
-        finally:
-            with torch.no_grad():
-                for name, value in values.items():
-                    parameters[name].copy_(value)
-            for name, parameter in parameters.items():
-                parameter.requires_grad_(flags[name])
-
-    def _load(self, index: int) -> None:
-        parameters = dict(self._owner.named_parameters())
-        with torch.no_grad():
-            for name, value in self.store.checkpoints[index].weights().items():
-                parameters[name].copy_(value)
 
     @staticmethod
     def _refuse_unusable(features: Tensor, concepts: Sequence[Concept]) -> None:

@@ -1,0 +1,48 @@
+"""The user's model, lent to a query: under the weights of a checkpoint for a while, then as it was."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ctrak_lightning.traces.store import Checkpoint
+
+
+class LentModel:
+    """A model that queries run under the weights of a store's checkpoints.
+
+    Args:
+        module: the model.
+        checkpoints: whose weights it takes on.
+    """
+
+    def __init__(self, module: nn.Module, checkpoints: Sequence[Checkpoint]) -> None:
+        self.module = module
+        self.checkpoints = checkpoints
+        self.trained = sorted(checkpoints[0].weights())
+        """Names of the parameters that a checkpoint holds."""
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Lends the module: afterwards its weights and ``requires_grad`` flags are what they were."""
+        parameters = dict(self.module.named_parameters())
+        flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+        values = {name: parameters[name].detach().clone() for name in self.trained}
+        try:
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(name in self.trained)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in values.items():
+                    parameters[name].copy_(value)
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(flags[name])
+
+    def load(self, index: int) -> None:
+        """Takes on the weights of a checkpoint; only while borrowed."""
+        parameters = dict(self.module.named_parameters())
+        with torch.no_grad():
+            for name, value in self.checkpoints[index].weights().items():
+                parameters[name].copy_(value)

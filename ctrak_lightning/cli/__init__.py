@@ -1,0 +1,36 @@
+"""``ctrak``: one module per command."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+USAGE = """usage: ctrak COMMAND ...
+
+commands:
+  fit        train with any LightningCLI YAML:      ctrak fit --config run.yaml --config callbacks/concept_tracer.yaml
+  attribute  ask a store who taught a concept:      ctrak attribute STORE --config run.yaml --present object=owl artist=noto --absent artist=noto
+  info       what a store holds:                    ctrak info STORE [--verify]
+  demo       fine-tune, trace, generate, attribute: ctrak demo
+
+`ctrak COMMAND --help` lists a command's options."""
+
+# Each is `run(argv)` of a module of this package, imported when it is asked for.
+COMMANDS = ("fit", "attribute", "info", "demo")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the ``ctrak`` command. Ends with a message and exit code 1 on an expected error."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if arguments[0] not in COMMANDS:
+        raise SystemExit(f"ctrak: unknown command {arguments[0]!r}; known: {', '.join(COMMANDS)}.")
+    # A recipe's classes are named by import path and live in the folder that the user stands in.
+    sys.path.insert(0, str(Path.cwd()))
+    command = importlib.import_module(f"ctrak_lightning.cli.{arguments[0]}")
+    try:
+        command.run(arguments[1:])
+    except (ValueError, TypeError, OSError) as error:
+        raise SystemExit(f"ctrak {arguments[0]}: {error}") from error

@@ -1,0 +1,3 @@
+from ctrak_lightning.cli import main
+
+main()

@@ -1,0 +1,41 @@
+"""``ctrak attribute``: which training samples taught the model a concept?"""
+
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser, Namespace
+
+from ctrak_lightning.attribution import Attribution
+from ctrak_lightning.cli.question import add_question, attributor_of, concept_of
+
+
+def run(argv: Sequence[str]) -> None:
+    parser = ArgumentParser(
+        prog="ctrak attribute", description="Which training samples taught the model a concept?"
+    )
+    add_question(parser)
+    parser.add_argument("--top", type=int, default=10, help="rows to print")
+    parser.add_argument("--group", type=str, default=None, help="a metadata column to print shares for")
+    parser.add_argument("--csv", type=str, default=None, help="write the whole ranking")
+    parser.add_argument("--json", type=str, default=None, help="write the whole result")
+    args = parser.parse_args(list(argv))
+    concept = concept_of(args)
+    result = attributor_of(args).attribute(concept, seed=args.seed)
+    _print_result(result, args)
+    if args.csv:
+        result.to_csv(args.csv)
+    if args.json:
+        result.to_json(args.json)
+
+
+def _print_result(result: Attribution, args: Namespace) -> None:
+    print(
+        f"{result.concept.name}: {len(result.samples.sample_ids)} samples, checkpoints at steps {result.steps}"
+    )
+    for record in result.top(args.top):
+        print(f"{record.rank:4d}  {record.score:8.3f}  {record.sample_id}")
+    if args.group:
+        print(f"share by {args.group} (95 % bootstrap interval):")
+        for share in result.by_group(args.group):
+            print(
+                f"  {share.share:6.1%}  [{share.low:.1%}, {share.high:.1%}]  {share.group} ({share.samples} samples)"
+            )

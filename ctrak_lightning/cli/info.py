@@ -1,0 +1,31 @@
+"""``ctrak info``: what a store holds."""
+
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from ctrak_lightning.traces import TraceStore
+
+
+def run(argv: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="ctrak info", description="What a trace store holds.")
+    parser.add_argument("store", type=str, help="the folder of the traces")
+    parser.add_argument("--verify", action="store_true", help="recompute the hash of every file")
+    args = parser.parse_args(list(argv))
+    store = TraceStore(args.store)
+    header = store.header
+    print(f"run        {store.run_id}")
+    print(f"method     {header.method['name']}")
+    print(f"samples    {len(store)}, metadata: {', '.join(sorted(store.samples.metadata)) or 'none'}")
+    print(f"traces     {header.dim} x {header.dtype}, projection {header.projection}")
+    for checkpoint in store.checkpoints:
+        print(
+            f"checkpoint step {checkpoint.step}, epoch {checkpoint.epoch}, mean loss {checkpoint.losses().mean():.4f}"
+        )
+    for name, value in header.model.items():
+        print(f"model      {name} {value[:16]}")
+    if args.verify:
+        problems = store.verify()
+        print("\n".join(problems) if problems else "verified: every file is as it was sealed")
+        if problems:
+            raise SystemExit(1)
