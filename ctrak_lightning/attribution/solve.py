@@ -103,6 +103,14 @@ def ensemble(per_checkpoint: Tensor, weights: Sequence[float] | None = None) -> 
     )
 
 
+def drawn_ensemble(per_checkpoint: Tensor, drawn: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    """:func:`ensemble` of checkpoints' scores [M, N] of which each was drawn so many times [M], as in a bootstrap over
+    checkpoints."""
+    if weights is None:
+        return (drawn.unsqueeze(1) * standardised(per_checkpoint)).sum(0) / drawn.sum()
+    return ((drawn * torch.tensor(weights, dtype=drawn.dtype)).unsqueeze(1) * per_checkpoint).sum(0)
+
+
 def standardised(scores: Tensor) -> Tensor:
     """Scores [..., N] in units of their own standard deviation over the samples; not centred, so signs keep their meaning."""
     spread = scores.std(-1, keepdim=True, correction=0)

@@ -1,5 +1,6 @@
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,40 @@ def test_by_group_interval_is_the_bootstraps() -> None:
     np.testing.assert_allclose(
         [shares["x"].low, shares["x"].high], np.quantile(sampled, [0.025, 0.975]), atol=0.015
     )
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 2.0]])
+def test_by_group_interval_draws_checkpoints_too(weights: list[float] | None) -> None:
+    """Against a plain numpy bootstrap loop over both; checkpoints that disagree make the interval wider."""
+    generator = np.random.default_rng(1)
+    scores = generator.normal(size=(3, 30)) + np.linspace(-1, 1, 30)
+    scores *= np.array([[1.0], [10.0], [0.1]])
+    owners = ["x" if i % 4 else "y" for i in range(30)]
+    result = replace(result_of(torch.tensor(scores), owners), weights=weights)
+    share = {s.group: s for s in result.by_group("owner", resamples=4000)}["x"]
+    is_x = np.array([owner == "x" for owner in owners])
+    sampled = []
+    for _ in range(4000):
+        drawn = generator.integers(3, size=3)
+        if weights is None:
+            each = (scores[drawn] / scores[drawn].std(1, keepdims=True)).mean(0)
+        else:
+            each = (scores[drawn] * np.array(weights)[drawn, None]).sum(0)
+        rows = generator.integers(30, size=30)
+        adds = np.clip(each, 0, None)[rows]
+        sampled.append(adds[is_x[rows]].sum() / adds.sum())
+    np.testing.assert_allclose([share.low, share.high], np.quantile(sampled, [0.025, 0.975]), atol=0.03)
+    agreeing = replace(result, checkpoint_scores=result.checkpoint_scores[:1].repeat(3, 1), weights=None)
+    lone = {s.group: s for s in agreeing.by_group("owner", resamples=4000)}["x"]
+    if weights is None:
+        assert share.high - share.low > lone.high - lone.low
+
+
+@pytest.mark.parametrize("wrong", [{"confidence": 1.0}, {"confidence": 0.0}, {"resamples": 0}])
+def test_by_group_refuses_what_is_no_interval(wrong: dict[str, float]) -> None:
+    result = result_of(torch.tensor([[1.0, 2.0]]), ["x", "y"])
+    with pytest.raises(ValueError, match="expected a confidence between 0 and 1"):
+        result.by_group("owner", **wrong)  # type: ignore[arg-type]
 
 
 def test_csv_and_json_hold_the_whole_ranking(tmp_path: Path) -> None:
