@@ -47,8 +47,14 @@ class Variant:
 
     def store_name(self) -> str:
         """The folder name that variants with the same traces share."""
-        facts = [self.method.training_dict(), self.layers, self.steps, self.projection.to_dict()]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest(self.method.training_dict(), self.layers, self.steps, self.projection.to_dict())
+
+    def query_name(self) -> str:
+        """The file name of the answer; another one when the row comes to mean something else."""
+        facts = self.method.to_dict()
+        asked = {key: facts[key] for key in ("query", "query_trajectory")}
+        digest = _digest(self.store_name(), asked, self.scope, self.counters)
+        return f"{self.name}-{digest}.query.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +95,7 @@ def answers_folder(folder: Path, *facts: Any) -> Path:
         folder: of the run.
         facts: JSON values that say what is traced and asked.
     """
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    return folder / f"answers-{digest}"
+    return folder / f"answers-{_digest(*facts)}"
 
 
 def compare(
@@ -132,7 +137,7 @@ def answers(
         attributor = Attributor(
             store, case.module, method=variant.method, sampler=case.sampler, batch_size=case.batch_size
         )
-        path = out / f"{variant.name}.query.safetensors"
+        path = out / variant.query_name()
         asks_generated = variant.scope == "local" and not path.exists()
         # The references without gradients look at the images whatever the variants ask about.
         if generation is None and (asks_generated or not (out / GENERATED).exists()):
@@ -158,6 +163,10 @@ def answers(
                 images=None,
             ),
         )
+
+
+def _digest(*facts: Any) -> str:
+    return hashlib.sha256(json.dumps(list(facts), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _asked(

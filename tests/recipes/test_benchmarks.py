@@ -326,6 +326,12 @@ def test_queries_against_several_counter_conditions_are_averaged(tmp_path: Path)
     torch.testing.assert_close(both, (nothing + blue) / 2)
     assert not torch.allclose(nothing, blue, rtol=1e-2)
     assert not torch.allclose(own, nothing, rtol=1e-2)
+    # A row that came to ask another question under its old name is asked anew.
+    changed = replace(rows[0], counters=("blue",))
+    ((_, _, query),) = answers(case, [changed], tmp_path / "out")
+    torch.testing.assert_close(query.features, blue)
+    other_damping = replace(rows[0], method=replace(row.method, damping=3.0))
+    assert other_damping.query_name() == rows[0].query_name()
 
 
 def test_ablations_change_what_they_say() -> None:
