@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ctrak_lightning import Method, methods
-from ctrak_lightning.objective import Denoising, Joint, MeanOutput, SquaredNorm, contrast
+from ctrak_lightning.objective import ChannelProbe, Denoising, Joint, MeanOutput, SquaredNorm, contrast
 from ctrak_lightning.trajectory import Noised
 from recipes.benchmarks.compare import Variant
 
@@ -51,6 +51,7 @@ def table_variants(
     noised = Noised(timesteps=timesteps)
     with_norm = Joint(SquaredNorm(), *ours.training.parts)
     two = Joint(SquaredNorm(), MeanOutput())
+    nine = Joint(MeanOutput(), *(ChannelProbe(seed) for seed in range(8)))
     chosen: dict[str, Method] = {
         "concept_trak": ours,
         "concept_trak_with_norm": replace(
@@ -60,6 +61,7 @@ def table_variants(
         "concept_trak_norm_per_sample": replace(norm, normalisation="sample"),
         "mean_output": replace(ours, name="mean_output", training=MeanOutput(), query=contrast(MeanOutput())),
         "norm_and_mean_output": replace(ours, name="norm_and_mean_output", training=two, query=contrast(two)),
+        "nine_probes": replace(ours, name="nine_probes", training=nine, query=contrast(nine)),
         "concept_trak_paper": paper,
         "contrastive_trak": replace(
             ours,
@@ -99,6 +101,7 @@ def table_variants(
             "concept_trak_norm",
             "mean_output",
             "norm_and_mean_output",
+            "nine_probes",
         )
     ]
     overall = [
