@@ -18,7 +18,14 @@ from ctrak_lightning.traces.manifest import (
     read_text,
     write_manifest,
 )
-from ctrak_lightning.traces.schema import MANIFEST, CheckpointRecord, Manifest, StoreHeader
+from ctrak_lightning.traces.schema import (
+    COMMITMENTS,
+    MANIFEST,
+    CheckpointRecord,
+    Manifest,
+    StoreHeader,
+    edition_name,
+)
 
 _JOURNAL_PATTERN = re.compile(r"rank[0-9]{1,9}\.json")
 
@@ -131,20 +138,8 @@ class Records:
         self.share()
 
     def remove_unrecorded(self) -> None:
-        """Remove temporary files, and those that have a store's names but are in no record; for the process of rank 0."""
-        recorded = recorded_files(self.root, self.manifest)
-        try:
-            for entry in sorted(self.root.iterdir()):
-                if entry.is_dir() and not entry.is_symlink() and is_checkpoint_folder(entry.name):
-                    self._remove_unrecorded_in(entry, recorded)
-                elif entry.name.endswith(TEMPORARY_SUFFIX) or (
-                    is_sample_table(entry.name) and entry.name not in recorded
-                ):
-                    entry.unlink()
-        except OSError as error:
-            raise StoreError(
-                f"{self.root}: what an interrupted run left cannot be removed ({error}). HINT: check the permissions."
-            ) from error
+        """As :func:`remove_unrecorded`; for the process of rank 0."""
+        remove_unrecorded(self.root, self.manifest)
 
     def _open(self, header: StoreHeader, run_id: str | None) -> Manifest:
         make_folder(self.root)
@@ -153,13 +148,39 @@ class Records:
         _refuse_foreign_files(self.root)
         return Manifest(header=header, run_id=run_id or uuid.uuid4().hex)
 
-    def _remove_unrecorded_in(self, folder: Path, recorded: set[str]) -> None:
-        for entry in folder.iterdir():
-            if not entry.is_dir() and f"{folder.name}/{entry.name}" not in recorded:
+
+def remove_unrecorded(root: Path, manifest: Manifest) -> None:
+    """Remove temporary files, and those that have the names of a store's but are in no record.
+
+    Raises:
+        StoreError: One cannot be removed.
+        CorruptStoreError: A journal is damaged.
+    """
+    recorded = recorded_files(root, manifest)
+    try:
+        for entry in sorted(root.iterdir()):
+            if entry.is_dir() and not entry.is_symlink() and is_checkpoint_folder(entry.name):
+                _remove_unrecorded_in(entry, manifest, recorded)
+            elif (
+                entry.name.endswith(TEMPORARY_SUFFIX)
+                or (is_sample_table(entry.name) and entry.name not in recorded)
+                # Of a forgetting that came to nothing. An earlier edition's may still be needed to write the tombstone.
+                or entry.name == edition_name(COMMITMENTS, manifest.edition + 1)
+            ):
                 entry.unlink()
-        known = any(record.folder == folder.name for record in self.manifest.checkpoints)
-        if not known and not any(folder.iterdir()):
-            folder.rmdir()
+    except OSError as error:
+        raise StoreError(
+            f"{root}: what an interrupted run left cannot be removed ({error}). HINT: check the permissions."
+        ) from error
+
+
+def _remove_unrecorded_in(folder: Path, manifest: Manifest, recorded: set[str]) -> None:
+    for entry in folder.iterdir():
+        if not entry.is_dir() and f"{folder.name}/{entry.name}" not in recorded:
+            entry.unlink()
+    known = any(record.folder == folder.name for record in manifest.checkpoints)
+    if not known and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def recorded_files(root: Path, manifest: Manifest) -> set[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.traces.arrays import check_digest, corrupt
+from ctrak_lightning.traces.atomic import FileRecord
 from ctrak_lightning.traces.kernel import Kernel, read_kernel
 from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.traces.samples import SampleTable, count_samples, read_samples
@@ -214,12 +215,7 @@ class Checkpoint:
                 f"checkpoint {self.step} was sealed without weights. HINT: load the training checkpoint of "
                 "this step instead."
             )
-        path = self._root / self._record.weights
-        check_digest(path, self._manifest.files[self._record.weights])
-        try:
-            return load_file(path)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise corrupt(path, f"safetensors reports: {error}") from error
+        return read_weights(self._root / self._record.weights, self._manifest.files[self._record.weights])
 
     def kernel(self) -> Kernel:
         """The eigendecomposition of the Gram matrix of :meth:`features`.
@@ -246,3 +242,16 @@ class Checkpoint:
         for shard in self._stored.shards():
             values[shard.columns["index"]] = shard.columns[column]
         return values
+
+
+def read_weights(path: Path, known: FileRecord) -> dict[str, Tensor]:
+    """The weights at ``path``, which is the file that was recorded.
+
+    Raises:
+        CorruptStoreError: It is another one.
+    """
+    check_digest(path, known)
+    try:
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise corrupt(path, f"safetensors reports: {error}") from error

@@ -1,0 +1,7 @@
+"""Where a store's traces come from: its ledger, and what can be done with it."""
+
+from ctrak_lightning.provenance.ledger import Entry, Ledger
+from ctrak_lightning.provenance.query_log import LedgerWarning
+from ctrak_lightning.provenance.recording import sync
+
+__all__ = ["Entry", "Ledger", "LedgerWarning", "sync"]
