@@ -13,12 +13,13 @@ commands:
   info       what a store holds:                    ctrak info STORE [--verify]
   verify     is a store what was recorded?          ctrak verify STORE [--deep] [--public-key public.pem]
   sign       sign a store's ledger:                 ctrak sign STORE --key key.pem
+  forget     take samples out, consent withdrawn:   ctrak forget STORE --sample ID [--sample ID ...]
   demo       fine-tune, trace, generate, attribute: ctrak demo
 
 `ctrak COMMAND --help` lists a command's options."""
 
 # Each is `run(argv)` of a module of this package, imported when it is asked for.
-COMMANDS = ("fit", "attribute", "info", "verify", "sign", "demo")
+COMMANDS = ("fit", "attribute", "info", "verify", "sign", "forget", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

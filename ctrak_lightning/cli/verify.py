@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser
 
 from ctrak_lightning.provenance.ledger import Ledger
 from ctrak_lightning.provenance.signature import read_signature
-from ctrak_lightning.provenance.verify import verify
+from ctrak_lightning.provenance.verification import verify
 
 
 def run(argv: Sequence[str]) -> None:

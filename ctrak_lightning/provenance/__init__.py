@@ -1,9 +1,10 @@
 """Where a store's traces come from: its ledger, and what can be done with it."""
 
+from ctrak_lightning.provenance.forgetting import Forgotten, forget
 from ctrak_lightning.provenance.ledger import Entry, Ledger
 from ctrak_lightning.provenance.query_log import LedgerWarning
 from ctrak_lightning.provenance.recording import sync
 from ctrak_lightning.provenance.signature import sign
-from ctrak_lightning.provenance.verify import verify
+from ctrak_lightning.provenance.verification import verify
 
-__all__ = ["Entry", "Ledger", "LedgerWarning", "sign", "sync", "verify"]
+__all__ = ["Entry", "Forgotten", "Ledger", "LedgerWarning", "forget", "sign", "sync", "verify"]

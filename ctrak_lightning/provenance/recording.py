@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-from ctrak_lightning.errors import CorruptStoreError
+from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.provenance.agreement import (
     disagreements,
     is_pending,
@@ -25,7 +26,9 @@ from ctrak_lightning.provenance.history import History, replay
 from ctrak_lightning.provenance.ledger import Entry, Kind, Ledger
 from ctrak_lightning.provenance.lock import exclusive
 from ctrak_lightning.traces.manifest import read_manifest
-from ctrak_lightning.traces.schema import Manifest
+from ctrak_lightning.traces.schema import COMMITMENTS, Manifest, edition_name
+
+_COMMITMENTS = re.compile(r"commitments(-e[1-9][0-9]{0,8})?\.h5")
 
 
 def record_run(root: str | Path, facts: dict[str, Any], *, resumed: bool) -> list[Entry]:
@@ -65,6 +68,24 @@ def complete(root: Path, manifest: Manifest) -> list[Entry]:
     return ledger.write([("forget", forget_facts(root, manifest, history))])
 
 
+def remove_old_commitments(root: Path, manifest: Manifest) -> None:
+    """Once the ledger has its tombstone: the earlier editions' files hold the salts of samples that were forgotten.
+
+    Raises:
+        StoreError: they cannot be deleted.
+    """
+    kept = edition_name(COMMITMENTS, manifest.edition)
+    try:
+        for entry in sorted(root.iterdir()):
+            if entry.name != kept and _COMMITMENTS.fullmatch(entry.name):
+                entry.unlink()
+    except OSError as error:
+        raise StoreError(
+            f"{root}: what was forgotten is in files that cannot be deleted ({error}). HINT: check the permissions and run "
+            "`ctrak forget` again, without --sample."
+        ) from error
+
+
 def require_agreement(root: Path, manifest: Manifest, history: History) -> None:
     """Raises a CorruptStoreError where the store is not what the ledger says of it: recording on would hide that."""
     if found := disagreements(manifest, history):
@@ -97,4 +118,6 @@ def _sync(root: Path, news: list[tuple[Kind, dict[str, Any]]]) -> list[Entry]:
     for record in unrecorded_steps(manifest, history):
         weights = stored_digest(root, manifest, record)
         added.append(("checkpoint", checkpoint_facts(manifest, record, weights)))
-    return ledger.write(added) if added else []
+    entries = ledger.write(added) if added else []
+    remove_old_commitments(root, manifest)
+    return entries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from ctrak_lightning.traces.atomic import write_atomically
 from ctrak_lightning.traces.schema import LEDGER, LEDGER_SIGNATURE, is_integer
 
 _LONGEST = 2**14
+_HEX = re.compile("([0-9a-f]{2})+")
 _KEYS = {"algorithm", "entries", "head", "public_key", "run_id", "time", "signature"}
 
 
@@ -105,8 +107,13 @@ def read_signature(root: Path) -> dict[str, Any] | None:
         return {"problem": f"cannot be read ({error})"}
     if not same or not isinstance(document, dict) or document.keys() != _KEYS:
         return {"problem": "is not written as the library writes it"}
-    texts = all(isinstance(document[name], str) for name in ("head", "public_key", "signature"))
-    if not texts or not is_integer(document["entries"]) or document["entries"] < 1:
+    texts = [document[name] for name in ("head", "public_key", "signature")]
+    # Lower case only: the same bytes in other letters are not what was written.
+    if (
+        not all(isinstance(text, str) and _HEX.fullmatch(text) for text in texts)
+        or not is_integer(document["entries"])
+        or document["entries"] < 1
+    ):
         return {"problem": "does not have the facts of a signature"}
     return document
 
