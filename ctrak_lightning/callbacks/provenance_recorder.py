@@ -18,7 +18,7 @@ from ctrak_lightning.fingerprint import trained_parameters, weights_digest
 from ctrak_lightning.provenance import environment
 from ctrak_lightning.provenance.facts import header_facts
 from ctrak_lightning.provenance.ledger import Kind, Ledger
-from ctrak_lightning.provenance.lineage import parent_facts
+from ctrak_lightning.provenance.parents import parent_facts
 from ctrak_lightning.provenance.recording import record_run, sync
 from ctrak_lightning.task import resolve_task
 from ctrak_lightning.traces.manifest import read_manifest

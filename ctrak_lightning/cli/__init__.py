@@ -14,12 +14,14 @@ commands:
   verify     is a store what was recorded?          ctrak verify STORE [--deep] [--public-key public.pem]
   sign       sign a store's ledger:                 ctrak sign STORE --key key.pem
   forget     take samples out, consent withdrawn:   ctrak forget STORE --sample ID [--sample ID ...]
+  lineage    the runs that a run goes on from:      ctrak lineage STORE
+  export     a store's record for others:           ctrak export STORE --format prov|croissant|model-card [--out FILE]
   demo       fine-tune, trace, generate, attribute: ctrak demo
 
 `ctrak COMMAND --help` lists a command's options."""
 
 # Each is `run(argv)` of a module of this package, imported when it is asked for.
-COMMANDS = ("fit", "attribute", "info", "verify", "sign", "forget", "demo")
+COMMANDS = ("fit", "attribute", "info", "verify", "sign", "forget", "lineage", "export", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,6 +13,20 @@ from ctrak_lightning.traces.atomic import FileRecord
 HEADER_FIELDS = ("method", "projection", "model", "dim", "dtype")
 """What a run's entry has of the store's header; the dataset has an entry of its own."""
 
+RUN_FIELDS = (
+    "run_id",
+    "header",
+    "step",
+    "epoch",
+    "base_model",
+    "code",
+    "configuration",
+    "seeds",
+    "hardware",
+    "parent",
+)
+PARENT_FIELDS = ("path", "relative", "run_id", "entries", "head", "step", "weights")
+
 
 @dataclass(kw_only=True)
 class History:
@@ -29,7 +43,9 @@ class History:
     tombstones: list[str] = field(default_factory=list)
     """The commitments to the samples that were forgotten."""
     queries: list[Entry] = field(default_factory=list)
-    last_forget: Entry | None = None
+    forgets: list[Entry] = field(default_factory=list)
+    made: dict[int, Entry] = field(default_factory=dict)
+    """The entries of the checkpoints that are there, by step."""
 
     @property
     def run_id(self) -> str | None:
@@ -56,8 +72,7 @@ class History:
         if entry.kind in ("run_begun", "run_resumed"):
             if facts["run_id"] != (self.run_id or facts["run_id"]):
                 raise ValueError(f"run_id is {facts['run_id']!r}, the first run's is {self.run_id!r}")
-            if facts["header"].keys() != set(HEADER_FIELDS):
-                raise KeyError("header")
+            _check_run(facts)
             self.runs.append(entry)
         elif entry.kind in ("run_ended", "run_failed"):
             self.ends.append(entry)
@@ -65,13 +80,15 @@ class History:
             self.dataset = _dataset(facts)
         elif entry.kind == "checkpoint":
             self.checkpoints |= _checkpoints([facts])
+            self.made[int(facts["step"])] = entry
         elif entry.kind == "discarded":
             for step in facts["steps"]:
                 del self.checkpoints[step]
         elif entry.kind == "query":
             self.queries.append(entry)
         elif entry.kind == "forget":
-            self.dataset, self.last_forget = _dataset(facts["dataset"]), entry
+            self.dataset = _dataset(facts["dataset"])
+            self.forgets.append(entry)
             self.checkpoints = _checkpoints(facts["checkpoints"])
             self.tombstones += facts["tombstones"]
 
@@ -92,6 +109,20 @@ def replay(entries: Sequence[Entry]) -> History:
                 "it was not written by this version of ctrak-lightning; restore the ledger from a copy."
             ) from error
     return history
+
+
+def _check_run(facts: dict[str, Any]) -> None:
+    parent = facts["parent"]
+    for name, part, keys in (
+        ("the entry", facts, RUN_FIELDS),
+        ("header", facts["header"], HEADER_FIELDS),
+        ("base_model", facts["base_model"], ("name", "revision", "frozen", "trained")),
+        ("code", facts["code"], ("python", "packages", "git")),
+        ("parent", parent, PARENT_FIELDS if parent is not None else ()),
+        ("git", facts["code"]["git"], ("commit", "dirty") if facts["code"]["git"] is not None else ()),
+    ):
+        if (part or {}).keys() != set(keys):
+            raise KeyError(name)
 
 
 def _dataset(facts: dict[str, Any]) -> dict[str, Any]:

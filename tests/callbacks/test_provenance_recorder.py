@@ -10,16 +10,17 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
 
 from ctrak_lightning import Attributor, Concept, TraceStore
 from ctrak_lightning.callbacks import ProvenanceRecorder
-from ctrak_lightning.errors import CorruptStoreError, StoreError
+from ctrak_lightning.errors import CorruptStoreError, DatasetChangedError, StoreError
 from ctrak_lightning.fingerprint import weights_digest
-from ctrak_lightning.provenance import Ledger, LedgerWarning
+from ctrak_lightning.provenance import Ledger, LedgerWarning, forget, verify
 from ctrak_lightning.provenance.history import replay
 from ctrak_lightning.provenance.query_log import result_digest
 
-from ..toy import ToyDiffusion
+from ..toy import ToyData, ToyDiffusion
 from .test_concept_tracer import files_of, fit, tracer
 
 
@@ -193,6 +194,30 @@ def test_a_store_that_was_tampered_with_is_not_recorded_on(interrupted: Path) ->
             ckpt_path=str(path / "ckpt" / "epoch=1.ckpt"),
         )
     assert (path / "traces" / "ledger.jsonl").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_run_that_is_resumed_after_a_sample_was_forgotten(interrupted: Path) -> None:
+    """With the whole data set it is refused; without the sample it goes on, and the sample does not come back."""
+
+    class Without(ToyData):
+        def trace_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(torch.utils.data.Subset(self.toys, [*range(5), *range(6, 12)]), 4)
+
+    path = interrupted
+    forget(path / "traces", ["green-bar-5"])
+    before = files_of(path / "traces")
+    resumed = {"ckpt_path": str(path / "ckpt" / "epoch=1.ckpt"), "max_epochs": 3}
+    with pytest.raises(DatasetChangedError, match="Samples have been forgotten from this store.*HINT"):
+        fit(ToyDiffusion(), [tracer(path), ProvenanceRecorder(), keep(path)], **resumed)
+    assert files_of(path / "traces") == before
+    fit(ToyDiffusion(), [tracer(path), ProvenanceRecorder(), keep(path)], data=Without(), **resumed)
+    store = TraceStore(path / "traces")
+    assert [c.step for c in store.checkpoints] == [3, 6, 9]
+    assert len(store) == 11
+    assert "green-bar-5" not in store.samples.sample_ids
+    assert kinds(path)[5:] == ["forget", "run_resumed", "checkpoint", "run_ended"]
+    assert verify(path / "traces", deep=True) == []
 
 
 def test_training_goes_on_when_the_ledger_cannot_be_written(
