@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ctrak_lightning.provenance.canonical import canonical
 from ctrak_lightning.traces.arrays import open_for_reading, open_for_writing, read_array, write_array
 from ctrak_lightning.traces.samples import SampleTable
 
+_NAME = re.compile(r"commitments(-e[1-9][0-9]{0,8})?\.h5")
 _BYTES = 32
 _CHUNK_ROWS = 4096
 
@@ -81,6 +83,11 @@ def read_commitments(path: Path, n: int) -> Commitments:
             read_array(file, path, name, (n, _BYTES), "uint8").numpy() for name in ("salts", "hashes")
         )
     return Commitments(salts=salts, hashes=hashes)
+
+
+def is_commitments(name: str) -> bool:
+    """Whether a file of this name, in the folder of the store, holds the commitments of some edition."""
+    return _NAME.fullmatch(name) is not None
 
 
 def named(table: SampleTable, positions: list[int], most: int = 5) -> str:

@@ -10,8 +10,8 @@ from ctrak_lightning.errors import CorruptStoreError
 from ctrak_lightning.fingerprint import weights_digest
 from ctrak_lightning.provenance.commitments import Commitments, read_commitments, write_commitments
 from ctrak_lightning.provenance.history import HEADER_FIELDS, History
-from ctrak_lightning.traces.arrays import check_digest
-from ctrak_lightning.traces.atomic import FileRecord, write_atomically
+from ctrak_lightning.traces.arrays import check_digest, corrupt
+from ctrak_lightning.traces.atomic import FileRecord, sha256_of, write_atomically
 from ctrak_lightning.traces.samples import SampleTable, read_samples
 from ctrak_lightning.traces.schema import COMMITMENTS, CheckpointRecord, Manifest, StoreHeader, edition_name
 from ctrak_lightning.traces.store import read_weights
@@ -103,7 +103,12 @@ def stored_commitments(root: Path, dataset: dict[str, Any]) -> Commitments:
     """
     known = dataset["commitments"]
     path = root / edition_name(COMMITMENTS, int(dataset["edition"]))
-    check_digest(path, FileRecord(sha256=known["sha256"], bytes=known["bytes"]))
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise corrupt(path, f"cannot be read ({error})") from error
+    if found != known["sha256"]:
+        raise corrupt(path, f"sha256 is {found}, the ledger records {known['sha256']}")
     return read_commitments(path, int(dataset["size"]))
 
 

@@ -84,6 +84,7 @@ class History:
         elif entry.kind == "discarded":
             for step in facts["steps"]:
                 del self.checkpoints[step]
+                self.made.pop(step, None)
         elif entry.kind == "query":
             self.queries.append(entry)
         elif entry.kind == "forget":

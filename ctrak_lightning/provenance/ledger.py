@@ -32,6 +32,8 @@ NOTHING = "0" * 64
 """What stands for the hash of the entry before the first."""
 LONGEST_LINE = 2**26
 _TAIL = 2**16
+# Windows would write \r\n in text mode.
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 _SHA256 = re.compile("[0-9a-f]{64}")
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
@@ -148,7 +150,7 @@ class Ledger:
         """As :meth:`append_all`, for those who hold the lock."""
         try:
             created = not self.path.exists()
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            descriptor = os.open(self.path, _FLAGS, 0o666)
             try:
                 return self._add(descriptor, news)
             finally:
@@ -195,6 +197,15 @@ def _follow(last: Entry | None, kind: Kind, facts: dict[str, Any]) -> Entry:
     return Entry(**content, sha256=digest(content))
 
 
+def _read(descriptor: int, start: int, length: int) -> bytes:
+    os.lseek(descriptor, start, os.SEEK_SET)
+    parts = []
+    while length and (part := os.read(descriptor, length)):
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
 def _write(descriptor: int, content: bytes) -> None:
     while content:
         content = content[os.write(descriptor, content) :]
@@ -208,7 +219,7 @@ def _last_entry(descriptor: int, path: Path) -> tuple[Entry | None, int, bool]:
         length = min(size, max(_TAIL, 2 * len(tail)))
         if length > max(_TAIL, 2 * LONGEST_LINE):
             raise _corrupt(path, "its last lines are longer than any that is written")
-        tail = os.pread(descriptor, length, size - length)
+        tail = _read(descriptor, size - length, length)
     start = size - len(tail)
     head, separator, torn = tail.rpartition(b"\n")
     end = start + len(head) + len(separator)

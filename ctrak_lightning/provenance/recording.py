@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from ctrak_lightning.provenance.agreement import (
     missing_steps,
     unrecorded_steps,
 )
-from ctrak_lightning.provenance.commitments import commit
+from ctrak_lightning.provenance.commitments import commit, is_commitments
 from ctrak_lightning.provenance.facts import (
     checkpoint_facts,
     dataset_facts,
@@ -27,8 +26,6 @@ from ctrak_lightning.provenance.ledger import Entry, Kind, Ledger
 from ctrak_lightning.provenance.lock import exclusive
 from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.traces.schema import COMMITMENTS, Manifest, edition_name
-
-_COMMITMENTS = re.compile(r"commitments(-e[1-9][0-9]{0,8})?\.h5")
 
 
 def record_run(root: str | Path, facts: dict[str, Any], *, resumed: bool) -> list[Entry]:
@@ -77,7 +74,7 @@ def remove_old_commitments(root: Path, manifest: Manifest) -> None:
     kept = edition_name(COMMITMENTS, manifest.edition)
     try:
         for entry in sorted(root.iterdir()):
-            if entry.name != kept and _COMMITMENTS.fullmatch(entry.name):
+            if entry.name != kept and is_commitments(entry.name):
                 entry.unlink()
     except OSError as error:
         raise StoreError(

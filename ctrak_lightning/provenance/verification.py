@@ -12,7 +12,7 @@ from ctrak_lightning.provenance.agreement import (
     missing_steps,
     unrecorded_steps,
 )
-from ctrak_lightning.provenance.commitments import named
+from ctrak_lightning.provenance.commitments import is_commitments, named
 from ctrak_lightning.provenance.facts import stored_commitments, stored_table
 from ctrak_lightning.provenance.history import History, replay
 from ctrak_lightning.provenance.ledger import Chain, Ledger
@@ -102,7 +102,7 @@ def _checked_history(root: Path, chain: Chain | None) -> tuple[History, list[str
     if lock.exists() and lock.stat().st_size:
         problems.append(f"{LEDGER_LOCK}: is not empty")
     if chain is None:
-        left = sorted(entry.name for entry in root.iterdir() if entry.name == COMMITMENTS)
+        left = sorted(entry.name for entry in root.iterdir() if is_commitments(entry.name))
         if left:
             problems.append(
                 f"{LEDGER}: is missing, and {left[0]}, which belongs to it, is there: it was deleted"

@@ -217,6 +217,7 @@ def test_a_lock_that_another_process_holds_is_waited_for_and_told(tmp_path: Path
 def test_a_kill_at_any_moment_leaves_the_entries_and_at_most_a_torn_line(tmp_path: Path) -> None:
     ledger = make(tmp_path, 1)
     acknowledged = tmp_path / "acknowledged"
+    acknowledged.write_text("0")
     for attempt in range(12):
         if (child := os.fork()) == 0:
             for i in range(10**6):

@@ -13,7 +13,7 @@ import torch
 
 from ctrak_lightning import TraceStore, TraceWriter
 from ctrak_lightning.errors import StoreError
-from ctrak_lightning.provenance import Ledger, sign, verify
+from ctrak_lightning.provenance import Ledger, forget, sign, verify
 from ctrak_lightning.provenance.recording import sync
 from ctrak_lightning.traces.atomic import FileRecord
 from ctrak_lightning.traces.kernel import read_kernel, write_kernel
@@ -269,6 +269,12 @@ def test_a_store_without_a_ledger_is_held_against_its_manifest(tmp_path: Path) -
 def test_a_ledger_that_was_deleted_leaves_a_trace(store: Path) -> None:
     (store / "ledger.jsonl").unlink()
     named_problem(store, "ledger.jsonl: is missing", "commitments.h5")
+
+
+def test_a_ledger_that_was_deleted_after_a_forgetting_leaves_a_trace_too(store: Path) -> None:
+    forget(store, ["image/003.png"])
+    (store / "ledger.jsonl").unlink()
+    named_problem(store, "ledger.jsonl: is missing", "commitments-e1.h5")
 
 
 def test_with_the_manifest_gone_the_ledger_still_speaks_of_the_files(store: Path) -> None:
