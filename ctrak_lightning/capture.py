@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -97,12 +96,7 @@ class Capture:
             method=method.to_dict(),
             projection=tracer.describe(),
             model=model_fingerprint(owner, trained_parameters(owner), task.noise_schedule),
-            dataset={
-                "size": len(table.sample_ids),
-                "sample_ids": table.fingerprint(),
-                "content": hashlib.sha256("".join(table.content_sha256).encode()).hexdigest(),
-                "latent_shape": list(latent_shape),
-            },
+            dataset=table.facts() | {"latent_shape": list(latent_shape)},
             dim=tracer.dim,
             dtype=dtype,
         )

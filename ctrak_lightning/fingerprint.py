@@ -32,6 +32,15 @@ def model_fingerprint(module: nn.Module, trained: Collection[str], schedule: Any
     }
 
 
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """sha256 (hex) of weights: their names, dtypes, shapes and bytes, whatever their order."""
+    found = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        found.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        found.update(_bytes(value))
+    return found.hexdigest()
+
+
 def content_hashes(batch: Any, encoded: Encoded) -> list[str]:
     """One sha256 (hex) per sample over everything the dataset gave for it.
 

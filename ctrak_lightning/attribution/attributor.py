@@ -1,7 +1,7 @@
 """Attributor: asks a trace store which samples taught the model a concept."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from ctrak_lightning.memory import RowLimit
 from ctrak_lightning.method import Damping, Method
 from ctrak_lightning.objective import Side
 from ctrak_lightning.processes import processes_of
+from ctrak_lightning.provenance.query_log import QueryLog
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.task import Condition, Spec, resolve_task
 from ctrak_lightning.traces import TraceStore
@@ -69,6 +70,8 @@ class Attributor:
         sampler: how images are generated.
         batch_size: queries per forward pass; fewer where memory is short (:class:`~ctrak_lightning.memory.RowLimit`).
         progress: show a progress bar.
+        record: note every question in the store's ledger, where it has one.
+        asker: who asks, for the ledger; may be left out.
 
     Raises:
         TaskError: the module is no DiffusionTask.
@@ -84,6 +87,8 @@ class Attributor:
         sampler: Sampler | None = None,
         batch_size: int = 32,
         progress: bool = False,
+        record: bool = True,
+        asker: str | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"Attributor(batch_size={batch_size}): expected at least 1.")
@@ -93,6 +98,7 @@ class Attributor:
         self.sampler = sampler or Sampler()
         self._row_limit = RowLimit(batch_size)
         self.progress = progress
+        self._log = QueryLog(self.store.path, asker) if record else None
         self._owner: nn.Module = module if isinstance(module, nn.Module) else self.task.denoiser
         self._model = LentModel(self._owner, self.store.checkpoints)
         self._check_method()
@@ -220,7 +226,7 @@ class Attributor:
             query.features, self.store.checkpoints, self._grid(used.damping), residual=used.residual
         )
         weights = self._learning_rates() if used.ensemble == "learning_rate" else None
-        return [
+        results = [
             Attribution(
                 concept=concept,
                 seed=query.seeds[i],
@@ -235,6 +241,9 @@ class Attributor:
             )
             for i, concept in enumerate(query.concepts)
         ]
+        answers = ((result.samples.sample_ids, result.scores.tolist()) for result in results)
+        self._note(query, used, dampings, answers, "all")
+        return results
 
     def top(
         self,
@@ -264,6 +273,7 @@ class Attributor:
             ValueError: ``n`` is below 1, or a shortlist is asked of a store with fewer samples than features.
             CorruptStoreError: the store is damaged.
         """
+        processes = processes_of(1 if fabric is None else fabric.world_size)
         found = top_scores(
             query.features,
             self.store.checkpoints,
@@ -272,18 +282,43 @@ class Attributor:
             weights=self._learning_rates() if self.method.ensemble == "learning_rate" else None,
             residual=self.method.residual,
             shortlist=shortlist,
-            processes=processes_of(1 if fabric is None else fabric.world_size),
+            processes=processes,
         )
         # Of a large store the table of all samples takes more memory than the search.
         samples = self.store.samples_of(found.positions)
         _, where = torch.unique(found.positions, return_inverse=True)
-        return [
+        results = [
             [
                 Record(samples.sample_ids[i], score, rank, samples.metadata_of(i))
                 for rank, (i, score) in enumerate(zip(rows, scores, strict=True), start=1)
             ]
             for rows, scores in zip(where.tolist(), found.scores.tolist(), strict=True)
         ]
+        if processes.is_first:
+            answers = [([one.sample_id for one in rows], [one.score for one in rows]) for rows in results]
+            used = self.method if damping == "method" else replace(self.method, damping=damping)
+            self._note(query, used, found.dampings, answers, "top")
+        return results
+
+    def _note(
+        self,
+        query: Query,
+        method: Method,
+        dampings: Sequence[float | None],
+        answers: Iterable[tuple[Sequence[str], Sequence[float]]],
+        samples: Literal["all", "top"],
+    ) -> None:
+        """Puts the questions and the digests of their answers (sample ids and scores) into the store's ledger."""
+        if self._log is not None:
+            self._log.note(
+                [concept.to_dict() for concept in query.concepts],
+                query.seeds,
+                answers,
+                dampings=dampings,
+                method=method.to_dict(),
+                steps=[checkpoint.step for checkpoint in self.store.checkpoints],
+                samples=samples,
+            )
 
     def _grid(self, damping: Damping) -> Sequence[float | None]:
         """The dampings to choose among."""

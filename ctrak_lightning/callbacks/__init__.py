@@ -1,5 +1,6 @@
 """Lightning callbacks: thin adapters over the core."""
 
 from ctrak_lightning.callbacks.concept_tracer import ConceptTracer
+from ctrak_lightning.callbacks.provenance_recorder import ProvenanceRecorder
 
-__all__ = ["ConceptTracer"]
+__all__ = ["ConceptTracer", "ProvenanceRecorder"]

@@ -11,12 +11,17 @@ commands:
   fit        train with any LightningCLI YAML:      ctrak fit --config run.yaml --config callbacks/concept_tracer.yaml
   attribute  ask a store who taught a concept:      ctrak attribute STORE --config run.yaml --present object=owl artist=noto --absent artist=noto
   info       what a store holds:                    ctrak info STORE [--verify]
+  verify     is a store what was recorded?          ctrak verify STORE [--deep] [--public-key public.pem]
+  sign       sign a store's ledger:                 ctrak sign STORE --key key.pem
+  forget     take samples out, consent withdrawn:   ctrak forget STORE --sample ID [--sample ID ...]
+  lineage    the runs that a run goes on from:      ctrak lineage STORE
+  export     a store's record for others:           ctrak export STORE --format prov|croissant|model-card [--out FILE]
   demo       fine-tune, trace, generate, attribute: ctrak demo
 
 `ctrak COMMAND --help` lists a command's options."""
 
 # Each is `run(argv)` of a module of this package, imported when it is asked for.
-COMMANDS = ("fit", "attribute", "info", "demo")
+COMMANDS = ("fit", "attribute", "info", "verify", "sign", "forget", "lineage", "export", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

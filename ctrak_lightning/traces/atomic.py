@@ -25,6 +25,11 @@ class FileRecord:
     bytes: int
     """Size in bytes."""
 
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        """That of the file at ``path`` as it is."""
+        return cls(sha256=sha256_of(path), bytes=path.stat().st_size)
+
 
 def write_atomically(path: Path, fill: Callable[[Path], None]) -> FileRecord:
     """Let ``fill`` write a temporary file beside ``path``, then put it in place durably.
@@ -42,7 +47,7 @@ def write_atomically(path: Path, fill: Callable[[Path], None]) -> FileRecord:
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
         fill(temporary)
-        record = FileRecord(sha256=sha256_of(temporary), bytes=temporary.stat().st_size)
+        record = FileRecord.of(temporary)
         _fsync(temporary)
         os.replace(temporary, path)
         fsync_folder(path.parent)

@@ -17,7 +17,7 @@ from ctrak_lightning.processes import Processes
 from ctrak_lightning.traces.atomic import make_folder, write_atomically
 from ctrak_lightning.traces.background import InBackground
 from ctrak_lightning.traces.kernel import Kernel, gram_of_rows, kernel_of_columns, write_kernel
-from ctrak_lightning.traces.ledger import Ledger
+from ctrak_lightning.traces.records import Records
 from ctrak_lightning.traces.schema import CheckpointRecord, StoreHeader
 from ctrak_lightning.traces.shards import Rows, read_column, stored_unit, write_shard
 from ctrak_lightning.traces.stored_rows import StoredRows
@@ -46,7 +46,7 @@ class CheckpointWriter:
         *,
         shard_rows: int,
         queue_shards: int,
-        ledger: Ledger,
+        records: Records,
         processes: Processes,
     ) -> None:
         self._root = root
@@ -54,7 +54,7 @@ class CheckpointWriter:
         self._header = header
         self._sample_ids = sample_ids
         self._shard_rows = shard_rows
-        self._ledger = ledger
+        self._records = records
         self._processes = processes
         self._buffer: list[Rows] = []
         self._jobs = InBackground(queue_shards)
@@ -137,7 +137,7 @@ class CheckpointWriter:
                 f"CheckpointWriter.write_visits({len(visits.counts)} samples): expected {len(self._seen)}."
             )
         name = self._record.visits
-        self._ledger.commit(
+        self._records.commit(
             self._record,
             {name: write_atomically(self._root / name, lambda path: write_visits(path, visits))},
         )
@@ -157,14 +157,14 @@ class CheckpointWriter:
             if self._buffer:
                 self._queue_shard()
             self.flush()
-        whole, files = self._ledger.join(self._record)
+        whole, files = self._records.join(self._record)
         kernel = self._kernel(whole)
         with self._processes.together():
             if self._processes.is_first:
                 files[whole.kernel] = write_atomically(
                     self._root / whole.kernel, lambda path: write_kernel(path, kernel())
                 )
-        self._ledger.seal(sealed := replace(whole, sealed=True), files)
+        self._records.seal(sealed := replace(whole, sealed=True), files)
         self._record = sealed
         self.close()
 
@@ -257,7 +257,7 @@ class CheckpointWriter:
         record = replace(
             self._record, rows=self._record.rows + len(rows), shards=(*self._record.shards, name)
         )
-        self._ledger.commit(record, {name: known})
+        self._records.commit(record, {name: known})
         self._record = record
 
     def _require_all_once(self) -> None:

@@ -13,7 +13,6 @@ from ctrak_lightning.traces.atomic import FileRecord, write_atomically
 from ctrak_lightning.traces.schema import (
     BYTES_PER_VALUE,
     MANIFEST,
-    SAMPLES,
     SCHEMA_VERSION,
     CheckpointRecord,
     Manifest,
@@ -23,16 +22,18 @@ from ctrak_lightning.traces.schema import (
 
 _FOLDER = "checkpoint-[0-9]{8,19}"
 _FOLDER_PATTERN = re.compile(_FOLDER)
-_SHARD_PATTERN = re.compile(rf"{_FOLDER}/rank[0-9]{{1,9}}-[0-9]{{5,9}}\.h5")
+_EDITION = "(-e[1-9][0-9]{0,8})?"
+_SHARD_PATTERN = re.compile(rf"{_FOLDER}/rank[0-9]{{1,9}}-[0-9]{{5,9}}{_EDITION}\.h5")
+_SAMPLES_PATTERN = re.compile(rf"samples{_EDITION}\.h5")
 _FILE_PATTERN = re.compile(
-    rf"samples\.h5|{_FOLDER}/(weights\.safetensors|(kernel|visits)\.h5)|{_SHARD_PATTERN.pattern}"
+    rf"{_SAMPLES_PATTERN.pattern}|{_FOLDER}/(weights\.safetensors|(kernel|visits){_EDITION}\.h5)|{_SHARD_PATTERN.pattern}"
 )
 _SHA256_PATTERN = re.compile("[0-9a-f]{64}")
 
 
 def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> None:
     """Replace the manifest ``name`` of the store at ``folder`` durably; the same content gives the same bytes."""
-    text = _to_json(manifest)
+    text = manifest_text(manifest)
     write_atomically(folder / name, lambda path: _write_text(path, text))
 
 
@@ -44,8 +45,22 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
         CorruptStoreError: The manifest is invalid, or a recorded file is missing or truncated.
     """
     path = folder / name
+    manifest = parse_manifest(read_text(path), str(path))
+    for file, known in manifest.files.items():
+        _check_size(folder / file, known)
+    return manifest
+
+
+def read_text(path: Path) -> str:
+    """The text of the manifest at ``path``.
+
+    Raises:
+        StoreError: There is no store.
+        CorruptStoreError: The file is not UTF-8.
+    """
+    folder, name = path.parent, path.name
     try:
-        text = path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8")
     except FileNotFoundError as error:
         what = f"has no {name}" if folder.is_dir() else "does not exist"
         raise StoreError(
@@ -58,10 +73,6 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
         raise StoreError(
             f"{path} cannot be read ({error}). HINT: give the folder of a trace store."
         ) from error
-    manifest = parse_manifest(text, str(path))
-    for file, known in manifest.files.items():
-        _check_size(folder / file, known)
-    return manifest
 
 
 def parse_manifest(text: str, source: str = MANIFEST) -> Manifest:
@@ -85,11 +96,18 @@ def is_checkpoint_folder(name: str) -> bool:
     return _FOLDER_PATTERN.fullmatch(name) is not None
 
 
-def _to_json(manifest: Manifest) -> str:
+def is_sample_table(name: str) -> bool:
+    """Whether a file of this name, in the folder of the store, is a sample table of some edition."""
+    return _SAMPLES_PATTERN.fullmatch(name) is not None
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The text of a manifest; equal manifests give equal text."""
     content = {
         "schema": SCHEMA_VERSION,
         "header": manifest.header.to_dict(),
         "run_id": manifest.run_id,
+        "edition": manifest.edition,
         "files": {
             name: {"sha256": known.sha256, "bytes": known.bytes} for name, known in manifest.files.items()
         },
@@ -109,7 +127,7 @@ def _manifest(content: Any, source: str) -> Manifest:
             f"{SCHEMA_VERSION}. "
             "HINT: use the version that wrote the store."
         )
-    content = _object(content, source, ("schema", "header", "run_id", "files", "checkpoints"))
+    content = _object(content, source, ("schema", "header", "run_id", "edition", "files", "checkpoints"))
     _integer(content["schema"], f"{source}: schema")
     files = _files(content["files"], f"{source}: files")
     manifest = Manifest(
@@ -117,6 +135,7 @@ def _manifest(content: Any, source: str) -> Manifest:
         run_id=_string(content["run_id"], f"{source}: run_id"),
         files=files,
         checkpoints=_checkpoints(content["checkpoints"], f"{source}: checkpoints", files),
+        edition=_integer(content["edition"], f"{source}: edition"),
     )
     _check_files_belong(manifest, source)
     for record in manifest.checkpoints:
@@ -170,6 +189,7 @@ def _checkpoint(value: Any, where: str, files: dict[str, FileRecord]) -> Checkpo
         rows=_integer(fields["rows"], f"{where}.rows"),
         shards=tuple(shards),
         processes=_integer(fields["processes"], f"{where}.processes"),
+        edition=_integer(fields["edition"], f"{where}.edition"),
     )
     if record.processes < 1:
         raise _corrupt(f"{where}.processes is 0, expected at least 1")
@@ -182,9 +202,9 @@ def _checkpoint(value: Any, where: str, files: dict[str, FileRecord]) -> Checkpo
 
 
 def _check_files_belong(manifest: Manifest, source: str) -> None:
-    if manifest.checkpoints and SAMPLES not in manifest.files:
-        raise _corrupt(f"{source}: files lacks {SAMPLES}, which the checkpoints refer to")
-    owned = {SAMPLES}
+    if manifest.checkpoints and manifest.samples not in manifest.files:
+        raise _corrupt(f"{source}: files lacks {manifest.samples}, which the checkpoints refer to")
+    owned = {manifest.samples}
     for record in manifest.checkpoints:
         owned |= {record.weights, record.visits, *record.shards, *([record.kernel] if record.sealed else [])}
     if strangers := sorted(manifest.files.keys() - owned):

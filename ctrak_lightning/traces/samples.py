@@ -74,6 +74,20 @@ class SampleTable:
         # No id contains NUL, so ["ab", "c"] and ["a", "bc"] differ.
         return hashlib.sha256("".join(f"{sample_id}\0" for sample_id in self.sample_ids).encode()).hexdigest()
 
+    def facts(self) -> dict[str, Any]:
+        """What a store's header says of its samples: how many, and the sha256 (hex) of their ids and of their content."""
+        content = hashlib.sha256("".join(self.content_sha256).encode()).hexdigest()
+        return {"size": len(self), "sample_ids": self.fingerprint(), "content": content}
+
+    def take(self, positions: Sequence[int]) -> SampleTable:
+        """The table of the samples at ``positions``, in that order."""
+        return SampleTable(
+            [self.sample_ids[i] for i in positions],
+            [self.content_sha256[i] for i in positions],
+            {name: [column[i] for i in positions] for name, column in self.metadata.items()},
+            None if self.thumbnails is None else self.thumbnails[list(positions)],
+        )
+
     def record(self, i: int) -> dict[str, Any]:
         """Sample ``i`` as ``{"index", "sample_id", "content_sha256", "metadata": {column: value}}``.
 

@@ -10,12 +10,16 @@ from typing import Any, Literal
 from ctrak_lightning.errors import StoreError
 from ctrak_lightning.traces.atomic import FileRecord
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 SAMPLES = "samples.h5"
 WEIGHTS = "weights.safetensors"
 KERNEL = "kernel.h5"
 VISITS = "visits.h5"
+LEDGER = "ledger.jsonl"
+LEDGER_LOCK = "ledger.lock"
+LEDGER_SIGNATURE = "ledger.signature.json"
+COMMITMENTS = "commitments.h5"
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "int8": 1}
 
 
@@ -106,6 +110,8 @@ class CheckpointRecord:
     """Paths of the shards relative to the store, in the order in which they were written; of several processes, by rank."""
     processes: int = 1
     """How many processes capture it, each a share of the samples."""
+    edition: int = 0
+    """The manifest's edition when its files were written."""
 
     @property
     def folder(self) -> str:
@@ -115,7 +121,7 @@ class CheckpointRecord:
     @property
     def kernel(self) -> str:
         """Path of the kernel relative to the store."""
-        return f"{self.folder}/{KERNEL}"
+        return f"{self.folder}/{edition_name(KERNEL, self.edition)}"
 
     @property
     def weights(self) -> str:
@@ -125,7 +131,7 @@ class CheckpointRecord:
     @property
     def visits(self) -> str:
         """Path of the visits relative to the store; the manifest lists it only if training itself left the traces."""
-        return f"{self.folder}/{VISITS}"
+        return f"{self.folder}/{edition_name(VISITS, self.edition)}"
 
     def shard(self, rank: int) -> str:
         """Path of the shard to write next, relative to the store."""
@@ -142,6 +148,13 @@ class Manifest:
     """Every file of the store but the manifest, by path relative to the store."""
     checkpoints: tuple[CheckpointRecord, ...] = ()
     """By step, ascending."""
+    edition: int = 0
+    """How often samples have been forgotten: each time the files are written anew, under names of their own."""
+
+    @property
+    def samples(self) -> str:
+        """Path of the sample table relative to the store."""
+        return edition_name(SAMPLES, self.edition)
 
     def with_files(self, files: dict[str, FileRecord]) -> Manifest:
         """The manifest with ``files`` added."""
@@ -164,6 +177,17 @@ class Manifest:
     def find(self, step: int) -> CheckpointRecord | None:
         """The checkpoint of ``step``, if there is one."""
         return next((record for record in self.checkpoints if record.step == step), None)
+
+
+def edition_name(name: str, edition: int) -> str:
+    """The name that the file ``name`` of a store has in an edition.
+
+    Example:
+        >>> edition_name("kernel.h5", 0), edition_name("kernel.h5", 2)
+        ('kernel.h5', 'kernel-e2.h5')
+    """
+    stem, dot, suffix = name.rpartition(".")
+    return f"{stem}-e{edition}{dot}{suffix}" if edition else name
 
 
 def differences(mine: Any, theirs: Any, where: str) -> list[tuple[str, Any, Any]]:

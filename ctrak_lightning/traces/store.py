@@ -15,14 +15,14 @@ from torch import Tensor
 from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.traces.arrays import check_digest, corrupt
-from ctrak_lightning.traces.atomic import FileRecord, sha256_of
+from ctrak_lightning.traces.atomic import FileRecord
 from ctrak_lightning.traces.kernel import Kernel, read_kernel
-from ctrak_lightning.traces.ledger import recorded_files
 from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.traces.samples import SampleTable, count_samples, read_samples
-from ctrak_lightning.traces.schema import MANIFEST, SAMPLES, CheckpointRecord, Manifest, StoreHeader
+from ctrak_lightning.traces.schema import MANIFEST, CheckpointRecord, Manifest, StoreHeader
 from ctrak_lightning.traces.shards import Rows
 from ctrak_lightning.traces.stored_rows import StoredRows
+from ctrak_lightning.traces.verification import altered_files, unrecorded_files
 from ctrak_lightning.traces.visits import Visits, read_visits
 
 
@@ -58,12 +58,12 @@ class TraceStore:
                 "HINT: run the training again with the same callback and folder; it continues where it "
                 "stopped."
             )
-        self._size = count_samples(self.path / SAMPLES)
+        self._size = count_samples(self.path / self._manifest.samples)
         for record in sealed:
             if record.rows != self._size:
                 raise CorruptStoreError(
                     f"{self.path / MANIFEST}: checkpoint {record.step} is sealed with {record.rows} rows, "
-                    f"{SAMPLES} has "
+                    f"{self._manifest.samples} has "
                     f"{self._size} samples. HINT: restore the store from a copy or capture again into a new "
                     "folder."
                 )
@@ -94,8 +94,7 @@ class TraceStore:
         Raises:
             CorruptStoreError: Its file is not the one that was sealed.
         """
-        check_digest(self.path / SAMPLES, self._manifest.files[SAMPLES])
-        return read_samples(self.path / SAMPLES)
+        return read_samples(self._sample_file())
 
     def samples_of(self, positions: Tensor) -> SampleTable:
         """The samples at positions [n] only, each once, ascending; for stores whose sample table is larger than memory.
@@ -103,26 +102,24 @@ class TraceStore:
         Raises:
             CorruptStoreError: The table's file is not the one that was sealed.
         """
-        check_digest(self.path / SAMPLES, self._manifest.files[SAMPLES])
-        return read_samples(self.path / SAMPLES, torch.unique(positions).tolist())
+        return read_samples(self._sample_file(), torch.unique(positions).tolist())
 
     def __len__(self) -> int:
         return self._size
 
     def verify(self) -> list[str]:
-        """Compare every byte with the manifest.
+        """Compare every byte with the manifest. What the ledger says is for :func:`ctrak_lightning.provenance.verify`.
 
         Returns:
             One line per file that is missing, altered or not recorded; empty when all is well.
         """
-        problems = [_problem(self.path, name, known) for name, known in sorted(self._manifest.files.items())]
-        recorded = {MANIFEST, *recorded_files(self.path, self._manifest)}
-        present = (
-            entry.relative_to(self.path).as_posix() for entry in self.path.rglob("*") if not entry.is_dir()
-        )
-        return [line for line in problems if line] + [
-            f"{name}: not recorded in the manifest" for name in sorted(present) if name not in recorded
-        ]
+        return altered_files(self.path, self._manifest) + unrecorded_files(self.path, self._manifest)
+
+    def _sample_file(self) -> Path:
+        """The file of the sample table, which is the one that was sealed."""
+        path = self.path / self._manifest.samples
+        check_digest(path, self._manifest.files[self._manifest.samples])
+        return path
 
 
 class Checkpoint:
@@ -218,12 +215,7 @@ class Checkpoint:
                 f"checkpoint {self.step} was sealed without weights. HINT: load the training checkpoint of "
                 "this step instead."
             )
-        path = self._root / self._record.weights
-        check_digest(path, self._manifest.files[self._record.weights])
-        try:
-            return load_file(path)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise corrupt(path, f"safetensors reports: {error}") from error
+        return read_weights(self._root / self._record.weights, self._manifest.files[self._record.weights])
 
     def kernel(self) -> Kernel:
         """The eigendecomposition of the Gram matrix of :meth:`features`.
@@ -252,11 +244,14 @@ class Checkpoint:
         return values
 
 
-def _problem(root: Path, name: str, known: FileRecord) -> str | None:
+def read_weights(path: Path, known: FileRecord) -> dict[str, Tensor]:
+    """The weights at ``path``, which is the file that was recorded.
+
+    Raises:
+        CorruptStoreError: It is another one.
+    """
+    check_digest(path, known)
     try:
-        found = sha256_of(root / name)
-    except OSError as error:
-        return f"{name}: cannot be read ({error})"
-    return (
-        None if found == known.sha256 else f"{name}: sha256 is {found}, the manifest records {known.sha256}"
-    )
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise corrupt(path, f"safetensors reports: {error}") from error

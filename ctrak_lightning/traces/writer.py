@@ -15,11 +15,10 @@ from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.traces.arrays import check_digest
 from ctrak_lightning.traces.atomic import make_folder, write_atomically
 from ctrak_lightning.traces.checkpoint_writer import CheckpointWriter
-from ctrak_lightning.traces.ledger import Ledger
+from ctrak_lightning.traces.records import Records
 from ctrak_lightning.traces.samples import SampleTable, check_unchanged, read_samples, write_samples
 from ctrak_lightning.traces.schema import (
     BYTES_PER_VALUE,
-    SAMPLES,
     CheckpointRecord,
     StoreHeader,
     is_integer,
@@ -90,22 +89,22 @@ class TraceWriter:
         self._processes = processes
         self._table: SampleTable | None = None
         self._current: CheckpointWriter | None = None
-        self._ledger = Ledger(self.path, header, run_id, processes)
+        self._records = Records(self.path, header, run_id, processes)
 
     @property
     def header(self) -> StoreHeader:
         """What all traces of the store have in common."""
-        return self._ledger.manifest.header
+        return self._records.manifest.header
 
     @property
     def run_id(self) -> str:
         """Name of the run that created the store."""
-        return self._ledger.manifest.run_id
+        return self._records.manifest.run_id
 
     @property
     def sealed_steps(self) -> list[int]:
         """Steps of the sealed checkpoints, ascending."""
-        return [record.step for record in self._ledger.manifest.checkpoints if record.sealed]
+        return [record.step for record in self._records.manifest.checkpoints if record.sealed]
 
     def write_samples(self, table: SampleTable) -> None:
         """Store the sample table, or compare it with the stored one; needed before the first checkpoint.
@@ -118,7 +117,7 @@ class TraceWriter:
         with self._processes.together():
             if self._processes.is_first:
                 self._write_samples(table)
-        self._ledger.share()
+        self._records.share()
         self._table = self._table or table
 
     def begin_checkpoint(
@@ -150,7 +149,7 @@ class TraceWriter:
             learning_rate=_rate(learning_rate),
             processes=self._processes.count,
         )
-        if SAMPLES not in self._ledger.manifest.files:
+        if self._records.manifest.samples not in self._records.manifest.files:
             raise StoreError(
                 "TraceWriter.begin_checkpoint(): the store has no samples. HINT: call write_samples() first."
             )
@@ -160,16 +159,16 @@ class TraceWriter:
         with self._processes.together():
             if self._processes.is_first:
                 self._prepare(given, weights)
-        self._ledger.share()
+        self._records.share()
         with self._processes.together():
             self._current = CheckpointWriter(
                 self.path,
-                self._ledger.begin(self._begun(given.step)),
+                self._records.begin(self._begun(given.step)),
                 self.header,
                 self._stored_table().sample_ids,
                 shard_rows=self._shard_rows or default_shard_rows(self.header, len(self._stored_table())),
                 queue_shards=self._queue_shards,
-                ledger=self._ledger,
+                records=self._records,
                 processes=self._processes,
             )
         return self._current
@@ -180,7 +179,7 @@ class TraceWriter:
         Returns:
             The steps removed, ascending.
         """
-        steps = [record.step for record in self._ledger.manifest.checkpoints if record.step > step]
+        steps = [record.step for record in self._records.manifest.checkpoints if record.step > step]
         with self._processes.together():
             if self._current is not None and self._current.step in steps:
                 with contextlib.suppress(StoreError):  # of shards that are to go
@@ -190,22 +189,23 @@ class TraceWriter:
         with self._processes.together():
             if steps and self._processes.is_first:
                 # First the manifest: a crash in between leaves unrecorded files, never records without files.
-                self._ledger.save(self._ledger.manifest.without_steps(steps))
-                self._ledger.remove_unrecorded()
-        self._ledger.share()
+                self._records.save(self._records.manifest.without_steps(steps))
+                self._records.remove_unrecorded()
+        self._records.share()
         return steps
 
     def _write_samples(self, table: SampleTable) -> None:
-        if SAMPLES in self._ledger.manifest.files:
+        name = self._records.manifest.samples
+        if name in self._records.manifest.files:
             check_unchanged(self._stored_table(), table, self.path)
             return
-        known = write_atomically(self.path / SAMPLES, lambda path: write_samples(path, table))
-        self._ledger.save(self._ledger.manifest.with_files({SAMPLES: known}))
+        known = write_atomically(self.path / name, lambda path: write_samples(path, table))
+        self._records.save(self._records.manifest.with_files({name: known}))
 
     def _prepare(self, given: CheckpointRecord, weights: Mapping[str, Tensor] | None) -> None:
         """Record the checkpoint, and write its weights: without shards, unless as many processes with the same weights gave
         them."""
-        record = self._ledger.manifest.find(given.step)
+        record = self._records.manifest.find(given.step)
         if record is not None:
             _check_continues(record, given)
         files = {}
@@ -217,20 +217,21 @@ class TraceWriter:
                 self.path / given.weights, lambda path: save_file(plain, path)
             )
         if record is not None:
-            known = self._ledger.manifest.files.get(given.weights)
+            known = self._records.manifest.files.get(given.weights)
             if known == files.get(given.weights) and record.processes == given.processes:
                 return
-        self._ledger.restart(given, files)
+        self._records.restart(given, files)
 
     def _begun(self, step: int) -> CheckpointRecord:
-        record = self._ledger.manifest.find(step)
+        record = self._records.manifest.find(step)
         assert record is not None
         return record
 
     def _stored_table(self) -> SampleTable:
         if self._table is None:
-            check_digest(self.path / SAMPLES, self._ledger.manifest.files[SAMPLES])
-            self._table = read_samples(self.path / SAMPLES)
+            name = self._records.manifest.samples
+            check_digest(self.path / name, self._records.manifest.files[name])
+            self._table = read_samples(self.path / name)
         return self._table
 
 

@@ -1,4 +1,4 @@
-"""One fit of the toy on two processes: ``python -m tests.callbacks.ddp_worker FOLDER plain|traced|dies|resumes``.
+"""One fit of the toy on two processes: ``python -m tests.callbacks.ddp_worker FOLDER plain|traced|recorded|dies|resumes``.
 
 ``dies``: the process of rank 1 ends without a word while the second checkpoint is traced; ``resumes`` goes on from there.
 """
@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
 from ctrak_lightning import methods
-from ctrak_lightning.callbacks import ConceptTracer
+from ctrak_lightning.callbacks import ConceptTracer, ProvenanceRecorder
 from ctrak_lightning.traces import CheckpointWriter
 
 from ..toy import ToyData, ToyDiffusion
@@ -43,7 +43,9 @@ def main(folder: str, what: str) -> None:
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[saver] if what == "plain" else [tracer, saver],
+        callbacks={"plain": [saver], "recorded": [ProvenanceRecorder(), tracer, saver]}.get(
+            what, [tracer, saver]
+        ),
     )
     if what == "dies" and trainer.global_rank == 1:
         die_at_the_second_checkpoint()

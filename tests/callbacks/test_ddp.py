@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ctrak_lightning import Capture, GradientTracer, Projection, TraceStore, methods
+from ctrak_lightning.provenance import Ledger, verify
 
 from ..toy import ToyData, ToyDiffusion
 
@@ -60,6 +61,27 @@ def test_two_processes_train_as_before_and_trace_a_share_each(tmp_path: Path) ->
     assert single.samples.content_sha256 == store.samples.content_sha256
     torch.testing.assert_close(last.features(), single.checkpoints[0].features(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(last.losses(), single.checkpoints[0].losses())
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_keeps_the_ledger(tmp_path: Path) -> None:
+    plain, recorded = (
+        weights_after(tmp_path / "plain", "plain"),
+        weights_after(tmp_path / "recorded", "recorded"),
+    )
+    assert all(torch.equal(plain[name], recorded[name]) for name in plain)
+    path = tmp_path / "recorded" / "traces"
+    entries = Ledger(path).entries()
+    assert [entry.kind for entry in entries] == [
+        "run_begun",
+        "dataset",
+        "checkpoint",
+        "checkpoint",
+        "run_ended",
+    ]
+    assert entries[0].facts["hardware"]["processes"] == 2
+    assert entries[2].facts["processes"] == 2
+    assert verify(path, deep=True) == []
 
 
 @pytest.mark.slow

@@ -236,7 +236,7 @@ RECORD = {"sha256": "0" * 64, "bytes": 1}
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        (("schema",), 1, "schema is 1, this version of ctrak-lightning reads 3"),
+        (("schema",), 1, "schema is 1, this version of ctrak-lightning reads 4"),
         (("schema",), "1", "schema"),
         (("schema",), True, "schema"),
         (("extra",), 1, r"unknown keys \['extra'\]"),
@@ -360,7 +360,7 @@ def test_any_edit_of_the_manifest_bytes_is_refused_or_harmless(
     either_sound_or_refused(path, whole[:start] + inserted + whole[start + length :], features)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[" * 10**5, b"9" * 5000, b'{"schema": 3}', b"null"])
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[" * 10**5, b"9" * 5000, b'{"schema": 4}', b"null"])
 def test_text_that_is_no_manifest(victim: tuple[Path, bytes, list[torch.Tensor]], text: bytes) -> None:
     path, _, _ = victim
     (path / "manifest.json").write_bytes(text)

@@ -10,13 +10,27 @@ from pathlib import Path
 from ctrak_lightning.errors import DatasetChangedError, StoreError, StoreMismatchError
 from ctrak_lightning.processes import Processes
 from ctrak_lightning.traces.atomic import TEMPORARY_SUFFIX, FileRecord, make_folder
-from ctrak_lightning.traces.manifest import is_checkpoint_folder, read_manifest, write_manifest
-from ctrak_lightning.traces.schema import MANIFEST, SAMPLES, CheckpointRecord, Manifest, StoreHeader
+from ctrak_lightning.traces.manifest import (
+    is_checkpoint_folder,
+    is_sample_table,
+    parse_manifest,
+    read_manifest,
+    read_text,
+    write_manifest,
+)
+from ctrak_lightning.traces.schema import (
+    COMMITMENTS,
+    MANIFEST,
+    CheckpointRecord,
+    Manifest,
+    StoreHeader,
+    edition_name,
+)
 
 _JOURNAL_PATTERN = re.compile(r"rank[0-9]{1,9}\.json")
 
 
-class Ledger:
+class Records:
     """The record of the store at ``root``, which processes that capture together keep together.
 
     The process of rank 0 writes the manifest. What another has written of the checkpoint in progress stands in a journal of
@@ -44,14 +58,25 @@ class Ledger:
         self.manifest: Manifest = processes.from_first(opened)  # type: ignore[assignment]
         """The same in all processes since they last met."""
         with processes.together():
-            _check_header(self.manifest.header, header, root)
+            _check_header(self.manifest, header, root)
             if processes.is_first:
                 # Written even where nothing changes: an unwritable folder shows now, not hours into training.
                 self.save(self.manifest)
                 self.remove_unrecorded()
 
     def save(self, manifest: Manifest) -> None:
-        """Replace the manifest; for the process of rank 0."""
+        """Replace the manifest; for the process of rank 0.
+
+        Raises:
+            StoreError: Samples have been forgotten since it was read: they must not come back.
+        """
+        path = self.root / MANIFEST
+        if path.exists() and parse_manifest(read_text(path), str(path)).edition != manifest.edition:
+            raise StoreError(
+                f"{path}: samples have been forgotten from this store while a capture had it open. Nothing was changed. HINT: "
+                "take the same samples out of the data that is traced and resume the training, to go on from what the "
+                "store holds now."
+            )
         write_manifest(self.root, manifest)
         self.manifest = manifest
 
@@ -66,7 +91,9 @@ class Ledger:
         name = _journal(record, self._processes.rank)
         mine = replace(record, rows=0, shards=())
         self._journal = replace(
-            self.manifest, files={SAMPLES: self.manifest.files[SAMPLES]}, checkpoints=(mine,)
+            self.manifest,
+            files={self.manifest.samples: self.manifest.files[self.manifest.samples]},
+            checkpoints=(mine,),
         )
         if (self.root / name).exists():
             self._journal = read_manifest(self.root, name)
@@ -111,18 +138,8 @@ class Ledger:
         self.share()
 
     def remove_unrecorded(self) -> None:
-        """Remove temporary files, and those that have a store's names but are in no record; for the process of rank 0."""
-        recorded = recorded_files(self.root, self.manifest)
-        try:
-            for entry in sorted(self.root.iterdir()):
-                if entry.is_dir() and not entry.is_symlink() and is_checkpoint_folder(entry.name):
-                    self._remove_unrecorded_in(entry, recorded)
-                elif entry.name.endswith(TEMPORARY_SUFFIX) or entry.name in {SAMPLES} - recorded:
-                    entry.unlink()
-        except OSError as error:
-            raise StoreError(
-                f"{self.root}: what an interrupted run left cannot be removed ({error}). HINT: check the permissions."
-            ) from error
+        """As :func:`remove_unrecorded`; for the process of rank 0."""
+        remove_unrecorded(self.root, self.manifest)
 
     def _open(self, header: StoreHeader, run_id: str | None) -> Manifest:
         make_folder(self.root)
@@ -131,13 +148,39 @@ class Ledger:
         _refuse_foreign_files(self.root)
         return Manifest(header=header, run_id=run_id or uuid.uuid4().hex)
 
-    def _remove_unrecorded_in(self, folder: Path, recorded: set[str]) -> None:
-        for entry in folder.iterdir():
-            if not entry.is_dir() and f"{folder.name}/{entry.name}" not in recorded:
+
+def remove_unrecorded(root: Path, manifest: Manifest) -> None:
+    """Remove temporary files, and those that have the names of a store's but are in no record.
+
+    Raises:
+        StoreError: One cannot be removed.
+        CorruptStoreError: A journal is damaged.
+    """
+    recorded = recorded_files(root, manifest)
+    try:
+        for entry in sorted(root.iterdir()):
+            if entry.is_dir() and not entry.is_symlink() and is_checkpoint_folder(entry.name):
+                _remove_unrecorded_in(entry, manifest, recorded)
+            elif (
+                entry.name.endswith(TEMPORARY_SUFFIX)
+                or (is_sample_table(entry.name) and entry.name not in recorded)
+                # Of a forgetting that came to nothing. An earlier edition's may still be needed to write the tombstone.
+                or entry.name == edition_name(COMMITMENTS, manifest.edition + 1)
+            ):
                 entry.unlink()
-        known = any(record.folder == folder.name for record in self.manifest.checkpoints)
-        if not known and not any(folder.iterdir()):
-            folder.rmdir()
+    except OSError as error:
+        raise StoreError(
+            f"{root}: what an interrupted run left cannot be removed ({error}). HINT: check the permissions."
+        ) from error
+
+
+def _remove_unrecorded_in(folder: Path, manifest: Manifest, recorded: set[str]) -> None:
+    for entry in folder.iterdir():
+        if not entry.is_dir() and f"{folder.name}/{entry.name}" not in recorded:
+            entry.unlink()
+    known = any(record.folder == folder.name for record in manifest.checkpoints)
+    if not known and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def recorded_files(root: Path, manifest: Manifest) -> set[str]:
@@ -164,16 +207,22 @@ def _journal(record: CheckpointRecord, rank: int) -> str:
     return f"{record.folder}/rank{rank}.json"
 
 
-def _check_header(stored: StoreHeader, given: StoreHeader, path: Path) -> None:
-    differences = stored.differences(given)
+def _check_header(stored: Manifest, given: StoreHeader, path: Path) -> None:
+    differences = stored.header.differences(given)
     if not differences:
         return
     fields = "; ".join(
         f"{name}: the store has {mine!r}, this run {theirs!r}" for name, mine, theirs in differences
     )
     dataset = any(name.split(".")[0] == "dataset" for name, _, _ in differences)
+    forgotten = (
+        " Samples have been forgotten from this store: take the same ones out of the data that is traced, by name "
+        "and not by position."
+        if dataset and stored.edition
+        else ""
+    )
     raise (DatasetChangedError if dataset else StoreMismatchError)(
-        f"{path} holds traces made otherwise: {fields}. HINT: use the settings of the store, or write to a "
+        f"{path} holds traces made otherwise: {fields}.{forgotten} HINT: use the settings of the store, or write to a "
         "new folder."
     )
 

@@ -1,0 +1,48 @@
+"""``ctrak verify``: is a store what its manifest and its ledger say?"""
+
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from ctrak_lightning.provenance.ledger import Ledger
+from ctrak_lightning.provenance.signature import read_signature
+from ctrak_lightning.provenance.verification import verify
+
+
+def run(argv: Sequence[str]) -> None:
+    parser = ArgumentParser(
+        prog="ctrak verify",
+        description="Holds every byte of a trace store against its manifest and its ledger. Exit code 1 on problems.",
+    )
+    parser.add_argument("store", type=str, help="the folder of the traces")
+    parser.add_argument("--deep", action="store_true", help="compute the kernels anew from the shards")
+    parser.add_argument(
+        "--public-key",
+        type=str,
+        default=None,
+        help="PEM file of the Ed25519 key that must have signed the ledger",
+    )
+    args = parser.parse_args(list(argv))
+    problems = verify(args.store, deep=args.deep, public_key=args.public_key)
+    ledger = Ledger(args.store)
+    if ledger.exists:
+        entries = ledger.chain().entries
+        print(f"ledger     {len(entries)} entries, head {entries[-1].sha256 if entries else 'none'}")
+        print(f"signature  {_signature_of(ledger, len(entries))}")
+    else:
+        print(
+            "ledger     none: only the manifest vouches for the files (attach ProvenanceRecorder to keep one)"
+        )
+    print("\n".join(problems) if problems else "verified: every file is what was recorded")
+    if problems:
+        raise SystemExit(1)
+
+
+def _signature_of(ledger: Ledger, entries: int) -> str:
+    document = read_signature(ledger.root)
+    if document is None:
+        return "none: whoever can write the folder could have written the ledger anew; keep its head elsewhere, or sign it"
+    if "problem" in document:
+        return "damaged"
+    later = entries - document["entries"]
+    return f"of entry {document['entries'] - 1} by {document['public_key']}, {later} entries later than it"

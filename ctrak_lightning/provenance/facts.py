@@ -1,0 +1,133 @@
+"""What entries of a ledger say of a store."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ctrak_lightning.errors import CorruptStoreError
+from ctrak_lightning.fingerprint import weights_digest
+from ctrak_lightning.provenance.commitments import Commitments, read_commitments, write_commitments
+from ctrak_lightning.provenance.history import HEADER_FIELDS, History
+from ctrak_lightning.traces.arrays import check_digest, corrupt
+from ctrak_lightning.traces.atomic import FileRecord, sha256_of, write_atomically
+from ctrak_lightning.traces.samples import SampleTable, read_samples
+from ctrak_lightning.traces.schema import COMMITMENTS, CheckpointRecord, Manifest, StoreHeader, edition_name
+from ctrak_lightning.traces.store import read_weights
+
+_RECORD_FIELDS = ("step", "epoch", "learning_rate", "rows", "processes", "edition", "shards")
+
+
+def header_facts(header: StoreHeader) -> dict[str, Any]:
+    """What a run's entry has of the store's header."""
+    return {name: value for name, value in header.to_dict().items() if name in HEADER_FIELDS}
+
+
+def dataset_facts(manifest: Manifest, table: SampleTable, commitments: dict[str, Any]) -> dict[str, Any]:
+    """What is said of the samples: nothing from which one could be told, once its salt is gone."""
+    return {
+        "edition": manifest.edition,
+        "size": len(table),
+        "columns": sorted(table.metadata),
+        "thumbnails": table.thumbnails is not None,
+        "samples": {"path": manifest.samples, **asdict(manifest.files[manifest.samples])},
+        "commitments": commitments,
+        "header": {
+            name: value for name, value in manifest.header.dataset.items() if name not in table.facts()
+        },
+    }
+
+
+def checkpoint_facts(manifest: Manifest, record: CheckpointRecord, weights: str | None) -> dict[str, Any]:
+    """What is said of a sealed checkpoint; ``weights`` is their digest, if they are stored."""
+    owned = [record.weights, record.visits, record.kernel, *record.shards]
+    files = {path: asdict(manifest.files[path]) for path in owned if path in manifest.files}
+    known = {name: getattr(record, name) for name in _RECORD_FIELDS} | {"shards": list(record.shards)}
+    return known | {"weights": weights, "files": files}
+
+
+def forget_facts(root: Path, manifest: Manifest, history: History) -> dict[str, Any]:
+    """What is said of the forgetting that made the manifest's edition of what ``history`` ends with.
+
+    Raises:
+        CorruptStoreError: the files of either edition that it is told from are damaged.
+    """
+    assert history.dataset is not None
+    before = stored_commitments(root, history.dataset)
+    table = stored_table(root, manifest)
+    path = root / edition_name(COMMITMENTS, manifest.edition)
+    after = read_commitments(path, len(table))
+    stay = set(after.hexadecimal())
+    tombstones = [known for known in before.hexadecimal() if known not in stay]
+    if len(tombstones) != len(before) - len(after):
+        raise CorruptStoreError(
+            f"{path} has commitments that the edition before did not have. HINT: restore the store from a copy."
+        )
+    known = history.checkpoints
+    return {
+        "edition": manifest.edition,
+        "tombstones": tombstones,
+        "dataset": dataset_facts(manifest, table, commitment_facts(path, after)),
+        "checkpoints": [
+            checkpoint_facts(
+                manifest,
+                record,
+                known[record.step]["weights"]
+                if record.step in known
+                else stored_digest(root, manifest, record),
+            )
+            for record in manifest.checkpoints
+            if record.sealed
+        ],
+    }
+
+
+def put_commitments(root: Path, edition: int, commitments: Commitments) -> dict[str, Any]:
+    """Write the commitments of an edition; returns what is said of the file."""
+    name = edition_name(COMMITMENTS, edition)
+    known = write_atomically(root / name, lambda path: write_commitments(path, commitments))
+    return _commitment_facts(name, known, commitments)
+
+
+def commitment_facts(path: Path, commitments: Commitments) -> dict[str, Any]:
+    """What is said of the file of commitments at ``path``."""
+    return _commitment_facts(path.name, FileRecord.of(path), commitments)
+
+
+def stored_commitments(root: Path, dataset: dict[str, Any]) -> Commitments:
+    """The commitments of the dataset that an entry describes.
+
+    Raises:
+        CorruptStoreError: the file is not the one that was recorded.
+    """
+    known = dataset["commitments"]
+    path = root / edition_name(COMMITMENTS, int(dataset["edition"]))
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise corrupt(path, f"cannot be read ({error})") from error
+    if found != known["sha256"]:
+        raise corrupt(path, f"sha256 is {found}, the ledger records {known['sha256']}")
+    return read_commitments(path, int(dataset["size"]))
+
+
+def stored_table(root: Path, manifest: Manifest) -> SampleTable:
+    """The sample table that a manifest records.
+
+    Raises:
+        CorruptStoreError: the file is not the one that was recorded.
+    """
+    check_digest(root / manifest.samples, manifest.files[manifest.samples])
+    return read_samples(root / manifest.samples)
+
+
+def stored_digest(root: Path, manifest: Manifest, record: CheckpointRecord) -> str | None:
+    """The digest of a checkpoint's weights, or None where they are not stored."""
+    if record.weights not in manifest.files:
+        return None
+    return weights_digest(read_weights(root / record.weights, manifest.files[record.weights]))
+
+
+def _commitment_facts(name: str, known: FileRecord, commitments: Commitments) -> dict[str, Any]:
+    return {"path": name, **asdict(known), "root": commitments.root()}

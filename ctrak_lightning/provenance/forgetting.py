@@ -1,0 +1,173 @@
+"""Consent withdrawn: takes samples out of a store, as if they had never been traced."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctrak_lightning.errors import CorruptStoreError, StoreError
+from ctrak_lightning.provenance.commitments import Commitments
+from ctrak_lightning.provenance.facts import put_commitments, stored_commitments, stored_table
+from ctrak_lightning.provenance.history import replay
+from ctrak_lightning.provenance.ledger import Ledger
+from ctrak_lightning.provenance.lock import exclusive
+from ctrak_lightning.provenance.recording import complete, remove_old_commitments, require_agreement
+from ctrak_lightning.traces.manifest import read_manifest, write_manifest
+from ctrak_lightning.traces.records import remove_unrecorded
+from ctrak_lightning.traces.rewriting import rewrite_without
+from ctrak_lightning.traces.samples import SampleTable
+from ctrak_lightning.traces.schema import Manifest
+from ctrak_lightning.traces.verification import altered_files
+
+_SHOWN = 5
+_NEAR = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forgotten:
+    """What :func:`forget` did."""
+
+    sample_ids: list[str]
+    """The samples that are gone."""
+    remaining: int
+    """How many samples the store has now."""
+    tombstones: list[str]
+    """What the ledger keeps in their stead: hashes from which nothing can be told. Empty where the store has no ledger."""
+    unsealed: list[int]
+    """Steps of checkpoints that were not sealed and were removed whole."""
+
+
+def forget(path: str | Path, sample_ids: Sequence[str]) -> Forgotten:
+    """Takes samples out of a store: their rows in every shard of every checkpoint, their part in the kernels, their visits,
+    thumbnails and metadata. What is left is what a store has that never saw them.
+
+    A new edition of every file is written beside the old one, then the manifest is replaced, then the ledger gets its
+    tombstone, then the old files are deleted. A crash before the manifest is replaced leaves the old store, one after it the new
+    one; the next :func:`forget` (also with no samples, see :func:`finish`), or the next run, completes what is left to do. Needs
+    as much free space as the traces take. Checkpoints that are not sealed are removed whole.
+
+    It does not make the *model* forget: weights that were trained on a sample are what they are. Copies of the store, and
+    answers given earlier, are the user's to find.
+
+    Args:
+        path: folder of the store; no training writes to it meanwhile.
+        sample_ids: ids of the samples, each known to the store.
+
+    Raises:
+        StoreError: an id is unknown (names near ones), all samples would go, or a file cannot be written; nothing was changed.
+        CorruptStoreError: the store is not what its manifest and its ledger say; nothing was changed.
+    """
+    root = Path(path)
+    read_manifest(root)
+    with exclusive(root):
+        manifest = _finish(root)
+        table = stored_table(root, manifest)
+        gone = _positions(table, sample_ids, root)
+        commitments = _checked(root, manifest)
+        try:
+            after = rewrite_without(root, manifest, table, gone)
+            if commitments is not None:
+                put_commitments(root, after.edition, commitments.without(gone))
+            if read_manifest(root) != manifest:
+                raise StoreError(
+                    f"{root}: another process has written to the store meanwhile; nothing was forgotten. HINT: end the training "
+                    "first."
+                )
+            _check_files(root, after)
+            write_manifest(root, after)
+        except StoreError:
+            if read_manifest(root) == manifest:
+                with contextlib.suppress(StoreError):
+                    remove_unrecorded(root, manifest)
+            raise
+        _finish(root)
+    known = set() if commitments is None else set(commitments.without(gone).hexadecimal())
+    return Forgotten(
+        sample_ids=[table.sample_ids[i] for i in gone],
+        remaining=len(table) - len(gone),
+        tombstones=[] if commitments is None else [h for h in commitments.hexadecimal() if h not in known],
+        unsealed=[record.step for record in manifest.checkpoints if not record.sealed],
+    )
+
+
+def finish(path: str | Path) -> None:
+    """Completes a :func:`forget` that was interrupted, and removes what it left; nothing, where none was.
+
+    Raises:
+        StoreError, CorruptStoreError: as :func:`forget`.
+    """
+    root = Path(path)
+    read_manifest(root)
+    with exclusive(root):
+        _finish(root)
+
+
+def _finish(root: Path) -> Manifest:
+    """First the tombstone, which is told from the old edition's files; then these go."""
+    manifest = read_manifest(root)
+    if Ledger(root).exists:
+        complete(root, manifest)
+    remove_unrecorded(root, manifest)
+    remove_old_commitments(root, manifest)
+    return manifest
+
+
+def _checked(root: Path, manifest: Manifest) -> Commitments | None:
+    """The commitments, if there is a ledger. A store that was tampered with is not written anew: nobody could tell later."""
+    if altered := altered_files(root, manifest):
+        raise CorruptStoreError(
+            f"{root} is damaged: {'; '.join(altered[:3])}. Nothing was forgotten. HINT: restore it from a copy first; `ctrak "
+            "verify` names all that differs."
+        )
+    ledger = Ledger(root)
+    if not ledger.exists:
+        return None
+    history = replay(ledger.entries())
+    require_agreement(root, manifest, history)
+    if history.dataset is None:
+        raise StoreError(
+            f"{root}: its ledger has no entry of the samples yet. HINT: let the run with ProvenanceRecorder begin training first."
+        )
+    return stored_commitments(root, history.dataset)
+
+
+def _check_files(root: Path, after: Manifest) -> None:
+    """A capture that is running removes files that it does not know."""
+    missing = [name for name in after.files if not (root / name).is_file()]
+    if missing:
+        raise StoreError(
+            f"{root / missing[0]} was removed by another process while it was being written; nothing was forgotten. HINT: end the "
+            "training first."
+        )
+
+
+def _positions(table: SampleTable, sample_ids: Sequence[str], root: Path) -> list[int]:
+    wanted = [sample_ids] if isinstance(sample_ids, str) else list(dict.fromkeys(sample_ids))
+    if not wanted:
+        raise StoreError("forget(sample_ids=[]): expected at least one sample.")
+    where = {sample_id: i for i, sample_id in enumerate(table.sample_ids)}
+    if unknown := [sample_id for sample_id in wanted if sample_id not in where]:
+        raise StoreError(
+            f"{root} has no sample {', '.join(_short(name) for name in unknown[:_SHOWN])}"
+            f"{f' and {len(unknown) - _SHOWN} more' if len(unknown) > _SHOWN else ''}; nothing was forgotten. "
+            f"{_near(unknown[0], table.sample_ids)}HINT: ids are those of the data set, as Attribution.top() names them; a sample "
+            "that was forgotten before is unknown too."
+        )
+    if len(wanted) == len(table):
+        raise StoreError(
+            f"{root}: these are all of its {len(table)} samples, and a store of none says nothing. HINT: delete the folder."
+        )
+    return sorted(where[sample_id] for sample_id in wanted)
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name[:200], known, n=_NEAR, cutoff=0.6)
+    return f"Near: {', '.join(_short(one) for one in near)}. " if near else ""
+
+
+def _short(name: object) -> str:
+    shown = repr(name)
+    return shown if len(shown) <= 120 else f"{shown[:117]}..."

@@ -1,0 +1,120 @@
+"""Keeps a ledger up with its store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ctrak_lightning.errors import CorruptStoreError, StoreError
+from ctrak_lightning.provenance.agreement import (
+    disagreements,
+    is_pending,
+    missing_steps,
+    unrecorded_steps,
+)
+from ctrak_lightning.provenance.commitments import commit, is_commitments
+from ctrak_lightning.provenance.facts import (
+    checkpoint_facts,
+    dataset_facts,
+    forget_facts,
+    put_commitments,
+    stored_digest,
+    stored_table,
+)
+from ctrak_lightning.provenance.history import History, replay
+from ctrak_lightning.provenance.ledger import Entry, Kind, Ledger
+from ctrak_lightning.provenance.lock import exclusive
+from ctrak_lightning.traces.manifest import read_manifest
+from ctrak_lightning.traces.schema import COMMITMENTS, Manifest, edition_name
+
+
+def record_run(root: str | Path, facts: dict[str, Any], *, resumed: bool) -> list[Entry]:
+    """The entry of a run that begins or is resumed, and whatever else the ledger lacks; see :func:`sync`.
+
+    Args:
+        root: folder of the store.
+        facts: see ``docs/ledger.md``; ``run_id`` and ``header`` are the store's.
+        resumed: whether the run goes on with an earlier one's weights.
+    """
+    kind: Kind = "run_resumed" if resumed else "run_begun"
+    with exclusive(Path(root)):
+        return _sync(Path(root), [(kind, facts)])
+
+
+def sync(root: str | Path) -> list[Entry]:
+    """Records what the store has and its ledger, if it has one, does not: the dataset, a forgetting that was interrupted before its tombstone,
+    and checkpoints that were sealed, or removed because training resumed from before them.
+
+    Returns:
+        The entries that were added.
+
+    Raises:
+        CorruptStoreError: the store is not what the ledger says of it; nothing is recorded.
+        StoreError: there is no store, or its ledger cannot be written.
+    """
+    with exclusive(Path(root)):
+        return _sync(Path(root), [])
+
+
+def complete(root: Path, manifest: Manifest) -> list[Entry]:
+    """As :func:`sync`, for those who hold the lock, and for a forgetting only."""
+    ledger = Ledger(root)
+    history = replay(ledger.entries())
+    if not is_pending(manifest, history):
+        return []
+    return ledger.write([("forget", forget_facts(root, manifest, history))])
+
+
+def remove_old_commitments(root: Path, manifest: Manifest) -> None:
+    """Once the ledger has its tombstone: the earlier editions' files hold the salts of samples that were forgotten.
+
+    Raises:
+        StoreError: they cannot be deleted.
+    """
+    kept = edition_name(COMMITMENTS, manifest.edition)
+    try:
+        for entry in sorted(root.iterdir()):
+            if entry.name != kept and is_commitments(entry.name):
+                entry.unlink()
+    except OSError as error:
+        raise StoreError(
+            f"{root}: what was forgotten is in files that cannot be deleted ({error}). HINT: check the permissions and run "
+            "`ctrak forget` again, without --sample."
+        ) from error
+
+
+def require_agreement(root: Path, manifest: Manifest, history: History) -> None:
+    """Raises a CorruptStoreError where the store is not what the ledger says of it: recording on would hide that."""
+    if found := disagreements(manifest, history):
+        raise CorruptStoreError(
+            f"{root} is not what its ledger says: {'; '.join(found[:3])}. HINT: `ctrak verify` names all that differs. A run "
+            "without ProvenanceRecorder that captured a checkpoint again does this too; discard the checkpoint then."
+        )
+
+
+def _sync(root: Path, news: list[tuple[Kind, dict[str, Any]]]) -> list[Entry]:
+    manifest = read_manifest(root)
+    ledger = Ledger(root)
+    if not ledger.exists and not news:
+        return []
+    history = replay(ledger.entries()) if ledger.exists else History()
+    require_agreement(root, manifest, history)
+    added: list[tuple[Kind, dict[str, Any]]] = []
+    if is_pending(manifest, history):
+        facts = forget_facts(root, manifest, history)
+        added.append(("forget", facts))
+        history.dataset = facts["dataset"]
+        history.checkpoints = {known["step"]: known for known in facts["checkpoints"]}
+    added += news
+    if history.dataset is None and manifest.samples in manifest.files:
+        table = stored_table(root, manifest)
+        commitments = put_commitments(root, manifest.edition, commit(table))
+        added.append(("dataset", dataset_facts(manifest, table, commitments)))
+    if missing := missing_steps(manifest, history):
+        added.append(("discarded", {"steps": missing}))
+    for record in unrecorded_steps(manifest, history):
+        weights = stored_digest(root, manifest, record)
+        added.append(("checkpoint", checkpoint_facts(manifest, record, weights)))
+    entries = ledger.write(added) if added else []
+    remove_old_commitments(root, manifest)
+    return entries

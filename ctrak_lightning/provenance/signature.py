@@ -1,0 +1,182 @@
+"""An Ed25519 signature of a ledger's head: what no one without the key can make for another ledger."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ctrak_lightning.errors import StoreError
+from ctrak_lightning.provenance.canonical import canonical
+from ctrak_lightning.provenance.history import replay
+from ctrak_lightning.provenance.ledger import Entry, Ledger
+from ctrak_lightning.provenance.lock import exclusive
+from ctrak_lightning.traces.atomic import write_atomically
+from ctrak_lightning.traces.schema import LEDGER, LEDGER_SIGNATURE, is_integer
+
+_LONGEST = 2**14
+_HEX = re.compile("([0-9a-f]{2})+")
+_KEYS = {"algorithm", "entries", "head", "public_key", "run_id", "time", "signature"}
+
+
+def sign(path: str | Path, key: str | Path) -> dict[str, Any]:
+    """Signs the ledger of a store as it is now, in place of an earlier signature.
+
+    The signature covers how many entries there are, the hash of the last one, and with that all of them. Entries may be added
+    later; they are not covered until it is signed again.
+
+    Args:
+        path: folder of the store.
+        key: PEM file of an Ed25519 private key, without a password (``openssl genpkey -algorithm ed25519``).
+
+    Returns:
+        What was written to ``ledger.signature.json``.
+
+    Raises:
+        StoreError: there is no ledger or it is empty, the key cannot be used, or the ``sign`` extra is not installed.
+        CorruptStoreError: the chain is damaged.
+    """
+    root = Path(path)
+    private = _private_key(Path(key))
+    entries = Ledger(root).entries()
+    if not entries:
+        raise StoreError(f"{root / LEDGER} has no entry. HINT: sign once a run has been recorded.")
+    signed = {
+        "algorithm": "Ed25519",
+        "entries": len(entries),
+        "head": entries[-1].sha256,
+        "public_key": private.public_key().public_bytes_raw().hex(),
+        "run_id": replay(entries).run_id,
+        "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+    document = signed | {"signature": private.sign(canonical(signed)).hex()}
+    with exclusive(root):
+        write_atomically(root / LEDGER_SIGNATURE, lambda file: _write(file, canonical(document) + b"\n"))
+    return document
+
+
+def signature_problems(
+    root: Path, entries: Sequence[Entry], public_key: str | Path | None = None
+) -> list[str]:
+    """What is wrong with the signature of a ledger, one line each; nothing where it is not signed and no key is asked for.
+
+    Args:
+        root: folder of the store.
+        entries: of its ledger.
+        public_key: PEM file of the key that must have signed. Without it a signature only shows that whoever signed had the
+            key that stands beside it.
+
+    Raises:
+        StoreError: ``public_key`` cannot be used, or the ``sign`` extra is not installed.
+    """
+    expected = None if public_key is None else _public_key(Path(public_key)).public_bytes_raw().hex()
+    document = read_signature(root)
+    if document is None:
+        return [] if expected is None else [f"{LEDGER_SIGNATURE}: is missing, the ledger is not signed"]
+    if "problem" in document:
+        return [f"{LEDGER_SIGNATURE}: {document['problem']}"]
+    problems = []
+    if expected is not None and document["public_key"] != expected:
+        problems.append(f"{LEDGER_SIGNATURE}: is signed with another key ({document['public_key']})")
+    if not _is_valid(document):
+        problems.append(f"{LEDGER_SIGNATURE}: the signature is not of these facts")
+    count = document["entries"]
+    if len(entries) < count:
+        problems.append(
+            f"{LEDGER}: has {len(entries)} sound entries, {count} were signed: entries were removed or damaged"
+        )
+    elif entries[count - 1].sha256 != document["head"]:
+        problems.append(f"{LEDGER}: entry {count - 1} is not the one that was signed")
+    return problems
+
+
+def read_signature(root: Path) -> dict[str, Any] | None:
+    """What stands in the signature file, not checked but for its form; ``{"problem": ...}`` where that is wrong, None without."""
+    path = root / LEDGER_SIGNATURE
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LONGEST)
+        document = json.loads(content.decode("ascii"))
+        same = canonical(document) + b"\n" == content
+    except (OSError, ValueError, RecursionError) as error:
+        return {"problem": f"cannot be read ({error})"}
+    if not same or not isinstance(document, dict) or document.keys() != _KEYS:
+        return {"problem": "is not written as the library writes it"}
+    texts = [document[name] for name in ("head", "public_key", "signature")]
+    # Lower case only: the same bytes in other letters are not what was written.
+    if (
+        not all(isinstance(text, str) and _HEX.fullmatch(text) for text in texts)
+        or not is_integer(document["entries"])
+        or document["entries"] < 1
+    ):
+        return {"problem": "does not have the facts of a signature"}
+    return document
+
+
+def _is_valid(document: dict[str, Any]) -> bool:
+    from_raw = _ed25519().Ed25519PublicKey.from_public_bytes
+    from cryptography.exceptions import InvalidSignature
+
+    signed = {name: value for name, value in document.items() if name != "signature"}
+    try:
+        key = from_raw(bytes.fromhex(document["public_key"]))
+        key.verify(bytes.fromhex(document["signature"]), canonical(signed))
+    except (InvalidSignature, ValueError):
+        return False
+    return bool(document["algorithm"] == "Ed25519")
+
+
+def _private_key(path: Path) -> Any:
+    ed25519 = _ed25519()
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise _unusable(path, "private", error) from error
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise _unusable(path, "private", f"it is a {type(key).__name__}")
+    return key
+
+
+def _public_key(path: Path) -> Any:
+    ed25519 = _ed25519()
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    try:
+        key = load_pem_public_key(path.read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise _unusable(path, "public", error) from error
+    if not isinstance(key, ed25519.Ed25519PublicKey):
+        raise _unusable(path, "public", f"it is a {type(key).__name__}")
+    return key
+
+
+def _unusable(path: Path, kind: str, why: object) -> StoreError:
+    make = "openssl genpkey -algorithm ed25519 -out key.pem"
+    if kind == "public":
+        make = "openssl pkey -in key.pem -pubout -out public.pem"
+    return StoreError(
+        f"{path} is no Ed25519 {kind} key that can be used ({why}). Expected a PEM file without a password. HINT: {make}"
+    )
+
+
+def _ed25519() -> Any:
+    try:
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError as error:
+        raise StoreError(
+            "Signatures need the package `cryptography`, which is not installed. HINT: pip install 'ctrak-lightning[sign]'"
+        ) from error
+    return ed25519
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)

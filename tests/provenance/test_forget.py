@@ -1,0 +1,422 @@
+"""A store that forgot a sample is one that never saw it, whenever it is interrupted."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+import torch
+
+from ctrak_lightning import TraceStore
+from ctrak_lightning.errors import CorruptStoreError, DatasetChangedError, StoreError
+from ctrak_lightning.provenance import Ledger, forget, forgetting, verify
+from ctrak_lightning.provenance.forgetting import finish
+from ctrak_lightning.provenance.recording import sync
+from ctrak_lightning.traces import SampleTable, TraceWriter, Visits
+
+from ..traces.store_builder import Capture, make_table, read_bytes
+from .builder import recorded, run_facts
+
+GONE = ["image/003.png", "image/008.png"]
+STAY = [0, 1, 2, 4, 5, 6, 7, 9]
+
+
+@dataclass
+class Partial(Capture):
+    """The same capture of some of the samples, optionally with visits."""
+
+    stay: tuple[int, ...] = tuple(range(10))
+    visits: bool = False
+
+    def header(self) -> Any:
+        facts = self.table().facts() | {"latent_shape": [3, 8, 8]}
+        return super().header().__class__(**super().header().to_dict() | {"dataset": facts})
+
+    def table(self) -> SampleTable:
+        return make_table(self.n).take(self.stay)
+
+    def run(self, path: Path, batch: int = 3) -> Path:
+        writer = TraceWriter(path, self.header(), run_id="run", shard_rows=self.shard_rows)
+        writer.write_samples(self.table())
+        keep = torch.tensor(self.stay)
+        for step in self.steps:
+            features, loss = self.traces(step)
+            options = {"epoch": step // 100, "learning_rate": 0.1, "weights": self.weights(step)}
+            with writer.begin_checkpoint(step, **options) as checkpoint:
+                if self.visits:
+                    checkpoint.write_visits(self._visits(keep))
+                order = torch.argsort(self.order(step)[keep])
+                checkpoint.append(order, features[keep][order], loss[keep][order])
+                checkpoint.seal()
+        return path
+
+    def _visits(self, keep: torch.Tensor) -> Visits:
+        """Sample i was seen i % 3 times, at timestep i + 0.5, after 10 i, 10 i + 1, ... steps."""
+        counts = keep % 3
+        times = [(i + 0.5, 10 * i + j) for i in keep.tolist() for j in range(i % 3)]
+        return Visits(
+            counts=counts,
+            timesteps=torch.tensor([t for t, _ in times]),
+            steps=torch.tensor([s for _, s in times], dtype=torch.int64),
+        )
+
+
+def assert_same_content(left: Path, right: Path) -> None:
+    """Equal but for the names of files and the shards' boundaries; kernels to 1e-6 of the largest entry."""
+    mine, theirs = TraceStore(left), TraceStore(right)
+    assert mine.header == theirs.header
+    assert mine.samples.sample_ids == theirs.samples.sample_ids
+    assert mine.samples.content_sha256 == theirs.samples.content_sha256
+    assert mine.samples.metadata == theirs.samples.metadata
+    assert torch.equal(mine.samples.thumbnails, theirs.samples.thumbnails)
+    assert len(mine.checkpoints) == len(theirs.checkpoints)
+    for one, other in zip(mine.checkpoints, theirs.checkpoints, strict=True):
+        assert torch.equal(one.features(), other.features())
+        assert torch.equal(one.losses(), other.losses())
+        assert torch.equal(one.norms(), other.norms())
+        kernel, expected = one.kernel(), other.kernel()
+        assert kernel.side == expected.side
+        gram = expected.gram()
+        assert (kernel.gram() - gram).abs().max() <= 1e-6 * gram.abs().max()
+        torch.testing.assert_close(kernel.mean, expected.mean, rtol=1e-9, atol=1e-9)
+        assert abs(kernel.trace - expected.trace) <= 1e-6 * expected.trace
+        seen, wanted = one.visits(), other.visits()
+        assert (seen is None) == (wanted is None)
+        if seen is not None and wanted is not None:
+            for name in ("counts", "timesteps", "steps"):
+                assert torch.equal(getattr(seen, name), getattr(wanted, name))
+
+
+@pytest.mark.parametrize("visits", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "k"), [("float32", 6), ("float16", 6), ("int8", 6), ("float32", 9), ("float32", 24)]
+)
+def test_the_store_is_one_that_never_saw_the_samples(
+    tmp_path: Path, dtype: str, k: int, visits: bool
+) -> None:
+    """Also where fewer samples than features are left (k = 9: ten samples, then eight) and the kernel changes its side."""
+    options: dict[str, Any] = {"k": k, "visits": visits, "changes": {"dtype": dtype}}
+    recorded(tmp_path / "store", Partial(**options))
+    expected = Partial(**options, stay=tuple(STAY)).run(tmp_path / "expected")
+    done = forget(tmp_path / "store", list(reversed(GONE)))
+    assert (done.sample_ids, done.remaining) == (GONE, 8)
+    assert_same_content(tmp_path / "store", expected)
+    assert verify(tmp_path / "store", deep=True) == []
+    assert TraceStore(tmp_path / "store").verify() == []
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A recorded store with visits, whose header describes its samples as a capture's does."""
+    return recorded(tmp_path / "store", Partial(visits=True))
+
+
+def places_of(path: Path, *texts: str) -> list[str]:
+    """Files that have one of ``texts`` in them."""
+    return [
+        name for name, content in read_bytes(path).items() if any(text.encode() in content for text in texts)
+    ]
+
+
+def test_nothing_of_the_sample_is_left_in_any_file(store: Path) -> None:
+    traces = [c.features()[3].numpy().tobytes() for c in TraceStore(store).checkpoints]
+    [image] = TraceStore(store).samples.thumbnails[3:4].numpy()
+    with h5py.File(store / "commitments.h5") as file:
+        salt = file["salts"][3].tobytes()
+    unit = [c.rows_of(torch.tensor([3])).unit.numpy().tobytes() for c in TraceStore(store).checkpoints]
+    content = TraceStore(store).samples.content_sha256[3]
+    old = TraceStore(store).samples.fingerprint()
+    assert places_of(store, GONE[0]) == ["samples.h5"]
+    forget(store, GONE[:1])
+    assert places_of(store, GONE[0], content, old) == []
+    for secret in (*unit, *traces, image.tobytes(), salt):
+        assert [name for name, data in read_bytes(store).items() if secret in data] == []
+
+
+def test_the_ledger_keeps_a_tombstone_that_says_nothing_and_can_be_checked_by_who_has_the_salt(
+    store: Path,
+) -> None:
+    import hashlib
+
+    with h5py.File(store / "commitments.h5") as file:
+        salt, commitment = file["salts"][3].tobytes(), file["hashes"][3].tobytes().hex()
+    table = TraceStore(store).samples
+    before = (store / "ledger.jsonl").read_bytes()
+    done = forget(store, GONE[:1])
+    assert done.tombstones == [commitment]
+    assert (store / "ledger.jsonl").read_bytes().startswith(before)
+    entry = Ledger(store).entries()[-1]
+    assert (entry.kind, entry.facts["tombstones"], entry.facts["dataset"]["size"]) == (
+        "forget",
+        [commitment],
+        9,
+    )
+    row = {
+        "sample_id": table.sample_ids[3],
+        "content_sha256": table.content_sha256[3],
+        "metadata": {"artist": "ann", "licence/url": ""},
+        "thumbnail": hashlib.sha256(table.thumbnails[3].numpy().tobytes()).hexdigest(),
+        "thumbnail_shape": [2, 2, 3],
+    }
+    text = json.dumps(row, sort_keys=True, separators=(",", ":")).encode()
+    assert hashlib.sha256(salt + text).hexdigest() == commitment
+
+
+def test_again_and_again(store: Path, tmp_path: Path) -> None:
+    for number, sample_id in enumerate(("image/000.png", "image/009.png", "image/004.png"), start=1):
+        forget(store, [sample_id])
+        assert verify(store, deep=True) == []
+        assert (store / f"samples-e{number}.h5").exists()
+    expected = Partial(visits=True, stay=(1, 2, 3, 5, 6, 7, 8)).run(tmp_path / "expected")
+    assert_same_content(store, expected)
+    kept = {path.name for path in store.rglob("*.h5")}
+    assert kept == {
+        f"{name}-e3.h5"
+        for name in (
+            "samples",
+            "commitments",
+            "kernel",
+            "visits",
+            "rank0-00000",
+            "rank0-00001",
+            "rank0-00002",
+        )
+    }
+    assert [e.kind for e in Ledger(store).entries()].count("forget") == 3
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["image/03.png"], r"has no sample 'image/03\.png'.*Near: 'image/00.*nothing|Near: 'image/0"),
+        (["image/003.png", "x" * 10**6], r"has no sample 'xxx.*\.\.\.; nothing was forgotten"),
+        (["../../x"], r"has no sample '\.\./\.\./x'"),
+        ([""], "has no sample ''"),
+        ([], "expected at least one sample"),
+        ([f"image/{i:03d}.png" for i in range(10)], "these are all of its 10 samples.*HINT: delete"),
+    ],
+)
+def test_what_cannot_be_forgotten_changes_nothing(store: Path, ids: list[str], message: str) -> None:
+    before = read_bytes(store)
+    with pytest.raises(StoreError, match=message) as caught:
+        forget(store, ids)
+    assert len(str(caught.value)) < 1000
+    assert read_bytes(store) == before
+
+
+def test_strange_ids_are_forgotten_like_others(tmp_path: Path) -> None:
+    strange = ["../../x", "ünï/\U0001f600", "-rf", "a\nb", "'\"; DROP", "é" * 5000, "plain"]
+    path = tmp_path / "store"
+    capture = Capture(n=7, steps=(300,))
+    writer = capture.open(path)
+    writer.write_samples(SampleTable(strange, [""] * 7))
+    capture.run_checkpoint(writer, 300)
+    from ctrak_lightning.provenance.recording import record_run
+
+    record_run(path, run_facts(path), resumed=False)
+    for sample_id in strange[:-1]:
+        forget(path, [sample_id])
+    assert TraceStore(path).samples.sample_ids == ["plain"]
+    assert verify(path, deep=True) == []
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_a_store_without_a_ledger_forgets_too(tmp_path: Path) -> None:
+    path = Partial().run(tmp_path / "store")
+    done = forget(path, GONE)
+    assert done.tombstones == []
+    assert_same_content(path, Partial(stay=tuple(STAY)).run(tmp_path / "expected"))
+    assert verify(path, deep=True) == []
+
+
+def test_unsealed_checkpoints_go_whole(store: Path) -> None:
+    capture = Partial(visits=True)
+    Capture.run_checkpoint(capture, TraceWriter(store, capture.header(), shard_rows=4), 900, stop=9)
+    assert (store / "checkpoint-00000900").exists()
+    assert forget(store, GONE).unsealed == [900]
+    assert not (store / "checkpoint-00000900").exists()
+    assert verify(store) == []
+
+
+@pytest.mark.parametrize("name", ["checkpoint-00000300/rank0-00000.h5", "samples.h5", "manifest.json"])
+def test_a_store_that_was_tampered_with_is_not_written_anew(store: Path, name: str) -> None:
+    """Else the next edition's entry would vouch for what somebody changed."""
+    content = (store / name).read_bytes()
+    changed = content.replace(b'"learning_rate": 0.1', b'"learning_rate": 0.2')
+    (store / name).write_bytes(changed if changed != content else content[:-1] + bytes([content[-1] ^ 1]))
+    before = read_bytes(store)
+    with pytest.raises(CorruptStoreError):
+        forget(store, GONE)
+    assert {k: v for k, v in read_bytes(store).items() if k != "ledger.lock"} == {
+        k: v for k, v in before.items() if k != "ledger.lock"
+    }
+
+
+def test_a_run_that_goes_on_with_the_whole_data_set_is_refused(store: Path) -> None:
+    forget(store, GONE)
+    before = read_bytes(store)
+    with pytest.raises(
+        DatasetChangedError, match=r"dataset\.size.*have been forgotten from this store.*HINT"
+    ):
+        Partial(visits=True, steps=(300, 600, 900)).run(store)
+    assert read_bytes(store) == before
+
+
+def test_a_run_that_goes_on_without_the_sample_continues_the_store(store: Path) -> None:
+    forget(store, GONE)
+    capture = Partial(stay=tuple(STAY), steps=(900,), visits=True)
+    capture.run(store)
+    assert [entry.kind for entry in sync(store)] == ["checkpoint"]
+    assert [c.step for c in TraceStore(store).checkpoints] == [300, 600, 900]
+    assert len(TraceStore(store)) == 8
+    assert verify(store, deep=True) == []
+    forget(store, ["image/000.png"])
+    assert verify(store, deep=True) == []
+    assert len(TraceStore(store).checkpoints[2].features()) == 7
+
+
+def test_a_capture_that_is_under_way_does_not_bring_the_sample_back(store: Path) -> None:
+    capture = Partial(visits=True)
+    writer = TraceWriter(store, capture.header(), shard_rows=4)
+    features, loss = capture.traces(900)
+    forget(store, GONE)
+    with pytest.raises(StoreError, match="forgotten from this store while a capture had it open.*HINT"):
+        writer.begin_checkpoint(900, epoch=9)
+    assert len(features) == len(loss) == 10
+    assert verify(store) == []
+
+
+def test_a_capture_that_writes_meanwhile_ends_the_forgetting(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = forgetting.rewrite_without
+
+    def interfering(*args: Any) -> Any:
+        after = real(*args)
+        Partial(visits=True, steps=(900,)).run(store)
+        return after
+
+    monkeypatch.setattr(forgetting, "rewrite_without", interfering)
+    with pytest.raises(StoreError, match=r"another process has written to the store meanwhile.*HINT"):
+        forget(store, GONE)
+    assert [c.step for c in TraceStore(store).checkpoints] == [300, 600, 900]
+    sync(store)
+    finish(store)
+    assert verify(store) == []
+
+
+class Crash(BaseException):
+    """Not an Exception: nothing tidies up after it, as after a power cut."""
+
+
+def crash_at(tick: int, patch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Raises just before or just after the ``tick``-th operation on files; returns how many there have been."""
+    ticks = 0
+
+    def tick_once() -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks == tick:
+            raise Crash
+
+    def wrap(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            tick_once()
+            result = original(*args, **kwargs)
+            tick_once()
+            return result
+
+        patch.setattr(owner, name, wrapped)
+
+    for owner, name in (
+        (os, "replace"),
+        (os, "write"),
+        (os, "ftruncate"),
+        (Path, "unlink"),
+        (Path, "write_bytes"),
+    ):
+        wrap(owner, name)
+    return lambda: ticks
+
+
+def test_a_crash_at_any_step_leaves_the_old_store_or_the_new_one(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": (300,), "shard_rows": 5, "visits": True}
+    original = recorded(tmp_path / "original", Partial(**options))
+    expected = Partial(**options, stay=tuple(STAY)).run(tmp_path / "expected")
+    old = {name: data for name, data in read_bytes(original).items() if name != "ledger.lock"}
+    outcomes = []
+    for tick in range(1, 1000):
+        path = shutil.copytree(original, tmp_path / str(tick))
+        with pytest.MonkeyPatch.context() as patch:
+            done = crash_at(tick, patch)
+            try:
+                forget(path, GONE)
+            except Crash:
+                pass
+            else:
+                assert done() < tick
+                break
+        is_new = TraceStore(path).samples.sample_ids[3] != GONE[0]
+        outcomes.append(is_new)
+        if is_new:
+            assert_same_content(path, expected)
+        else:
+            assert {name: read_bytes(path)[name] for name in old} == old
+        finish(path)
+        assert verify(path) == []
+        kinds = [entry.kind for entry in Ledger(path).entries()]
+        assert kinds.count("forget") == is_new
+        if is_new:
+            assert places_of(path, *GONE) == []
+        else:
+            assert read_bytes(path).keys() - {"ledger.lock"} == old.keys()
+            forget(path, GONE)
+            assert_same_content(path, expected)
+        shutil.rmtree(path)
+    assert outcomes == sorted(outcomes)  # first the old ones, then the new ones
+    assert outcomes.count(False) > 20
+    assert outcomes.count(True) > 10
+
+
+def test_verify_names_what_an_interrupted_forgetting_left(store: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        write = os.write
+
+        def crashing(descriptor: int, content: bytes) -> int:
+            if b'"forget"' in content:
+                raise Crash
+            return write(descriptor, content)
+
+        patch.setattr(os, "write", crashing)
+        with pytest.raises(Crash):
+            forget(store, GONE)
+    problems = verify(store)
+    assert any("there is no entry of it: it was interrupted" in line for line in problems)
+    assert "samples.h5: not recorded in the manifest" in problems
+    assert any(entry.kind == "forget" for entry in sync(store))  # a run that begins completes it too
+    finish(store)
+    assert verify(store) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
+def test_sigkill_at_many_steps_leaves_the_old_store_or_the_new_one(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.provenance.forget_worker", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert report["bad"] == []
+    assert report["old"] >= 5
+    assert report["new"] >= 2
