@@ -105,8 +105,13 @@ def ensemble(per_checkpoint: Tensor, weights: Sequence[float] | None = None) -> 
 
 def standardised(scores: Tensor) -> Tensor:
     """Scores [..., N] in units of their own standard deviation over the samples; not centred, so signs keep their meaning."""
+    return scores / spreads(scores)
+
+
+def spreads(scores: Tensor) -> Tensor:
+    """The standard deviation over the samples of scores [..., N], as [..., 1]; 1 where they are all equal."""
     spread = scores.std(-1, keepdim=True, correction=0)
-    return torch.where(spread > 0, scores / spread.clamp(min=torch.finfo(scores.dtype).tiny), scores)
+    return torch.where(spread > 0, spread.clamp(min=torch.finfo(scores.dtype).tiny), torch.ones_like(spread))
 
 
 def soft_thresholded(scores: Tensor, threshold: float) -> Tensor:
