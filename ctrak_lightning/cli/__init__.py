@@ -10,13 +10,14 @@ USAGE = """usage: ctrak COMMAND ...
 commands:
   fit        train with any LightningCLI YAML:      ctrak fit --config run.yaml --config callbacks/concept_tracer.yaml
   attribute  ask a store who taught a concept:      ctrak attribute STORE --config run.yaml --present object=owl artist=noto --absent artist=noto
+  report     the same as a page to read and show:   ctrak report STORE --config run.yaml --present object=owl artist=noto --out report.html
   info       what a store holds:                    ctrak info STORE [--verify]
   demo       fine-tune, trace, generate, attribute: ctrak demo
 
 `ctrak COMMAND --help` lists a command's options."""
 
 # Each is `run(argv)` of a module of this package, imported when it is asked for.
-COMMANDS = ("fit", "attribute", "info", "demo")
+COMMANDS = ("fit", "attribute", "report", "info", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
