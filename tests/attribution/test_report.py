@@ -16,13 +16,16 @@ import torch
 from PIL import Image
 
 from ctrak_lightning import Attribution, Attributor, TraceStore
+from ctrak_lightning.attribution.report import page as layout
 from ctrak_lightning.attribution.report import ranking as limits
 from ctrak_lightning.attribution.report import write_report
+from ctrak_lightning.attribution.report.confidence import UNSTABLE
 from ctrak_lightning.attribution.report.figures import line_chart
-from ctrak_lightning.attribution.report.text import link, shown
-from ctrak_lightning.attribution.trust import stability
+from ctrak_lightning.attribution.report.text import MOST, link, shown
+from ctrak_lightning.attribution.trust import ASKED, stability
 from ctrak_lightning.errors import ReportError
 from ctrak_lightning.traces.facts import provenance_facts
+from ctrak_lightning.tracing import FAINT
 
 from .reporting import HOSTILE, INK, THING, Page, hostile_result, random_result, result_of, table_of
 from .test_attributor import BAR, METHODS, RED, SAMPLER, traced
@@ -386,6 +389,20 @@ def test_a_very_large_ranking_is_cut_at_both_ends_and_says_so(
     assert concept["detailed"] == [0, 1, 2, 3, 23, 24]
     assert "holds the 20 highest and the 5 lowest of 60 images" in page.text
     assert "The 4 highest and the 2 lowest have a picture" in page.text
+
+
+def test_the_docs_state_the_limits_that_are_used() -> None:
+    text = " ".join((Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8").split())
+    for sentence in (
+        f"the {limits.BEST:,} highest and the {limits.LOWEST:,} lowest rows",
+        f"the {limits.PICTURED_BEST} highest and the {limits.PICTURED_LOWEST} lowest have a picture",
+        f"the {layout.CARDS} highest and the {layout.OPPONENTS} lowest scores",
+        f"Below {FAINT:g} the model does not tell",
+        f"warns below {UNSTABLE:g}",
+        f"up to {ASKED} stored traces",
+        f"more than {MOST:,} characters",
+    ):
+        assert sentence in text, sentence
 
 
 def test_huge_and_broken_images_are_scaled_and_shown(tmp_path: Path) -> None:

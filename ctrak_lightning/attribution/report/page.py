@@ -46,6 +46,7 @@ from ctrak_lightning.attribution.report.text import link, shown, spec_text
 from ctrak_lightning.attribution.result import Attribution
 from ctrak_lightning.errors import ReportError
 from ctrak_lightning.traces.facts import provenance_facts
+from ctrak_lightning.tracing import FAINT
 
 CARDS, OPPONENTS = 12, 6
 SHARES = 15
@@ -152,6 +153,7 @@ def _render(attributions: Sequence[Attribution], columns: Columns) -> str:
         samples=len(first.samples),
         steps=first.steps,
         method=first.method,
+        faint=FAINT,
         weighted=first.weights is not None,
         figures=figures,
         figure_sources=figure_sources(figures),

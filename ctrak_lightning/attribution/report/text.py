@@ -43,10 +43,7 @@ def link(text: str) -> str | None:
 
 
 def spec_text(spec: Spec) -> str:
-    """A concept's condition in words: the prompt, or ``attribute: value`` pairs."""
+    """A concept's condition in words: the prompt, or ``attribute: value`` pairs; empty for the null condition."""
     if isinstance(spec, Mapping):
-        return (
-            shown(", ".join(f"{key}: {value}" for key, value in spec.items()))
-            or "nothing (the null condition)"
-        )
-    return shown(f"“{spec}”")
+        return shown(", ".join(f"{key}: {value}" for key, value in spec.items()))
+    return shown(spec)
