@@ -38,6 +38,11 @@ class FeatureParts:
     by_timestep: Tensor
     by_layer_group: dict[str, Tensor]
 
+    def query(self, i: int) -> "FeatureParts":
+        """Those of one query, B = 1."""
+        layers = {name: features[i : i + 1] for name, features in self.by_layer_group.items()}
+        return FeatureParts(self.timesteps, self.by_timestep[:, i : i + 1], layers)
+
 
 @dataclass(frozen=True, slots=True)
 class QueryTrace:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,8 +132,13 @@ def test_report_asks_each_attribute_and_splits_the_scores(
     assert page.data["columns"][page.data["group"]]["name"] == "shape"
     assert all(concept["by_timestep"] for concept in page.data["concepts"])
     assert "rests on a single checkpoint" in page.text
-    with pytest.raises(SystemExit, match=r"ctrak report: --out .*no such folder.*HINT"):
-        main([*arguments, "--present", "colour=red", "--out", str(run / "nowhere" / "page.html")])
+    for wrong, message in (
+        (["--out", str(run / "nowhere" / "page.html")], "cannot be written: .*nowhere is no folder.*HINT"),
+        (["--out", str(run)], "is a folder.*HINT"),
+        (["--out", str(out), "--group", "nobody"], "group='nobody'.*The store has: colour, owner, shape"),
+    ):
+        with pytest.raises(SystemExit, match=f"ctrak report: .*{message}"):
+            main([*arguments, "--present", "colour=red", *wrong])
 
 
 @pytest.mark.parametrize(
@@ -157,6 +163,8 @@ def test_concepts_of_a_report(
     asked: list[Concept] = []
 
     class Asked:
+        store = SimpleNamespace(samples=SimpleNamespace(metadata={}))
+
         def attribute_many(self, concepts: list[Concept], seed: int, *, parts: bool) -> list[object]:
             assert parts
             asked.extend(concepts)

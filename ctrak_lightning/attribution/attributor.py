@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ctrak_lightning.attribution.concept import Concept, check_known
 from ctrak_lightning.attribution.lending import LentModel
-from ctrak_lightning.attribution.parts import concatenated, score_parts
+from ctrak_lightning.attribution.parts import Parts, concatenated, score_parts
 from ctrak_lightning.attribution.result import Attribution, Record
 from ctrak_lightning.attribution.solve import (
     AGREEMENT_GRID,
@@ -244,21 +244,26 @@ class Attributor:
                 image=None if query.images is None else query.images[i],
                 damping=dampings[i],
                 weights=weights,
-                parts=None
-                if query.parts is None
-                else score_parts(
-                    query.parts,
-                    i,
-                    self.store.checkpoints,
-                    scores[:, i],
-                    dampings[i],
-                    residual=used.residual,
-                    weights=weights,
-                ),
+                parts=self._parts(query, i, scores[:, i], dampings[i], used, weights),
                 store=self.store,
             )
             for i, concept in enumerate(query.concepts)
         ]
+
+    def _parts(
+        self,
+        query: Query,
+        i: int,
+        scores: Tensor,
+        damping: float | None,
+        method: Method,
+        weights: Sequence[float] | None,
+    ) -> Parts | None:
+        if query.parts is None:
+            return None
+        features = [parts.query(i) for parts in query.parts]
+        checkpoints = self.store.checkpoints
+        return score_parts(features, checkpoints, scores, damping, residual=method.residual, weights=weights)
 
     def top(
         self,

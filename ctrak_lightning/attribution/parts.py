@@ -34,7 +34,6 @@ class Parts:
 
 def score_parts(
     features: Sequence[FeatureParts],
-    query: int,
     checkpoints: Sequence[Checkpoint],
     scores: Tensor,
     damping: float | None,
@@ -45,10 +44,9 @@ def score_parts(
     """The parts of one query's scores.
 
     Args:
-        features: of all queries, for each of the M checkpoints.
-        query: which one.
+        features: of this query, for each of the M checkpoints.
         checkpoints: of the store.
-        scores: the whole scores of this query [M, N].
+        scores: the query's whole scores [M, N].
         damping: as it was used for them.
         residual: as in :func:`~ctrak_lightning.attribution.solve.chosen_scores`.
         weights: of the checkpoints, as in :func:`~ctrak_lightning.attribution.solve.ensemble`.
@@ -56,12 +54,7 @@ def score_parts(
     names = list(features[0].by_layer_group)
     timesteps = features[0].timesteps
     rows = torch.stack(
-        [
-            torch.cat(
-                [part.by_timestep[:, query], torch.stack([part.by_layer_group[n][query] for n in names])]
-            )
-            for part in features
-        ]
+        [torch.cat([*part.by_timestep, *(part.by_layer_group[name] for name in names)]) for part in features]
     )  # [M, S + G, k]
     split, _ = chosen_scores(rows, checkpoints, (damping,), residual=residual)  # [M, S + G, N]
     # The checkpoints' units are those of the whole: a part in units of its own would not add up.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctrak_lightning.attribution.solve import chosen_scores, ensemble
+from ctrak_lightning.attribution.solve import SCORES_AT_ONCE, chosen_scores, ensemble
 from ctrak_lightning.metrics.functional import spearman
 from ctrak_lightning.traces import Checkpoint
 
@@ -49,11 +49,14 @@ def self_check(
     total = checkpoints[0].rows
     count = min(asked, total)
     samples = torch.tensor([i * total // count for i in range(count)])
-    queries = torch.stack([checkpoint.rows_of(samples).features() for checkpoint in checkpoints])
-    scores, _ = chosen_scores(queries, checkpoints, (damping,), residual=residual)  # [M, Q, N]
-    joined = ensemble(scores, weights)  # [Q, N]
-    own = joined[torch.arange(count), samples].unsqueeze(1)
-    return SelfCheck(first=int((joined <= own).all(1).sum()), asked=count)
+    first = 0
+    for part in samples.split(max(1, SCORES_AT_ONCE // (len(checkpoints) * total))):
+        queries = torch.stack([checkpoint.rows_of(part).features() for checkpoint in checkpoints])
+        scores, _ = chosen_scores(queries, checkpoints, (damping,), residual=residual)  # [M, Q, N]
+        joined = ensemble(scores, weights)  # [Q, N]
+        own = joined[torch.arange(len(part)), part].unsqueeze(1)
+        first += int((joined <= own).all(1).sum())
+    return SelfCheck(first=first, asked=count)
 
 
 def stability(scores: Tensor, weights: Sequence[float] | None = None) -> float | None:

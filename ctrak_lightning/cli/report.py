@@ -2,12 +2,12 @@
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
 from ctrak_lightning.attribution import Concept
-from ctrak_lightning.attribution.report import write_report
+from ctrak_lightning.attribution.report import check_path, write_report
+from ctrak_lightning.attribution.report.columns import Columns
 from ctrak_lightning.cli.question import add_question, attributor_of, concept_of, difference, parse_spec
 from ctrak_lightning.errors import ConceptError
 
@@ -31,10 +31,12 @@ def run(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(list(argv))
     concepts = concepts_of(args)
-    # Before minutes of work, not after.
-    if not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"--out {args.out}: there is no such folder. HINT: make it, or name another.")
-    results = attributor_of(args).attribute_many(concepts, args.seed, parts=True)
+    check_path(args.out)
+    attributor = attributor_of(args)
+    Columns.of(
+        list(attributor.store.samples.metadata), args.group
+    )  # refuses an unknown one before minutes of work
+    results = attributor.attribute_many(concepts, args.seed, parts=True)
     write_report(args.out, results, group=args.group)
     print(f"{args.out}: {', '.join(concept.name for concept in concepts)}")
 

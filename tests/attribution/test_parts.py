@@ -150,9 +150,15 @@ class Random(Capture):
 @pytest.mark.parametrize("weights", [None, [1.0, -0.2]])
 @pytest.mark.parametrize(("n", "k"), [(60, 6), (20, 30)], ids=["primal", "dual"])
 def test_self_check_is_that_of_brute_force(
-    tmp_path: Path, n: int, k: int, damping: float | None, residual: bool, weights: list[float] | None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    n: int,
+    k: int,
+    damping: float | None,
+    residual: bool,
+    weights: list[float] | None,
 ) -> None:
-    """Every sample against numpy's inverse of the whole kernel."""
+    """Every sample against numpy's inverse of the whole kernel, in one go and with memory for seven at once."""
     checkpoints = TraceStore(Random(n, k).run(tmp_path / "store")).checkpoints
     joined = np.zeros((n, n))
     for index, checkpoint in enumerate(checkpoints):
@@ -171,6 +177,8 @@ def test_self_check_is_that_of_brute_force(
     found = self_check(checkpoints, damping, residual=residual, weights=weights, asked=1000)
     assert found == SelfCheck(int(rank_themselves_first), n)
     assert k > n or 0 < found.first < n
+    monkeypatch.setattr("ctrak_lightning.attribution.trust.SCORES_AT_ONCE", 7 * 2 * n)
+    assert self_check(checkpoints, damping, residual=residual, weights=weights, asked=1000) == found
 
 
 def test_self_check_takes_evenly_spaced_samples(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_rows_are_the_ranking_in_pages(opened: Browser) -> None:
     ]
     assert status(section) == "Rows 51 to 60 of 60."
     assert not one(section, "[data-action=next]").is_enabled()
-    one(section, "[data-action=previous]").click()
+    opened.switch_to.active_element.send_keys(Keys.ENTER)
     assert status(section) == "Rows 26 to 50 of 60."
 
 
@@ -175,6 +175,7 @@ def test_enlarges_by_click_and_by_key_and_gives_the_focus_back(opened: Browser) 
     one(dialog, "[data-action=better]").click()
     assert one(dialog, "h2").text == top[0].sample_id
     assert not one(dialog, "[data-action=better]").is_enabled()
+    assert opened.switch_to.active_element == one(dialog, "[data-action=worse]")
     opened.switch_to.active_element.send_keys(Keys.ESCAPE)
     assert not dialog.is_displayed()
     assert opened.switch_to.active_element == card

@@ -112,10 +112,23 @@ def write_report(
     """
     several = [attributions] if isinstance(attributions, Attribution) else list(attributions)
     _check_together(several)
+    check_path(path)
+    _write(Path(path), _render(several, Columns.of(list(several[0].samples.metadata), group)))
+
+
+def check_path(path: str | Path) -> None:
+    """Refuses a path that :func:`write_report` could not write to, before the work.
+
+    Raises:
+        ReportError: the path is a folder, or its folder does not exist or is not this user's to write to.
+    """
     path = Path(path)
     if path.is_dir():
         raise ReportError(f"{path} is a folder; expected the path of a file. HINT: {path / 'report.html'}.")
-    _write(path, _render(several, Columns.of(list(several[0].samples.metadata), group)))
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise ReportError(
+            f"{path} cannot be written: {path.parent} is no folder that this user may write to. HINT: make it, or name another."
+        )
 
 
 def _render(attributions: Sequence[Attribution], columns: Columns) -> str:

@@ -91,6 +91,7 @@
     turn(by) {
       this.start += by * PAGE;
       this.draw();
+      keepFocus(this.section, "previous", "next");
     }
 
     refresh() {
@@ -148,6 +149,13 @@
     }
   }
 
+  // A button that has just become useless gives its focus to its neighbour, or the keyboard would start again at the top.
+  function keepFocus(where, ...actions) {
+    const [a, b] = actions.map((action) => where.querySelector(`[data-action=${action}]`));
+    if (a.disabled) b.focus();
+    else if (b.disabled) a.focus();
+  }
+
   function textCell(text) {
     return element("td", { className: "text", dir: "auto" }, element("span", { text: text.slice(0, 300) }));
   }
@@ -176,6 +184,11 @@
       }
     },
 
+    step(by) {
+      this.show(this.concept, this.row + by);
+      keepFocus(this.dialog, "better", "worse");
+    },
+
     numbers(row) {
       const at = this.concept.detailed.indexOf(row);
       if (at < 0) return [];
@@ -200,8 +213,8 @@
     listen() {
       const act = {
         close: () => this.dialog.close(),
-        better: () => this.show(this.concept, this.row - 1),
-        worse: () => this.show(this.concept, this.row + 1),
+        better: () => this.step(-1),
+        worse: () => this.step(1),
       };
       this.dialog.addEventListener("click", (event) => {
         if (event.target === this.dialog) this.dialog.close();
