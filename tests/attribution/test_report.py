@@ -299,6 +299,16 @@ def test_a_faint_concept_is_warned_of_loudly_and_a_strong_one_is_not(tmp_path: P
     assert "looks at one condition only" in unknown.text
 
 
+def test_no_checkpoint_and_broken_scores_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="has 0 checkpoints and 3 of 3 scores.*HINT"):
+        result_of(torch.zeros(0, 3), table_of(3)).report(tmp_path / "no.html")
+    with pytest.raises(ReportError, match="has 1 checkpoints and [1-3] of 3 scores.*HINT"):
+        result_of(torch.tensor([[1.0, float("nan"), 2.0]]), table_of(3)).report(tmp_path / "no.html")
+    assert not (tmp_path / "no.html").exists()
+    lone = result_of(torch.tensor([[1.0]]), table_of(1, owner=["a"]))
+    assert "a 100.0 %" in page_of(tmp_path, lone).text
+
+
 def test_checkpoints_that_disagree_are_warned_of(tmp_path: Path) -> None:
     scores = torch.arange(10.0)
     result = result_of(torch.stack([scores, scores.flip(0)]), table_of(10, owner=["a"] * 10))

@@ -245,6 +245,13 @@ def _facts(attribution: Attribution) -> dict[str, str]:
 def _check_together(attributions: Sequence[Attribution]) -> None:
     if not attributions:
         raise ReportError("write_report([]): expected at least one attribution.")
+    for each in attributions:
+        bad = int((~each.scores.isfinite()).sum()) if each.steps else len(each.samples)
+        if bad:
+            raise ReportError(
+                f"write_report: {each.concept.name!r} has {len(each.steps)} checkpoints and {bad} of {len(each.samples)} scores that "
+                "are no finite number; expected at least one checkpoint, and finite scores. HINT: ctrak info STORE --verify."
+            )
     first = attributions[0]
     for other in attributions[1:]:
         pairs: dict[str, tuple[Any, Any]] = {
