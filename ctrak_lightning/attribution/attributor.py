@@ -250,21 +250,6 @@ class Attributor:
             for i, concept in enumerate(query.concepts)
         ]
 
-    def _parts(
-        self,
-        query: Query,
-        i: int,
-        scores: Tensor,
-        damping: float | None,
-        method: Method,
-        weights: Sequence[float] | None,
-    ) -> Parts | None:
-        if query.parts is None:
-            return None
-        features = [parts.query(i) for parts in query.parts]
-        checkpoints = self.store.checkpoints
-        return score_parts(features, checkpoints, scores, damping, residual=method.residual, weights=weights)
-
     def top(
         self,
         query: Query,
@@ -420,6 +405,21 @@ class Attributor:
             return trace_query(self.task, tracer, method, states, x0, conditions, parts=with_parts)
 
         return self._row_limit.run(len(concepts), traced)
+
+    def _parts(
+        self,
+        query: Query,
+        i: int,
+        scores: Tensor,
+        damping: float | None,
+        method: Method,
+        weights: Sequence[float] | None,
+    ) -> Parts | None:
+        if query.parts is None:
+            return None
+        features = [parts.query(i) for parts in query.parts]
+        checkpoints = self.store.checkpoints
+        return score_parts(features, checkpoints, scores, damping, residual=method.residual, weights=weights)
 
     def _states(
         self,
