@@ -17,6 +17,10 @@ class GradientError(ValueError):
     """Per-sample gradients are zero or not finite, or a parameter cannot be traced."""
 
 
+class ReportError(ValueError):
+    """A report cannot be made of these results, or not be written to this path."""
+
+
 class StoreError(ValueError):
     """A trace store cannot be used as it is."""
 

@@ -1,7 +1,7 @@
 """One batch through the four rooms: trajectory, network, objective, gradient tracer. Both sides, training and query."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,9 @@ from ctrak_lightning.objective import Objective, Prediction, Side, Term
 from ctrak_lightning.task import Condition, Encoded, select
 from ctrak_lightning.trajectory import State
 
+FAINT = 1e-3
+"""A concept direction ``||e(c) - e(c_minus)|| / ||e(c)||`` below this is within noise."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:
@@ -26,12 +29,30 @@ class Trace:
 
 
 @dataclass(frozen=True, slots=True)
+class FeatureParts:
+    """Where in a trajectory and in a network features arise: two ways to split them, each of which adds up to them.
+
+    ``timesteps`` of the S states, ``by_timestep`` [S, B, k], and ``by_layer_group`` [B, k] of each group of layers."""
+
+    timesteps: list[int]
+    by_timestep: Tensor
+    by_layer_group: dict[str, Tensor]
+
+    def query(self, i: int) -> "FeatureParts":
+        """Those of one query, B = 1."""
+        layers = {name: features[i : i + 1] for name, features in self.by_layer_group.items()}
+        return FeatureParts(self.timesteps, self.by_timestep[:, i : i + 1], layers)
+
+
+@dataclass(frozen=True, slots=True)
 class QueryTrace:
     """Projected gradients of queries: ``features`` [B, k], and ``strength`` [B], the mean over the states of
-    ``||e(c) - e(c_minus)|| / ||e(c)||``, or NaN where the method looks at one condition only."""
+    ``||e(c) - e(c_minus)|| / ||e(c)||``, or NaN where the method looks at one condition only; the features' ``parts`` where
+    they were asked for."""
 
     features: Tensor
     strength: Tensor
+    parts: FeatureParts | None = None
 
 
 def trace_batch(
@@ -83,6 +104,8 @@ def trace_query(
     states: Sequence[State],
     x0: Tensor,
     conditions: Mapping[Side, Condition],
+    *,
+    parts: bool = False,
 ) -> QueryTrace:
     """The query side: at every state the weighted sum of the terms' vector-Jacobian products (``method.query``).
 
@@ -93,9 +116,13 @@ def trace_query(
         states: the states of the queries, each [B, ...].
         x0: the queries' clean latents [B, ...]; a state's own ``x0`` goes before it.
         conditions: the condition with and without the concept.
+        parts: also split the features by state and by group of layers, for a sketch per group and state.
     """
     features = torch.zeros(len(x0), tracer.dim)
     strength = torch.zeros(len(x0))
+    by_timestep: list[Tensor] = []
+    groups = tracer.layer_groups() if parts else {}
+    by_group = {name: torch.zeros_like(features) for name in groups}
     for state in states:
         gradients = [torch.zeros(len(x0), tracer.width) for _ in method.training.parts]
         predictions: dict[Side, Tensor] = {}
@@ -106,9 +133,17 @@ def trace_query(
             rows = _term(task, tracer, term, state, x0, conditions, predictions)
             for gradient, row in zip(gradients, rows, strict=True):
                 gradient += term.weight * row
-        features += joined(gradients, tracer, method.normalisation)
+        row = joined(gradients, tracer, method.normalisation)
+        features += row
         strength += _relative_difference(predictions) / len(states)
-    return QueryTrace(features, strength)
+        if parts:
+            by_timestep.append(row)
+            for name, blocks in groups.items():
+                by_group[name] += joined(gradients, tracer, method.normalisation, blocks)
+    if not parts:
+        return QueryTrace(features, strength)
+    timesteps = [int(state.t[0]) for state in states]
+    return QueryTrace(features, strength, FeatureParts(timesteps, torch.stack(by_timestep), by_group))
 
 
 def _term(
@@ -187,21 +222,41 @@ def _relative_difference(predictions: Mapping[Side, Tensor]) -> Tensor:
     return ratio
 
 
-def joined(rows: Sequence[Tensor], tracer: GradientTracer, normalisation: Normalisation) -> Tensor:
-    """Features [B, k] of the parts' rows, each [B, P], with a sketch of its own for each part."""
-    return torch.stack([normalised(row, tracer, normalisation, salt) for salt, row in enumerate(rows)]).sum(0)
+def joined(
+    rows: Sequence[Tensor],
+    tracer: GradientTracer,
+    normalisation: Normalisation,
+    blocks: Collection[str] | None = None,
+) -> Tensor:
+    """Features [B, k] of the parts' rows, each [B, P], with a sketch of its own for each part; of some ``blocks`` only, the
+    part of the features that comes from them."""
+    return torch.stack(
+        [normalised(row, tracer, normalisation, salt, blocks) for salt, row in enumerate(rows)]
+    ).sum(0)
 
 
-def normalised(rows: Tensor, tracer: GradientTracer, normalisation: Normalisation, salt: int = 0) -> Tensor:
-    """Features [B, k] of rows [B, P]; what is all zero stays zero, so that a state without gradient counts for nothing."""
-    features = tracer.sketch(rows, unit_layers=normalisation == "layer", salt=salt)
+def normalised(
+    rows: Tensor,
+    tracer: GradientTracer,
+    normalisation: Normalisation,
+    salt: int = 0,
+    blocks: Collection[str] | None = None,
+) -> Tensor:
+    """Features [B, k] of rows [B, P]; what is all zero stays zero, so that a state without gradient counts for nothing.
+
+    Of some ``blocks`` only, what they add to the features of the whole: they are scaled by the norm of the whole."""
+    unit_layers = normalisation == "layer"
+    features = tracer.sketch(rows, unit_layers=unit_layers, salt=salt)
+    part = features
+    if blocks is not None:
+        part = tracer.sketch(tracer.only(rows, blocks), unit_layers=unit_layers, salt=salt)
     if normalisation != "sample":
-        return features
+        return part
     norm = features.norm(dim=1, keepdim=True)
-    return torch.where(norm > 0, features / norm.clamp(min=torch.finfo(features.dtype).tiny), features)
+    return torch.where(norm > 0, part / norm.clamp(min=torch.finfo(features.dtype).tiny), part)
 
 
-def warn_if_faint(strength: Tensor, names: Sequence[str], threshold: float = 1e-3) -> None:
+def warn_if_faint(strength: Tensor, names: Sequence[str], threshold: float = FAINT) -> None:
     """Warns of concepts whose direction is within noise: the model tells the two conditions hardly apart."""
     faint = [
         f"{name} ({value:.1e})"

@@ -7,15 +7,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
-from ctrak_lightning import TraceStore
-from ctrak_lightning.cli import main
+from ctrak_lightning import Concept, TraceStore
+from ctrak_lightning.cli import main, report
 from ctrak_lightning.cli.question import load_module, parse_spec
 from ctrak_lightning.errors import ConceptError
+from ctrak_lightning.task import Spec
+
+from .attribution.reporting import Page
 
 ROOT = Path(__file__).parent.parent
 
@@ -113,6 +117,78 @@ def test_attribute_prints_and_writes_the_ranking(run: Path, capsys: pytest.Captu
     ranked = re.findall(r"^ +\d+ +-?\d+\.\d+ +(\S+)$", printed, re.MULTILINE)
     assert ranked == [row["sample_id"] for row in rows[:3]]
     assert "owner of red" in printed
+
+
+@pytest.mark.filterwarnings("ignore:damping='agreement' compares checkpoints")
+def test_report_asks_each_attribute_and_splits_the_scores(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run / "page.html"
+    arguments = ["report", str(run / "traces"), "--config", str(run / "run.yaml"), "--steps", "6"]
+    main([*arguments, "--present", "colour=red", "shape=bar", "--out", str(out), "--group", "shape"])
+    assert f"{out}: red, bar" in capsys.readouterr().out
+    page = Page(out)
+    assert [a["id"] for a in page.all("section") if "data-concept" in a] == ["concept-1", "concept-2"]
+    assert page.data["columns"][page.data["group"]]["name"] == "shape"
+    assert all(concept["by_timestep"] for concept in page.data["concepts"])
+    assert "rests on a single checkpoint" in page.text
+    for wrong, message in (
+        (["--out", str(run / "nowhere" / "page.html")], "cannot be written: .*nowhere is no folder.*HINT"),
+        (["--out", str(run)], "is a folder.*HINT"),
+        (["--out", str(out), "--group", "nobody"], "group='nobody'.*The store has: colour, owner, shape"),
+    ):
+        with pytest.raises(SystemExit, match=f"ctrak report: .*{message}"):
+            main([*arguments, "--present", "colour=red", *wrong])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a=1", "b=2"], [("1", {"a": "1", "b": "2"}, {"b": "2"}), ("2", {"a": "1", "b": "2"}, {"a": "1"})]),
+        (["a=1", "b=2", "--absent", "b=2"], [("1", {"a": "1", "b": "2"}, {"b": "2"})]),
+        (["a=1", "--absent"], [("1", {"a": "1"}, {})]),
+        (["an owl"], [("an owl", "an owl", {})]),
+        (["an owl", "--absent", "a bird", "--name", "owl"], [("owl", "an owl", "a bird")]),
+        (
+            ["a=1", "--concept", "x y: b='2 3' c=4", "--concept", "z:"],
+            [("x y", {"a": "1"}, {"b": "2 3", "c": "4"}), ("z", {"a": "1"}, {})],
+        ),
+        (["an owl", "--concept", "owl: a bird: grey"], [("owl", "an owl", "a bird: grey")]),
+    ],
+)
+def test_concepts_of_a_report(
+    words: list[str], expected: list[tuple[str, Spec, Spec]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What the command asks, without a model."""
+    asked: list[Concept] = []
+
+    class Asked:
+        store = SimpleNamespace(samples=SimpleNamespace(metadata={}))
+
+        def attribute_many(self, concepts: list[Concept], seed: int, *, parts: bool) -> list[object]:
+            assert parts
+            asked.extend(concepts)
+            return []
+
+    monkeypatch.setattr(report, "attributor_of", lambda args: Asked())
+    monkeypatch.setattr(report, "write_report", lambda out, results, group: None)
+    report.run(["store", "--config", "x.yaml", "--out", str(tmp_path / "p.html"), "--present", *words])
+    assert asked == [Concept(*each) for each in expected]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--concept", "x: b=2", "--absent", "b=2"], "expected one or the other"),
+        (["--concept", "owl"], "expected 'NAME: what is left"),
+        (["--concept", ": b=2"], "expected 'NAME: what is left"),
+        (["--concept", "x: b=2 c"], "attribute=value"),
+        (["--concept", "x: b='2"], "quotation"),
+    ],
+)
+def test_concepts_of_a_report_that_say_nothing(words: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=f"ctrak report: .*{message}"):
+        main(["report", str(tmp_path), "--config", "x.yaml", "--present", "a=1", *words])
 
 
 def test_attribute_reports_an_unknown_value(run: Path) -> None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ctrak_lightning.attribution.concept import Concept, check_known
 from ctrak_lightning.attribution.lending import LentModel
+from ctrak_lightning.attribution.parts import Parts, concatenated, score_parts
 from ctrak_lightning.attribution.result import Attribution, Record
 from ctrak_lightning.attribution.solve import (
     AGREEMENT_GRID,
@@ -32,7 +33,7 @@ from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.task import Condition, Spec, resolve_task
 from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.traces.schema import differences
-from ctrak_lightning.tracing import QueryTrace, trace_query, warn_if_faint
+from ctrak_lightning.tracing import FeatureParts, QueryTrace, trace_query, warn_if_faint
 from ctrak_lightning.trajectory import (
     Generated,
     Generation,
@@ -48,7 +49,8 @@ from ctrak_lightning.trajectory import (
 class Query:
     """What was asked, and its gradients: ``features`` [M, Q, k] per checkpoint, the concept ``strength`` [Q] (see
     :func:`ctrak_lightning.tracing.trace_query`), the ``images`` [Q, 3, H, W] where the task can decode, and the
-    ``trajectory`` of the states where it was not the method's own."""
+    ``trajectory`` of the states where it was not the method's own, and the features' ``parts`` at each checkpoint where they
+    were asked for."""
 
     concepts: list[Concept]
     seeds: list[int]
@@ -56,6 +58,7 @@ class Query:
     strength: Tensor
     images: Tensor | None
     trajectory: Trajectory | None = None
+    parts: list[FeatureParts] | None = None
 
 
 class Attributor:
@@ -105,14 +108,19 @@ class Attributor:
         self._check_model()
         self._tracer: GradientTracer | None = None
 
-    def attribute(self, concept: Concept, seed: int = 0) -> Attribution:
+    def attribute(self, concept: Concept, seed: int = 0, *, parts: bool = False) -> Attribution:
         """Generates the concept's image with ``seed`` and scores every training sample for the concept.
+
+        Args:
+            concept: the question.
+            seed: of the image.
+            parts: also split the scores by timestep and by group of layers (:attr:`Attribution.parts`).
 
         Raises:
             ConceptError: the model does not know an attribute; the message lists the known ones.
             GradientError: the query's gradient is zero or not finite.
         """
-        return self.attribute_many([concept], seed)[0]
+        return self.attribute_many([concept], seed, parts=parts)[0]
 
     def attribute_many(
         self,
@@ -120,9 +128,10 @@ class Attributor:
         seeds: int | Sequence[int] = 0,
         *,
         generation: Generation | None = None,
+        parts: bool = False,
     ) -> list[Attribution]:
         """The same for several concepts in one pass over the store; :meth:`query`, then :meth:`score`."""
-        return self.score(self.query(concepts, seeds, generation=generation))
+        return self.score(self.query(concepts, seeds, generation=generation, parts=parts))
 
     def query(
         self,
@@ -130,6 +139,7 @@ class Attributor:
         seeds: int | Sequence[int] = 0,
         *,
         generation: Generation | None = None,
+        parts: bool = False,
     ) -> Query:
         """The queries' own gradients, under the weights of every checkpoint.
 
@@ -138,6 +148,7 @@ class Attributor:
             seeds: one for all, or one for each.
             generation: the images, one for each concept, where :meth:`generate` has made them before (with the same
                 sampler, for another store of the same run).
+            parts: also split the gradients by timestep and by group of layers.
         """
         seeds = [seeds] * len(concepts) if isinstance(seeds, int) else list(seeds)
         if not concepts or len(seeds) != len(concepts):
@@ -153,9 +164,9 @@ class Attributor:
                 f"query({len(concepts)} concepts, generation of {len(generation.latents)}): expected one image for each "
                 "concept."
             )
-        return self._asked(concepts, seeds, generation, self.method)
+        return self._asked(concepts, seeds, generation, self.method, parts)
 
-    def query_given(self, concepts: Sequence[Concept], latents: Tensor) -> Query:
+    def query_given(self, concepts: Sequence[Concept], latents: Tensor, *, parts: bool = False) -> Query:
         """Questions about images that are there, rather than generated: a disputed picture, or one that another model made.
 
         Such an image has no generation states; where the method would look at those, it is noised instead (with as many
@@ -164,6 +175,7 @@ class Attributor:
         Args:
             concepts: the questions.
             latents: clean latents of their images, one each [Q, ...], as ``task.encode`` gives them.
+            parts: as in :meth:`query`.
 
         Raises:
             ConceptError: the model does not know an attribute.
@@ -182,7 +194,7 @@ class Attributor:
             count = method.query_trajectory.timesteps or self.sampler.steps
             method = replace(method, query_trajectory=Noised(timesteps=count))
         like = next(self.task.denoiser.parameters())
-        return self._asked(concepts, [0] * len(concepts), Generation([], latents.to(like)), method)
+        return self._asked(concepts, [0] * len(concepts), Generation([], latents.to(like)), method, parts)
 
     def query_global(self, concepts: Sequence[Concept], seed: int = 0, *, images: int = 8) -> Query:
         """The concepts themselves rather than one image of each: the mean gradient over images generated from the concept
@@ -238,6 +250,8 @@ class Attributor:
                 image=None if query.images is None else query.images[i],
                 damping=dampings[i],
                 weights=weights,
+                parts=self._parts(query, i, scores[:, i], dampings[i], used, weights),
+                store=self.store,
             )
             for i, concept in enumerate(query.concepts)
         ]
@@ -372,17 +386,26 @@ class Attributor:
         return images.detach().float().cpu().clamp(0, 1)
 
     def _asked(
-        self, concepts: Sequence[Concept], seeds: list[int], generation: Generation, method: Method
+        self,
+        concepts: Sequence[Concept],
+        seeds: list[int],
+        generation: Generation,
+        method: Method,
+        with_parts: bool,
     ) -> Query:
         with self._model.borrowed(), isolated_rng(0):
             features, strength = [], torch.zeros(len(concepts))
+            parts: list[FeatureParts] = []
             for index in tqdm(
                 range(len(self.store.checkpoints)), desc="attribute", disable=not self.progress
             ):
-                rows, felt = self._query_features(index, concepts, generation, method)
+                traces = self._query_traces(index, concepts, generation, method, with_parts)
+                rows = torch.cat([trace.features for trace in traces])
                 self._refuse_unusable(rows, concepts)
                 features.append(rows)
-                strength += felt / len(self.store.checkpoints)
+                strength += torch.cat([trace.strength for trace in traces]) / len(self.store.checkpoints)
+                if with_parts:
+                    parts.append(concatenated([trace.parts for trace in traces if trace.parts is not None]))
         warn_if_faint(strength, [concept.name for concept in concepts])
         return Query(
             concepts=list(concepts),
@@ -391,11 +414,17 @@ class Attributor:
             strength=strength,
             images=self.decode(generation.latents),
             trajectory=None if method is self.method else method.query_trajectory,
+            parts=parts or None,
         )
 
-    def _query_features(
-        self, index: int, concepts: Sequence[Concept], generation: Generation, method: Method
-    ) -> tuple[Tensor, Tensor]:
+    def _query_traces(
+        self,
+        index: int,
+        concepts: Sequence[Concept],
+        generation: Generation,
+        method: Method,
+        with_parts: bool,
+    ) -> list[QueryTrace]:
         self._model.load(index)
         tracer = self._gradient_tracer()
 
@@ -408,10 +437,24 @@ class Attributor:
                 }
             x0 = generation.latents[rows]
             states = self._states(method.query_trajectory, generation, rows, x0, conditions["present"])
-            return trace_query(self.task, tracer, method, states, x0, conditions)
+            return trace_query(self.task, tracer, method, states, x0, conditions, parts=with_parts)
 
-        traces = self._row_limit.run(len(concepts), traced)
-        return torch.cat([t.features for t in traces]), torch.cat([t.strength for t in traces])
+        return self._row_limit.run(len(concepts), traced)
+
+    def _parts(
+        self,
+        query: Query,
+        i: int,
+        scores: Tensor,
+        damping: float | None,
+        method: Method,
+        weights: Sequence[float] | None,
+    ) -> Parts | None:
+        if query.parts is None:
+            return None
+        features = [parts.query(i) for parts in query.parts]
+        checkpoints = self.store.checkpoints
+        return score_parts(features, checkpoints, scores, damping, residual=method.residual, weights=weights)
 
     def _states(
         self,

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.attribution.concept import Concept
+from ctrak_lightning.attribution.parts import Parts
 from ctrak_lightning.attribution.shares import bootstrapped_shares, group_shares
 from ctrak_lightning.attribution.solve import drawn_ensemble, ensemble, soft_thresholded, standardised
-from ctrak_lightning.traces import SampleTable
+from ctrak_lightning.traces import SampleTable, TraceStore
 
 RESERVED = ("rank", "score", "sample_id")
 
@@ -54,6 +55,8 @@ class Attribution:
         damping: of the kernel, as used for this query (where the method's is ``"agreement"``, the one it chose); None: no
             kernel.
         weights: of the checkpoints, where the method adds them with weights of their own (learning rates); else None.
+        parts: the scores split by timestep and by group of layers, where that was asked for.
+        store: the traces that were asked, where they are at hand; a report takes self-check and provenance from them.
     """
 
     concept: Concept
@@ -66,6 +69,8 @@ class Attribution:
     image: Tensor | None = None
     damping: float | None = None
     weights: list[float] | None = None
+    parts: Parts | None = None
+    store: TraceStore | None = field(default=None, repr=False, compare=False)
 
     @property
     def scores(self) -> Tensor:
@@ -210,6 +215,22 @@ class Attribution:
         Path(path).write_text(
             json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
         )
+
+    def report(self, path: str | Path, *, group: str | None = None) -> None:
+        """Writes one self-contained HTML page: the image, the ranking with opponents, the owners' shares, when and where the
+        influence arises, how far to trust it, and where the traces come from
+        (:func:`ctrak_lightning.attribution.report.write_report`, which puts several concepts on one page).
+
+        Args:
+            path: of the file, replaced if it exists.
+            group: the metadata column whose values share out the concept; by default ``owner``, else ``artist``, else none.
+
+        Raises:
+            ReportError: no such column, or the file cannot be written.
+        """
+        from ctrak_lightning.attribution.report import write_report
+
+        write_report(path, self, group=group)
 
 
 def _checked(threshold: float) -> float:

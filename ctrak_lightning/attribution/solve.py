@@ -13,7 +13,8 @@ AGREEMENT_GRID: tuple[float | None, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0
 """Dampings among which ``damping="agreement"`` chooses."""
 LONE_DAMPING = 10.0
 """What ``damping="agreement"`` uses where there is one checkpoint only, and so nothing to agree with."""
-_SCORES_AT_ONCE = 2**27  # float64 numbers, one gigabyte
+SCORES_AT_ONCE = 2**27
+"""float64 numbers, one gigabyte."""
 
 
 def checkpoint_scores(queries: Tensor, checkpoint: Checkpoint, damping: float | None) -> Tensor:
@@ -57,7 +58,7 @@ def chosen_scores(
         residual: multiply the scores, once the damping is chosen, by the samples' losses (DAS).
     """
     parts, chosen = [], []
-    room = max(1, _SCORES_AT_ONCE // (len(grid) * len(checkpoints) * checkpoints[0].rows))
+    room = max(1, SCORES_AT_ONCE // (len(grid) * len(checkpoints) * checkpoints[0].rows))
     for part in queries.split(room, 1):
         each = [scores_by_damping(rows, c, grid) for rows, c in zip(part, checkpoints, strict=True)]
         scores = torch.stack(each, 1)  # [D, M, Q, N]
@@ -113,8 +114,13 @@ def drawn_ensemble(per_checkpoint: Tensor, drawn: Tensor, weights: Sequence[floa
 
 def standardised(scores: Tensor) -> Tensor:
     """Scores [..., N] in units of their own standard deviation over the samples; not centred, so signs keep their meaning."""
+    return scores / spreads(scores)
+
+
+def spreads(scores: Tensor) -> Tensor:
+    """The standard deviation over the samples of scores [..., N], as [..., 1]; 1 where they are all equal."""
     spread = scores.std(-1, keepdim=True, correction=0)
-    return torch.where(spread > 0, scores / spread.clamp(min=torch.finfo(scores.dtype).tiny), scores)
+    return torch.where(spread > 0, spread.clamp(min=torch.finfo(scores.dtype).tiny), torch.ones_like(spread))
 
 
 def soft_thresholded(scores: Tensor, threshold: float) -> Tensor:

@@ -23,7 +23,7 @@ def add_question(parser: ArgumentParser) -> None:
         "--present", nargs="+", required=True, help="attribute=value words, or one quoted prompt"
     )
     parser.add_argument(
-        "--absent", nargs="*", default=[], help="the same without the concept; nothing: the null condition"
+        "--absent", nargs="*", default=None, help="the same without the concept; nothing: the null condition"
     )
     parser.add_argument(
         "--name", type=str, default=None, help="the concept's name; by default what `absent` lacks"
@@ -36,7 +36,7 @@ def add_question(parser: ArgumentParser) -> None:
 def concept_of(args: Namespace) -> Concept:
     """The concept that the arguments name."""
     present, absent = parse_spec(args.present), parse_spec(args.absent)
-    return Concept(args.name or _difference(present, absent), present, absent)
+    return Concept(args.name or difference(present, absent), present, absent)
 
 
 def attributor_of(args: Namespace) -> Attributor:
@@ -85,7 +85,8 @@ def load_module(config: str | Path) -> Any:
     return parser.instantiate(parser.parse_object({"model": facts["model"]})).model
 
 
-def _difference(present: Spec, absent: Spec) -> str:
+def difference(present: Spec, absent: Spec) -> str:
+    """A name for what ``absent`` lacks."""
     if isinstance(present, str) or isinstance(absent, str):
         return str(present)
     return " ".join(value for key, value in present.items() if absent.get(key) != value) or "concept"

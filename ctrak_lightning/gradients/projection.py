@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -109,6 +109,14 @@ class BlockProjector:
             norm = part.norm(dim=1, keepdim=True)
             part.div_(torch.where(norm > 0, norm, torch.ones_like(norm)))
         return scaled
+
+    def only(self, joined: Tensor, names: Collection[str]) -> Tensor:
+        """Joined blocks [B, P] with zeros in all but the named ones."""
+        kept = torch.zeros_like(joined)
+        for (name, target), (_, source) in zip(self._parts(kept), self._parts(joined), strict=True):
+            if name in names:
+                target.copy_(source)
+        return kept
 
     def sketch(self, joined: Tensor, salt: int = 0) -> Tensor:
         """Joined blocks [B, P] as feature rows [B, k]; another salt gives another, independent sketch."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ctrak_lightning.errors import GradientError
 from ctrak_lightning.gradients.checks import Cotangent, Forward
+from ctrak_lightning.gradients.groups import layer_group
 from ctrak_lightning.gradients.hooks import hooked_vjps
 from ctrak_lightning.gradients.inline import StepRecorder
 from ctrak_lightning.gradients.layers import Block
@@ -152,6 +153,18 @@ class GradientTracer:
                 "objectives share a row. HINT: Projection(dim=4096)."
             )
         return self._projector.sketch(self._projector.unit_blocks(rows) if unit_layers else rows, salt)
+
+    def layer_groups(self) -> dict[str, list[str]]:
+        """The blocks by the kind of layer they are part of (:func:`~ctrak_lightning.gradients.groups.layer_group`), sorted."""
+        groups: dict[str, list[str]] = {}
+        for block in sorted(self._blocks, key=lambda block: block.name):
+            groups.setdefault(layer_group(self.module, block), []).append(block.name)
+        return dict(sorted(groups.items()))
+
+    def only(self, rows: Tensor, blocks: Collection[str]) -> Tensor:
+        """Rows [B, P] of ``vjps(..., sketch=False)`` with all but some blocks zero; over groups that hold each block once,
+        the results and their sketches add up to the whole."""
+        return self._projector.only(rows, blocks)
 
     def step_recorder(self) -> StepRecorder:
         """A recorder of the same rows [B, P] from training steps, without passes of its own; its layers are this tracer's.

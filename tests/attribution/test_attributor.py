@@ -264,7 +264,7 @@ def test_damping_by_agreement_is_where_the_checkpoints_agree_most(
         )
         assert chosen.method["damping"] == "agreement"
         assert grid[0.3].damping == 0.3
-    monkeypatch.setattr("ctrak_lightning.attribution.solve._SCORES_AT_ONCE", 1)  # one query at a time
+    monkeypatch.setattr("ctrak_lightning.attribution.solve.SCORES_AT_ONCE", 1)  # one query at a time
     one_by_one = attributor.score(query, damping="agreement")
     assert [each.damping for each in one_by_one] == [each.damping for each in found]
     torch.testing.assert_close(
