@@ -16,6 +16,9 @@ from ctrak_lightning.objective import Objective, Prediction, Side, Term
 from ctrak_lightning.task import Condition, Encoded, select
 from ctrak_lightning.trajectory import State
 
+FAINT = 1e-3
+"""A concept direction ``||e(c) - e(c_minus)|| / ||e(c)||`` below this is within noise."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:
@@ -201,7 +204,7 @@ def normalised(rows: Tensor, tracer: GradientTracer, normalisation: Normalisatio
     return torch.where(norm > 0, features / norm.clamp(min=torch.finfo(features.dtype).tiny), features)
 
 
-def warn_if_faint(strength: Tensor, names: Sequence[str], threshold: float = 1e-3) -> None:
+def warn_if_faint(strength: Tensor, names: Sequence[str], threshold: float = FAINT) -> None:
     """Warns of concepts whose direction is within noise: the model tells the two conditions hardly apart."""
     faint = [
         f"{name} ({value:.1e})"
