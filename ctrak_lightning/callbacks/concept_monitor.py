@@ -22,11 +22,12 @@ from ctrak_lightning.callbacks.hparams import logged_hparams, logs_a_metric_itse
 from ctrak_lightning.errors import ConceptError, TaskError
 from ctrak_lightning.inspection import Answer, Board, Watch
 from ctrak_lightning.inspection.hparams import method_hparams, write_hparams
+from ctrak_lightning.parameterization import NoiseSchedule
 from ctrak_lightning.task import resolve_task
 from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.traces.samples import column_names
 from ctrak_lightning.traces.schema import SAMPLES
-from ctrak_lightning.trajectory import Sampler
+from ctrak_lightning.trajectory import Generated, Sampler, Trajectory
 
 OnError = Literal["raise", "warn"]
 DEFAULT_GROUP = "owner"
@@ -134,7 +135,8 @@ class ConceptMonitor(Callback):
             task = resolve_task(pl_module)
             for concept in self.concepts:
                 check_known(concept, task)
-        except (TaskError, ConceptError) as error:
+            self._check_sampler(self._run.tracer.method.query_trajectory, task.noise_schedule)
+        except (TaskError, ValueError) as error:
             raise MisconfigurationException(f"`ConceptMonitor`: {error}") from error
 
     @override
@@ -205,6 +207,15 @@ class ConceptMonitor(Callback):
                 f"The Trainer has {len(monitors)} ConceptMonitors, which would write over each other. HINT: one with all concepts."
             )
         return named[0]
+
+    def _check_sampler(self, trajectory: Trajectory, schedule: NoiseSchedule) -> None:
+        sampler = self.sampler or Sampler()
+        usable = sum(float(schedule.alpha_bar[t]) > 0 for t in schedule.sampling_timesteps(sampler.steps))
+        if isinstance(trajectory, Generated) and usable < (trajectory.timesteps or 1):
+            raise ValueError(
+                f"{sampler}: the method looks at {trajectory.timesteps} states of a generation, which has {usable}. HINT: "
+                f"sampler=Sampler(steps={(trajectory.timesteps or 1) + 1}) or more."
+            )
 
     def _check_group(self, run: _Run) -> None:
         if self.group is None:

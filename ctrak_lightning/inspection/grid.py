@@ -1,4 +1,4 @@
-"""A concept's picture: the generated image, the training images that taught it, and those that spoke against it."""
+"""A concept's picture: the generated image, the training images that taught it most, and those that taught it least."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from ctrak_lightning.inspection.watch import Answer, Shown
 
 CELL, GENERATED, COLUMNS = 128, 272, 4
 MARGIN, GUTTER, PITCH = 24, 36, 154
-HEADER, LABEL, TEXT = 60, 34, 68
+HEADER, LABEL, TEXT = 60, 34, 74
 BARS = 5
 INK, FAINT, RULE, MAT = (26, 29, 33), (92, 97, 106), (222, 225, 230), (244, 245, 247)
 FOR, AGAINST, BAR = (20, 112, 66), (178, 44, 50), (58, 110, 165)
@@ -106,14 +106,14 @@ class _Sheet:
         self._header()
         self._left_column()
         sections = (
-            ("PROPONENTS: taught it", FOR, self.proponents, self.geometry.proponent),
-            ("OPPONENTS: spoke against it", AGAINST, self.opponents, self.geometry.opponent),
+            ("PROPONENTS: highest scores", FOR, self.proponents, self.geometry.proponent),
+            ("OPPONENTS: lowest scores", AGAINST, self.opponents, self.geometry.opponent),
         )
         for label, colour, records, box in sections:
             if records:
                 self._label(box(0), label, colour, self.geometry.size[0] - MARGIN)
             for i, record in enumerate(records):
-                self._cell(box(i), record, colour)
+                self._cell(box(i), record)
         return self.image
 
     def _header(self) -> None:
@@ -164,7 +164,7 @@ class _Sheet:
         self.draw.text((box[0], box[1] - LABEL + 4), text, colour, font(16))
         self.draw.line((box[0], box[1] - 8, right - 1, box[1] - 8), colour, 2)
 
-    def _cell(self, box: Box, record: Record, colour: tuple[int, int, int]) -> None:
+    def _cell(self, box: Box, record: Record) -> None:
         left, top, _, bottom = box
         thumbnails = self.result.samples.thumbnails
         if thumbnails is not None:
@@ -176,6 +176,7 @@ class _Sheet:
         width = PITCH - 10
         rank, score = f"#{record.rank}", f"{record.score:+.2f}"
         self.draw.text((left, bottom + 3), rank, FAINT, font(20))
+        colour = FOR if record.score > 0 else AGAINST
         self.draw.text((left + font(20).getlength(rank + "  "), bottom + 3), score, colour, font(20))
         lines = [record.metadata.get(self.shown.group or ""), record.metadata.get(CAPTION, record.sample_id)]
         sizes = [(17, INK, 26), (14, FAINT, 47)]

@@ -1,4 +1,4 @@
-"""Text on pictures, with the font that Pillow carries."""
+"""Text that came with the data: made safe for tables, and drawn on pictures with the font that Pillow carries."""
 
 import unicodedata
 from functools import lru_cache
@@ -16,6 +16,16 @@ def font(size: int) -> Font:
     return ImageFont.load_default(size)
 
 
+def one_line(text: str) -> str:
+    """``text`` without line breaks, tabs and whatever else is no letter to see; such characters become spaces.
+
+    Example:
+        >>> one_line(" a\\tb\\x00\\u202ec\\n")
+        'a b c'
+    """
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
 def drawable(text: str) -> str:
     """``text`` on one line, in the letters that the font has: accents are left out where it lacks them, and every other letter
     that it lacks becomes ``?`` (the font knows little beyond ASCII; tables, tags and the projector keep the text as it is).
@@ -24,7 +34,7 @@ def drawable(text: str) -> str:
         >>> drawable("Zoé\\t猫")
         'Zoe ?'
     """
-    return "".join(_drawable(letter) for letter in " ".join(text.split()))
+    return "".join(_drawable(letter) for letter in one_line(text))
 
 
 def shortened(text: str, size: int, width: int) -> str:
@@ -65,8 +75,6 @@ def _drawable(letter: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _has(letter: str) -> bool:
-    if not letter.isprintable():
-        return False
     return letter == " " or _shape(letter) != _shape(_UNASSIGNED)
 
 

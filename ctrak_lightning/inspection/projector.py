@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.attribution import Attribution
+from ctrak_lightning.inspection.lettering import one_line
 from ctrak_lightning.inspection.pictures import squares
 from ctrak_lightning.traces import Checkpoint, SampleTable
 
@@ -71,11 +72,6 @@ def principal_components(rows: Tensor, dims: int) -> Tensor:
     largest = points.gather(0, points.abs().argmax(0, keepdim=True))
     points *= torch.where(largest < 0, -1.0, 1.0)
     return points
-
-
-def one_line(text: str) -> str:
-    """``text`` without tabs, line breaks and control characters, which would end a field of the Projector's table."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def _chosen(n: int, results: Sequence[Attribution], most: int) -> Tensor:

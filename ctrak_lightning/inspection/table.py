@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from ctrak_lightning.attribution import Attribution, Record
+from ctrak_lightning.inspection.lettering import one_line
 from ctrak_lightning.inspection.watch import Answer, Shown
 from ctrak_lightning.task import Spec
 
@@ -46,9 +47,9 @@ def escaped(text: str) -> str:
         >>> escaped("<b>|x")
         '&#60;b&#62;&#124;x'
     """
-    line = " ".join(text.split())
+    line = one_line(text)
     line = line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
-    return re.sub(r"[!-+/:-@\[-`{-~\x00-\x1f\x7f]", lambda match: f"&#{ord(match[0])};", line)
+    return re.sub(r"[!-+/:-@\[-`{-~]", lambda match: f"&#{ord(match[0])};", line)
 
 
 def _facts(result: Attribution) -> str:
