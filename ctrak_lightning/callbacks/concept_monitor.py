@@ -259,9 +259,11 @@ class ConceptMonitor(Callback):
             return
         with self._guarded(run, trainer.global_step):
             own = method_hparams(run.tracer.method, run.tracer.projection, run.tracer.layers)
-            metrics = [tag for tag in ["hp_metric"] if logs_a_metric_itself(run.logger)]
-            metrics += Board(run.logger.experiment, self.concepts, group=None).metrics
-            write_hparams(run.logger.experiment, logged_hparams(trainer) | own, metrics)
+            modules = logged_hparams(trainer)
+            metrics = Board(run.logger.experiment, self.concepts, group=None).metrics
+            if modules and logs_a_metric_itself(run.logger):
+                metrics = ["hp_metric", *metrics]
+            write_hparams(run.logger.experiment, modules | own, metrics)
 
     @contextmanager
     def _guarded(self, run: _Run, step: int) -> Iterator[None]:

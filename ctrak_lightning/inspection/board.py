@@ -1,10 +1,10 @@
 """Board: the panels of a few concepts in TensorBoard. For callbacks and for raw training loops."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from ctrak_lightning.attribution import Attribution, Concept, Share
 from ctrak_lightning.inspection.grid import concept_grid
@@ -117,5 +117,5 @@ class Board:
             self._scalar(f"share/{self.names[i]}/{OTHERS}", others, step)
 
     def _scalar(self, tag: str, value: float, step: int) -> None:
-        if not torch.tensor(value).isnan():
+        if not math.isnan(value):  # the strength of methods that look at one condition
             self.writer.add_scalar(f"{ROOT}/{tag}", value, step)

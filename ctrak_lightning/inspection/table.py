@@ -1,5 +1,6 @@
 """A concept's ranking as Markdown, for the Text dashboard."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -60,7 +61,7 @@ def _facts(result: Attribution) -> str:
         "seed": str(result.seed),
         "traces": f"{checkpoints}, to step {result.steps[-1]}",
         "damping": "none" if result.damping is None else f"{result.damping:g}",
-        "concept strength": f"{result.strength:.3g}",
+        "concept strength": "-" if math.isnan(result.strength) else f"{result.strength:.3g}",
         "effective contributors": f"{result.effective_contributors():.1f} of {len(result.samples)} samples",
     }
     return _table(list(facts), [list(facts.values())])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ctrak_lightning import Capture, GradientTracer, Projection, TraceStore, methods
 
@@ -60,6 +61,17 @@ def test_two_processes_train_as_before_and_trace_a_share_each(tmp_path: Path) ->
     assert single.samples.content_sha256 == store.samples.content_sha256
     torch.testing.assert_close(last.features(), single.checkpoints[0].features(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(last.losses(), single.checkpoints[0].losses())
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_first_one_monitors(tmp_path: Path) -> None:
+    plain, watched = weights_after(tmp_path / "plain", "plain"), weights_after(tmp_path / "m", "monitored")
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+    assert TraceStore(tmp_path / "m" / "traces").verify() == []
+    assert len(list((tmp_path / "m" / "board").glob("events.*"))) == 1
+    found = EventAccumulator(str(tmp_path / "m" / "board")).Reload()
+    assert [event.step for event in found.Scalars("ctrak/contributors/red")] == [1, 3]
+    assert found.Tags()["images"] == ["ctrak/concept/red"]
 
 
 @pytest.mark.slow

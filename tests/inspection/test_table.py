@@ -103,6 +103,8 @@ def test_what_is_missing_is_left_out_or_said() -> None:
     assert [row[1] for row in page.tables[1][1:]] == ["s0", "s2"]
     assert "Within noise" in ranking(answer_of([1.0, 2.0], strength=1e-6), Shown(group=None))
     assert "Within noise" not in ranking(answer_of([1.0, 2.0]), Shown(group=None))
+    undefined = rendered(ranking(answer_of([1.0, 2.0], strength=float("nan")), Shown(group=None)))
+    assert dict(zip(*undefined.tables[0], strict=True))["concept strength"] == "-"
     nothing = Answer(Concept("x", "a prompt", ""), None, "the gradients are zero <b>")
     text = ranking(nothing, Shown(group=None))
     assert "No scores at this checkpoint: the gradients are zero &#60;b&#62;" in text
