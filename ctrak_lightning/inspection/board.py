@@ -23,7 +23,7 @@ BINS = 64
 class Board:
     """Writes what the traces say of a few concepts under ``ctrak/``.
 
-    The number of tags does not grow with the samples or owners: at most 16 for each concept, and ten.
+    The number of tags does not grow with the samples or owners: at most 16 for each concept, and a dozen.
 
     Args:
         writer: a ``torch.utils.tensorboard.SummaryWriter``.

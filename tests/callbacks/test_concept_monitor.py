@@ -333,7 +333,7 @@ def test_tags_do_not_grow_with_owners_and_samples(tmp_path: Path) -> None:
     fit(tmp_path, [tracer(tmp_path), monitor()], Many(), data=data, max_epochs=4)
     tags = events(tmp_path).Tags()
     own = [t for kind in ("images", "histograms", "scalars", "tensors") for t in tags[kind] if "ctrak" in t]
-    assert len(own) <= 2 * 16 + 10
+    assert len(own) <= 2 * 16 + 12
     found = curves(events(tmp_path))
     shares = [values for tag, values in found.items() if tag.startswith("ctrak/share/red/")]
     assert 6 < len(shares) <= 11

@@ -10,9 +10,11 @@ import pytest
 
 from ctrak_lightning import Encoded, TraceStore
 from ctrak_lightning.inspection.grid import Geometry
-from recipes.tensorboard import Page, chromium, is_available, serving
 
 from .test_concept_monitor import NAMES, RED, Logging, curves, events, fit, monitor, tracer
+
+pytest.importorskip("selenium")
+from recipes.tensorboard import Page, chromium, is_available, serving  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
