@@ -138,7 +138,7 @@ class _Sheet:
             self._place(picture(self.result.image), box)
         y += 14
         concept = self.answer.concept
-        for text in (f"with {described(concept.present)}", f"without: {described(concept.absent)}"):
+        for text in (f"with: {described(concept.present)}", f"without: {described(concept.absent)}"):
             for line in wrapped(text, 17, GENERATED, 2):
                 self.draw.text((left, y), line, FAINT, font(17))
                 y += 22

@@ -39,8 +39,8 @@ def take(board: Path, folder: Path) -> None:
 def _images(page: Page, url: str) -> None:
     page.open(f"{url}#images&tagFilter=christmas")
     page.until(lambda: page.find_all("img[src*='images']"), "an image")
-    page.driver.execute_script(_CLICK_ALL, "tf-image-dashboard paper-checkbox")
-    [image] = page.find_all("img[src*='images']")
+    page.driver.execute_script(_CLICK_ALL, "paper-checkbox:not(.checkbox)")
+    image = page.find_all("img[src*='images']")[0]
     page.until(lambda: image.size["width"] > 600, "the image at its own size")
 
 
