@@ -131,6 +131,12 @@ class Page:
         """Every element that a CSS selector matches."""
         return list(self.driver.execute_script(_FIND_ALL, selector))
 
+    def click_all(self, selector: str, text: str) -> None:
+        """Clicks every element that a CSS selector matches and that shows ``text``."""
+        for element in self.find_all(selector):
+            if text in str(element.get_property("textContent")):
+                self.driver.execute_script("arguments[0].click()", element)
+
     def until(self, condition: Callable[[], object], what: str, timeout: float = 60.0) -> None:
         """Waits until ``condition()`` is true.
 

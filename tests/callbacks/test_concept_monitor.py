@@ -151,12 +151,7 @@ def test_training_is_bit_identical_with_and_without_the_monitor(tmp_path: Path, 
 
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 def test_flags_random_state_and_gradients_are_left_alone(tmp_path: Path) -> None:
-    seen = []
-
-    class Watcher(L.Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            flags = {name: m.training for name, m in pl_module.named_modules()}
-            seen.append((flags, all(p.requires_grad for p in pl_module.parameters())))
+    """With a task that draws random numbers, and would use dropout, where the monitor calls it."""
 
     class Drawing(Logging):
         def condition(self, spec: Any, n: int) -> dict[str, Tensor]:
@@ -164,11 +159,26 @@ def test_flags_random_state_and_gradients_are_left_alone(tmp_path: Path) -> None
             torch.rand(10)
             return super().condition(spec, n)
 
-    module = Drawing()
-    module.denoiser.mid_block.eval()
-    expected = {name: m.training for name, m in module.named_modules()}
-    fit(tmp_path, [tracer(tmp_path, every_n_train_steps=1), monitor(), Watcher()], module, max_epochs=1)
-    assert seen == [(expected, True)] * 3
+    class Watcher(L.Callback):
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            flags = {name: m.training for name, m in pl_module.named_modules()}
+            requires = all(p.requires_grad for p in pl_module.parameters())
+            self.seen.append((flags, requires, torch.get_rng_state().tolist()))
+
+    watchers = []
+    for attached in (False, True):
+        L.seed_everything(6, verbose=False)
+        module = Drawing()
+        module.denoiser.mid_block.eval()
+        watchers.append(Watcher())
+        pair = [tracer(tmp_path, every_n_train_steps=1), monitor()] if attached else []
+        fit(tmp_path / str(attached), [*pair, watchers[-1]], module, max_epochs=1)
+    assert len(watchers[0].seen) == 3
+    assert watchers[0].seen == watchers[1].seen
+    assert not watchers[0].seen[0][0]["denoiser.mid_block"]
 
 
 def test_scalars_are_what_the_attributor_says(

@@ -14,7 +14,7 @@ from ctrak_lightning.inspection.grid import Geometry
 from .test_concept_monitor import NAMES, RED, Logging, curves, events, fit, monitor, tracer
 
 pytest.importorskip("selenium")
-from recipes.tensorboard import Page, chromium, is_available, serving  # noqa: E402
+from recipes.tensorboard import Page, chromium, is_available, serving
 
 pytestmark = [
     pytest.mark.slow,
