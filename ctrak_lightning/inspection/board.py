@@ -76,8 +76,8 @@ class Board:
         found = embedding(store.checkpoints[-1], store.samples, results)
         sprites = None
         if found.sprites is not None:
-            # The writer multiplies by 255 and cuts off: half a step more gives every value back.
-            sprites = ((found.sprites.permute(0, 3, 1, 2).float() + 0.5) / 255).contiguous()
+            # The writer multiplies by 255 and cuts off; v / 255 is never rounded down in float32, so every value comes back.
+            sprites = (found.sprites.permute(0, 3, 1, 2).float() / 255).contiguous()
         self.writer.add_embedding(
             found.points,
             metadata=found.rows,
