@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ctrak_lightning import Concept, TraceStore
 from ctrak_lightning.cli import main, report
@@ -81,6 +82,27 @@ def test_the_yaml_of_the_inline_mode(tmp_path: Path) -> None:
     visits = store.checkpoints[0].visits()
     assert visits is not None
     assert visits.counts.tolist() == [2] * 12
+
+
+@pytest.mark.parametrize("form", ["plain", "class_path"])
+def test_the_yaml_of_the_monitor(tmp_path: Path, form: str) -> None:
+    """As committed, but for the folders, the concepts and a short sampler."""
+    facts = yaml.safe_load((ROOT / "callbacks" / "concept_monitor.yaml").read_text())
+    tracer, monitor = facts["trainer"]["callbacks+"]
+    tracer["init_args"]["dirpath"] = str(tmp_path / "traces")
+    facts["trainer"]["logger"]["init_args"] |= {"save_dir": str(tmp_path), "name": "board", "version": ""}
+    asked = {"name": "red", "present": {"colour": "red", "shape": "bar"}, "absent": {"shape": "bar"}}
+    asked_otherwise = {"class_path": "ctrak_lightning.Concept", "init_args": asked}
+    assert all(concept.keys() == asked.keys() for concept in monitor["init_args"]["concepts"])
+    monitor["init_args"]["concepts"] = [asked if form == "plain" else asked_otherwise]
+    monitor["init_args"] |= {"sampler": {"steps": 6}, "on_error": "raise"}
+    callback = tmp_path / "monitor.yaml"
+    callback.write_text(yaml.safe_dump(facts))
+    fit(write_config(tmp_path), callback)
+    tags = EventAccumulator(str(tmp_path / "board")).Reload().Tags()
+    assert tags["images"] == ["ctrak/concept/red"]
+    assert "ctrak/share/red/owner_of_red" in tags["scalars"]
+    assert (tmp_path / "board" / "projector_config.pbtxt").exists()
 
 
 def test_fit_attaches_the_callback_from_its_yaml(run: Path) -> None:

@@ -93,6 +93,20 @@ class Attribution:
         """
         return soft_thresholded(self.scores.double(), _checked(threshold)).float()
 
+    def effective_contributors(self, threshold: float = 2.0) -> float:
+        """How many samples the concept is spread over: the inverse Simpson index ``1 / sum(p^2)`` of the shares ``p`` of the
+        positive :meth:`contributions` (Hill 1973, order 2); n if n samples contribute equally, 0 if none does.
+
+        Args:
+            threshold: of the contributions.
+
+        Raises:
+            ValueError: ``threshold`` is negative.
+        """
+        positive = self.contributions(threshold).double().clamp(min=0)
+        total = positive.sum()
+        return float(total.square() / positive.square().sum()) if total > 0 else 0.0
+
     def timeline(self) -> Tensor:
         """The scores of each checkpoint [M, N], float32, each in units of its own standard deviation."""
         return standardised(self.checkpoint_scores.double()).float()
@@ -105,11 +119,25 @@ class Attribution:
         """
         if n < 1:
             raise ValueError(f"top({n}): expected at least 1.")
+        return self._records(slice(n))
+
+    def bottom(self, n: int = 10) -> list[Record]:
+        """The ``n`` samples with the lowest scores, the opponents of the concept, lowest first; ranks are those of :meth:`top`.
+
+        Raises:
+            ValueError: ``n`` is below 1.
+        """
+        if n < 1:
+            raise ValueError(f"bottom({n}): expected at least 1.")
+        return self._records(slice(-n, None))[::-1]
+
+    def _records(self, places: slice) -> list[Record]:
         scores = self.scores
-        order = torch.argsort(scores, descending=True, stable=True)[:n].tolist()
+        order = torch.argsort(scores, descending=True, stable=True)
+        ranks = range(1, len(order) + 1)[places]
         return [
             Record(self.samples.sample_ids[i], float(scores[i]), rank, self.samples.metadata_of(i))
-            for rank, i in enumerate(order, start=1)
+            for rank, i in zip(ranks, order[places].tolist(), strict=True)
         ]
 
     def by_group(

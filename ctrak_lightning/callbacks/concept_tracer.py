@@ -1,7 +1,8 @@
 """ConceptTracer: keeps a trace of every training sample while a diffusion model is fine-tuned."""
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -157,6 +158,15 @@ class ConceptTracer(Callback):
         self._last_step = 0
         self._run_id: str | None = None
         self._resumed = False
+        self._listeners: list[Callable[[L.Trainer], None]] = []
+        self.last_seconds = 0.0
+        """What the last capture took, in seconds of wall time; in mode ``"inline"`` sealing alone."""
+
+    def when_sealed(self, listener: Callable[[L.Trainer], None]) -> None:
+        """Calls ``listener(trainer)`` in every process after each checkpoint that is sealed from now on, whatever the order of
+        the callbacks; the same listener is called once."""
+        if listener not in self._listeners:
+            self._listeners.append(listener)
 
     def should_trace(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Whether to trace now. Called with ``step_idx`` after an optimizer step (the count of steps done), and with
@@ -279,6 +289,9 @@ class ConceptTracer(Callback):
             if self.on_error == "raise":
                 raise
             self._note_untraced(trainer.global_step, trainer.current_epoch, error)
+            return
+        for listener in self._listeners:
+            listener(trainer)
 
     def _run(self, capture: Capture, trainer: L.Trainer) -> None:
         optimizers = trainer.optimizers
@@ -286,7 +299,9 @@ class ConceptTracer(Callback):
         step = trainer.global_step
         # When training ends the epoch counts one more; a second attempt at a step goes on with the first one's rows.
         epoch = self._untraced.get(step, trainer.current_epoch)
+        started = time.monotonic()
         capture.run(step, epoch=epoch, learning_rate=learning_rate)
+        self.last_seconds = time.monotonic() - started
         self._untraced.pop(step, None)
 
     def _note_untraced(self, step: int, epoch: int, error: StoreError) -> None:

@@ -200,6 +200,16 @@ def read_samples(path: Path, positions: Sequence[int] | None = None) -> SampleTa
         raise corrupt(path, str(error)) from error
 
 
+def column_names(path: Path) -> list[str]:
+    """Names of the metadata columns of the table at ``path``, sorted, without reading them.
+
+    Raises:
+        CorruptStoreError: The file is damaged.
+    """
+    with open_for_reading(path) as file:
+        return sorted(unquote(name) for name in file["metadata"])
+
+
 def count_samples(path: Path) -> int:
     """Number of samples in the table at ``path``, without reading it."""
     with open_for_reading(path) as file:

@@ -171,3 +171,30 @@ def test_shares_of_contributions_leave_the_small_scores_out() -> None:
     assert shares["c"] == shares["d"] == 0
     with pytest.raises(ValueError, match="threshold=50.*HINT"):
         result.by_group("owner", threshold=50.0)
+
+
+def test_effective_contributors_is_the_inverse_simpson_index() -> None:
+    """By hand: scores around a median of 0 with deviation s, so that contributions are score / s - threshold."""
+    scores = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 3.0, 1.0, -2.0]])
+    spread = float(scores.std(correction=0))
+    one = result_of(scores, ["x"] * 8)
+    assert one.effective_contributors(threshold=0.0) == pytest.approx((3 + 1) ** 2 / (9 + 1))
+    parts = [3 / spread - 0.5, 1 / spread - 0.5]
+    expected = sum(parts) ** 2 / sum(part**2 for part in parts)
+    assert one.effective_contributors(threshold=0.5) == pytest.approx(expected)
+    assert one.effective_contributors() == pytest.approx(1.0)
+    assert one.effective_contributors(threshold=50.0) == 0.0
+    equal = result_of(torch.tensor([[1.0] * 3 + [0.0] * 9]), ["x"] * 12)
+    assert equal.effective_contributors(threshold=0.5) == pytest.approx(3)
+    with pytest.raises(ValueError, match="0 or more"):
+        one.effective_contributors(threshold=-1.0)
+
+
+def test_bottom_is_the_end_of_the_ranking_from_the_last_on() -> None:
+    result = result_of(torch.tensor([[1.0, 5.0, -2.0, 5.0, -2.0]]), ["a", "b", "c", "d", "e"])
+    whole = result.top(5)
+    assert result.bottom(2) == [whole[4], whole[3]]
+    assert [(r.sample_id, r.rank) for r in result.bottom(3)] == [("s4", 5), ("s2", 4), ("s0", 3)]
+    assert result.bottom(99) == whole[::-1]
+    with pytest.raises(ValueError, match=r"bottom\(0\)"):
+        result.bottom(0)

@@ -1,4 +1,5 @@
-"""One fit of the toy on two processes: ``python -m tests.callbacks.ddp_worker FOLDER plain|traced|recorded|dies|resumes``.
+"""One fit of the toy on two processes: ``python -m tests.callbacks.ddp_worker FOLDER
+plain|traced|monitored|recorded|dies|resumes``.
 
 ``dies``: the process of rank 1 ends without a word while the second checkpoint is traced; ``resumes`` goes on from there.
 """
@@ -10,10 +11,11 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import save_file
 
-from ctrak_lightning import methods
-from ctrak_lightning.callbacks import ConceptTracer, ProvenanceRecorder
+from ctrak_lightning import Concept, Sampler, methods
+from ctrak_lightning.callbacks import ConceptMonitor, ConceptTracer, ProvenanceRecorder
 from ctrak_lightning.traces import CheckpointWriter
 
 from ..toy import ToyData, ToyDiffusion
@@ -35,17 +37,18 @@ def main(folder: str, what: str) -> None:
     module = ToyDiffusion()
     tracer = ConceptTracer(f"{folder}/traces", methods.d_trak(timesteps=2), rank=4, dim=64, every_n_epochs=1)
     saver = ModelCheckpoint(f"{folder}/weights", filename="last", save_on_train_epoch_end=True)
+    red = Concept("red", {"colour": "red", "shape": "dot"}, {"shape": "dot"})
+    monitor = ConceptMonitor([red], sampler=Sampler(steps=4), on_error="raise")
+    attached = {"monitored": [monitor], "recorded": [ProvenanceRecorder()]}.get(what, [])
     trainer = L.Trainer(
         accelerator="cpu",
         strategy="ddp",
         devices=2,
         max_epochs=2,
-        logger=False,
+        logger=TensorBoardLogger(folder, name="board", version="") if what == "monitored" else False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks={"plain": [saver], "recorded": [ProvenanceRecorder(), tracer, saver]}.get(
-            what, [tracer, saver]
-        ),
+        callbacks=[*attached, tracer, saver] if what != "plain" else [saver],
     )
     if what == "dies" and trainer.global_rank == 1:
         die_at_the_second_checkpoint()

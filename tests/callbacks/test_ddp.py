@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ctrak_lightning import Capture, GradientTracer, Projection, TraceStore, methods
 from ctrak_lightning.provenance import Ledger, verify
@@ -82,6 +83,17 @@ def test_one_of_two_processes_keeps_the_ledger(tmp_path: Path) -> None:
     assert entries[0].facts["hardware"]["processes"] == 2
     assert entries[2].facts["processes"] == 2
     assert verify(path, deep=True) == []
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_first_one_monitors(tmp_path: Path) -> None:
+    plain, watched = weights_after(tmp_path / "plain", "plain"), weights_after(tmp_path / "m", "monitored")
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+    assert TraceStore(tmp_path / "m" / "traces").verify() == []
+    assert len(list((tmp_path / "m" / "board").glob("events.*"))) == 1
+    found = EventAccumulator(str(tmp_path / "m" / "board")).Reload()
+    assert [event.step for event in found.Scalars("ctrak/contributors/red")] == [1, 3]
+    assert found.Tags()["images"] == ["ctrak/concept/red"]
 
 
 @pytest.mark.slow
