@@ -3,6 +3,7 @@
 from ctrak_lightning import methods
 from ctrak_lightning.attribution import Attribution, Attributor, Concept
 from ctrak_lightning.capture import Capture
+from ctrak_lightning.flow import FlowSchedule
 from ctrak_lightning.gradients import GradientTracer, Projection
 from ctrak_lightning.inline import InlineCapture
 from ctrak_lightning.method import Method
@@ -20,6 +21,7 @@ __all__ = [
     "Concept",
     "DiffusionTask",
     "Encoded",
+    "FlowSchedule",
     "GradientTracer",
     "InlineCapture",
     "Method",

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchHeunDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +32,7 @@ def test_every_parameterization_recovers_the_same_clean_latents_and_noise(
     x_t = schedule.add_noise(x0, noise, timesteps)
     torch.testing.assert_close(x_t, scheduler.add_noise(x0, noise, timesteps), rtol=1e-5, atol=1e-5)
     output = outputs(x0, noise, a, s)[kind]
+    torch.testing.assert_close(schedule.target(x0, noise, timesteps), output, rtol=1e-5, atol=1e-5)
     tolerance = 1e-6 / float(min(a, s))
     torch.testing.assert_close(schedule.x0_hat(output, x_t, timesteps), x0, rtol=0, atol=tolerance)
     torch.testing.assert_close(schedule.epsilon(output, x_t, timesteps), noise, rtol=0, atol=tolerance)
@@ -79,8 +80,8 @@ def test_even_timesteps_are_the_middles_of_equal_parts() -> None:
 
 
 def test_bad_schedulers_are_refused() -> None:
-    with pytest.raises(TypeError, match="FlowMatchEulerDiscreteScheduler.*alphas_cumprod"):
-        NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(TypeError, match="FlowMatchHeunDiscreteScheduler.*alphas_cumprod"):
+        NoiseSchedule.from_scheduler(FlowMatchHeunDiscreteScheduler())
     with pytest.raises(ValueError, match="thresholding"):
         NoiseSchedule.from_scheduler(DDIMScheduler(thresholding=True))
     with pytest.raises(ValueError, match="prediction_type='vv'"):

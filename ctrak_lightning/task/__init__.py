@@ -1,0 +1,23 @@
+"""How a model is addressed: the seam between this library and a user's LightningModule."""
+
+from ctrak_lightning.task.protocol import (
+    Condition,
+    DiffusionTask,
+    Encoded,
+    Spec,
+    encode,
+    named_samples,
+    resolve_task,
+    select,
+)
+
+__all__ = [
+    "Condition",
+    "DiffusionTask",
+    "Encoded",
+    "Spec",
+    "encode",
+    "named_samples",
+    "resolve_task",
+    "select",
+]
