@@ -8,7 +8,7 @@ from ctrak_lightning.gradients import GradientTracer, Projection
 from ctrak_lightning.inline import InlineCapture
 from ctrak_lightning.method import Method
 from ctrak_lightning.parameterization import NoiseSchedule
-from ctrak_lightning.task import DiffusionTask, Encoded
+from ctrak_lightning.task import DiffusersTask, DiffusionTask, Encoded
 from ctrak_lightning.traces import TraceStore, TraceWriter
 from ctrak_lightning.trajectory import Sampler
 
@@ -19,6 +19,7 @@ __all__ = [
     "Attributor",
     "Capture",
     "Concept",
+    "DiffusersTask",
     "DiffusionTask",
     "Encoded",
     "FlowSchedule",

@@ -1,5 +1,6 @@
 """How a model is addressed: the seam between this library and a user's LightningModule."""
 
+from ctrak_lightning.task.diffusers_task import DiffusersTask
 from ctrak_lightning.task.protocol import (
     Condition,
     DiffusionTask,
@@ -13,6 +14,7 @@ from ctrak_lightning.task.protocol import (
 
 __all__ = [
     "Condition",
+    "DiffusersTask",
     "DiffusionTask",
     "Encoded",
     "Spec",
