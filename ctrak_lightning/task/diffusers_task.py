@@ -90,7 +90,7 @@ class DiffusersTask(DiffusionTask, nn.Module):
         self._names = {name: name for name in self.fields} | dict(fields or {})
         self.resolution = self._resolution(resolution)
         self.noise_schedule = self.schedule()
-        self.train(self.denoiser.training)
+        self.train()
 
     @staticmethod
     def from_pipeline(pipeline: Any, **options: Any) -> "DiffusersTask":
@@ -236,8 +236,8 @@ class DiffusersTask(DiffusionTask, nn.Module):
         return 1 if vae is None else int(2 ** (len(vae.config.block_out_channels) - 1))
 
     def _vae_factors(self) -> tuple[float, float]:
-        config: Any = self.vae.config
-        return float(config.get("shift_factor") or 0.0), float(config["scaling_factor"])
+        vae: Any = self.vae
+        return float(vae.config.get("shift_factor") or 0.0), float(vae.config["scaling_factor"])
 
 
 def is_trained(part: nn.Module) -> bool:

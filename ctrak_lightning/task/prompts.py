@@ -1,11 +1,13 @@
 """What the text-to-image families share: prompts as conditions, encoded once."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ctrak_lightning.errors import ConceptError
 from ctrak_lightning.task.diffusers_task import FIELDS, DiffusersTask, is_trained
@@ -71,7 +73,7 @@ class PromptTask(DiffusersTask):
         """The conditions of prompts, None being the unconditional side, one row each."""
         if any(name != "vae" and is_trained(getattr(self, name)) for name in self.parts):
             return _joined([self._encode(prompt) for prompt in prompts])
-        with torch.no_grad():
+        with _always_alike(self.device):
             for prompt in dict.fromkeys(prompts):
                 if prompt not in self._cache:
                     self._cache[prompt] = self._encode(prompt)
@@ -85,6 +87,19 @@ class PromptTask(DiffusersTask):
         # One at a time: what a prompt's encoding is then depends on nothing else, to the last bit.
         encoded = self.encode_null() if prompt is None else self.encode_prompts([prompt])
         return {name: _as(value, self.dtype) for name, value in encoded.items()}
+
+
+@contextmanager
+def _always_alike(device: torch.device) -> Iterator[None]:
+    """What is kept is the same to the last bit whoever asks first, a training step, a trace or a validation step: otherwise
+    tracing would change training."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        yield
 
 
 def _joined(conditions: Sequence[Condition]) -> Condition:

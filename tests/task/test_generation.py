@@ -21,11 +21,15 @@ def noise(channels: int = 4, size: int = SIZE) -> Tensor:
 
 
 def ours(task: DiffusersTask, latents: Tensor, spec: Any, guidance: float) -> Tensor:
-    task.eval()
     with torch.no_grad():
         condition = task.condition(spec, len(latents))
         null = None if guidance == 1.0 else task.condition({}, len(latents))
         return Sampler(steps=STEPS, guidance=guidance).run(task, latents, condition, null).latents
+
+
+def evaluated(name: str, **options: Any) -> DiffusersTask:
+    """A task of which both ways of generating are in evaluation mode."""
+    return task_of(name, **options).eval()
 
 
 def assert_same(ours: Tensor, theirs: Tensor) -> None:
@@ -38,7 +42,7 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
 )
 @pytest.mark.parametrize(("guidance", "negative"), [(1.0, None), (6.0, None), (6.0, "a dog")])
 def test_prompts(name: str, guidance: float, negative: str | None) -> None:
-    task = task_of(name, negative_prompt=negative)
+    task = evaluated(name, negative_prompt=negative)
     options: dict[str, Any] = {}
     if name.startswith("pixart"):
         options = {"clean_caption": False, "use_resolution_binning": False, "negative_prompt": negative or ""}
@@ -63,7 +67,7 @@ def test_prompts(name: str, guidance: float, negative: str | None) -> None:
 @pytest.mark.parametrize("name", ["flux", "flux-schnell"])
 @pytest.mark.parametrize(("true_cfg", "negative"), [(1.0, None), (3.0, "a dog")])
 def test_flux(name: str, true_cfg: float, negative: str | None) -> None:
-    task = task_of(name, negative_prompt=negative, embedded_guidance=5.0)
+    task = evaluated(name, negative_prompt=negative, embedded_guidance=5.0)
     pipeline = task.pipeline
     latents = noise()
     theirs = pipeline(
@@ -85,7 +89,7 @@ def test_flux(name: str, true_cfg: float, negative: str | None) -> None:
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_dit(guidance: float) -> None:
-    task = task_of("dit")
+    task = evaluated("dit")
     generator = torch.Generator().manual_seed(3)  # the pipeline takes no latents; this is the seed of noise()
     theirs = task.pipeline(
         class_labels=[207, 207],
@@ -99,7 +103,7 @@ def test_dit(guidance: float) -> None:
 
 
 def test_unconditional_unet() -> None:
-    task = task_of("ddpm")
+    task = evaluated("ddpm")
     generator = torch.Generator().manual_seed(3)
     theirs = task.pipeline(
         batch_size=2, num_inference_steps=STEPS, generator=generator, output_type="pt", return_dict=False
@@ -110,7 +114,7 @@ def test_unconditional_unet() -> None:
 
 
 def test_class_conditional_unet() -> None:
-    task = task_of("ddpm-classes", null_class=3)
+    task = evaluated("ddpm-classes", null_class=3)
     scheduler, unet = task.pipeline.scheduler, task.pipeline.unet
     scheduler.set_timesteps(STEPS)
     x = noise(3, 2 * SIZE)

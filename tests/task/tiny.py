@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -298,9 +299,29 @@ def build(name: str, seed: int = 0) -> Any:
     return pipeline
 
 
-def task_of(name: str, **options: Any) -> DiffusersTask:
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+JOINT = ["add_q_proj", "add_k_proj", "add_v_proj"]
+"""The text's side of joint attention; SD3 and Flux fine-tunes train it too."""
+
+
+def add_lora(denoiser: nn.Module, use_dora: bool = False) -> None:
+    """LoRA on the attention, with weights off their initial zeros."""
+    joint = JOINT if any(name.endswith(JOINT[0]) for name, _ in denoiser.named_modules()) else []
+    denoiser.requires_grad_(False)
+    # Not every denoiser of diffusers has `add_adapter`, which does the same.
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=TARGETS + joint, use_dora=use_dora)
+    generator = torch.Generator().manual_seed(5)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        inject_adapter_in_model(config, denoiser)
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+
+
+def task_of(name: str, seed: int = 0, **options: Any) -> DiffusersTask:
     """The task of :func:`build`, with few tokens."""
-    pipeline = build(name)
+    pipeline = build(name, seed)
     if name.startswith(("sd3", "flux", "pixart")):
         options = {"max_sequence_length": TOKENS} | options
     if name.startswith(("flux", "pixart-sized")):
