@@ -78,6 +78,12 @@ class DiffusersTask(DiffusionTask, nn.Module):
                 f"{type(self).__name__}(fields={dict(fields or {})!r}): unknown {unknown}, expected names among "
                 f"{sorted(self.fields)}. HINT: the key is our name, the value the dataset's."
             )
+        vae: Any = getattr(pipeline, "vae", None)
+        if vae is not None and vae.config.get("latents_mean") is not None:
+            raise TaskError(
+                f"{type(self).__name__}({type(pipeline).__name__}): the VAE has `latents_mean`, expected one with a scaling and a "
+                "shift factor only. HINT: write a DiffusionTask with encode(batch) and decode(latents) of its own."
+            )
         self.pipeline = pipeline
         self.denoiser = getattr(pipeline, self.denoiser_part)
         optional = [name for name in self.optional_parts if getattr(pipeline, name, None) is not None]

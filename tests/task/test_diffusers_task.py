@@ -290,6 +290,10 @@ def test_what_is_no_supported_pipeline_is_refused() -> None:
     with pytest.raises(TaskError, match="lacks vae.*HINT"):
         DiffusersTask.from_pipeline(pipeline)
     pipeline = build("sd1")
+    pipeline.vae.register_to_config(latents_mean=[0.1] * 4)
+    with pytest.raises(TaskError, match="latents_mean.*HINT"):
+        DiffusersTask.from_pipeline(pipeline)
+    pipeline = build("sd1")
     pipeline.unet.register_to_config(time_cond_proj_dim=4)
     with pytest.raises(TaskError, match="time_cond_proj_dim.*HINT"):
         DiffusersTask.from_pipeline(pipeline)

@@ -1,6 +1,7 @@
 """A pipeline's fine-tune, traced by the callback and asked afterwards."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,48 @@ def test_every_family_is_traced_and_asked(name: str, concept: Concept, full: boo
     assert attributor.store.checkpoints[-1].features().isfinite().all()
     assert result.scores.isfinite().all()
     assert result.scores.std() > 0
+
+
+def test_the_example_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(__file__).parents[2] / "docs" / "adapters.md"
+    code = page.read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffusers.StableDiffusionPipeline.from_pretrained", lambda name: build("sd1"))
+    monkeypatch.setattr(
+        "lightning.Trainer", partial(L.Trainer, accelerator="cpu", logger=False, enable_checkpointing=False)
+    )
+    code = code.replace("max_epochs=30", "max_epochs=2").replace("every_n_epochs=10", "every_n_epochs=1")
+    scope: dict[str, Any] = {"loader": DataLoader(Samples(), 2)}
+    exec(compile(code, str(page), "exec"), scope)
+    result = scope["result"]
+    assert result.steps == [2, 4]
+    assert result.scores.shape == (SAMPLES,)
+    assert result.scores.isfinite().all()
+    assert all("lora" in name for name in TraceStore(tmp_path / "runs/x/traces").checkpoints[0].weights())
+
+
+def test_the_training_steps_own_gradients_of_a_pipeline(tmp_path: Path) -> None:
+    module = fine_tune("flux")
+    L.seed_everything(0, verbose=False)
+    tracer = ConceptTracer(str(tmp_path), mode="inline", every_n_epochs=1, rank=4, dim=128)
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[tracer],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(Samples(), 2))
+    (checkpoint,) = TraceStore(tmp_path).checkpoints
+    assert checkpoint.features().norm(dim=1).min() > 0
+    result = Attributor(
+        tmp_path, module, sampler=SAMPLER, method=methods.inline_trak(timesteps=2, damping=1.0)
+    )
+    assert result.attribute(CAT).scores.isfinite().all()
 
 
 def test_dora_is_traced_whole_and_asked(tmp_path: Path) -> None:
