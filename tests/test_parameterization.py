@@ -1,6 +1,13 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    PNDMScheduler,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,6 +73,22 @@ def test_sampling_timesteps_are_those_of_diffusers(spacing: str, steps: int, off
     scheduler = DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
     scheduler.set_timesteps(steps)
     assert NoiseSchedule.from_scheduler(scheduler).sampling_timesteps(steps) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize(
+    "cls", [PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, DDPMScheduler]
+)
+def test_other_schedulers_of_pipelines_stand_for_the_same_levels(cls: type) -> None:
+    config = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "steps_offset": 1}
+    expected = NoiseSchedule.from_scheduler(DDIMScheduler(timestep_spacing="leading", **config))
+    schedule = NoiseSchedule.from_scheduler(
+        cls.from_config(DDIMScheduler(timestep_spacing="leading", **config).config)
+    )
+    assert schedule.to_dict() == expected.to_dict()
+    assert schedule.sampling_timesteps(25) == expected.sampling_timesteps(25)
+    t = torch.tensor([0, 500, 999])
+    for ours, theirs in zip(schedule.signal_and_noise(t), expected.signal_and_noise(t), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_even_timesteps_are_the_middles_of_equal_parts() -> None:
