@@ -3,11 +3,12 @@
 from ctrak_lightning import methods
 from ctrak_lightning.attribution import Attribution, Attributor, Concept
 from ctrak_lightning.capture import Capture
+from ctrak_lightning.flow import FlowSchedule
 from ctrak_lightning.gradients import GradientTracer, Projection
 from ctrak_lightning.inline import InlineCapture
 from ctrak_lightning.method import Method
 from ctrak_lightning.parameterization import NoiseSchedule
-from ctrak_lightning.task import DiffusionTask, Encoded
+from ctrak_lightning.task import DiffusersTask, DiffusionTask, Encoded
 from ctrak_lightning.traces import TraceStore, TraceWriter
 from ctrak_lightning.trajectory import Sampler
 
@@ -18,8 +19,10 @@ __all__ = [
     "Attributor",
     "Capture",
     "Concept",
+    "DiffusersTask",
     "DiffusionTask",
     "Encoded",
+    "FlowSchedule",
     "GradientTracer",
     "InlineCapture",
     "Method",

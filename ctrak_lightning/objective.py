@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ctrak_lightning.parameterization import NoiseSchedule
 from ctrak_lightning.rng import seeded_noise
+from ctrak_lightning.schedule import Schedule
 
 Side = Literal["present", "absent"]
 
@@ -38,7 +38,7 @@ class Prediction:
     output: Tensor
     e: Tensor
     reference: Tensor | None
-    schedule: NoiseSchedule
+    schedule: Schedule
 
     @property
     def x0_hat(self) -> Tensor:

@@ -6,6 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ctrak_lightning.flow import FlowSchedule
+from ctrak_lightning.schedule import Schedule
+
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 Spacing = Literal["leading", "trailing", "linspace"]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -13,7 +16,7 @@ SPACINGS = ("leading", "trailing", "linspace")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NoiseSchedule:
+class NoiseSchedule(Schedule):
     """The noise levels of a variance-preserving diffusion process and the meaning of its network's output.
 
     Args:
@@ -47,20 +50,27 @@ class NoiseSchedule:
             raise ValueError("NoiseSchedule(alpha_bar=...): expected a 1-d tensor of values in [0, 1).")
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any) -> "NoiseSchedule":
-        """The schedule of a diffusers scheduler of the DDPM family (DDPM, DDIM and others with ``alphas_cumprod``).
+    def from_scheduler(cls, scheduler: Any, *, tokens: int | None = None) -> Schedule:
+        """The schedule of a diffusers scheduler: of the DDPM family (DDPM, DDIM and others with ``alphas_cumprod``), or of
+        ``FlowMatchEulerDiscreteScheduler`` (then a :class:`FlowSchedule`).
+
+        Args:
+            scheduler: the scheduler.
+            tokens: how many positions an image has in the network, for a flow whose shift depends on it.
 
         Raises:
-            TypeError: the scheduler has no ``alphas_cumprod`` (flow matching and sigma-space schedulers).
-            ValueError: it uses dynamic thresholding, or a prediction type unknown here.
+            TypeError: the scheduler is neither (sigma-space and other flow schedulers).
+            ValueError: it uses an option that cannot be followed here, or needs ``tokens``.
         """
+        if any(base.__name__ == "FlowMatchEulerDiscreteScheduler" for base in type(scheduler).__mro__):
+            return FlowSchedule.from_scheduler(scheduler, tokens=tokens)
         alpha_bar = getattr(scheduler, "alphas_cumprod", None)
         config = getattr(scheduler, "config", None)
         if alpha_bar is None or config is None:
             raise TypeError(
                 f"NoiseSchedule.from_scheduler({type(scheduler).__name__}): expected a diffusers scheduler with "
-                "`alphas_cumprod` (DDPMScheduler, DDIMScheduler). HINT: build one with the same betas via "
-                "`DDIMScheduler.from_config(scheduler.config)`."
+                "`alphas_cumprod` (DDPMScheduler, DDIMScheduler), or FlowMatchEulerDiscreteScheduler. HINT: build one with the "
+                "same betas via `DDIMScheduler.from_config(scheduler.config)`."
             )
         if config.get("thresholding"):
             raise ValueError(
@@ -81,25 +91,27 @@ class NoiseSchedule:
         return len(self.alpha_bar)
 
     def to_dict(self) -> dict[str, Any]:
-        """What a store records of the schedule: JSON values only."""
         return {
             "timesteps": len(self),
             "prediction_type": self.prediction_type,
             "alpha_bar_mean": round(float(self.alpha_bar.mean()), 9),
         }
 
-    def levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """``(a, s)`` at timesteps ``t`` [B], shaped to broadcast over ``like`` [B, ...]."""
-        power = self.alpha_bar[t.cpu()].view(-1, *[1] * (like.ndim - 1))
-        return power.sqrt().to(like), (1 - power).sqrt().to(like)
+    @property
+    def final_level(self) -> tuple[float, float]:
+        return self.final_alpha_bar**0.5, (1 - self.final_alpha_bar) ** 0.5
 
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """``x_t = a x0 + s eps``, all [B, ...]."""
+    def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        power = self.alpha_bar[t.cpu()]
+        return power.sqrt(), (1 - power).sqrt()
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         a, s = self.levels(t, x0)
-        return a * x0 + s * noise
+        if self.prediction_type == "epsilon":
+            return noise
+        return a * noise - s * x0 if self.prediction_type == "v_prediction" else x0
 
     def epsilon(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise prediction ``e`` [B, ...] that a network's output stands for; differentiable in both."""
         a, s = self.levels(t, x_t)
         if self.prediction_type == "epsilon":
             return output
@@ -127,14 +139,8 @@ class NoiseSchedule:
         return (x_t - s * output) / a
 
     def sampling_timesteps(self, steps: int) -> list[int]:
-        """The timesteps of a sampler of ``steps`` steps, most noise first, spaced as the scheduler spaces them.
-
-        Raises:
-            ValueError: ``steps`` outside [1, T].
-        """
+        self._check_steps(steps)
         total = len(self)
-        if not 1 <= steps <= total:
-            raise ValueError(f"sampling_timesteps({steps}): expected between 1 and {total} steps.")
         if self.spacing == "leading":
             grid = torch.arange(steps) * (total // steps) + self.steps_offset
         elif self.spacing == "linspace":
@@ -145,18 +151,5 @@ class NoiseSchedule:
             ) - 1
         return grid.clamp(0, total - 1).flip(0).tolist()
 
-    def even_timesteps(self, count: int, start: float = 0.0, end: float = 1.0) -> list[int]:
-        """``count`` timesteps in the middles of equal parts of [start T, end T), least noise first: never quite clean or quite
-        noise.
-
-        Raises:
-            ValueError: ``count`` outside [1, T], or not 0 <= start < end <= 1.
-        """
-        total = len(self)
-        if not 1 <= count <= total:
-            raise ValueError(f"even_timesteps({count}): expected between 1 and {total} timesteps.")
-        if not 0 <= start < end <= 1:
-            raise ValueError(
-                f"even_timesteps({count}, start={start}, end={end}): expected 0 <= start < end <= 1."
-            )
-        return [int((start + (i + 0.5) * (end - start) / count) * total) for i in range(count)]
+    def _timesteps_at(self, shares: Tensor) -> Tensor:
+        return (shares * len(self)).long()

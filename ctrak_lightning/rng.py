@@ -29,7 +29,7 @@ def isolated_rng(seed: int) -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-def seeded_noise(shape: Sequence[int], seed: int, timestep: int, key: str) -> Tensor:
+def seeded_noise(shape: Sequence[int], seed: int, timestep: float, key: str) -> Tensor:
     """Standard normal noise (float32, CPU) that depends on these arguments alone."""
     digest = hashlib.sha256(f"{seed}/{timestep}/{key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -14,7 +14,7 @@ from ctrak_lightning.task import Condition
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Noisy latents ``x_t`` [B, ...] and the timestep ``t`` [B] (int64) they are at.
+    """Noisy latents ``x_t`` [B, ...] and the timestep ``t`` [B] (int64; float32 of a flow) they are at.
 
     ``x0`` [B, ...] is the clean latent that the state is taken to be a noising of, where that is not the finished image.
     """
@@ -111,15 +111,16 @@ class Inverted(Trajectory):
         grid = task.noise_schedule.even_timesteps(self.steps)
         used = {grid[i] for i in _evenly(self.steps, self.timesteps or self.steps)}
         null = task.condition({}, len(latents)) if self.guidance != 1.0 else None
-        x, at = latents, 0
-        alpha_bar = 1.0
-        for target in grid:
-            output = _guided_output(task, x, _repeat(at, x), condition, null, self.guidance)
-            x0_hat, e = _clean_and_noise(task, output, x, at, alpha_bar)
-            alpha_bar = float(task.noise_schedule.alpha_bar[target])
-            x, at = alpha_bar**0.5 * x0_hat + (1 - alpha_bar) ** 0.5 * e, target
+        schedule = task.noise_schedule
+        x, t = latents, _repeat(0, latents)
+        for i, target in enumerate(grid):
+            output = _guided_output(task, x, t, condition, null, self.guidance)
+            x0_hat = x if i == 0 else schedule.x0_hat(output, x, t)
+            a, s = schedule.level(target)
+            x = a * x0_hat + s * schedule.epsilon(output, x, t)
+            t = _repeat(target, x)
             if target in used:
-                yield State(x, _repeat(target, x))
+                yield State(x, t)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,7 +168,7 @@ class Generated(Trajectory):
         return [State(state.x_t, state.t) for state in self._chosen(generation, schedule)]
 
     def _chosen(self, generation: Generation, schedule: Any) -> list[State]:
-        usable = [state for state in generation.states if float(schedule.alpha_bar[state.t[0].cpu()]) > 0]
+        usable = [state for state in generation.states if schedule.level(state.t[0].item())[0] > 0]
         count = self.timesteps or len(usable)
         if count > len(usable):
             raise ValueError(
@@ -186,7 +187,7 @@ class Renoised(Generated):
         chosen = []
         for state in self._chosen(generation, schedule):
             assert state.x0 is not None
-            timestep = int(state.t[0])
+            timestep = state.t[0].item()
             noise = seeded_noise(state.x0.shape[1:], 0, timestep, "renoised").to(state.x0).expand_as(state.x0)
             chosen.append(State(schedule.add_noise(state.x0, noise, state.t), state.t, state.x0))
         return chosen
@@ -194,7 +195,8 @@ class Renoised(Generated):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampler:
-    """Deterministic DDIM sampling (eta = 0, arXiv 2010.02502) with the scheduler's own timestep spacing.
+    """Deterministic DDIM sampling (eta = 0, arXiv 2010.02502) with the scheduler's own timestep spacing; of a flow, Euler's
+    method, which is the same step.
 
     Args:
         steps: sampling steps.
@@ -205,21 +207,21 @@ class Sampler:
     guidance: float = 2.0
 
     @torch.no_grad()
-    def run(self, task: Any, noise: Tensor, condition: Condition, null: Condition) -> Generation:
-        """Denoises ``noise`` [B, ...] under ``condition``; ``null`` is the unconditional side of the guidance."""
+    def run(self, task: Any, noise: Tensor, condition: Condition, null: Condition | None) -> Generation:
+        """Denoises ``noise`` [B, ...] under ``condition``; ``null`` is the unconditional side of the guidance, if there is any."""
         schedule = task.noise_schedule
         grid = schedule.sampling_timesteps(self.steps)
         x, states = noise, []
         for i, at in enumerate(grid):
             t = _repeat(at, x)
             output = _guided_output(task, x, t, condition, null, self.guidance)
-            x0_hat, e = _clean_and_noise(task, output, x, at, float(schedule.alpha_bar[at]))
+            x0_hat, e = schedule.x0_hat(output, x, t), schedule.epsilon(output, x, t)
             if schedule.clip is not None:
                 x0_hat = x0_hat.clamp(-schedule.clip, schedule.clip)
             states.append(State(x, t, x0_hat))
             last = i + 1 == len(grid)
-            alpha_bar = schedule.final_alpha_bar if last else float(schedule.alpha_bar[grid[i + 1]])
-            x = alpha_bar**0.5 * x0_hat + (1 - alpha_bar) ** 0.5 * e
+            a, s = schedule.final_level if last else schedule.level(grid[i + 1])
+            x = a * x0_hat + s * e
         return Generation(states, x)
 
 
@@ -234,15 +236,9 @@ def _guided_output(
     return unconditional + guidance * (output - unconditional)
 
 
-def _clean_and_noise(task: Any, output: Tensor, x: Tensor, t: int, alpha_bar: float) -> tuple[Tensor, Tensor]:
-    schedule = task.noise_schedule
-    timesteps = _repeat(t, x)
-    x0_hat = schedule.x0_hat(output, x, timesteps) if alpha_bar < 1 else x
-    return x0_hat, schedule.epsilon(output, x, timesteps)
-
-
-def _repeat(timestep: int, like: Tensor) -> Tensor:
-    return torch.full((len(like),), timestep, dtype=torch.long, device=like.device)
+def _repeat(timestep: float, like: Tensor) -> Tensor:
+    dtype = torch.long if isinstance(timestep, int) else torch.float32
+    return torch.full((len(like),), timestep, dtype=dtype, device=like.device)
 
 
 def _evenly(total: int, count: int) -> list[int]:

@@ -1,6 +1,13 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    PNDMScheduler,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +39,7 @@ def test_every_parameterization_recovers_the_same_clean_latents_and_noise(
     x_t = schedule.add_noise(x0, noise, timesteps)
     torch.testing.assert_close(x_t, scheduler.add_noise(x0, noise, timesteps), rtol=1e-5, atol=1e-5)
     output = outputs(x0, noise, a, s)[kind]
+    torch.testing.assert_close(schedule.target(x0, noise, timesteps), output, rtol=1e-5, atol=1e-5)
     tolerance = 1e-6 / float(min(a, s))
     torch.testing.assert_close(schedule.x0_hat(output, x_t, timesteps), x0, rtol=0, atol=tolerance)
     torch.testing.assert_close(schedule.epsilon(output, x_t, timesteps), noise, rtol=0, atol=tolerance)
@@ -67,6 +75,22 @@ def test_sampling_timesteps_are_those_of_diffusers(spacing: str, steps: int, off
     assert NoiseSchedule.from_scheduler(scheduler).sampling_timesteps(steps) == scheduler.timesteps.tolist()
 
 
+@pytest.mark.parametrize(
+    "cls", [PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, DDPMScheduler]
+)
+def test_other_schedulers_of_pipelines_stand_for_the_same_levels(cls: type) -> None:
+    config = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "steps_offset": 1}
+    expected = NoiseSchedule.from_scheduler(DDIMScheduler(timestep_spacing="leading", **config))
+    schedule = NoiseSchedule.from_scheduler(
+        cls.from_config(DDIMScheduler(timestep_spacing="leading", **config).config)
+    )
+    assert schedule.to_dict() == expected.to_dict()
+    assert schedule.sampling_timesteps(25) == expected.sampling_timesteps(25)
+    t = torch.tensor([0, 500, 999])
+    for ours, theirs in zip(schedule.signal_and_noise(t), expected.signal_and_noise(t), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_even_timesteps_are_the_middles_of_equal_parts() -> None:
     schedule = NoiseSchedule.from_scheduler(DDIMScheduler())
     assert schedule.even_timesteps(4) == [125, 375, 625, 875]
@@ -79,8 +103,8 @@ def test_even_timesteps_are_the_middles_of_equal_parts() -> None:
 
 
 def test_bad_schedulers_are_refused() -> None:
-    with pytest.raises(TypeError, match="FlowMatchEulerDiscreteScheduler.*alphas_cumprod"):
-        NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(TypeError, match="FlowMatchHeunDiscreteScheduler.*alphas_cumprod"):
+        NoiseSchedule.from_scheduler(FlowMatchHeunDiscreteScheduler())
     with pytest.raises(ValueError, match="thresholding"):
         NoiseSchedule.from_scheduler(DDIMScheduler(thresholding=True))
     with pytest.raises(ValueError, match="prediction_type='vv'"):

@@ -23,7 +23,7 @@ from ctrak_lightning.attribution.solve import (
 from ctrak_lightning.attribution.top import Shortlist, top_scores
 from ctrak_lightning.errors import GradientError, StoreMismatchError
 from ctrak_lightning.fingerprint import model_fingerprint
-from ctrak_lightning.gradients import GradientTracer, Projection, tracing_mode
+from ctrak_lightning.gradients import Engine, GradientTracer, Projection, tracing_mode
 from ctrak_lightning.memory import RowLimit
 from ctrak_lightning.method import Damping, Method
 from ctrak_lightning.objective import Side
@@ -366,7 +366,7 @@ class Attributor:
 
         def generated(start: int, stop: int) -> Generation:
             condition = self._condition(specs[start:stop])
-            null = self.task.condition({}, stop - start)
+            null = None if self.sampler.guidance == 1.0 else self.task.condition({}, stop - start)
             made = self.sampler.run(self.task, noise[start:stop], condition, null)
             bar.update(stop - start)
             return made
@@ -487,7 +487,11 @@ class Attributor:
         if self._tracer is None:
             facts = self.store.header.projection
             projection = Projection(**facts["projection"])
-            self._tracer = GradientTracer(self.task.denoiser, projection, layers=facts["layers"])
+            # Stores of training steps hold what has a hook and nothing else.
+            engine: Engine = "auto" if facts.get("parameters_without_hook") else "hooks"
+            self._tracer = GradientTracer(
+                self.task.denoiser, projection, layers=facts["layers"], engine=engine
+            )
             _refuse_differences("projection", facts, self._tracer.describe())
         return self._tracer
 

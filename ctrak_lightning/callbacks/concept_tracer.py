@@ -331,7 +331,12 @@ class ConceptTracer(Callback):
             task,
             self._trace_batches(trainer, pl_module),
             method=self.method,
-            tracer=GradientTracer(task.denoiser, self.projection, layers=self.layers),
+            tracer=GradientTracer(
+                task.denoiser,
+                self.projection,
+                layers=self.layers,
+                engine="hooks" if self.mode == "inline" else "auto",
+            ),
             seed=self.seed,
             dtype=self.dtype,
             thumbnails=self.thumbnails,

@@ -2,6 +2,18 @@
 
 from ctrak_lightning.gradients.modes import tracing_mode
 from ctrak_lightning.gradients.projection import Projection
-from ctrak_lightning.gradients.tracer import GradientTracer, UntracedParameterWarning
+from ctrak_lightning.gradients.tracer import (
+    Engine,
+    GradientTracer,
+    SlowParameterWarning,
+    UntracedParameterWarning,
+)
 
-__all__ = ["GradientTracer", "Projection", "UntracedParameterWarning", "tracing_mode"]
+__all__ = [
+    "Engine",
+    "GradientTracer",
+    "Projection",
+    "SlowParameterWarning",
+    "UntracedParameterWarning",
+    "tracing_mode",
+]

@@ -26,8 +26,14 @@ def looped_vjps(
     forward: Forward,
     cotangents: Sequence[Cotangent],
     rows: Tensor,
+    *,
+    required: bool = True,
 ) -> list[dict[str, Tensor]]:
-    """As :func:`~ctrak_lightning.gradients.hooks.hooked_vjps`, by one forward and backward pass per sample."""
+    """As :func:`~ctrak_lightning.gradients.hooks.hooked_vjps`, by one forward and backward pass per sample.
+
+    Args:
+        required: refuse a forward pass that depends on none of the parameters.
+    """
     parameters = _parameters(blocks)
     results: list[list[dict[str, Tensor]]] = [[] for _ in cotangents]
     with _requiring_gradients(parameters.values()):
@@ -38,7 +44,7 @@ def looped_vjps(
                 gradients = pull_back(
                     output, list(parameters.values()), v, keep_graph=position < len(cotangents)
                 )
-                require_contribution(any(gradient is not None for gradient in gradients))
+                require_contribution(not required or any(gradient is not None for gradient in gradients))
                 named = {
                     name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
                     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)

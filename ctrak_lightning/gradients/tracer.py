@@ -20,13 +20,17 @@ from ctrak_lightning.gradients.plan import plan_blocks
 from ctrak_lightning.gradients.projection import BlockProjector, Projection
 from ctrak_lightning.gradients.reference import functional_vjps, looped_vjps
 
-Engine = Literal["hooks", "loop", "functional"]
+Engine = Literal["hooks", "auto", "loop", "functional"]
 CHECK_TOLERANCE = 1e-3
 DEFAULT_PROJECTION = Projection()
 
 
 class UntracedParameterWarning(UserWarning):
     """Parameters that require a gradient but that the hook engine cannot trace exactly; the message names them all."""
+
+
+class SlowParameterWarning(UserWarning):
+    """Parameters without a hook, which are traced by a pass per sample; the message names them all."""
 
 
 class GradientTracer:
@@ -39,14 +43,15 @@ class GradientTracer:
         module: the network. Which of its parameters require a gradient is read once, here.
         projection: rank, length and seed of the features.
         layers: `fnmatch` patterns for the names of the modules whose parameters are traced; None traces all.
-        engine: "hooks"; or, as references, "loop" (a pass per sample) and "functional" (`torch.func`), which also trace
-            parameters without a known layer kind.
+        engine: "hooks"; "auto", which also traces the parameters that have no hook, such as DoRA's magnitudes, by a pass per
+            sample; or, as references, "loop" (a pass per sample for all) and "functional" (`torch.func`).
 
     Raises:
         GradientError: nothing can be traced, a pattern matches nothing, or an argument is of the wrong kind.
 
     Warns:
         UntracedParameterWarning: the hook engine cannot trace some of the parameters.
+        SlowParameterWarning: engine "auto" traces some by a pass per sample.
 
     Example:
         >>> network = nn.Linear(4, 4)
@@ -84,11 +89,10 @@ class GradientTracer:
         self._patterns = None if layers is None else list(layers)
         plan = plan_blocks(module, self._patterns)
         self._layers = plan.layers
-        self._blocks: list[Block] = list(plan.layers)
-        if engine != "hooks":
-            self._blocks += [block for block, _ in plan.bare]
-        elif plan.bare:
-            named = "; ".join(f"{block.name} ({reason})" for block, reason in plan.bare)
+        self._bare: list[Block] = [] if engine == "hooks" else [block for block, _ in plan.bare]
+        self._blocks: list[Block] = [*plan.layers, *self._bare]
+        named = "; ".join(f"{block.name} ({reason})" for block, reason in plan.bare)
+        if engine == "hooks" and plan.bare:
             if not plan.layers:
                 raise GradientError(
                     f"`GradientTracer(engine='hooks')`: none of the trainable parameters can be traced: {named}. "
@@ -96,8 +100,15 @@ class GradientTracer:
                 )
             warnings.warn(
                 f"These trainable parameters are not traced: {named}. HINT: freeze them, or leave their modules out with "
-                "`layers=`, if that is meant.",
+                '`layers=`, if that is meant; `engine="auto"` traces them, slowly.',
                 UntracedParameterWarning,
+                stacklevel=2,
+            )
+        if engine == "auto" and plan.bare:
+            warnings.warn(
+                f"These trainable parameters have no hook and are traced by a pass per sample, which is slow: {named}. HINT: "
+                "freeze them, or leave their modules out with `layers=`, if they do not matter.",
+                SlowParameterWarning,
                 stacklevel=2,
             )
         self._projector = BlockProjector(
@@ -123,13 +134,15 @@ class GradientTracer:
         """JSON facts that decide what a feature row means; rows of tracers with equal facts are comparable."""
         shapes = {name: list(p.shape) for block in self._blocks for name, p in block.parameters.items()}
         digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
-        return {
+        facts = {
             "projection": self.projection.to_dict(),
             "dim": self.dim,
             "layers": self._patterns,
             "parameters": len(shapes),
             "parameters_sha256": digest,
         }
+        # Only where there are any, so that stores of before stay comparable.
+        return facts | ({"parameters_without_hook": len(self._bare)} if self._bare else {})
 
     @property
     def width(self) -> int:
@@ -244,9 +257,24 @@ class GradientTracer:
         with tracing_mode(self.module):
             if self.engine == "hooks":
                 return hooked_vjps(self._layers, self._projector, forward, cotangents, rows)
+            if self.engine == "auto":
+                return self._hooked_and_looped(forward, cotangents, rows)
             if self.engine == "loop":
                 return looped_vjps(self._blocks, self._projector, forward, cotangents, rows)
             return functional_vjps(self._blocks, self._projector, self.module, forward, cotangents, rows)
+
+    def _hooked_and_looped(
+        self, forward: Forward, cotangents: Sequence[Cotangent], rows: Tensor
+    ) -> list[dict[str, Tensor]]:
+        results: list[dict[str, Tensor]] = [{} for _ in cotangents]
+        if self._layers:
+            results = hooked_vjps(self._layers, self._projector, forward, cotangents, rows)
+        if self._bare:
+            # Not every state need reach them; the hooks refuse a pass that reaches nothing.
+            required = not self._layers
+            looped = looped_vjps(self._bare, self._projector, forward, cotangents, rows, required=required)
+            results = [ours | theirs for ours, theirs in zip(results, looped, strict=True)]
+        return results
 
     def _rows(self, batch_size: int) -> Tensor:
         if batch_size < 1:

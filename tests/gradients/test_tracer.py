@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ctrak_lightning.errors import GradientError
-from ctrak_lightning.gradients import GradientTracer, Projection, UntracedParameterWarning
+from ctrak_lightning.gradients import (
+    GradientTracer,
+    Projection,
+    SlowParameterWarning,
+    UntracedParameterWarning,
+)
 from tests.gradients.zoo import (
     PROJECTION,
     SAMPLES,
@@ -79,6 +84,54 @@ def test_reference_engines_trace_bare_and_shared_parameters() -> None:
     ).sum().backward()
     squares = sum(float(p.grad.square().sum()) for p in case.module.parameters() if p.grad is not None)
     assert exact[1].square().sum().item() == pytest.approx(squares, rel=1e-5)
+
+
+def test_auto_traces_what_has_no_hook_by_the_loop_and_names_it() -> None:
+    case = mixed()
+    with pytest.warns(SlowParameterWarning, match="a pass per sample.*HINT") as caught:
+        tracer = GradientTracer(case.module, PROJECTION, engine="auto")
+    message = str(caught[0].message)
+    for part in (
+        "scale (",
+        "up.weight (ConvTranspose1d",
+        "embed.weight (shared as embed.weight, head.weight)",
+    ):
+        assert part in message
+    assert "last" not in message
+    cotangents = [weighted, lambda e, rows: e.detach().sign()]
+    loop = GradientTracer(case.module, PROJECTION, engine="loop")
+    for ours, theirs in zip(
+        tracer.vjps(case.forward, cotangents, SAMPLES),
+        loop.vjps(case.forward, cotangents, SAMPLES),
+        strict=True,
+    ):
+        assert row_error(ours, theirs) < TOLERANCE
+    assert tracer.describe() == loop.describe()
+    assert tracer.describe()["parameters_without_hook"] == 4
+    plain = build("linear_2d").module
+    described = GradientTracer(plain, PROJECTION, engine="auto").describe()
+    assert described == GradientTracer(plain, PROJECTION).describe()
+    with pytest.raises(GradientError, match='step_recorder.*engine "hooks"'):
+        tracer.step_recorder()
+
+
+def test_auto_allows_states_that_do_not_reach_the_parameters_without_hook() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    case = Case(Optional(), (torch.randn(SAMPLES, 4),))
+    with pytest.warns(SlowParameterWarning, match="scale"):
+        ours = features(case, "auto")
+    assert row_error(ours, features(case, "loop")) < TOLERANCE
+    bare = Case(nn.ParameterList([torch.ones(4)]), case.inputs, lambda m, x: x * m[0])
+    with pytest.warns(SlowParameterWarning):
+        ours = features(bare, "auto")
+    assert row_error(ours, features(bare, "loop")) < TOLERANCE
 
 
 @pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrak_lightning.errors import BatchError, TaskError
-from ctrak_lightning.parameterization import NoiseSchedule
+from ctrak_lightning.schedule import Schedule
 
 Condition = dict[str, Tensor]
 Spec = Mapping[str, str] | str
@@ -63,7 +63,7 @@ class DiffusionTask:
     A task has these members:
 
     - ``denoiser``: the ``nn.Module`` whose trainable parameters are traced;
-    - ``noise_schedule``: a :class:`~ctrak_lightning.NoiseSchedule`, from ``NoiseSchedule.from_scheduler``;
+    - ``noise_schedule``: a :class:`~ctrak_lightning.NoiseSchedule` or ``FlowSchedule``, from ``NoiseSchedule.from_scheduler``;
     - ``encode(batch) -> Encoded``: clean latents, condition and sample ids of a batch;
     - ``condition(spec, n) -> dict[str, Tensor]``: the condition of a concept's ``present`` or ``absent`` (a mapping of
       attributes, or a prompt), repeated ``n`` times; what the spec does not name is dropped, so ``{}`` is the null condition;
@@ -75,7 +75,7 @@ class DiffusionTask:
     """
 
     denoiser: nn.Module
-    noise_schedule: NoiseSchedule
+    noise_schedule: Schedule
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's output [B, ...] for states ``x_t`` [B, ...] at timesteps ``t`` [B]."""
@@ -102,7 +102,7 @@ def resolve_task(candidate: Any) -> Any:
         raise TaskError(
             f"{type(task).__name__}.denoiser is {type(task.denoiser).__name__}, expected an nn.Module."
         )
-    if not isinstance(task.noise_schedule, NoiseSchedule):
+    if not isinstance(task.noise_schedule, Schedule):
         raise TaskError(
             f"{type(task).__name__}.noise_schedule is {type(task.noise_schedule).__name__}, expected a NoiseSchedule. "
             "HINT: NoiseSchedule.from_scheduler(scheduler)."

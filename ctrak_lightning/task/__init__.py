@@ -1,0 +1,25 @@
+"""How a model is addressed: the seam between this library and a user's LightningModule."""
+
+from ctrak_lightning.task.diffusers_task import DiffusersTask
+from ctrak_lightning.task.protocol import (
+    Condition,
+    DiffusionTask,
+    Encoded,
+    Spec,
+    encode,
+    named_samples,
+    resolve_task,
+    select,
+)
+
+__all__ = [
+    "Condition",
+    "DiffusersTask",
+    "DiffusionTask",
+    "Encoded",
+    "Spec",
+    "encode",
+    "named_samples",
+    "resolve_task",
+    "select",
+]

@@ -1,0 +1,25 @@
+"""DiT."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ctrak_lightning.task.class_conditional import ClassTask
+from ctrak_lightning.task.protocol import Condition
+
+
+class DiTTask(ClassTask):
+    """``DiTPipeline``. The null class is the label after the last; of a network that predicts variances too, only the noise
+    is taken. Arguments: :class:`ClassTask`."""
+
+    def __init__(self, pipeline: Any, **options: Any) -> None:
+        super().__init__(pipeline, **options)
+        if self.null_class is None:
+            self.null_class = self.label_count()
+
+    def label_count(self) -> int:
+        return int(self.denoiser.config.num_embeds_ada_norm)
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        output: Tensor = self.denoiser(x_t, timestep=t, return_dict=False, **condition)[0]
+        return output[:, : x_t.shape[1]]

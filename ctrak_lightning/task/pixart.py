@@ -1,0 +1,39 @@
+"""PixArt."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ctrak_lightning.task.prompts import PromptTask
+from ctrak_lightning.task.protocol import Condition
+
+
+class PixArtTask(PromptTask):
+    """``PixArtAlphaPipeline`` and ``PixArtSigmaPipeline``: T5 with its attention mask; of the largest Alpha also the image's size
+    and aspect ratio, which are those of ``resolution``. Of a network that predicts variances too, only the noise is taken.
+    Captions are not cleaned (``clean_caption=False``). Arguments: :class:`PromptTask`."""
+
+    frozen_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        output: Tensor = self.denoiser(
+            x_t,
+            timestep=t,
+            encoder_hidden_states=condition["encoder_hidden_states"],
+            encoder_attention_mask=condition["encoder_attention_mask"],
+            added_cond_kwargs={name: condition.get(name) for name in ("resolution", "aspect_ratio")},
+            return_dict=False,
+        )[0]
+        return output[:, : x_t.shape[1]]
+
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        embeddings, mask, _, _ = self.pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, device=self.device, **self._length
+        )
+        condition = {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
+        if self.denoiser.use_additional_conditions:
+            height, width = self.resolution
+            sizes = torch.tensor([[float(height), float(width)]] * len(prompts), device=self.device)
+            condition |= {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
+        return condition

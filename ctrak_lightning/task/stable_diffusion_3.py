@@ -1,0 +1,42 @@
+"""Stable Diffusion 3 and 3.5."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from ctrak_lightning.parameterization import NoiseSchedule
+from ctrak_lightning.schedule import Schedule
+from ctrak_lightning.task.prompts import PromptTask
+from ctrak_lightning.task.protocol import Condition
+
+
+class StableDiffusion3Task(PromptTask):
+    """``StableDiffusion3Pipeline``: flow matching, three text encoders, pooled embeddings. Arguments: :class:`PromptTask`.
+
+    T5 (``text_encoder_3``) may be left out, as the pipeline allows.
+    """
+
+    frozen_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "text_encoder_2")
+    optional_parts: ClassVar[tuple[str, ...]] = ("text_encoder_3",)
+
+    def schedule(self) -> Schedule:
+        height, width = self.resolution
+        side = int(self.pipeline.vae_scale_factor * self.pipeline.patch_size)
+        return NoiseSchedule.from_scheduler(
+            self.pipeline.scheduler, tokens=(height // side) * (width // side)
+        )
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        output: Tensor = self.denoiser(hidden_states=x_t, timestep=t, return_dict=False, **condition)[0]
+        return output
+
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        embeddings, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt=prompts,
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            **self._length,
+        )
+        return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
