@@ -427,7 +427,7 @@ def test_huge_and_broken_images_are_scaled_and_shown(tmp_path: Path) -> None:
     assert sizes == {(768, 384), (128, 64)}
 
 
-def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
+def test_paths_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = random_result(5)
     with pytest.raises(ReportError, match="is a folder.*HINT.*report.html"):
         result.report(tmp_path)
@@ -436,6 +436,10 @@ def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ReportError, match="cannot be written"):
         result.report(tmp_path / "file" / "report.html")
+    monkeypatch.setattr("ctrak_lightning.attribution.report.page.os.access", lambda path, mode: False)
+    with pytest.raises(ReportError, match="no folder that this user may write to"):
+        result.report(tmp_path / "report.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
