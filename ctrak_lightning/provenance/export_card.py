@@ -12,7 +12,6 @@ from ctrak_lightning.provenance.summary import block
 MOST_ROWS = 50
 COLUMNS = ("owner", "licence", "license")
 _PLAIN = frozenset(" -,")
-_UNSEEN = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def model_card(path: str | Path) -> str:
@@ -55,7 +54,8 @@ def escape(text: str) -> str:
 
 
 def _escaped(character: str) -> str:
-    if character in _UNSEEN or (not character.isprintable() and character != " "):
+    # Not printable: control characters, and those that turn the direction of writing.
+    if not character.isprintable() and character != " ":
         return " " if character.isspace() else "\ufffd"
     if character.isascii() and not character.isalnum() and character not in _PLAIN:
         return f"&#{ord(character)};"

@@ -156,3 +156,12 @@ def test_the_package_is_imported_only_when_it_is_used(store: Path) -> None:
         [sys.executable, "-c", text], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_same_signature_in_other_letters_is_found(store: Path, keys: tuple[Path, Path]) -> None:
+    sign(store, keys[0])
+    path = store / "ledger.signature.json"
+    document = json.loads(path.read_text())
+    document["signature"] = document["signature"].upper()
+    path.write_text(json.dumps(document, sort_keys=True, separators=(",", ":")) + "\n")
+    assert "ledger.signature.json" in problems(store)
