@@ -39,6 +39,7 @@ def _images(page: Page, url: str) -> None:
     page.click_all("paper-checkbox", "Show actual image size")
     image = page.find_all("img[src*='images']")[0]
     page.until(lambda: image.size["width"] > 600, "the image at its own size")
+    time.sleep(SETTLED)
 
 
 def _text(page: Page, url: str) -> None:
