@@ -77,6 +77,8 @@ class ConceptTracer(Callback):
 
     Warns:
         UserWarning: steps have no trace, under ``on_error="warn"``.
+        SlowParameterWarning: parameters of no known layer, such as DoRA's magnitudes, are traced by a pass per sample; in mode
+            ``"inline"`` they are not traced (UntracedParameterWarning).
 
     Example::
 

@@ -14,13 +14,14 @@ from ctrak_lightning.task.diffusers_task import FIELDS, DiffusersTask, is_traine
 from ctrak_lightning.task.protocol import Condition, Spec
 
 CACHE_BYTES = 2**28
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 class PromptTask(DiffusersTask):
     """A pipeline whose condition is a prompt. A batch has ``caption``, B strings.
 
     The encoding of a prompt is kept (the least recently used go when they take more than ``CACHE_BYTES``), unless a text
-    encoder is trained. A prompt beyond the tokenizer's limit is cut, as the pipeline cuts it.
+    encoder is trained. A caption beyond the tokenizers' limit is cut, as the pipeline cuts it; a concept's prompt is refused.
 
     Args:
         pipeline, resolution, fields: as of :class:`DiffusersTask`.
@@ -59,15 +60,35 @@ class PromptTask(DiffusersTask):
         """The condition of a prompt, or of the unconditional side for ``{}``, ``n`` times.
 
         Raises:
-            ConceptError: the spec names attributes.
+            ConceptError: the spec names attributes, or is a prompt too long for every tokenizer.
         """
         if not isinstance(spec, str) and spec:
             raise ConceptError(
                 f"{type(self).__name__}.condition({dict(spec)!r}): this model takes prompts, not attributes. HINT: "
                 "Concept('cat', present='a cat by x', absent='a picture by x')."
             )
+        if isinstance(spec, str):
+            self._refuse_cut(spec)
         rows = self._conditions([spec if isinstance(spec, str) else None])
         return {name: value.expand(n, *value.shape[1:]) for name, value in rows.items()}
+
+    def _refuse_cut(self, prompt: str) -> None:
+        cut = {}
+        for name in TOKENIZERS:
+            tokenizer = getattr(self.pipeline, name, None)
+            if tokenizer is None:
+                continue
+            limit = tokenizer.model_max_length
+            if "T5" in type(tokenizer).__name__:
+                limit = min(limit, self._length.get("max_sequence_length", limit))
+            count = len(tokenizer(prompt, truncation=False)["input_ids"])
+            if count <= limit:
+                return
+            cut[name] = f"{count} tokens of at most {limit}"
+        raise ConceptError(
+            f"{type(self).__name__}.condition({prompt!r}): the prompt would be cut, and the concept perhaps with it: {cut}. HINT: "
+            "shorten it."
+        )
 
     def _conditions(self, prompts: Sequence[str | None]) -> Condition:
         """The conditions of prompts, None being the unconditional side, one row each."""
@@ -94,7 +115,6 @@ def _always_alike(device: torch.device) -> Iterator[None]:
     """What is kept is the same to the last bit whoever asks first, a training step, a trace or a validation step: otherwise
     tracing would change training."""
     with (
-        torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
         sdpa_kernel(SDPBackend.MATH),

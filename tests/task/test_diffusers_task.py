@@ -264,6 +264,18 @@ def test_specs_of_the_wrong_kind_are_refused(name: str) -> None:
         task_of(name).condition(spec, 1)
 
 
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "pixart", "flux"])
+def test_a_prompt_that_would_be_cut_is_refused(name: str) -> None:
+    task = task_of(name)
+    long = "a cat by a very long name"
+    with pytest.raises(ConceptError, match="would be cut.*tokens of at most 16.*HINT"):
+        task.condition(long, 1)
+    cut = task.encode(batch(1) | {"caption": [long]}).condition  # a caption is cut, as the pipeline cuts it
+    assert all(torch.isfinite(value).all() for value in cut.values())
+    if name == "flux":  # T5 sees all of it, if it may
+        assert len(task_of(name, max_sequence_length=32).condition(long, 1)["encoder_hidden_states"]) == 1
+
+
 def test_columns_may_have_other_names() -> None:
     rows = batch(2)
     renamed = {"pixel_values": rows["image"], "text": rows["caption"], "sample_id": rows["sample_id"]}
