@@ -69,7 +69,7 @@ def replay(
     projection: Projection | None = None,
     learning_rate: float = 1.0,
 ) -> TraceStore:
-    """Traces ``batches`` at the saved steps of a fine-tune into ``store``; a finished store is opened as it is.
+    """Traces ``batches`` at the saved steps of a fine-tune into ``store``; a finished store of this schema is opened as it is.
 
     Args:
         folder: of the saved weights.
@@ -82,7 +82,7 @@ def replay(
         projection: of the gradients; the library's default by default.
         learning_rate: what the checkpoints record (TracIn weighs them by it).
     """
-    done = store / "finished"
+    done = store / f"finished-{SCHEMA_VERSION}"
     if not done.exists():
         shutil.rmtree(store, ignore_errors=True)
         tracer = GradientTracer(module.denoiser, projection or Projection(), layers=layers)

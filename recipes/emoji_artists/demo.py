@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ctrak_lightning import Attribution, Attributor, Method, Sampler, methods
-from ctrak_lightning.callbacks import ConceptTracer
+from ctrak_lightning.attribution.report import write_report
+from ctrak_lightning.callbacks import ConceptTracer, ProvenanceRecorder
 from recipes.emoji_artists.data import KINDS, EmojiArtists
 from recipes.emoji_artists.evaluate import Question, chance, label_search, questions, r_precision
 from recipes.emoji_artists.module import EmojiDiffusion
@@ -109,6 +110,9 @@ def _fit(module: EmojiDiffusion, data: EmojiArtists, out: Path, epochs: int) -> 
         ConceptTracer(str(out / "traces" / name), method, every_n_epochs=max(1, epochs // 3))
         for name, method in traced_methods().items()
     ]
+    recorder = ProvenanceRecorder(
+        str(out / "traces" / SHEETS), base_model="recipes/emoji_artists/base.safetensors"
+    )
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -116,7 +120,7 @@ def _fit(module: EmojiDiffusion, data: EmojiArtists, out: Path, epochs: int) -> 
         enable_checkpointing=False,
         enable_model_summary=False,
         log_every_n_steps=1,
-        callbacks=[*tracers, TQDMProgressBar(leave=False)],
+        callbacks=[*tracers, recorder, TQDMProgressBar(leave=False)],
     )
     trainer.fit(module, datamodule=data)
     return time.monotonic() - before
@@ -132,6 +136,11 @@ def _ask(module: EmojiDiffusion, out: Path, asked: list[Question], seed: int) ->
         if generation is None:
             generation = attributor.generate([concept.present for concept in concepts], seeds)
         results[name] = attributor.attribute_many(concepts, seeds, generation=generation)
+        if name == SHEETS:
+            pair = slice(0, len(KINDS))
+            first = generation.rows(torch.arange(len(KINDS)))
+            both = attributor.attribute_many(concepts[pair], seeds[pair], generation=first, parts=True)
+            write_report(out / "report.html", both)
     return results
 
 
@@ -177,7 +186,8 @@ def _report(
     document = json.dumps(facts | {"command": command, "machine": machine}, indent=1)
     (out / "results.json").write_text(document + "\n", encoding="utf-8")
     print("\n".join(["", *lines, "", f"contact sheets   {out / 'sheets'}"]))
-    print(f"generated | real {out / 'generated.png'}\ntraces           {out / 'traces'}  (ctrak info)")
+    print(f"generated | real {out / 'generated.png'}\nreport           {out / 'report.html'}")
+    print(f"traces           {out / 'traces'}  (ctrak info; ctrak verify {out / 'traces' / SHEETS})")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,11 @@ from ctrak_lightning.attribution.report.figures import line_chart
 from ctrak_lightning.attribution.report.text import MOST, link, shown
 from ctrak_lightning.attribution.trust import ASKED, stability
 from ctrak_lightning.errors import ReportError
+from ctrak_lightning.provenance import Ledger
 from ctrak_lightning.traces.facts import provenance_facts
 from ctrak_lightning.tracing import FAINT
 
+from ..provenance.builder import recorded
 from .reporting import HOSTILE, INK, THING, Page, hostile_result, random_result, result_of, table_of
 from .test_attributor import BAR, METHODS, RED, SAMPLER, traced
 
@@ -337,6 +339,23 @@ def test_a_real_result_is_reported_with_checks_and_provenance(
     assert re.search(r"Self-check \d+ of 12", page.text)
     assert "cross-attention" in page.text
     assert "owner of red" in page.text
+
+
+def test_the_ledger_stands_on_the_page_and_a_damaged_one_is_told(
+    tmp_path: Path, asked: list[Attribution]
+) -> None:
+    path = recorded(tmp_path / "store")
+    result = replace(asked[0], store=TraceStore(path))
+    head = Ledger(path).entries()[-1].sha256
+    assert head not in page_of(tmp_path, asked[0]).text
+    page = page_of(tmp_path, result)
+    assert f"ledger: ledger head {head}" in page.text
+    assert "ledger: base model base/model, revision r1" in page.text
+    lines = Ledger(path).path.read_bytes().splitlines(keepends=True)
+    Ledger(path).path.write_bytes(b"".join(lines[1:]))
+    page = page_of(tmp_path, result)
+    assert "ledger damaged, so that it shows nothing" in page.text
+    assert head not in page.text
 
 
 def test_provenance_facts_are_the_hashes_of_the_files(asked: list[Attribution]) -> None:

@@ -44,7 +44,8 @@ from ctrak_lightning.attribution.report.ranking import (
 )
 from ctrak_lightning.attribution.report.text import link, shown, spec_text
 from ctrak_lightning.attribution.result import Attribution
-from ctrak_lightning.errors import ReportError
+from ctrak_lightning.errors import CorruptStoreError, ReportError
+from ctrak_lightning.provenance import block
 from ctrak_lightning.traces.facts import provenance_facts
 from ctrak_lightning.tracing import FAINT
 
@@ -239,7 +240,12 @@ def _section(
 def _facts(attribution: Attribution) -> dict[str, str]:
     if attribution.store is None:
         return {}
-    return {shown(name): shown(value) for name, value in provenance_facts(attribution.store).items()}
+    facts = provenance_facts(attribution.store)
+    try:
+        facts |= {f"ledger: {name.lower()}": value for name, value in block(attribution.store).items()}
+    except CorruptStoreError as error:
+        facts["ledger"] = f"damaged, so that it shows nothing: {error}"
+    return {shown(name): shown(value) for name, value in facts.items()}
 
 
 def _check_together(attributions: Sequence[Attribution]) -> None:
