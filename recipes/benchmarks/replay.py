@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from ctrak_lightning import Capture, GradientTracer, Method, Projection, TraceStore
 from ctrak_lightning.fingerprint import trained_parameters
+from ctrak_lightning.traces.schema import SCHEMA_VERSION
 
 _SAVED = re.compile(r"step-(\d{8})\.safetensors")
 
