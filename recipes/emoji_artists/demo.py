@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ctrak_lightning import Attribution, Attributor, Method, Sampler, methods
 from ctrak_lightning.attribution.report import write_report
 from ctrak_lightning.callbacks import ConceptTracer, ProvenanceRecorder
+from ctrak_lightning.trajectory import Generation
 from recipes.emoji_artists.data import KINDS, EmojiArtists
 from recipes.emoji_artists.evaluate import Question, chance, label_search, questions, r_precision
 from recipes.emoji_artists.module import EmojiDiffusion
@@ -33,6 +34,8 @@ ARTISTS = ["noto", "fluent-emoji-high-contrast", "twemoji", "openmoji"]
 TIMESTEPS = 3
 SAMPLER = Sampler(steps=20, guidance=2.5)
 SHEETS = "concept_trak"
+PAGE = ("christmas-tree", "twemoji")
+"""The pair of the page, where it was held out."""
 LABELS = {
     "concept_trak": "`concept_trak()`, the default",
     "concept_trak_norm": "`concept_trak_norm()`",
@@ -137,11 +140,23 @@ def _ask(module: EmojiDiffusion, out: Path, asked: list[Question], seed: int) ->
             generation = attributor.generate([concept.present for concept in concepts], seeds)
         results[name] = attributor.attribute_many(concepts, seeds, generation=generation)
         if name == SHEETS:
-            pair = slice(0, len(KINDS))
-            first = generation.rows(torch.arange(len(KINDS)))
-            both = attributor.attribute_many(concepts[pair], seeds[pair], generation=first, parts=True)
-            write_report(out / "report.html", both)
+            _write_page(attributor, asked, seeds, generation, out / "report.html")
     return results
+
+
+def _write_page(
+    attributor: Attributor, asked: list[Question], seeds: list[int], generation: Generation, path: Path
+) -> None:
+    pairs = [(question.object, question.artist) for question in asked]
+    first = pairs.index(PAGE) if PAGE in pairs else 0
+    rows = range(first, first + len(KINDS))
+    results = attributor.attribute_many(
+        [asked[i].concept() for i in rows],
+        [seeds[i] for i in rows],
+        generation=generation.rows(torch.tensor(rows)),
+        parts=True,
+    )
+    write_report(path, results)
 
 
 def _draw(results: list[Attribution], data: EmojiArtists, out: Path) -> None:

@@ -1,4 +1,8 @@
-"""The pictures of docs/tensorboard.md: what TensorBoard shows of a run of ``recipes.emoji_artists.monitor``."""
+"""The pictures of docs/tensorboard.md: what TensorBoard shows of a run of ``recipes.emoji_artists.monitor``; and the one of
+docs/report.md, of the page that ``make demo`` writes.
+
+python -m recipes.emoji_artists.screenshots     # after `make demo`: demo/report.html as docs/images/report.png
+"""
 
 import io
 import time
@@ -33,6 +37,16 @@ def take(board: Path, folder: Path) -> None:
             _save(page, folder / "tensorboard_hparams.png")
 
 
+def take_report(report: Path, path: Path) -> None:
+    """Writes the head of a report's page, without the notes on how to read it, to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with chromium(1180, 1660) as page:
+        page.open(report.resolve().as_uri())
+        page.until_text("Images that taught it")
+        page.driver.execute_script("document.querySelector('.reading').remove()")
+        _save(page, path)
+
+
 def _images(page: Page, url: str) -> None:
     page.open(f"{url}#images&tagFilter=christmas")
     page.until(lambda: page.find_all("img[src*='images']"), "an image")
@@ -65,3 +79,7 @@ def _custom_scalars(page: Page, url: str) -> None:
 def _save(page: Page, path: Path) -> None:
     picture = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
     picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    take_report(Path("demo/report.html"), Path("docs/images/report.png"))
