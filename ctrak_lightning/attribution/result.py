@@ -153,7 +153,8 @@ class Attribution:
 
         The interval is the percentile bootstrap (Efron 1979) over samples and over checkpoints, both drawn anew in every
         resample: it says how much the shares hang on single images and on single moments of the run, not whether the method
-        is right. How often it covers what another run of the same fine-tune says: ``recipes/emoji_artists/README.md``.
+        is right. It is narrower than what another run of the same fine-tune may say: on EmojiArtists it covered that in 70 %
+        of the cases, with ``threshold=2`` in 91 % (``recipes/emoji_artists/README.md``).
 
         Args:
             column: a metadata column, such as ``"owner"``.

@@ -24,7 +24,7 @@ from recipes.emoji_artists.data import NEW_ARTISTS, EmojiArtists
 from recipes.emoji_artists.evaluate import Question, questions
 from recipes.emoji_artists.outcomes import RESULTS
 
-METHODS = ("concept_trak_given", "concept_trak", "concept_trak_norm_given", "d_trak_given")
+METHODS = ("concept_trak_given", "concept_trak_norm_given")
 THRESHOLDS: tuple[float | None, ...] = (None, 2.0)
 SEEDS = (0, 1, 2)
 COLUMN = "artist"
