@@ -18,9 +18,12 @@ from ctrak_lightning import Concept, TraceStore
 from ctrak_lightning.cli import main, report
 from ctrak_lightning.cli.question import load_module, parse_spec
 from ctrak_lightning.errors import ConceptError
+from ctrak_lightning.provenance import Ledger, verify
+from ctrak_lightning.provenance.recording import record_run
 from ctrak_lightning.task import Spec
 
 from .attribution.reporting import Page
+from .provenance.builder import run_facts
 
 ROOT = Path(__file__).parent.parent
 
@@ -211,6 +214,25 @@ def test_concepts_of_a_report(
 def test_concepts_of_a_report_that_say_nothing(words: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=f"ctrak report: .*{message}"):
         main(["report", str(tmp_path), "--config", "x.yaml", "--present", "a=1", *words])
+
+
+@pytest.mark.filterwarnings("ignore:damping='agreement' compares checkpoints")
+def test_who_asks_stands_in_the_ledger(run: Path, tmp_path: Path) -> None:
+    store = shutil.copytree(run / "traces", tmp_path / "traces")
+    record_run(store, run_facts(store), resumed=False)
+    arguments = [
+        "attribute",
+        str(store),
+        "--config",
+        str(run / "run.yaml"),
+        "--present",
+        "colour=red",
+        "shape=bar",
+    ]
+    main([*arguments, "--asker", "a clerk"])
+    last = Ledger(store).entries()[-1]
+    assert (last.kind, last.facts["asker"]) == ("query", "a clerk")
+    assert verify(store) == []
 
 
 def test_attribute_reports_an_unknown_value(run: Path) -> None:

@@ -29,6 +29,7 @@ def add_question(parser: ArgumentParser) -> None:
         "--name", type=str, default=None, help="the concept's name; by default what `absent` lacks"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the generated image")
+    parser.add_argument("--asker", type=str, default=None, help="who asks, for the store's ledger")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance scale")
 
@@ -42,7 +43,7 @@ def concept_of(args: Namespace) -> Concept:
 def attributor_of(args: Namespace) -> Attributor:
     """The store and the model that the arguments name."""
     sampler = Sampler(steps=args.steps, guidance=args.guidance)
-    return Attributor(args.store, load_module(args.config), sampler=sampler, progress=True)
+    return Attributor(args.store, load_module(args.config), sampler=sampler, progress=True, asker=args.asker)
 
 
 def parse_spec(words: Sequence[str] | None) -> Spec:
