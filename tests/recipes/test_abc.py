@@ -461,7 +461,7 @@ def test_the_benchmark_from_the_files_to_the_table(
     load_trained(again, folder, 2)
     stores = {
         store.header.method["name"]: store
-        for store in (TraceStore(path.parent) for path in folder.glob("answers-*/traces/*/finished"))
+        for store in (TraceStore(path.parent) for path in folder.glob("answers-*/traces/*/finished-*"))
     }
     attributor = Attributor(
         stores["d_trak"], again, method=methods.d_trak(1), sampler=Sampler(steps=2, guidance=6.0)

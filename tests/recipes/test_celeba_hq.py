@@ -381,7 +381,7 @@ def test_the_benchmark_from_the_images_to_the_table(
     data = CelebAHQ(root, ASKED, size=8, batch_size=16, traced=60)
     run = train(folder, data, steps=6, channels=(8, 16), verifier_steps=120)
     wanted = methods.d_trak(1)
-    stores = [TraceStore(path.parent) for path in folder.glob("answers-*/traces/*/finished")]
+    stores = [TraceStore(path.parent) for path in folder.glob("answers-*/traces/*/finished-*")]
     by_name = {store.header.method["name"]: store for store in stores}
     assert len(stores) == 2  # both counter-conditions share their traces
     attributor = Attributor(by_name["d_trak"], run.module, method=wanted, sampler=Sampler(steps=2))
