@@ -407,6 +407,7 @@ def test_verify_names_what_an_interrupted_forgetting_left(store: Path) -> None:
     assert verify(store) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
 def test_sigkill_at_many_steps_leaves_the_old_store_or_the_new_one(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]

@@ -14,6 +14,7 @@ from ctrak_lightning.errors import StoreError
 from ctrak_lightning.traces import TraceStore
 
 
+@pytest.mark.slow
 def test_killed_and_continued_stores_are_byte_identical(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
