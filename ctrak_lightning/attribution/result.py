@@ -107,6 +107,10 @@ class Attribution:
         total = positive.sum()
         return float(total.square() / positive.square().sum()) if total > 0 else 0.0
 
+    def order(self) -> Tensor:
+        """The positions of all samples [N], int64, best first (ties by position in the data set)."""
+        return torch.argsort(self.scores, descending=True, stable=True)
+
     def timeline(self) -> Tensor:
         """The scores of each checkpoint [M, N], float32, each in units of its own standard deviation."""
         return standardised(self.checkpoint_scores.double()).float()
@@ -132,8 +136,7 @@ class Attribution:
         return self._records(slice(-n, None))[::-1]
 
     def _records(self, places: slice) -> list[Record]:
-        scores = self.scores
-        order = torch.argsort(scores, descending=True, stable=True)
+        scores, order = self.scores, self.order()
         ranks = range(1, len(order) + 1)[places]
         return [
             Record(self.samples.sample_ids[i], float(scores[i]), rank, self.samples.metadata_of(i))

@@ -81,7 +81,7 @@ def _chosen(n: int, results: Sequence[Attribution], most: int) -> Tensor:
     each = min(_EXTREMES, most // (2 * max(1, len(results))))
     kept: set[int] = set()
     for result in results:
-        order = torch.argsort(result.scores, descending=True, stable=True)
+        order = result.order()
         kept.update(order[:each].tolist() + order[n - each :].tolist())
     drawn = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
     rest = [i for i in drawn if i not in kept][: most - len(kept)]

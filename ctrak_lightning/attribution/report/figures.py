@@ -117,7 +117,7 @@ def best_timeline(attribution: Attribution, most: int = 6) -> LineChart | None:
     if len(attribution.steps) < 2:
         return None
     timeline = attribution.timeline()  # [M, N]
-    order = torch.argsort(attribution.scores, descending=True, stable=True)[:most].tolist()
+    order = attribution.order()[:most].tolist()
     quartiles = torch.stack([_quantile(timeline, 0.25), _quantile(timeline, 0.75)])
     named = [
         (attribution.samples.sample_ids[i], f"#{rank}", timeline[:, i])

@@ -37,7 +37,7 @@ class Ranking:
 
 def ranking(attribution: Attribution) -> Ranking:
     """The ranking of all samples; of very many, its two ends."""
-    order = torch.argsort(attribution.scores, descending=True, stable=True).tolist()
+    order = attribution.order().tolist()
     ranks = list(range(1, len(order) + 1))
     if len(order) > BEST + LOWEST:
         return Ranking(order[:BEST] + order[-LOWEST:], ranks[:BEST] + ranks[-LOWEST:], len(order))
