@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ctrak_lightning import Capture, GradientTracer, Projection, TraceStore, methods
+from ctrak_lightning.provenance import Ledger, verify
 from ctrak_lightning.rng import seeded_noise
 from ctrak_lightning.traces import SampleTable
 from recipes.benchmarks.replay import replay, save_trained, saved_steps
@@ -264,5 +265,11 @@ def test_the_demo_runs_and_reports_what_it_did(tmp_path: Path) -> None:
         store = TraceStore(tmp_path / "demo" / "traces" / name)
         assert (len(store), [c.step for c in store.checkpoints]) == (64, [2, 4, 6])
         assert store.verify() == []
+    traces = tmp_path / "demo" / "traces" / "concept_trak"
+    questions_asked = [entry for entry in Ledger(traces).entries() if entry.kind == "query"]
+    assert len(questions_asked) == 130  # both concepts of 64 pairs, and the page's two
+    assert verify(traces) == []
+    page = (tmp_path / "demo" / "report.html").read_text("utf-8")
+    assert Ledger(traces).entries()[-1].sha256 in page
     with pytest.raises(ValueError, match="holds other files"):
         main(["--out", str(Path(__file__).parent)])
