@@ -21,6 +21,7 @@ from ctrak_lightning.attribution.solve import (
     LONE_DAMPING,
     chosen_scores,
 )
+from ctrak_lightning.attribution.together import Attributions, cosines_of, warn_of_alike
 from ctrak_lightning.attribution.top import Shortlist, top_scores
 from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.fingerprint import model_fingerprint
@@ -99,11 +100,20 @@ class Attributor(Questions):
         *,
         generation: Generation | None = None,
         parts: bool = False,
-    ) -> list[Attribution]:
-        """The same for several concepts in one pass over the store; :meth:`query`, then :meth:`score`."""
-        return self.score(self.query(concepts, seeds, generation=generation, parts=parts))
+    ) -> Attributions:
+        """The same for several concepts in one pass over the store; :meth:`query`, then :meth:`score`.
 
-    def score(self, query: Query, damping: Damping | Literal["method"] = "method") -> list[Attribution]:
+        Warns:
+            CoincidingConceptsWarning: two concepts of one image ask for nearly the same; it names them.
+        """
+        query = self.query(concepts, seeds, generation=generation, parts=parts)
+        results = self.score(query)
+        # A method that looks at one condition asks the same of all concepts of an image, as its description says.
+        if self.method.sees_absent:
+            warn_of_alike(query.concepts, query.seeds, results.cosines)
+        return results
+
+    def score(self, query: Query, damping: Damping | Literal["method"] = "method") -> Attributions:
         """Scores of all training samples for every question of a query.
 
         Args:
@@ -116,7 +126,7 @@ class Attributor(Questions):
             query.features, self.store.checkpoints, self._grid(used.damping), residual=used.residual
         )
         weights = self._learning_rates() if used.ensemble == "learning_rate" else None
-        results = [
+        each = (
             Attribution(
                 concept=concept,
                 seed=query.seeds[i],
@@ -132,7 +142,8 @@ class Attributor(Questions):
                 store=self.store,
             )
             for i, concept in enumerate(query.concepts)
-        ]
+        )
+        results = Attributions(each, cosines_of(query.features))
         answers = ((result.samples.sample_ids, result.scores.tolist()) for result in results)
         self._note(query, methods, dampings, answers, "all")
         return results
