@@ -1,6 +1,7 @@
 """The model's side of an attribution: images are generated, and questions become gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from tqdm import tqdm
 from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.attribution.lending import LentModel
 from ctrak_lightning.attribution.parts import concatenated
+from ctrak_lightning.attribution.pictures import weights_of
 from ctrak_lightning.attribution.query import Query, spec_key
 from ctrak_lightning.errors import GradientError, StoreMismatchError
 from ctrak_lightning.gradients import Engine, GradientTracer, Projection, tracing_mode
+from ctrak_lightning.inversion import inverted
 from ctrak_lightning.memory import RowLimit
 from ctrak_lightning.method import Method
 from ctrak_lightning.objective import Side
@@ -69,22 +72,40 @@ class Asker:
             rows = torch.tensor([where[unique[key]] for key in keys])
             return made.rows(rows)
         shape = self.store.header.dataset["latent_shape"]
-        like = next(self.task.denoiser.parameters())
-        noise = torch.stack([seeded_noise(shape, seed, 0, "generation") for seed in seeds]).to(like)
-        bar = tqdm(total=len(specs), desc="generate", disable=not self.progress)
+        noise = torch.stack([seeded_noise(shape, seed, 0, "generation") for seed in seeds]).to(self.like)
+        return self._sampled(self.sampler.run, "generate", specs, noise)
 
-        def generated(start: int, stop: int) -> Generation:
+    def invert(self, specs: Sequence[Spec], latents: Tensor) -> Generation:
+        """The states through which the sampler would have made images [B, ...], with the last checkpoint's weights.
+
+        Raises:
+            InversionError: the schedule cannot be inverted.
+        """
+        return self._sampled(partial(inverted, self.sampler), "invert", specs, latents)
+
+    def _sampled(
+        self, run: Callable[..., Generation], name: str, specs: Sequence[Spec], start_from: Tensor
+    ) -> Generation:
+        bar = tqdm(total=len(specs), desc=name, disable=not self.progress)
+
+        def sampled(start: int, stop: int) -> Generation:
             condition = self._condition(specs[start:stop])
             null = None if self.sampler.guidance == 1.0 else self.task.condition({}, stop - start)
-            made = self.sampler.run(self.task, noise[start:stop], condition, null)
+            made = run(self.task, start_from[start:stop], condition, null)
             bar.update(stop - start)
             return made
 
         with self.model.borrowed(), tracing_mode(self._owner), torch.no_grad(), bar:
             self.model.load(-1)
-            parts = self._row_limit.run(len(specs), generated)
+            parts = self._row_limit.run(len(specs), sampled)
         states = [_joined([part.states[i] for part in parts]) for i in range(len(parts[0].states))]
         return Generation(states, torch.cat([part.latents for part in parts]))
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the denoiser's device and dtype."""
+        parameter: Tensor = next(self.task.denoiser.parameters())
+        return parameter.detach()
 
     def decode(self, latents: Tensor) -> Tensor | None:
         """Images [B, 3, H, W] in [0, 1], or None where the task has no ``decode``."""
@@ -151,7 +172,10 @@ class Asker:
                 }
             x0 = generation.latents[rows]
             states = self._states(method.query_trajectory, generation, rows, x0, conditions["present"])
-            return trace_query(self.task, tracer, method, states, x0, conditions, parts=with_parts)
+            weights = weights_of(self.task, part, x0)
+            return trace_query(
+                self.task, tracer, method, states, x0, conditions, weights=weights, parts=with_parts
+            )
 
         return self._row_limit.run(len(concepts), traced)
 

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric import Fabric
@@ -14,7 +14,7 @@ from ctrak_lightning.attribution.asking import Asker, refuse_differences
 from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.attribution.parts import Parts, score_parts
 from ctrak_lightning.attribution.query import Query
-from ctrak_lightning.attribution.questions import Questions
+from ctrak_lightning.attribution.questions import Given, Questions
 from ctrak_lightning.attribution.result import Attribution, Record
 from ctrak_lightning.attribution.solve import (
     AGREEMENT_GRID,
@@ -43,6 +43,8 @@ class Attributor(Questions):
             frozen ones must be those of the traced run.
         method: how to ask; by default as the store was made. Its training side must be the store's.
         sampler: how images are generated.
+        given: where the method looks at the states of a generation, which states of an existing image it gets: ``"inverted"``,
+            those through which the sampler would have made it (:func:`ctrak_lightning.inversion.inverted`), or ``"noised"``.
         batch_size: queries per forward pass; fewer where memory is short (:class:`~ctrak_lightning.memory.RowLimit`).
         progress: show a progress bar.
         record: note every question in the store's ledger, where it has one.
@@ -60,6 +62,7 @@ class Attributor(Questions):
         *,
         method: Method | None = None,
         sampler: Sampler | None = None,
+        given: Given = "inverted",
         batch_size: int = 32,
         progress: bool = False,
         record: bool = True,
@@ -67,20 +70,23 @@ class Attributor(Questions):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"Attributor(batch_size={batch_size}): expected at least 1.")
+        if given not in get_args(Given):
+            raise ValueError(f"Attributor(given={given!r}): expected one of {get_args(Given)}.")
         task = resolve_task(module)
         store = store if isinstance(store, TraceStore) else TraceStore(store)
         method = method or Method.from_dict(store.header.method)
         sampler = sampler or Sampler()
         owner: nn.Module = module if isinstance(module, nn.Module) else task.denoiser
         questioner = Asker(store, owner, task, sampler=sampler, batch_size=batch_size, progress=progress)
-        super().__init__(store, task, method=method, sampler=sampler, asker=questioner)
+        super().__init__(store, task, method=method, sampler=sampler, given=given, asker=questioner)
         self._log = QueryLog(store.path, asker) if record else None
         refuse_differences("method.training", store.header.method["training"], method.training_dict())
         mine = model_fingerprint(owner, questioner.model.trained, task.noise_schedule)
         refuse_differences("model", store.header.model, mine)
 
     def attribute(self, concept: Concept, seed: int = 0, *, parts: bool = False) -> Attribution:
-        """Generates the concept's image with ``seed`` and scores every training sample for the concept.
+        """Scores every training sample for the concept, in the image that ``seed`` makes of it, in an image that exists, or in none
+        (:attr:`Concept.image`).
 
         Args:
             concept: the question.
@@ -88,7 +94,7 @@ class Attributor(Questions):
             parts: also split the scores by timestep and by group of layers (:attr:`Attribution.parts`).
 
         Raises:
-            ConceptError: the model does not know an attribute; the message lists the known ones.
+            ConceptError, TaskError, InversionError: as :meth:`query`.
             GradientError: the query's gradient is zero or not finite.
         """
         return self.attribute_many([concept], seed, parts=parts)[0]
@@ -99,6 +105,7 @@ class Attributor(Questions):
         seeds: int | Sequence[int] = 0,
         *,
         generation: Generation | None = None,
+        images: int = 8,
         parts: bool = False,
     ) -> Attributions:
         """The same for several concepts in one pass over the store; :meth:`query`, then :meth:`score`.
@@ -106,7 +113,7 @@ class Attributor(Questions):
         Warns:
             CoincidingConceptsWarning: two concepts of one image ask for nearly the same; it names them.
         """
-        query = self.query(concepts, seeds, generation=generation, parts=parts)
+        query = self.query(concepts, seeds, generation=generation, images=images, parts=parts)
         results = self.score(query)
         # A method that looks at one condition asks the same of all concepts of an image, as its description says.
         if self.method.sees_absent:

@@ -71,6 +71,10 @@ class DiffusionTask:
     - ``sample_ids(batch) -> list[str]``: the ids that ``encode(batch)`` gives, optional, for tasks whose ``encode`` is dear (a
       VAE): tracing inside training steps asks for the ids of every batch;
     - ``decode(latents)``: images [B, 3, H, W] in [0, 1], optional, for thumbnails and reports;
+    - ``latents(images)``: clean latents [B, ...] of images [B, 3, H, W] in [-1, 1], optional, for questions about images that were
+      not generated here;
+    - ``latent_mask(mask)``: a mask [H, W] of an image as weights of its latents, optional, for questions about a part of an image
+      where latents are not [C, h, w] with the image's proportions;
     - ``known_attributes()``: the values each attribute of a spec may take, optional, for error messages.
     """
 
