@@ -14,8 +14,14 @@ from ctrak_lightning.schedule import Schedule
 from .toy import ToyDiffusion
 
 STEPS = 12
-TOLERANCE = 1e-3
-"""Relative, of every state; """
+TOLERANCES = {
+    "epsilon": 1e-5,
+    "epsilon, offset": 1e-5,
+    "v, zero terminal SNR": 5e-3,
+    "flow": 2e-3,
+    "flow, shifted": 2e-3,
+}
+"""Relative, of every state; plain DDIM inversion, one evaluation per step, misses them by a factor of 5 to 50."""
 
 
 def ddim(kind: str, **options: Any) -> Schedule:
@@ -57,9 +63,9 @@ def test_inversion_recovers_the_states_of_the_generation(name: str, guidance: fl
         assert torch.equal(mine.t, theirs.t)
         assert mine.x0 is not None
         assert theirs.x0 is not None
-        assert float((mine.x_t - theirs.x_t).norm() / theirs.x_t.norm()) < TOLERANCE
+        assert float((mine.x_t - theirs.x_t).norm() / theirs.x_t.norm()) < TOLERANCES[name]
         # The predicted clean image is what is left when the noise is taken out, and where there is much of it is less certain.
-        assert float((mine.x0 - theirs.x0).norm() / theirs.x0.norm()) < 30 * TOLERANCE
+        assert float((mine.x0 - theirs.x0).norm() / theirs.x0.norm()) < 20 * TOLERANCES[name]
 
 
 @torch.no_grad()

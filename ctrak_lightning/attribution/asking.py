@@ -81,7 +81,15 @@ class Asker:
         Raises:
             InversionError: the schedule cannot be inverted.
         """
-        return self._sampled(partial(inverted, self.sampler), "invert", specs, latents)
+        # Several questions about one image are the rule.
+        keys = [
+            (spec_key(spec), row.float().cpu().numpy().tobytes())
+            for spec, row in zip(specs, latents, strict=True)
+        ]
+        first = [keys.index(key) for key in dict.fromkeys(keys)]
+        rows = torch.tensor([first.index(keys.index(key)) for key in keys])
+        run = partial(inverted, self.sampler)
+        return self._sampled(run, "invert", [specs[i] for i in first], latents[first]).rows(rows)
 
     def _sampled(
         self, run: Callable[..., Generation], name: str, specs: Sequence[Spec], start_from: Tensor

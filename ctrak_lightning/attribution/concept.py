@@ -155,6 +155,8 @@ class Concept:
         return facts
 
     def __str__(self) -> str:
+        if self.image is None:
+            return f"{self.name}, in general: {_quoted(self.isolated().present)}"
         return f"{self.name}: {_quoted(self.present)} without it: {_quoted(self.absent)}"
 
     def __repr__(self) -> str:
