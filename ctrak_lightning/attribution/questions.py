@@ -152,7 +152,7 @@ class Questions:
         noised = None
         if isinstance(method.query_trajectory, Generated):
             if self.given == "inverted":
-                given = self._asker.invert([concept.present for concept in concepts], latents)
+                given = self.invert([concept.present for concept in concepts], latents)
             else:
                 noised = Noised(timesteps=method.query_trajectory.timesteps or self.sampler.steps)
                 method = replace(method, query_trajectory=noised)
@@ -192,6 +192,15 @@ class Questions:
         Equal (spec, seed) are generated once.
         """
         return self._asker.generate(specs, seeds)
+
+    def invert(self, specs: Sequence[Spec], latents: Tensor) -> Generation:
+        """The states through which the sampler would have made images, given as clean latents [B, ...]
+        (:func:`ctrak_lightning.inversion.inverted`), with the last checkpoint's weights.
+
+        Raises:
+            InversionError: the schedule cannot be inverted.
+        """
+        return self._asker.invert(specs, latents)
 
     def decode(self, latents: Tensor) -> Tensor | None:
         """Images [B, 3, H, W] in [0, 1], or None where the task has no ``decode``."""

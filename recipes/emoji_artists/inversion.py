@@ -26,13 +26,14 @@ from recipes.emoji_artists.network import patchify
 from recipes.emoji_artists.outcomes import RESULTS
 
 GUIDANCES = (1.0, SAMPLER.guidance)
+TRIPS = (*GUIDANCES, 7.5)
 
 
 def round_trip(attributor: Attributor, asked: Sequence[Question], guidance: float) -> dict[str, float]:
-    """Relative distances of inverted states from the generation's own, and of the images that sampling makes of them again."""
+    """Relative distances of inverted states from the generation's own."""
     specs = [question.concept().present for question in asked]
     generation = attributor.generate(specs, list(range(len(specs))))
-    inverted = attributor._asker.invert(specs, generation.latents)
+    inverted = attributor.invert(specs, generation.latents)
     usable = generation.states[len(generation.states) - len(inverted.states) :]
     errors = [
         float(((mine.x_t - theirs.x_t).flatten(1).norm(dim=1) / theirs.x_t.flatten(1).norm(dim=1)).median())
@@ -43,7 +44,14 @@ def round_trip(attributor: Attributor, asked: Sequence[Question], guidance: floa
         "most noise": round(errors[0], 4),
         "median of states": round(float(torch.tensor(errors).median()), 4),
         "least noise": round(errors[-1], 4),
+        "length of the noisiest": round(lengths(inverted.states[0].x_t), 4),
+        "of the generation's": round(lengths(usable[0].x_t), 4),
     }
+
+
+def lengths(states: Tensor) -> float:
+    """The median root mean square of states [B, ...]; of pure noise it is 1."""
+    return float(states.flatten(1).square().mean(1).sqrt().median())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,10 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     def attributor(sampler: Sampler, given: str = "inverted") -> Attributor:
         return Attributor(store, module, sampler=sampler, given=given, record=False)  # type: ignore[arg-type]
 
+    for guidance in TRIPS:
+        trips.append(round_trip(attributor(replace(SAMPLER, guidance=guidance)), asked[:32:2], guidance))
+        print(trips[-1], flush=True)
     for guidance in GUIDANCES:
         sampler = replace(SAMPLER, guidance=guidance)
-        trips.append(round_trip(attributor(sampler), asked[:32:2], guidance))
-        print(trips[-1], flush=True)
         name = f"inverted, guidance {guidance:g}"
         scores[name] = [
             r.scores for r in attributor(sampler).score(attributor(sampler).query_given(concepts, real))
