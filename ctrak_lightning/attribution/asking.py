@@ -1,6 +1,7 @@
 """The model's side of an attribution: images are generated, and questions become gradients."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -73,9 +74,9 @@ class Asker:
             return made.rows(rows)
         shape = self.store.header.dataset["latent_shape"]
         noise = torch.stack([seeded_noise(shape, seed, 0, "generation") for seed in seeds]).to(self.like)
-        return self._sampled(self.sampler.run, "generate", specs, noise)
+        return self._sampled(self.sampler, self.sampler.run, "generate", specs, noise)
 
-    def invert(self, specs: Sequence[Spec], latents: Tensor) -> Generation:
+    def invert(self, specs: Sequence[Spec], latents: Tensor, guidance: float) -> Generation:
         """The states through which the sampler would have made images [B, ...], with the last checkpoint's weights.
 
         Raises:
@@ -88,17 +89,24 @@ class Asker:
         ]
         first = [keys.index(key) for key in dict.fromkeys(keys)]
         rows = torch.tensor([first.index(keys.index(key)) for key in keys])
-        run = partial(inverted, self.sampler)
-        return self._sampled(run, "invert", [specs[i] for i in first], latents[first]).rows(rows)
+        sampler = replace(self.sampler, guidance=guidance)
+        return self._sampled(
+            sampler, partial(inverted, sampler), "invert", [specs[i] for i in first], latents[first]
+        ).rows(rows)
 
     def _sampled(
-        self, run: Callable[..., Generation], name: str, specs: Sequence[Spec], start_from: Tensor
+        self,
+        sampler: Sampler,
+        run: Callable[..., Generation],
+        name: str,
+        specs: Sequence[Spec],
+        start_from: Tensor,
     ) -> Generation:
         bar = tqdm(total=len(specs), desc=name, disable=not self.progress)
 
         def sampled(start: int, stop: int) -> Generation:
             condition = self._condition(specs[start:stop])
-            null = None if self.sampler.guidance == 1.0 else self.task.condition({}, stop - start)
+            null = None if sampler.guidance == 1.0 else self.task.condition({}, stop - start)
             made = run(self.task, start_from[start:stop], condition, null)
             bar.update(stop - start)
             return made

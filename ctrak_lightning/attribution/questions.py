@@ -193,14 +193,20 @@ class Questions:
         """
         return self._asker.generate(specs, seeds)
 
-    def invert(self, specs: Sequence[Spec], latents: Tensor) -> Generation:
+    def invert(self, specs: Sequence[Spec], latents: Tensor, *, guidance: float = 1.0) -> Generation:
         """The states through which the sampler would have made images, given as clean latents [B, ...]
         (:func:`ctrak_lightning.inversion.inverted`), with the last checkpoint's weights.
+
+        Args:
+            specs: what the images show.
+            latents: of the images.
+            guidance: classifier-free guidance scale, instead of the sampler's: under guidance, errors grow (Mokady et al. 2023,
+                arXiv 2211.09794; ``recipes/emoji_artists/results/inversion.md``).
 
         Raises:
             InversionError: the schedule cannot be inverted.
         """
-        return self._asker.invert(specs, latents)
+        return self._asker.invert(specs, latents, guidance)
 
     def decode(self, latents: Tensor) -> Tensor | None:
         """Images [B, 3, H, W] in [0, 1], or None where the task has no ``decode``."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning import Attributor, Sampler
+from ctrak_lightning.attribution.query import Query
 from ctrak_lightning.metrics import spearman
 from recipes.emoji_artists.data import EmojiArtists
 from recipes.emoji_artists.demo import ARTISTS, SAMPLER, SHEETS
@@ -26,27 +27,33 @@ from recipes.emoji_artists.network import patchify
 from recipes.emoji_artists.outcomes import RESULTS
 
 GUIDANCES = (1.0, SAMPLER.guidance)
-TRIPS = (*GUIDANCES, 7.5)
+TRIPS = ((1.0, 1.0), (2.5, 1.0), (2.5, 2.5), (7.5, 1.0), (7.5, 7.5))
 
 
-def round_trip(attributor: Attributor, asked: Sequence[Question], guidance: float) -> dict[str, float]:
+def round_trip(attributor: Attributor, asked: Sequence[Question], under: float) -> dict[str, float]:
     """Relative distances of inverted states from the generation's own."""
     specs = [question.concept().present for question in asked]
     generation = attributor.generate(specs, list(range(len(specs))))
-    inverted = attributor.invert(specs, generation.latents)
+    inverted = attributor.invert(specs, generation.latents, guidance=under)
     usable = generation.states[len(generation.states) - len(inverted.states) :]
     errors = [
         float(((mine.x_t - theirs.x_t).flatten(1).norm(dim=1) / theirs.x_t.flatten(1).norm(dim=1)).median())
         for mine, theirs in zip(inverted.states, usable, strict=True)
     ]
     return {
-        "guidance": guidance,
+        "generated under": attributor.sampler.guidance,
+        "inverted under": under,
         "most noise": round(errors[0], 4),
         "median of states": round(float(torch.tensor(errors).median()), 4),
         "least noise": round(errors[-1], 4),
         "length of the noisiest": round(lengths(inverted.states[0].x_t), 4),
         "of the generation's": round(lengths(usable[0].x_t), 4),
     }
+
+
+def scored(attributor: Attributor, query: Query) -> list[Tensor]:
+    """The scores [N] of every question."""
+    return [result.scores for result in attributor.score(query)]
 
 
 def lengths(states: Tensor) -> float:
@@ -74,20 +81,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     def attributor(sampler: Sampler, given: str = "inverted") -> Attributor:
         return Attributor(store, module, sampler=sampler, given=given, record=False)  # type: ignore[arg-type]
 
-    for guidance in TRIPS:
-        trips.append(round_trip(attributor(replace(SAMPLER, guidance=guidance)), asked[:32:2], guidance))
+    specs = [concept.present for concept in concepts]
+    own = attributor(SAMPLER)
+    for made, under in TRIPS:
+        trips.append(round_trip(attributor(replace(SAMPLER, guidance=made)), asked[:32:2], under))
         print(trips[-1], flush=True)
     for guidance in GUIDANCES:
-        sampler = replace(SAMPLER, guidance=guidance)
-        name = f"inverted, guidance {guidance:g}"
-        scores[name] = [
-            r.scores for r in attributor(sampler).score(attributor(sampler).query_given(concepts, real))
-        ]
+        inverted = own.invert(specs, real, guidance=guidance)
+        scores[f"inverted, guidance {guidance:g}"] = scored(own, own.query(concepts, generation=inverted))
     noising = attributor(SAMPLER, "noised")
-    scores["noised"] = [r.scores for r in noising.score(noising.query_given(concepts, real))]
+    scores["noised"] = scored(noising, noising.query_given(concepts, real))
     seeds = [i // 2 for i in range(len(asked))]
-    own = attributor(SAMPLER)
-    scores["generated images instead"] = [r.scores for r in own.score(own.query(concepts, seeds))]
+    scores["generated images instead"] = scored(own, own.query(concepts, seeds))
     for name, found in scores.items():
         rows[name] = {
             kind: round(value, 3) for kind, value in r_precision(asked, found, own.store.samples).items()

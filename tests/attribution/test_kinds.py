@@ -53,7 +53,7 @@ def module(folder: Path) -> ToyDiffusion:
 
 
 def attributor(folder: Path, module: ToyDiffusion, **options: Any) -> Attributor:
-    return Attributor(folder / "s", module, sampler=SAMPLER, **options)
+    return Attributor(folder / "s", module, **({"sampler": SAMPLER} | options))
 
 
 def test_a_mixed_list_is_asked_as_each_is_alone(folder: Path, module: ToyDiffusion) -> None:
@@ -94,13 +94,19 @@ def test_a_concept_without_an_image_is_a_global_query(folder: Path, module: ToyD
 
 def test_an_existing_image_is_followed_back_to_its_generation(folder: Path, module: ToyDiffusion) -> None:
     """An image of our own generation, given as if it were not, gets the answer of the generation."""
-    asker = attributor(folder, module)
+    sampler = replace(SAMPLER, guidance=1.0)
+    asker = attributor(folder, module, sampler=sampler)
     generated = asker.query([RED, BAR], [4, 5])
     latents = asker.generate([RED.present, BAR.present], [4, 5]).latents
     found = asker.query_given([RED, BAR], latents)
     torch.testing.assert_close(found.features, generated.features, rtol=1e-3, atol=1e-3)
     assert found.trajectories == [None, None]
-    noised = attributor(folder, module, given="noised").query_given([RED, BAR], latents)
+    guided = attributor(folder, module)  # is inverted without the guidance all the same
+    torch.testing.assert_close(guided.query_given([RED, BAR], latents).features, found.features)
+    asked_twice = asker.invert([RED.present, BAR.present, RED.present], latents[[0, 1, 0]])
+    assert torch.equal(asked_twice.states[0].x_t[0], asked_twice.states[0].x_t[2])
+    assert not torch.equal(asked_twice.states[0].x_t[0], asked_twice.states[0].x_t[1])
+    noised = attributor(folder, module, sampler=sampler, given="noised").query_given([RED, BAR], latents)
     assert noised.trajectories == [Noised(timesteps=2)] * 2
     assert not torch.allclose(noised.features, generated.features, rtol=0.1, atol=0.1)
     with pytest.raises(ValueError, match=r"given='seen'.*'inverted', 'noised'"):
