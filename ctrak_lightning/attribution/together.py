@@ -118,10 +118,7 @@ class Attributions(list[Attribution]):
         """What the top ``n`` share and do not share, as text: a row for each sample with its ranks, shared ones first."""
         names = self.names
         shared, exclusive = self.shared(n), self.exclusive(n)
-        lines = [
-            f"{name}: {result.concept}".removeprefix(f"{result.concept.name}: ")
-            for name, result in zip(names, self, strict=True)
-        ]
+        lines = [str(result.concept) for result in self]
         for i, j, cosine in self._pairs():
             lines.append(f"cosine of {names[i]!r} and {names[j]!r}: {cosine:.2f}")
         lines.append(f"in the top {n}: {len(shared)} shared, {len(exclusive)} of one concept only")
@@ -184,15 +181,10 @@ def cosines_of(features: Tensor) -> Tensor:
 def warn_of_alike(concepts: Sequence[Concept], seeds: Sequence[int], cosines: Tensor) -> None:
     """Warns of different concepts of one image (or of none) whose gradients nearly coincide."""
     alike = []
-    for i in range(len(concepts)):
-        for j in range(i + 1, len(concepts)):
-            one, other = concepts[i], concepts[j]
-            if (
-                _are_of_one_image(one, other, seeds[i], seeds[j])
-                and _ask_otherwise(one, other)
-                and cosines[i, j] > ALIKE
-            ):
-                alike.append(f"{one.name!r} and {other.name!r} ({float(cosines[i, j]):.2f})")
+    for i, j in (cosines.triu(1) > ALIKE).nonzero().tolist():
+        one, other = concepts[i], concepts[j]
+        if _are_of_one_image(one, other, seeds[i], seeds[j]) and _ask_otherwise(one, other):
+            alike.append(f"{one.name!r} and {other.name!r} ({float(cosines[i, j]):.2f})")
     if alike:
         warnings.warn(
             f"The gradients of these concepts nearly coincide (cosine above {ALIKE}): {', '.join(alike)}. Their rankings do "
