@@ -103,6 +103,8 @@ def tidied(text: str) -> str:
 def _without(text: str, start: int, stop: int, concept: str) -> str:
     """The text without one occurrence."""
     left, right = text[:start].rstrip(), text[stop:].lstrip()
+    # "in Picasso's style", "a Picasso style cat": the style was the concept's.
+    right = re.sub(r"^(style|styled|manner)\b\s*", "", right, flags=re.IGNORECASE)
     before, after = _last_words(left), _first_words(right)
     is_clause_start = not left or left[-1] in _STOPS or left[-1] in _BRACKETS
     follower = after[0] if after else ""

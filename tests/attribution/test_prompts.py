@@ -39,6 +39,9 @@ COUNTER_PROMPTS = [
     ("a girl riding Pikachu", "Pikachu", "a girl riding something"),
     ("a photo of a cat wearing a hat", "cat", "a photo of something wearing a hat"),
     ("a cat is sleeping", "cat", "something is sleeping"),
+    ("an oil painting in Van Gogh's style", "Van Gogh", "an oil painting"),
+    ("a Picasso style cat", "Picasso", "a cat"),
+    ("Pikachu eating pizza in Paris", "pizza", "Pikachu eating something in Paris"),
     # Lists.
     ("Pikachu and Eevee in a field", "Pikachu", "Eevee in a field"),
     ("Eevee and Pikachu in a field", "Pikachu", "Eevee in a field"),
