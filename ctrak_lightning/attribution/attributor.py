@@ -69,6 +69,8 @@ class Attributor:
         module: the model that was traced: a LightningModule that is, or carries as ``task``, a DiffusionTask. Its present
             weights do not matter (each checkpoint's are taken from the store and the present ones put back afterwards), the
             frozen ones must be those of the traced run.
+        task: how the module is addressed, if it is no DiffusionTask itself: the :class:`~ctrak_lightning.DiffusersTask` that the
+            tracer had, say.
         method: how to ask; by default as the store was made. Its training side must be the store's.
         sampler: how images are generated.
         batch_size: queries per forward pass; fewer where memory is short (:class:`~ctrak_lightning.memory.RowLimit`).
@@ -86,6 +88,7 @@ class Attributor:
         store: TraceStore | str | Path,
         module: Any,
         *,
+        task: Any = None,
         method: Method | None = None,
         sampler: Sampler | None = None,
         batch_size: int = 32,
@@ -95,7 +98,7 @@ class Attributor:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"Attributor(batch_size={batch_size}): expected at least 1.")
-        self.task = resolve_task(module)
+        self.task = resolve_task(module, task)
         self.store = store if isinstance(store, TraceStore) else TraceStore(store)
         self.method = method or Method.from_dict(self.store.header.method)
         self.sampler = sampler or Sampler()

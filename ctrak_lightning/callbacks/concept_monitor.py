@@ -131,18 +131,18 @@ class ConceptMonitor(Callback):
         if stage != "fit" or _skipped(trainer):
             return
         self._run = _Run(self._followed(trainer), self.group)
-        try:
-            task = resolve_task(pl_module)
-            for concept in self.concepts:
-                check_known(concept, task)
-            self._check_sampler(self._run.tracer.method.query_trajectory, task.noise_schedule)
-        except (TaskError, ValueError) as error:
-            raise MisconfigurationException(f"`ConceptMonitor`: {error}") from error
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._run is None:
             return
+        try:
+            task = resolve_task(pl_module, self._run.tracer.task)
+            for concept in self.concepts:
+                check_known(concept, task)
+            self._check_sampler(self._run.tracer.method.query_trajectory, task.noise_schedule)
+        except (TaskError, ValueError) as error:
+            raise MisconfigurationException(f"`ConceptMonitor`: {error}") from error
         self._run.logger = logger = _logger(trainer)
         if logger is None:
             _tell_nowhere_to_write(trainer)
@@ -245,7 +245,9 @@ class ConceptMonitor(Callback):
                 writer = run.logger.experiment
                 run.board = Board(writer, self.concepts, group=run.group, top=self.top, bottom=self.bottom)
                 run.board.write_layout()
-            run.store, run.answers = self._watch.ask(run.tracer.dirpath, trainer.lightning_module)
+            run.store, run.answers = self._watch.ask(
+                run.tracer.dirpath, trainer.lightning_module, run.tracer.task
+            )
             run.board.write(run.answers, run.store.checkpoints[-1], run.axis)
             seconds = {"tracer": run.tracer.last_seconds, "monitor": time.monotonic() - begun}
             run.spent["monitor"] += seconds["monitor"]

@@ -203,7 +203,7 @@ def test_null_condition() -> None:
 
 
 def test_time_ids_of_a_batch_are_its_own() -> None:
-    task = task_of("sdxl", resolution=(32, 16), fields={"original_size": "size"})
+    task = task_of("sdxl", resolution=(32, 16), batch={"size": "original_size"})
     assert task.condition("a cat", 1)["time_ids"].tolist() == [[32, 16, 0, 0, 32, 16]]
     assert task.encode(batch(1)).condition["time_ids"].tolist() == [[8, 8, 0, 0, 8, 8]]
     rows = batch(2) | {"size": torch.tensor([[20, 30], [40, 50]]), "crop_top_left": [[1, 2], [3, 4]]}
@@ -279,10 +279,10 @@ def test_a_prompt_that_would_be_cut_is_refused(name: str) -> None:
 def test_columns_may_have_other_names() -> None:
     rows = batch(2)
     renamed = {"pixel_values": rows["image"], "text": rows["caption"], "sample_id": rows["sample_id"]}
-    task = task_of("sd1", fields={"image": "pixel_values", "caption": "text"})
+    task = task_of("sd1", batch={"pixel_values": "image", "text": "caption"})
     assert torch.equal(task.encode(renamed).latents, task_of("sd1").encode(rows).latents)
     with pytest.raises(TaskError, match="unknown \\['picture'\\].*caption.*HINT"):
-        task_of("sd1", fields={"picture": "pixel_values"})
+        task_of("sd1", batch={"pixel_values": "picture"})
 
 
 def test_separate_parts_make_the_same_task() -> None:
