@@ -22,7 +22,7 @@ from ctrak_lightning.callbacks.hparams import logged_hparams, logs_a_metric_itse
 from ctrak_lightning.errors import ConceptError, TaskError
 from ctrak_lightning.inspection import Answer, Board, Watch
 from ctrak_lightning.inspection.hparams import method_hparams, write_hparams
-from ctrak_lightning.parameterization import NoiseSchedule
+from ctrak_lightning.schedule import Schedule
 from ctrak_lightning.task import resolve_task
 from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.traces.samples import column_names
@@ -208,9 +208,9 @@ class ConceptMonitor(Callback):
             )
         return named[0]
 
-    def _check_sampler(self, trajectory: Trajectory, schedule: NoiseSchedule) -> None:
+    def _check_sampler(self, trajectory: Trajectory, schedule: Schedule) -> None:
         sampler = self.sampler or Sampler()
-        usable = sum(float(schedule.alpha_bar[t]) > 0 for t in schedule.sampling_timesteps(sampler.steps))
+        usable = sum(schedule.level(t)[0] > 0 for t in schedule.sampling_timesteps(sampler.steps))
         if isinstance(trajectory, Generated) and usable < (trajectory.timesteps or 1):
             raise ValueError(
                 f"{sampler}: the method looks at {trajectory.timesteps} states of a generation, which has {usable}. HINT: "

@@ -136,6 +136,7 @@ def test_from_yaml_and_for_the_command_line(tmp_path: Path, monkeypatch: pytest.
     run.write_text(
         yaml.safe_dump(
             {
+                "seed_everything": 0,
                 "trainer": trainer,
                 "model": {"class_path": "tests.task.theirs.TheirModule"},
                 "data": {"class_path": "tests.task.theirs.TheirDataModule"},
