@@ -10,6 +10,7 @@ import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import model_helpers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -197,11 +198,13 @@ class ConceptTracer(Callback):
                 f"`ConceptTracer` cannot trace under {type(trainer.strategy).__name__}: no process holds the whole of a "
                 "layer. HINT: use DDP or a single device; LoRA makes most models fit."
             )
+        # A module may build its networks in its own `setup` or `configure_model`, which come after this.
+        if not any(model_helpers.is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
+            self._task_of(pl_module)
         _check_writable(self.dirpath)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Not in `setup`: a module may build its networks in its own `setup` or `configure_model`, which come after.
         if _skipped(trainer):
             return
         task = self._task_of(pl_module)

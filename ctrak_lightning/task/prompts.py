@@ -53,6 +53,7 @@ class PromptTask(PipelineTask):
         self.negative_prompt = negative_prompt
         self._length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
         self._cache: OrderedDict[Hashable, Condition] = OrderedDict()
+        self._cached_in: list[torch.dtype] = []
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
         """The network's keyword arguments for prompts, each [len(prompts), ...]."""
@@ -141,6 +142,10 @@ class PromptTask(PipelineTask):
         """The conditions of prompts or their tokens, None being the unconditional side, one row each."""
         if any(name != "vae" and is_trained(getattr(self, name)) for name in self.parts):
             return _joined([self._encode(prompt) for prompt in prompts])
+        dtypes = [self.dtype, *(next(getattr(self, name).parameters()).dtype for name in self.parts)]
+        if dtypes != self._cached_in:  # the module was converted since
+            self._cache.clear()
+            self._cached_in = dtypes
         keys = [token_key(prompt) if isinstance(prompt, tuple) else prompt for prompt in prompts]
         with _always_alike(self.device):
             for key, prompt in dict(zip(keys, prompts, strict=True)).items():
