@@ -1,5 +1,6 @@
 """A module that knows nothing of this library is traced by the names of its attributes, and stays as it is."""
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,11 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ctrak_lightning import (
     Attributor,
@@ -22,17 +26,21 @@ from ctrak_lightning import (
     TraceStore,
     methods,
 )
-from ctrak_lightning.callbacks import ConceptTracer
+from ctrak_lightning.callbacks import ConceptMonitor, ConceptTracer, ProvenanceRecorder
+from ctrak_lightning.cli import main
 from ctrak_lightning.cli.tracer_task import tracer_task
 from ctrak_lightning.errors import BatchError, TaskError
+from ctrak_lightning.provenance import Ledger
 from ctrak_lightning.task import encode
 from ctrak_lightning.tracing import trace_batch
 from tests.gradients.zoo import TOLERANCE, row_error
+from tests.task.test_fine_tune import FineTune, Samples
 from tests.task.theirs import BATCH, SAMPLES, TheirData, TheirDataModule, TheirModule
 from tests.task.tiny import (
     CAPTIONS,
     SIZE,
     TOKENS,
+    add_lora,
     batch,
     build,
     clip_tokenizer,
@@ -151,12 +159,53 @@ def test_from_yaml_and_for_the_command_line(tmp_path: Path, monkeypatch: pytest.
     assert tracer_task(run) is None
     attributor = Attributor("runs/traces", cli.model, task=task)
     assert attributor.task.resolution == (2 * SIZE, 2 * SIZE)
+
     facts = yaml.safe_load(attached.read_text())
+    whole = yaml.safe_load(run.read_text())
+    whole["trainer"]["callbacks"] = facts["trainer"]["callbacks+"]
+    merged = tmp_path / "config.yaml"
+    merged.write_text(yaml.safe_dump(whole))
+    asked = ["attribute", "runs/traces", "--config", str(merged), "--present", "a cat by x", "--absent"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "damping='agreement' compares checkpoints")
+        main([*asked, "a picture by x", "--steps", "10", "--csv", "cat.csv"])
+    assert len(Path("cat.csv").read_text().splitlines()) == 1 + SAMPLES
     [first] = facts["trainer"]["callbacks+"]
     second = {"class_path": "ConceptTracer", "init_args": {"task": {"class_path": "DiffusersTask"}}}
     run.write_text(yaml.safe_dump({"trainer": {"callbacks": [first, second]}}))
     with pytest.raises(ValueError, match="different tasks.*HINT"):
         tracer_task(run)
+
+
+@pytest.mark.parametrize("name", ["theirs", pytest.param("sd3", marks=pytest.mark.slow)])
+def test_the_other_callbacks_follow_the_tracers_task(name: str, tmp_path: Path) -> None:
+    """The monitor generates and asks; the recorder notes the base model. A flow has no alpha_bar to look at."""
+    cat = Concept("cat", present="a cat by x", absent="a picture by x")
+    monitor = ConceptMonitor([cat], group=None, sampler=Sampler(steps=4), on_error="raise")
+    module = TheirModule() if name == "theirs" else FineTune(task_of(name))
+    if name != "theirs":
+        add_lora(module.task.denoiser)
+    callback = tracer(tmp_path / "traces", NAMED if name == "theirs" else None)
+    callback.every_n_train_steps = None
+    L.seed_everything(0, verbose=False)
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[callback, monitor, ProvenanceRecorder()],
+        logger=TensorBoardLogger(tmp_path, name="board", version=""),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(TheirData() if name == "theirs" else Samples(), 2))
+    found = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert found.Tags()["images"] == ["ctrak/concept/cat"]
+    assert [entry.kind for entry in Ledger(tmp_path / "traces").entries()] == [
+        "run_begun",
+        "dataset",
+        "checkpoint",
+        "run_ended",
+    ]
 
 
 def test_networks_made_in_configure_model_are_found(tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ def run(block: int, scope: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> d
     return scope
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(
+    "loop", [pytest.param(loop, marks=[] if loop == "plain" else [pytest.mark.slow]) for loop in LOOPS]
+)
 def test_a_loop_of_the_documentation(loop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     module = TheirModule()

@@ -16,6 +16,7 @@ from ctrak_lightning import (
     DiffusersTask,
     GradientTracer,
     Method,
+    PipelineTask,
     Projection,
     Sampler,
     TraceStore,
@@ -52,7 +53,7 @@ class Samples(Dataset[dict[str, Any]]):
 class FineTune(L.LightningModule):
     """What a user writes."""
 
-    def __init__(self, task: DiffusersTask) -> None:
+    def __init__(self, task: PipelineTask) -> None:
         super().__init__()
         self.task = task
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctrak_lightning import DiffusersTask, Sampler
+from ctrak_lightning import PipelineTask, Sampler
 from tests.task.support import ALL, pipelines_of
 from tests.task.tiny import SIZE, TOKENS, task_of
 
@@ -24,14 +24,14 @@ def noise(channels: int = 4, size: int = SIZE) -> Tensor:
     return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(3))
 
 
-def ours(task: DiffusersTask, latents: Tensor, spec: Any, guidance: float) -> Tensor:
+def ours(task: PipelineTask, latents: Tensor, spec: Any, guidance: float) -> Tensor:
     with torch.no_grad():
         condition = task.condition(spec, len(latents))
         null = None if guidance == 1.0 else task.condition({}, len(latents))
         return Sampler(steps=STEPS, guidance=guidance).run(task, latents, condition, null).latents
 
 
-def evaluated(name: str, **options: Any) -> DiffusersTask:
+def evaluated(name: str, **options: Any) -> PipelineTask:
     """A task of which both ways of generating are in evaluation mode."""
     return task_of(name, **options).eval()
 

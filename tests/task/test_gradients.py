@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctrak_lightning import DiffusersTask, GradientTracer, Projection
+from ctrak_lightning import GradientTracer, PipelineTask, Projection
 from ctrak_lightning.gradients import SlowParameterWarning
 from ctrak_lightning.task import select
 from tests.gradients.zoo import TOLERANCE, row_error, weighted
@@ -18,7 +18,7 @@ SAMPLES = 3
 ATTENTION = ["*to_q", "*to_k", "*to_v", "*to_out.0"]
 
 
-def features(task: DiffusersTask, engine: str, layers: Sequence[str] | None = None) -> Tensor:
+def features(task: PipelineTask, engine: str, layers: Sequence[str] | None = None) -> Tensor:
     """Features [SAMPLES, k] of a batch, each sample at a timestep of its own."""
     encoded = task.encode(batch(SAMPLES))
     schedule = task.noise_schedule

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ctrak_lightning import Capture, DiffusersTask, GradientTracer, Projection, TraceStore
+from ctrak_lightning import Capture, GradientTracer, PipelineTask, Projection, TraceStore
 from ctrak_lightning.tracing import trace_batch
 from tests.gradients.zoo import TOLERANCE, row_error
 from tests.task.runs import METHOD, made, same_weights, tracer, train
@@ -41,7 +41,7 @@ HALF = 0.3
 """The same beside a loop in float32 over the same weights: 0.02 (SD 3) to 0.24 (Flux) was measured."""
 
 
-def by_loop(task: DiffusersTask) -> Tensor:
+def by_loop(task: PipelineTask) -> Tensor:
     """The traces [n, k] of a plain loop over the samples, under the present weights, without autocast."""
     loop = GradientTracer(task.denoiser, Projection(rank=4, dim=128), engine="loop")
     return trace_batch(task, loop, METHOD, task.encode(batch(SAMPLES)), 0).features
