@@ -123,7 +123,16 @@ class PipelineTask(DiffusionTask, nn.Module):
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]: ``(z - shift) * scaling`` of the VAE's mean ``z``."""
+        """Images [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]: ``(z - shift) * scaling`` of the VAE's mean ``z``.
+
+        Raises:
+            TaskError: there is no VAE.
+        """
+        if "vae" not in self.parts:
+            raise TaskError(
+                f"{type(self).__name__}: an image cannot be encoded without a VAE. HINT: DiffusersTask(vae='the attribute of the "
+                "module that holds it')."
+            )
         vae: Any = self.vae
         with self.in_evaluation("vae"):
             z = vae.encode(images.to(self.device, vae.dtype)).latent_dist.mode()

@@ -96,7 +96,7 @@ def resolve_task(candidate: Any, description: Any = None) -> Any:
     Raises:
         TaskError: there is none, and the message names the missing members; or the description does not fit.
     """
-    carried = getattr(candidate, "task", None) if description is None else description
+    carried: Any = getattr(candidate, "task", None) if description is None else description
     if hasattr(carried, "bind"):
         carried = carried.bind(candidate)
     task = candidate if carried is None else carried

@@ -341,6 +341,8 @@ def test_tokens_and_embeddings_made_before_stand_for_captions(name: str) -> None
     assert hasattr(task, "decode")
     with pytest.raises(TaskError, match="prompt cannot be encoded without.*text_encoder.*HINT"):
         alone.condition("a cat by x", 1)
+    with pytest.raises(TaskError, match="encoded without a VAE.*HINT"):
+        alone.encode(rows)
 
 
 def test_a_batch_may_be_a_tuple() -> None:
