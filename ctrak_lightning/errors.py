@@ -13,6 +13,10 @@ class ConceptError(ValueError):
     """A concept names an attribute or value that the task does not know."""
 
 
+class InversionError(ValueError):
+    """An image cannot be traced back to the states of its generation."""
+
+
 class GradientError(ValueError):
     """Per-sample gradients are zero or not finite, or a parameter cannot be traced."""
 

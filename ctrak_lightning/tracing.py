@@ -105,6 +105,7 @@ def trace_query(
     x0: Tensor,
     conditions: Mapping[Side, Condition],
     *,
+    weights: Tensor | None = None,
     parts: bool = False,
 ) -> QueryTrace:
     """The query side: at every state the weighted sum of the terms' vector-Jacobian products (``method.query``).
@@ -116,6 +117,8 @@ def trace_query(
         states: the states of the queries, each [B, ...].
         x0: the queries' clean latents [B, ...]; a state's own ``x0`` goes before it.
         conditions: the condition with and without the concept.
+        weights: of the part of the image that is asked about [B, ...], 0 to 1; every cotangent is multiplied by them. (Scales
+            are normalised afterwards.) None is all of it.
         parts: also split the features by state and by group of layers, for a sketch per group and state.
     """
     features = torch.zeros(len(x0), tracer.dim)
@@ -130,12 +133,12 @@ def trace_query(
             with tracing_mode(tracer.module):
                 predictions[side] = _noise_prediction(task, state, conditions[side])
         for term in method.query:
-            rows = _term(task, tracer, term, state, x0, conditions, predictions)
+            rows = _term(task, tracer, term, state, x0, conditions, predictions, weights)
             for gradient, row in zip(gradients, rows, strict=True):
                 gradient += term.weight * row
         row = joined(gradients, tracer, method.normalisation)
         features += row
-        strength += _relative_difference(predictions) / len(states)
+        strength += _relative_difference(predictions, weights) / len(states)
         if parts:
             by_timestep.append(row)
             for name, blocks in groups.items():
@@ -154,10 +157,11 @@ def _term(
     x0: Tensor,
     conditions: Mapping[Side, Condition],
     predictions: dict[Side, Tensor],
+    weights: Tensor | None,
 ) -> list[Tensor]:
     reference = predictions[_other(term.side)] if term.objective.needs_reference else None
     clean = x0 if state.x0 is None else state.x0
-    evaluation = _Evaluation(task, state, clean, conditions[term.side], reference)
+    evaluation = _Evaluation(task, state, clean, conditions[term.side], reference, weights)
     rows = evaluation.vjps(tracer, term.objective)
     predictions[term.side] = evaluation.e
     return rows
@@ -171,9 +175,16 @@ class _Evaluation:
     """The network at one state under one condition, and what is kept of it."""
 
     def __init__(
-        self, task: Any, state: State, x0: Tensor, condition: Condition, reference: Tensor | None
+        self,
+        task: Any,
+        state: State,
+        x0: Tensor,
+        condition: Condition,
+        reference: Tensor | None,
+        weights: Tensor | None = None,
     ) -> None:
         self.task, self.state, self.x0, self.condition, self.reference = task, state, x0, condition, reference
+        self.weights = weights
         self.e = torch.empty_like(x0)
         self.prediction: Prediction | None = None
 
@@ -193,7 +204,8 @@ class _Evaluation:
         def cotangent(part: Objective, e: Tensor, rows: Tensor) -> Tensor:
             assert self.prediction is not None
             self.e[rows] = e.detach().to(self.e)
-            return part.cotangent(self.prediction)
+            v = part.cotangent(self.prediction)
+            return v if self.weights is None else v * self.weights[rows].to(v)
 
         cotangents = [partial(cotangent, part) for part in objective.parts]
         found = [row.cpu() for row in tracer.vjps(forward, cotangents, len(x_t), sketch=False)]
@@ -214,10 +226,11 @@ def _noise_prediction(task: Any, state: State, condition: Condition) -> Tensor:
     return e
 
 
-def _relative_difference(predictions: Mapping[Side, Tensor]) -> Tensor:
+def _relative_difference(predictions: Mapping[Side, Tensor], weights: Tensor | None) -> Tensor:
     if len(predictions) < 2:
         return torch.tensor(float("nan"))
-    present, absent = (predictions[side].flatten(1).float().cpu() for side in ("present", "absent"))
+    seen = (predictions[side] for side in ("present", "absent"))
+    present, absent = ((e if weights is None else e * weights.to(e)).flatten(1).float().cpu() for e in seen)
     ratio: Tensor = (present - absent).norm(dim=1) / present.norm(dim=1).clamp(min=1e-12)
     return ratio
 

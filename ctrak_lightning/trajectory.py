@@ -79,7 +79,7 @@ class Noised(Trajectory):
             keys = [""] if self.shared_noise else sample_ids
             rows = [seeded_noise(latents.shape[1:], seed, timestep, key) for key in keys]
             noise = torch.stack(rows).to(latents).expand_as(latents)
-            t = _repeat(timestep, latents)
+            t = repeated(timestep, latents)
             yield State(task.noise_schedule.add_noise(latents, noise, t), t)
 
 
@@ -112,13 +112,13 @@ class Inverted(Trajectory):
         used = {grid[i] for i in _evenly(self.steps, self.timesteps or self.steps)}
         null = task.condition({}, len(latents)) if self.guidance != 1.0 else None
         schedule = task.noise_schedule
-        x, t = latents, _repeat(0, latents)
+        x, t = latents, repeated(0, latents)
         for i, target in enumerate(grid):
-            output = _guided_output(task, x, t, condition, null, self.guidance)
+            output = guided_output(task, x, t, condition, null, self.guidance)
             x0_hat = x if i == 0 else schedule.x0_hat(output, x, t)
             a, s = schedule.level(target)
             x = a * x0_hat + s * schedule.epsilon(output, x, t)
-            t = _repeat(target, x)
+            t = repeated(target, x)
             if target in used:
                 yield State(x, t)
 
@@ -213,8 +213,8 @@ class Sampler:
         grid = schedule.sampling_timesteps(self.steps)
         x, states = noise, []
         for i, at in enumerate(grid):
-            t = _repeat(at, x)
-            output = _guided_output(task, x, t, condition, null, self.guidance)
+            t = repeated(at, x)
+            output = guided_output(task, x, t, condition, null, self.guidance)
             x0_hat, e = schedule.x0_hat(output, x, t), schedule.epsilon(output, x, t)
             if schedule.clip is not None:
                 x0_hat = x0_hat.clamp(-schedule.clip, schedule.clip)
@@ -225,9 +225,10 @@ class Sampler:
         return Generation(states, x)
 
 
-def _guided_output(
+def guided_output(
     task: Any, x: Tensor, t: Tensor, condition: Condition, null: Condition | None, guidance: float
 ) -> Tensor:
+    """The network's output [B, ...] under classifier-free guidance."""
     # Guidance acts on the raw output: every parameterization is affine in it, and at zero signal it is all that is defined.
     output: Tensor = task.predict(x, t, condition)
     if guidance == 1.0 or null is None:
@@ -236,7 +237,8 @@ def _guided_output(
     return unconditional + guidance * (output - unconditional)
 
 
-def _repeat(timestep: float, like: Tensor) -> Tensor:
+def repeated(timestep: float, like: Tensor) -> Tensor:
+    """A timestep for each row [B] of ``like`` [B, ...]."""
     dtype = torch.long if isinstance(timestep, int) else torch.float32
     return torch.full((len(like),), timestep, dtype=dtype, device=like.device)
 

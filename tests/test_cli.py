@@ -9,14 +9,17 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentParser, Namespace
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ctrak_lightning import Concept, TraceStore
 from ctrak_lightning.cli import main, report
-from ctrak_lightning.cli.question import load_module, parse_spec
+from ctrak_lightning.cli.question import add_question, concepts_of, load_module, parse_spec
 from ctrak_lightning.errors import ConceptError
 from ctrak_lightning.provenance import Ledger, verify
 from ctrak_lightning.provenance.recording import record_run
@@ -214,6 +217,134 @@ def test_concepts_of_a_report(
 def test_concepts_of_a_report_that_say_nothing(words: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=f"ctrak report: .*{message}"):
         main(["report", str(tmp_path), "--config", "x.yaml", "--present", "a=1", *words])
+
+
+PROMPT = "a cat in the style of Picasso"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--concept", "cat"], [("cat", PROMPT, "a picture in the style of Picasso", "cat")]),
+        (
+            ["--concept", "Picasso", "--concept", "cat"],
+            [
+                ("Picasso", PROMPT, "a cat", "Picasso"),
+                ("cat", PROMPT, "a picture in the style of Picasso", "cat"),
+            ],
+        ),
+        (
+            ["--concept", "cat", "--absent-prompt", "a dog", "--name", "it"],
+            [("it", PROMPT, "a dog", "cat")],
+        ),
+    ],
+)
+def test_concepts_of_a_prompt(words: list[str], expected: list[tuple[str, str, str, str]]) -> None:
+    assert concepts_of(parsed("--prompt", PROMPT, *words)) == [Concept(*each) for each in expected]
+
+
+def parsed(*words: str) -> Namespace:
+    parser = ArgumentParser()
+    add_question(parser)
+    return parser.parse_args(["store", "--config", "x.yaml", *words])
+
+
+def test_images_masks_and_no_image_at_all(tmp_path: Path) -> None:
+    picture = np.zeros((4, 6, 4), np.uint8)
+    picture[..., 3] = 255
+    picture[0, 0] = (255, 0, 51, 255)
+    picture[1, 1] = (9, 9, 9, 0)  # transparent
+    Image.fromarray(picture).save(tmp_path / "i.png")
+    white = np.zeros((4, 6), np.uint8)
+    white[:, 3:] = 255
+    Image.fromarray(white).save(tmp_path / "m.png")
+    question = ["--present", "a=1"]
+    [concept] = concepts_of(
+        parsed(*question, "--image", str(tmp_path / "i.png"), "--mask", str(tmp_path / "m.png"))
+    )
+    assert isinstance(concept.image, torch.Tensor)
+    torch.testing.assert_close(concept.image[:, 0, 0], torch.tensor([1.0, -1.0, -0.6]))
+    assert concept.image[:, 1, 1].tolist() == [1, 1, 1]
+    assert concept.image[:, 2, 2].tolist() == [-1, -1, -1]
+    assert concept.mask is not None
+    assert concept.mask.tolist() == [[0, 0, 0, 1, 1, 1]] * 4
+    [distribution] = concepts_of(parsed("--prompt", PROMPT, "--concept", "cat", "--global"))
+    assert distribution == Concept.from_prompt(PROMPT, "cat", image=None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "expected --prompt or --present, and not both"),
+        (["--prompt", PROMPT, "--present", "a=1"], "and not both"),
+        (["--prompt", PROMPT], "expected --concept with words of it"),
+        (["--prompt", PROMPT, "--concept", "cat", "--absent", "a dog"], "no --absent. HINT: --absent-prompt"),
+        (["--prompt", PROMPT, "--concept", "dog"], "'dog'.*: the concept is not in the prompt"),
+        (
+            ["--prompt", PROMPT, "--concept", "cat", "--concept", "Picasso", "--absent-prompt", "a dog"],
+            "expected one with --absent-prompt",
+        ),
+        (["--present", "a=1", "--absent-prompt", "a dog"], "--absent-prompt goes with --prompt"),
+        (["--present", "a=1", "--global", "--image", "i.png"], "--global and --image"),
+        (["--present", "a=1", "--image", "nowhere.png"], "nowhere.png"),
+        (["--present", "a=1", "b=2", "--global"], "--global with 2 concepts"),
+    ],
+)
+def test_questions_that_say_nothing(words: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=f"ctrak report: .*{message}"):
+        main(["report", str(tmp_path), "--config", "x.yaml", *words])
+
+
+@pytest.mark.filterwarnings("ignore:damping='agreement' compares checkpoints")
+def test_several_concepts_a_part_and_the_distribution(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["attribute", str(run / "traces"), "--config", str(run / "run.yaml"), "--steps", "6"]
+    question = [
+        "--present",
+        "colour=red",
+        "shape=bar",
+        "--concept",
+        "red: shape=bar",
+        "--concept",
+        "bar: colour=red",
+    ]
+    main(
+        [
+            *arguments,
+            *question,
+            "--top",
+            "3",
+            "--csv",
+            str(tmp_path / "t.csv"),
+            "--json",
+            str(tmp_path / "t.json"),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert "red: colour=red, shape=bar without it: shape=bar" in printed
+    document = json.loads((tmp_path / "t.json").read_text())
+    assert [each["name"] for each in document["concepts"]] == ["red", "bar"]
+    cosine = document["cosines"][0][1]
+    assert f"cosine of 'red' and 'bar': {cosine:.2f}" in printed
+    with open(tmp_path / "t.csv", newline="") as file:
+        rows = {row["sample_id"]: row for row in csv.DictReader(file)}
+    by_rank = [sample for sample, row in sorted(rows.items(), key=lambda pair: int(pair[1]["rank bar"]))]
+    ranked = re.findall(r"^ +\d+ +-?\d+\.\d+ +(\S+)$", printed, re.MULTILINE)
+    assert ranked[3:6] == by_rank[:3]
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:2] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    single = ["--present", "colour=red", "shape=bar", "--absent", "shape=bar"]
+    report_of = ["report", *arguments[1:], "--out", str(tmp_path / "p.html")]
+    main([*report_of, *single, "--mask", str(tmp_path / "m.png")])
+    assert "Asked of a part of the image only, 25 % of it." in Page(tmp_path / "p.html").text
+    main([*report_of, *single, "--global"])
+    text = Page(tmp_path / "p.html").text
+    assert "told colour: red, what would it not show when it is told nothing (the null condition)" in text
+    assert "Asked of several images of the concept alone" in text
+    with pytest.raises(SystemExit, match="ctrak attribute: ToyDiffusion has no `latents`"):
+        main([*arguments, *single, "--image", str(tmp_path / "m.png")])
 
 
 @pytest.mark.filterwarnings("ignore:damping='agreement' compares checkpoints")

@@ -77,3 +77,16 @@ def concatenated(parts: Sequence[FeatureParts]) -> FeatureParts:
         torch.cat([part.by_timestep for part in parts], 1),
         {name: torch.cat([part.by_layer_group[name] for part in parts]) for name in parts[0].by_layer_group},
     )
+
+
+def mean_parts(several: Sequence[Sequence[FeatureParts]]) -> list[FeatureParts]:
+    """The mean of several queries' parts, at each checkpoint."""
+    means = []
+    for at_one in zip(*several, strict=True):
+        layers = {
+            name: torch.stack([part.by_layer_group[name] for part in at_one]).mean(0)
+            for name in at_one[0].by_layer_group
+        }
+        by_timestep = torch.stack([part.by_timestep for part in at_one]).mean(0)
+        means.append(FeatureParts(at_one[0].timesteps, by_timestep, layers))
+    return means

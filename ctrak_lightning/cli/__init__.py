@@ -10,6 +10,7 @@ USAGE = """usage: ctrak COMMAND ...
 commands:
   fit        train with any LightningCLI YAML:      ctrak fit --config run.yaml --config callbacks/concept_tracer.yaml
   attribute  ask a store who taught a concept:      ctrak attribute STORE --config run.yaml --present object=owl artist=noto --absent artist=noto
+                                                    ctrak attribute STORE --config run.yaml --prompt "Pikachu by Picasso" --concept Pikachu --concept Picasso
   report     the same as a page to read and show:   ctrak report STORE --config run.yaml --present object=owl artist=noto --out report.html
   info       what a store holds:                    ctrak info STORE [--verify]
   verify     is a store what was recorded?          ctrak verify STORE [--deep] [--public-key public.pem]

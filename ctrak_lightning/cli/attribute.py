@@ -5,26 +5,36 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser, Namespace
 
 from ctrak_lightning.attribution import Attribution
-from ctrak_lightning.cli.question import add_question, attributor_of, concept_of
+from ctrak_lightning.cli.question import add_question, attributor_of, concepts_of
 
 
 def run(argv: Sequence[str]) -> None:
     parser = ArgumentParser(
-        prog="ctrak attribute", description="Which training samples taught the model a concept?"
+        prog="ctrak attribute",
+        description="Which training samples taught the model a concept? Of several concepts of one image also what they share.",
     )
     add_question(parser)
     parser.add_argument("--top", type=int, default=10, help="rows to print")
     parser.add_argument("--group", type=str, default=None, help="a metadata column to print shares for")
-    parser.add_argument("--csv", type=str, default=None, help="write the whole ranking")
-    parser.add_argument("--json", type=str, default=None, help="write the whole result")
+    parser.add_argument(
+        "--csv", type=str, default=None, help="write the whole ranking; of several concepts, side by side"
+    )
+    parser.add_argument(
+        "--json", type=str, default=None, help="write the whole result; of several concepts, what they share"
+    )
     args = parser.parse_args(list(argv))
-    concept = concept_of(args)
-    result = attributor_of(args).attribute(concept, seed=args.seed)
-    _print_result(result, args)
+    concepts = concepts_of(args)
+    results = attributor_of(args).attribute_many(concepts, args.seed)
+    for result in results:
+        print(result.concept)
+        _print_result(result, args)
+    if len(results) > 1:
+        print(results.table(args.top))
+    written = results[0] if len(results) == 1 else results
     if args.csv:
-        result.to_csv(args.csv)
+        written.to_csv(args.csv)
     if args.json:
-        result.to_json(args.json)
+        written.to_json(args.json)
 
 
 def _print_result(result: Attribution, args: Namespace) -> None:

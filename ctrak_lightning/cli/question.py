@@ -1,11 +1,16 @@
 """What the commands that ask a store have in common: the model and the concept, from the command line."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
+from PIL import Image
+from torch import Tensor
 
 from ctrak_lightning.attribution import Attributor, Concept
 from ctrak_lightning.cli.tracer_task import tracer_task
@@ -15,19 +20,50 @@ from ctrak_lightning.trajectory import Sampler
 
 
 def add_question(parser: ArgumentParser) -> None:
-    """The arguments that :func:`concept_of` and :func:`attributor_of` read."""
+    """The arguments that :func:`concepts_of` and :func:`attributor_of` read."""
     parser.add_argument("store", type=str, help="the folder of the traces")
     parser.add_argument(
         "--config", type=str, required=True, help="the YAML of the run (its `model` section is used)"
     )
     parser.add_argument(
-        "--present", nargs="+", required=True, help="attribute=value words, or one quoted prompt"
+        "--prompt", type=str, default=None, help="the prompt of the image; name parts of it with --concept"
+    )
+    parser.add_argument(
+        "--present", nargs="+", default=None, help="attribute=value words, or one quoted prompt"
     )
     parser.add_argument(
         "--absent", nargs="*", default=None, help="the same without the concept; nothing: the null condition"
     )
     parser.add_argument(
-        "--name", type=str, default=None, help="the concept's name; by default what `absent` lacks"
+        "--concept",
+        action="append",
+        default=None,
+        help="words of --prompt; or, with --present, 'NAME: what is left without the concept', such as 'owl: artist=noto'. Repeat "
+        "it for several concepts of one image",
+    )
+    parser.add_argument(
+        "--absent-prompt",
+        type=str,
+        default=None,
+        help="the prompt without the concept, instead of the one made by rules",
+    )
+    parser.add_argument(
+        "--name",
+        type=str,
+        default=None,
+        help="the concept's name; by default its words, or what `absent` lacks",
+    )
+    parser.add_argument(
+        "--global", action="store_true", help="ask of the model's own distribution rather than of one image"
+    )
+    parser.add_argument(
+        "--image", type=str, default=None, help="an image file to ask about, instead of generating one"
+    )
+    parser.add_argument(
+        "--mask",
+        type=str,
+        default=None,
+        help="an image file of the same size: white where the question is about",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the generated image")
     parser.add_argument("--asker", type=str, default=None, help="who asks, for the store's ledger")
@@ -35,10 +71,96 @@ def add_question(parser: ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance scale")
 
 
-def concept_of(args: Namespace) -> Concept:
-    """The concept that the arguments name."""
-    present, absent = parse_spec(args.present), parse_spec(args.absent)
-    return Concept(args.name or difference(present, absent), present, absent)
+def concepts_of(args: Namespace, *, each_attribute: bool = False) -> list[Concept]:
+    """The concepts that the arguments name, all of one image.
+
+    Args:
+        args: of :func:`add_question`.
+        each_attribute: without any concept named, take each attribute of ``--present`` for one.
+
+    Raises:
+        ConceptError: arguments that exclude each other or say nothing.
+    """
+    if (args.prompt is None) == (args.present is None):
+        raise ConceptError(
+            "expected --prompt or --present, and not both. HINT: --prompt 'Pikachu in the style of Picasso' --concept Pikachu, or "
+            "--present object=owl artist=noto --absent artist=noto."
+        )
+    rest = _image_of(args)
+    if args.prompt is not None:
+        return _of_prompt(args, rest)
+    if args.absent_prompt is not None:
+        raise ConceptError(
+            "--absent-prompt goes with --prompt. HINT: --absent 'the prompt without the concept'."
+        )
+    present = parse_spec(args.present)
+    if args.concept is not None:
+        if args.absent is not None or args.name is not None:
+            raise ConceptError(
+                "--concept and --absent or --name: expected one or the other. HINT: --concept 'NAME: attribute=value' says both "
+                "the name and what is left without the concept."
+            )
+        return [_named(present, text, rest) for text in args.concept]
+    if args.absent is not None or args.name is not None or isinstance(present, str) or not each_attribute:
+        absent = parse_spec(args.absent)
+        return [Concept(args.name or difference(present, absent), present, absent, **rest)]
+    lefts = [{key: value for key, value in present.items() if key != left_out} for left_out in present]
+    return [Concept(difference(present, left), present, left, **rest) for left in lefts]
+
+
+def _of_prompt(args: Namespace, rest: dict[str, Any]) -> list[Concept]:
+    if not args.concept or args.absent is not None:
+        raise ConceptError(
+            f"--prompt {args.prompt!r}: expected --concept with words of it, and no --absent. HINT: --absent-prompt gives another "
+            "prompt without the concept than the rules make."
+        )
+    if len(args.concept) > 1:
+        if args.absent_prompt is not None or args.name is not None:
+            raise ConceptError(
+                f"--concept {' --concept '.join(map(repr, args.concept))}: expected one with --absent-prompt or --name."
+            )
+        return Concept.split(args.prompt, args.concept, **rest)
+    named = {} if args.name is None else {"name": args.name}
+    return [Concept.from_prompt(args.prompt, args.concept[0], absent=args.absent_prompt, **named, **rest)]
+
+
+def _named(present: Spec, text: str, rest: dict[str, Any]) -> Concept:
+    name, separator, left = text.partition(":")
+    if not separator or not name.strip():
+        raise ConceptError(
+            f"--concept {text!r}: expected 'NAME: what is left without the concept'. HINT: --concept 'owl: artist=noto'; with "
+            "--prompt, words of it."
+        )
+    prompt = left.strip()
+    absent = parse_spec(shlex.split(prompt)) if not prompt or "=" in prompt else prompt
+    return Concept(name.strip(), present, absent, **rest)
+
+
+def _image_of(args: Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if getattr(args, "global"):
+        if args.image is not None:
+            raise ConceptError("--global and --image: expected one or the other.")
+        found["image"] = None
+    if args.image is not None:
+        found["image"] = read_image(args.image)
+    if args.mask is not None:
+        found["mask"] = torch.from_numpy(
+            np.asarray(Image.open(args.mask).convert("L"), dtype=np.float32) / 255
+        )
+    return found
+
+
+def read_image(path: str | Path) -> Tensor:
+    """An image file as a tensor [3, H, W] in [-1, 1]; what is transparent becomes white.
+
+    Raises:
+        OSError: there is no such file, or it is no image.
+    """
+    picture = Image.open(path).convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    pixels = np.asarray(Image.alpha_composite(white, picture).convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
 def attributor_of(args: Namespace) -> Attributor:

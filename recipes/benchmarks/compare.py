@@ -135,7 +135,13 @@ def answers(
             learning_rate=case.learning_rate,
         )
         attributor = Attributor(
-            store, case.module, method=variant.method, sampler=case.sampler, batch_size=case.batch_size
+            store,
+            case.module,
+            method=variant.method,
+            sampler=case.sampler,
+            # As the results in this repository were made.
+            given="noised",
+            batch_size=case.batch_size,
         )
         path = out / variant.query_name()
         asks_generated = variant.scope == "local" and not path.exists()

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         store = replay(
             case.folder, case.module, case.batches, method, folder, steps=(STEP,), projection=projection
         )
-        attributor = Attributor(store, case.module, sampler=case.sampler, batch_size=32)
+        attributor = Attributor(store, case.module, sampler=case.sampler, given="noised", batch_size=32)
         query = attributor.query_given(case.concepts, case.given[:QUESTIONS])
         both[name] = (query.features[0], store.checkpoints[0].features())
     queries, traces = both["rank 16, 4096"]

@@ -90,11 +90,17 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
 
     def encode(self, batch: dict[str, Any]) -> Encoded:
         return Encoded(
-            latents=patchify(batch["image"]),
+            latents=self.latents(batch["image"]),
             condition=self._names(batch["artist_token"], batch["object_token"]),
             sample_ids=self.sample_ids(batch),
             metadata={name: list(batch[name]) for name in METADATA},
         )
+
+    def latents(self, images: Tensor) -> Tensor:
+        return patchify(images)
+
+    def latent_mask(self, mask: Tensor) -> Tensor:
+        return patchify(mask.expand(1, 3, -1, -1))[0]
 
     def sample_ids(self, batch: dict[str, Any]) -> list[str]:
         return list(batch["sample_id"])

@@ -321,7 +321,7 @@ def test_a_given_image_is_asked_about_like_a_generated_one(tmp_path: Path) -> No
         attributor.query_given([Concept("rad", {"colour": "rad"}, {})], latents[:1])
 
 
-def test_a_given_image_has_no_generation_states_and_is_noised(tmp_path: Path) -> None:
+def test_a_given_image_may_be_noised(tmp_path: Path) -> None:
     module = traced(tmp_path / "s", METHODS["concept_trak"])
     attributor = Attributor(tmp_path / "s", module, sampler=SAMPLER)
     generation = attributor.generate([RED.present], [4])
@@ -329,7 +329,8 @@ def test_a_given_image_has_no_generation_states_and_is_noised(tmp_path: Path) ->
     expected = Attributor(tmp_path / "s", module, sampler=SAMPLER, method=noising).attribute_many(
         [RED], generation=generation
     )[0]
-    found = attributor.score(attributor.query_given([RED], generation.latents))[0]
+    giving = Attributor(tmp_path / "s", module, sampler=SAMPLER, given="noised")
+    found = giving.score(giving.query_given([RED], generation.latents))[0]
     torch.testing.assert_close(found.checkpoint_scores, expected.checkpoint_scores)
     assert found.method == expected.method
     assert found.image is not None

@@ -273,3 +273,13 @@ def test_the_demo_runs_and_reports_what_it_did(tmp_path: Path) -> None:
     assert Ledger(traces).entries()[-1].sha256 in page
     with pytest.raises(ValueError, match="holds other files"):
         main(["--out", str(Path(__file__).parent)])
+
+
+def test_images_and_masks_become_patches() -> None:
+    module = EmojiDiffusion("none")
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(unpatchify(module.latents(images)), images)
+    mask = torch.zeros(32, 32)
+    mask[5:11, :7] = 1
+    weights = module.latent_mask(mask)
+    assert torch.equal(unpatchify(weights[None])[0], mask.expand(3, -1, -1))

@@ -119,6 +119,9 @@ def test_a_module_is_traced_by_names_and_stays_as_it_is(tmp_path: Path) -> None:
     result = Attributor(store, module, task=NAMED, sampler=Sampler(steps=3, guidance=2.0)).attribute(cat)
     assert result.scores.std() > 0
     assert result.image is not None
+    disputed = Concept("cat", "a cat by x", "a picture by x", image=TheirData().images[0])
+    attributor = Attributor(store, module, task=NAMED, sampler=Sampler(steps=4, guidance=1.0))
+    assert attributor.attribute(disputed).scores.isfinite().all()
     with pytest.raises(TaskError, match="no DiffusionTask.*task=DiffusersTask"):
         Attributor(store, module)
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from torch import Tensor
 
+from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.attribution.report.columns import Columns
 from ctrak_lightning.attribution.report.confidence import (
     Confidence,
@@ -77,6 +79,7 @@ class Section:
     name: str
     present: str
     absent: str
+    masked: float | None
     rows: Ranking
     cards: list[Card]
     opponents: list[Card]
@@ -98,7 +101,7 @@ def write_report(
     *,
     group: str | None = None,
 ) -> None:
-    """Writes one self-contained HTML page about one or several concepts of one generated image.
+    """Writes one self-contained HTML page about one or several concepts of one image, generated or given, or of none.
 
     It needs no network and no other file. Whatever comes from the data set is shown as text only.
 
@@ -160,9 +163,10 @@ def _render(attributions: Sequence[Attribution], columns: Columns) -> str:
         sections=sections,
         columns=columns,
         image=generated_uri(first.image),
+        asked_of=_asked_of(first.concept),
         is_small=first.image is not None and max(first.image.shape[-2:]) <= 128,
         has_thumbnails=not thumbnails.missing,
-        prompt=spec_text(first.concept.present),
+        prompt=spec_text(_sides(first.concept).present),
         seed=first.seed,
         samples=len(first.samples),
         steps=first.steps,
@@ -217,8 +221,9 @@ def _section(
         parts = part_bars(attribution.parts, scores, leading)
     return Section(
         name=shown(attribution.concept.name, 200),
-        present=spec_text(attribution.concept.present),
-        absent=spec_text(attribution.concept.absent),
+        present=spec_text(_sides(attribution.concept).present),
+        absent=spec_text(_sides(attribution.concept).absent),
+        masked=None if attribution.concept.mask is None else float(attribution.concept.mask.float().mean()),
         rows=rows,
         cards=[card(row) for row in best],
         opponents=[card(row) for row in lowest],
@@ -261,6 +266,7 @@ def _check_together(attributions: Sequence[Attribution]) -> None:
     first = attributions[0]
     for other in attributions[1:]:
         pairs: dict[str, tuple[Any, Any]] = {
+            "image": (_of_image(first.concept), _of_image(other.concept)),
             "present": (first.concept.present, other.concept.present),
             "seed": (first.seed, other.seed),
             "steps": (first.steps, other.steps),
@@ -274,6 +280,22 @@ def _check_together(attributions: Sequence[Attribution]) -> None:
                     "one generated image, asked of one store. HINT: a page for each image, or "
                     "Attributor.attribute_many([...], seed) with the same `present`."
                 )
+
+
+def _of_image(concept: Concept) -> Any:
+    """Equal of concepts of one image."""
+    return concept.name if concept.image is None else concept.to_dict().get("image")
+
+
+def _asked_of(concept: Concept) -> Literal["generated", "given", "global"]:
+    if concept.image is None:
+        return "global"
+    return "given" if isinstance(concept.image, Tensor) else "generated"
+
+
+def _sides(concept: Concept) -> Concept:
+    """The two conditions that were asked."""
+    return concept.isolated() if concept.image is None else concept
 
 
 def _write(path: Path, text: str) -> None:

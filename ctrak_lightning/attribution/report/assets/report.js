@@ -225,7 +225,7 @@
       generated?.addEventListener("click", () => {
         const image = generated.querySelector("img").cloneNode();
         image.className = generated.closest(".small") ? "wide pixels" : "wide";
-        this.open("The generated image", [image], false);
+        this.open(generated.closest("figure").querySelector("figcaption").textContent, [image], false);
       });
     },
   };
