@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import lightning as L
 import pytest
 import torch
@@ -21,6 +22,7 @@ from ctrak_lightning import (
     Concept,
     DiffusersTask,
     GradientTracer,
+    NoiseSchedule,
     Projection,
     Sampler,
     TraceStore,
@@ -236,6 +238,19 @@ def test_parts_deeper_in_a_module_and_the_defaults_of_names() -> None:
         for name in ("unet", "vae", "text_encoder", "tokenizer", "noise_scheduler")
     }
     assert torch.equal(DiffusersTask(batch=BATCH).bind(parts).encode(rows).latents, task.encode(rows).latents)
+
+
+def test_an_outdated_scheduler_stays_as_it_is() -> None:
+    """Stable Diffusion's pipeline changes these two settings of the scheduler it gets; what it generates with is the changed one."""
+    theirs = TheirModule()
+    theirs.noise_scheduler = diffusers.DDPMScheduler()
+    task = NAMED.bind(theirs)
+    assert (theirs.noise_scheduler.config.clip_sample, theirs.noise_scheduler.config.steps_offset) == (
+        True,
+        0,
+    )
+    assert isinstance(task.noise_schedule, NoiseSchedule)
+    assert (task.noise_schedule.clip, task.noise_schedule.steps_offset) == (None, 1)
 
 
 @pytest.mark.parametrize(
