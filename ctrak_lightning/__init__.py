@@ -8,7 +8,7 @@ from ctrak_lightning.gradients import GradientTracer, Projection
 from ctrak_lightning.inline import InlineCapture
 from ctrak_lightning.method import Method
 from ctrak_lightning.parameterization import NoiseSchedule
-from ctrak_lightning.task import DiffusersTask, DiffusionTask, Encoded
+from ctrak_lightning.task import DiffusersTask, DiffusionTask, Encoded, PipelineTask
 from ctrak_lightning.traces import TraceStore, TraceWriter
 from ctrak_lightning.trajectory import Sampler
 
@@ -28,6 +28,7 @@ __all__ = [
     "InlineCapture",
     "Method",
     "NoiseSchedule",
+    "PipelineTask",
     "Projection",
     "Sampler",
     "TraceStore",

@@ -18,6 +18,7 @@ from ctrak_lightning.fingerprint import content_hashes, model_fingerprint, train
 from ctrak_lightning.gradients import GradientTracer, UntracedParameterWarning, tracing_mode
 from ctrak_lightning.memory import RowLimit
 from ctrak_lightning.method import Method
+from ctrak_lightning.numbering import numbered
 from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.task import Encoded, encode
@@ -48,7 +49,8 @@ class Capture:
         path: the store's folder.
         owner: the module whose trained parameters are stored (a LightningModule, or the denoiser itself).
         task: its DiffusionTask.
-        batches: the samples to trace: an iterable of batches that gives the same samples in the same order each time.
+        batches: the samples to trace: an iterable of batches that gives the same samples in the same order each time. Where
+            they have no ids, a DataLoader's samples are numbered as in its data set.
         method: what to trace.
         tracer: the gradient tracer of ``task.denoiser``.
         seed: of the trajectories' noise and of whatever is random in ``batches``.
@@ -83,7 +85,8 @@ class Capture:
         progress: bool = True,
         processes: Processes = ALONE,
     ) -> None:
-        self.owner, self.task, self.batches, self.method, self.tracer = owner, task, batches, method, tracer
+        self.owner, self.task, self.method, self.tracer = owner, task, method, tracer
+        self.batches = numbered(batches, task.id_column) if hasattr(task, "id_column") else batches
         self.seed, self.device, self.progress = seed, torch.device(device), progress
         self._row_limit = RowLimit(rows_at_once)
         self._processes = processes

@@ -41,6 +41,8 @@ class Attributor(Questions):
         module: the model that was traced: a LightningModule that is, or carries as ``task``, a DiffusionTask. Its present
             weights do not matter (each checkpoint's are taken from the store and the present ones put back afterwards), the
             frozen ones must be those of the traced run.
+        task: how the module is addressed, if it is no DiffusionTask itself: the :class:`~ctrak_lightning.DiffusersTask` that the
+            tracer had, say.
         method: how to ask; by default as the store was made. Its training side must be the store's.
         sampler: how images are generated.
         given: where the method looks at the states of a generation, which states of an existing image it gets: ``"inverted"``,
@@ -60,6 +62,7 @@ class Attributor(Questions):
         store: TraceStore | str | Path,
         module: Any,
         *,
+        task: Any = None,
         method: Method | None = None,
         sampler: Sampler | None = None,
         given: Given = "inverted",
@@ -72,7 +75,7 @@ class Attributor(Questions):
             raise ValueError(f"Attributor(batch_size={batch_size}): expected at least 1.")
         if given not in get_args(Given):
             raise ValueError(f"Attributor(given={given!r}): expected one of {get_args(Given)}.")
-        task = resolve_task(module)
+        task = resolve_task(module, task)
         store = store if isinstance(store, TraceStore) else TraceStore(store)
         method = method or Method.from_dict(store.header.method)
         sampler = sampler or Sampler()

@@ -253,6 +253,8 @@ def check_known(concept: Concept, task: Any) -> None:
     Raises:
         ConceptError: an attribute or a value is unknown; the message lists the known ones, nearest first.
     """
+    if hasattr(task, "check_concept"):
+        task.check_concept(concept.name, concept.present, concept.absent)
     if not hasattr(task, "known_attributes"):
         return
     known: Mapping[str, Any] = task.known_attributes()

@@ -22,7 +22,7 @@ from ctrak_lightning.callbacks.hparams import logged_hparams, logs_a_metric_itse
 from ctrak_lightning.errors import ConceptError, TaskError
 from ctrak_lightning.inspection import Answer, Board, Watch
 from ctrak_lightning.inspection.hparams import method_hparams, write_hparams
-from ctrak_lightning.parameterization import NoiseSchedule
+from ctrak_lightning.schedule import Schedule
 from ctrak_lightning.task import resolve_task
 from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.traces.samples import column_names
@@ -131,18 +131,18 @@ class ConceptMonitor(Callback):
         if stage != "fit" or _skipped(trainer):
             return
         self._run = _Run(self._followed(trainer), self.group)
-        try:
-            task = resolve_task(pl_module)
-            for concept in self.concepts:
-                check_known(concept, task)
-            self._check_sampler(self._run.tracer.method.query_trajectory, task.noise_schedule)
-        except (TaskError, ValueError) as error:
-            raise MisconfigurationException(f"`ConceptMonitor`: {error}") from error
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._run is None:
             return
+        try:
+            task = resolve_task(pl_module, self._run.tracer.task)
+            for concept in self.concepts:
+                check_known(concept, task)
+            self._check_sampler(self._run.tracer.method.query_trajectory, task.noise_schedule)
+        except (TaskError, ValueError) as error:
+            raise MisconfigurationException(f"`ConceptMonitor`: {error}") from error
         self._run.logger = logger = _logger(trainer)
         if logger is None:
             _tell_nowhere_to_write(trainer)
@@ -208,9 +208,9 @@ class ConceptMonitor(Callback):
             )
         return named[0]
 
-    def _check_sampler(self, trajectory: Trajectory, schedule: NoiseSchedule) -> None:
+    def _check_sampler(self, trajectory: Trajectory, schedule: Schedule) -> None:
         sampler = self.sampler or Sampler()
-        usable = sum(float(schedule.alpha_bar[t]) > 0 for t in schedule.sampling_timesteps(sampler.steps))
+        usable = sum(schedule.level(t)[0] > 0 for t in schedule.sampling_timesteps(sampler.steps))
         if isinstance(trajectory, Generated) and usable < (trajectory.timesteps or 1):
             raise ValueError(
                 f"{sampler}: the method looks at {trajectory.timesteps} states of a generation, which has {usable}. HINT: "
@@ -245,7 +245,9 @@ class ConceptMonitor(Callback):
                 writer = run.logger.experiment
                 run.board = Board(writer, self.concepts, group=run.group, top=self.top, bottom=self.bottom)
                 run.board.write_layout()
-            run.store, run.answers = self._watch.ask(run.tracer.dirpath, trainer.lightning_module)
+            run.store, run.answers = self._watch.ask(
+                run.tracer.dirpath, trainer.lightning_module, run.tracer.task
+            )
             run.board.write(run.answers, run.store.checkpoints[-1], run.axis)
             seconds = {"tracer": run.tracer.last_seconds, "monitor": time.monotonic() - begun}
             run.spent["monitor"] += seconds["monitor"]

@@ -10,6 +10,7 @@ import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import model_helpers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -27,7 +28,7 @@ from ctrak_lightning.gradients import GradientTracer, Projection
 from ctrak_lightning.inline import InlineCapture
 from ctrak_lightning.method import Method
 from ctrak_lightning.processes import Processes, processes_of
-from ctrak_lightning.task import resolve_task
+from ctrak_lightning.task import DiffusersTask, DiffusionTask, resolve_task
 from ctrak_lightning.trajectory import InTraining
 
 Mode = Literal["capture", "inline"]
@@ -48,6 +49,8 @@ class ConceptTracer(Callback):
         dirpath: the store's folder.
         method: a :class:`~ctrak_lightning.method.Method`, or the name of a preset in ``ctrak_lightning.methods``; by default
             ``"concept_trak"``, in mode ``"inline"`` ``"inline_trak"``.
+        task: how the module is addressed, if it is no DiffusionTask itself: a :class:`~ctrak_lightning.DiffusersTask` with the names
+            of its attributes. Samples of batches without ids are then numbered as in the data set.
         mode: ``"capture"`` traces all samples at a checkpoint, with passes through the network of its own, by any method.
             ``"inline"`` keeps the per-sample gradients that the training steps compute anyway, at the timesteps that they
             happened to draw, and seals the means at a checkpoint; see ``docs/inline.md`` for what it can and cannot do.
@@ -92,6 +95,7 @@ class ConceptTracer(Callback):
         dirpath: str,
         method: Method | str | None = None,
         *,
+        task: DiffusersTask | DiffusionTask | None = None,
         mode: Mode = "capture",
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
@@ -144,6 +148,7 @@ class ConceptTracer(Callback):
                 f"{self.method.training_trajectory}. HINT: InTraining() goes with mode='inline', as in methods.inline_trak(), "
                 "and every other trajectory with mode='capture'."
             )
+        self.task = task
         self.mode = mode
         self.dirpath = str(dirpath)
         self.every_n_epochs = every_n_epochs
@@ -193,13 +198,18 @@ class ConceptTracer(Callback):
                 f"`ConceptTracer` cannot trace under {type(trainer.strategy).__name__}: no process holds the whole of a "
                 "layer. HINT: use DDP or a single device; LoRA makes most models fit."
             )
-        try:
-            resolve_task(pl_module)
-        except TaskError as error:
-            raise MisconfigurationException(f"`ConceptTracer`: {error}") from error
-        if self.mode == "inline":
-            refuse_what_inline_cannot_trace(trainer, pl_module)
+        # A module may build its networks in its own `setup` or `configure_model`, which come after this.
+        if not any(model_helpers.is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
+            self._task_of(pl_module)
         _check_writable(self.dirpath)
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if _skipped(trainer):
+            return
+        task = self._task_of(pl_module)
+        if self.mode == "inline":
+            refuse_what_inline_cannot_trace(trainer, pl_module, task.denoiser)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -325,7 +335,7 @@ class ConceptTracer(Callback):
             self._untraced = {}
 
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Capture:
-        task = resolve_task(pl_module)
+        task = self._task_of(pl_module)
         kind = InlineCapture if self.mode == "inline" else Capture
         capture = kind(
             self.dirpath,
@@ -352,6 +362,12 @@ class ConceptTracer(Callback):
             capture.attach()
         self._run_id = capture.writer.run_id
         return capture
+
+    def _task_of(self, pl_module: L.LightningModule) -> Any:
+        try:
+            return resolve_task(pl_module, self.task)
+        except TaskError as error:
+            raise MisconfigurationException(f"`ConceptTracer`: {error}") from error
 
     @staticmethod
     def _processes(trainer: L.Trainer) -> Processes:

@@ -6,12 +6,12 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from ctrak_lightning.task import resolve_task
-
 _HINT = 'HINT: mode="capture" traces any training loop.'
 
 
-def refuse_what_inline_cannot_trace(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+def refuse_what_inline_cannot_trace(
+    trainer: L.Trainer, pl_module: L.LightningModule, denoiser: nn.Module
+) -> None:
     """Raises a MisconfigurationException for runs whose training steps cannot be followed exactly."""
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
@@ -25,7 +25,7 @@ def refuse_what_inline_cannot_trace(trainer: L.Trainer, pl_module: L.LightningMo
         )
     compiled = [
         name or type(module).__name__
-        for root in (pl_module, resolve_task(pl_module).denoiser)
+        for root in (pl_module, denoiser)
         for name, module in root.named_modules()
         if _is_compiled(module)
     ]

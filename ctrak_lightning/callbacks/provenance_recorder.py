@@ -184,7 +184,7 @@ class ProvenanceRecorder(Callback):
         assert self._root is not None
         parameters = dict(pl_module.named_parameters())
         trained = trained_parameters(pl_module)
-        config = getattr(resolve_task(pl_module).denoiser, "config", None)
+        config = getattr(resolve_task(pl_module, self._tracer(trainer).task).denoiser, "config", None)
         facts: dict[str, Any] = {
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,

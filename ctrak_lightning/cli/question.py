@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ctrak_lightning.attribution import Attributor, Concept
+from ctrak_lightning.cli.tracer_task import tracer_task
 from ctrak_lightning.errors import ConceptError
 from ctrak_lightning.task import Spec
 from ctrak_lightning.trajectory import Sampler
@@ -165,7 +166,14 @@ def read_image(path: str | Path) -> Tensor:
 def attributor_of(args: Namespace) -> Attributor:
     """The store and the model that the arguments name."""
     sampler = Sampler(steps=args.steps, guidance=args.guidance)
-    return Attributor(args.store, load_module(args.config), sampler=sampler, progress=True, asker=args.asker)
+    return Attributor(
+        args.store,
+        load_module(args.config),
+        task=tracer_task(args.config),
+        sampler=sampler,
+        progress=True,
+        asker=args.asker,
+    )
 
 
 def parse_spec(words: Sequence[str] | None) -> Spec:

@@ -15,7 +15,8 @@ def tracing_mode(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, gradients on, batch-independent attention; everything is as before on exit, also after an error.
 
     Every submodule's own training flag is restored. Attention uses the math backend, because fused kernels make a
-    sample's gradient depend on the rest of its batch. Compiled submodules run eagerly.
+    sample's gradient depend on the rest of its batch. Compiled submodules run eagerly. Autocast is off: a network is traced in
+    its parameters' own dtypes, which are float32 under mixed precision.
 
     Args:
         module: the network to be traced.
@@ -40,6 +41,8 @@ def tracing_mode(module: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.enable_grad())
+        for device in {"cpu", *(parameter.device.type for parameter in module.parameters())} - {"meta"}:
+            stack.enter_context(torch.autocast(device, enabled=False))
         if any(_is_compiled(submodule) for submodule, _ in flags):
             # A compiled graph does not call the hooks of its layers.
             stack.enter_context(torch.compiler.set_stance("force_eager"))

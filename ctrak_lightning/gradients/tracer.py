@@ -19,6 +19,7 @@ from ctrak_lightning.gradients.modes import tracing_mode
 from ctrak_lightning.gradients.plan import plan_blocks
 from ctrak_lightning.gradients.projection import BlockProjector, Projection
 from ctrak_lightning.gradients.reference import functional_vjps, looped_vjps
+from ctrak_lightning.gradients.sharding import refuse_sharded
 
 Engine = Literal["hooks", "auto", "loop", "functional"]
 CHECK_TOLERANCE = 1e-3
@@ -83,6 +84,7 @@ class GradientTracer:
             raise GradientError(
                 f"`GradientTracer(layers={layers!r})`: expected a list of patterns, or None for all layers. HINT: ['*attn2*']."
             )
+        refuse_sharded(module)
         self.module = module
         self.projection = projection
         self.engine = engine

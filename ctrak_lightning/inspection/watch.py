@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -69,7 +70,7 @@ class Watch:
         self.sampler = sampler
         self._told: set[str] = set()
 
-    def ask(self, path: str | Path, module: nn.Module) -> tuple[TraceStore, list[Answer]]:
+    def ask(self, path: str | Path, module: nn.Module, task: Any = None) -> tuple[TraceStore, list[Answer]]:
         """Generates the images under the weights of the store's last checkpoint, and asks all of its checkpoints.
 
         The module's weights, flags and the surrounding random state are afterwards what they were.
@@ -77,6 +78,7 @@ class Watch:
         Args:
             path: the store.
             module: the model that is being trained and traced.
+            task: how it is addressed, if it is no DiffusionTask itself.
 
         Warns:
             UserWarning: a concept is within noise; once for each.
@@ -86,7 +88,7 @@ class Watch:
             # The user's condition() and decode() run outside of the attributor's own guard, with dropout if they have it.
             with isolated_rng(self.seed), tracing_mode(module):
                 # A look during training is no answer given to anyone, so it is not noted in the ledger.
-                attributor = Attributor(store, module, sampler=self.sampler, record=False)
+                attributor = Attributor(store, module, task=task, sampler=self.sampler, record=False)
                 answers = self._answers(attributor)
         self._tell_faint(answers)
         return store, answers

@@ -1,6 +1,7 @@
 """How a model is addressed: the seam between this library and a user's LightningModule."""
 
 from ctrak_lightning.task.diffusers_task import DiffusersTask
+from ctrak_lightning.task.pipeline_task import PipelineTask
 from ctrak_lightning.task.protocol import (
     Condition,
     DiffusionTask,
@@ -17,6 +18,7 @@ __all__ = [
     "DiffusersTask",
     "DiffusionTask",
     "Encoded",
+    "PipelineTask",
     "Spec",
     "encode",
     "named_samples",

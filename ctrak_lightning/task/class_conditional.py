@@ -1,23 +1,23 @@
 """What the class-conditional families share, and UNet2DModel with classes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ctrak_lightning.errors import ConceptError, TaskError
-from ctrak_lightning.task.diffusers_task import FIELDS, DiffusersTask
+from ctrak_lightning.task.pipeline_task import FIELDS, Batch, PipelineTask
 from ctrak_lightning.task.protocol import Condition, Spec
 from ctrak_lightning.task.unconditional import UnconditionalTask
 
 
-class ClassTask(DiffusersTask):
+class ClassTask(PipelineTask):
     """A pipeline whose condition is a class. A batch has ``class``: label numbers [B], or B names; a concept is
     ``{"class": "cat"}``, by name or number.
 
     Args:
-        pipeline, resolution, fields: as of :class:`DiffusersTask`.
+        pipeline, resolution, batch: as of :class:`PipelineTask`.
         classes: names of the labels 0, 1, ...; None takes the pipeline's, if it has any.
         null_class: the label that stands for no class; None takes the family's, if it has one.
     """
@@ -48,7 +48,7 @@ class ClassTask(DiffusersTask):
         """The names and numbers of the classes."""
         return {"class": tuple(self.class_ids)}
 
-    def batch_condition(self, batch: Mapping[str, Any]) -> Condition:
+    def batch_condition(self, batch: Batch) -> Condition:
         column = self.column(batch, "class")
         labels = column if isinstance(column, Tensor) else torch.tensor([self._label(str(c)) for c in column])
         return {"class_labels": labels.to(self.device).long()}

@@ -4,16 +4,16 @@ from typing import Any
 
 from ctrak_lightning.errors import TaskError
 from ctrak_lightning.task.class_conditional import ClassUNetTask
-from ctrak_lightning.task.diffusers_task import DiffusersTask
 from ctrak_lightning.task.dit import DiTTask
 from ctrak_lightning.task.flux import FluxTask
+from ctrak_lightning.task.pipeline_task import PipelineTask
 from ctrak_lightning.task.pixart import PixArtTask
 from ctrak_lightning.task.stable_diffusion import StableDiffusionTask
 from ctrak_lightning.task.stable_diffusion_3 import StableDiffusion3Task
 from ctrak_lightning.task.stable_diffusion_xl import StableDiffusionXLTask
 from ctrak_lightning.task.unconditional import UnconditionalTask
 
-FAMILIES: dict[str, type[DiffusersTask]] = {
+FAMILIES: dict[str, type[PipelineTask]] = {
     "StableDiffusionPipeline": StableDiffusionTask,
     "StableDiffusionXLPipeline": StableDiffusionXLTask,
     "StableDiffusion3Pipeline": StableDiffusion3Task,
@@ -26,7 +26,7 @@ FAMILIES: dict[str, type[DiffusersTask]] = {
 }
 
 
-def family_of(pipeline: Any) -> type[DiffusersTask]:
+def family_of(pipeline: Any) -> type[PipelineTask]:
     """The class of the task for a pipeline, or for one that it inherits from.
 
     Raises:

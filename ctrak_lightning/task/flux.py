@@ -9,7 +9,8 @@ from torch import Tensor
 from ctrak_lightning.flow import FlowSchedule
 from ctrak_lightning.parameterization import NoiseSchedule
 from ctrak_lightning.schedule import Schedule
-from ctrak_lightning.task.prompts import PromptTask
+from ctrak_lightning.task.pipeline_task import FIELDS
+from ctrak_lightning.task.prompts import TOKENS, Given, PromptTask
 from ctrak_lightning.task.protocol import Condition
 
 
@@ -23,10 +24,12 @@ class FluxTask(PromptTask):
     Args:
         embedded_guidance: the guidance scale that a guidance-distilled network (FLUX.1-dev) is told, in training, tracing and
             generation alike.
-        pipeline, resolution, fields, negative_prompt, max_sequence_length: as of :class:`PromptTask`.
+        pipeline, resolution, batch, negative_prompt, max_sequence_length: as of :class:`PromptTask`.
     """
 
     frozen_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "text_encoder_2")
+    embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
+    fields: ClassVar[tuple[str, ...]] = (*FIELDS, "caption", *TOKENS[:2], *embeddings)
 
     def __init__(self, pipeline: Any, *, embedded_guidance: float = 3.5, **options: Any) -> None:
         super().__init__(pipeline, **options)
@@ -57,11 +60,15 @@ class FluxTask(PromptTask):
         unpacked: Tensor = self.pipeline._unpack_latents(output, height, width, 1)
         return unpacked
 
-    def encode_prompts(self, prompts: list[str]) -> Condition:
+    def embed(self, prompts: list[str]) -> Given:
         embeddings, pooled, _ = self.pipeline.encode_prompt(
             prompt=prompts, device=self.device, **self._length
         )
-        condition = {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+        return embeddings, pooled
+
+    def conditioned(self, *embeddings: Tensor) -> Condition:
+        states, pooled = embeddings
+        condition = {"encoder_hidden_states": states, "pooled_projections": pooled}
         if self.denoiser.config.guidance_embeds:
-            condition["guidance"] = torch.full((len(prompts),), self.embedded_guidance, device=self.device)
+            condition["guidance"] = torch.full((len(states),), self.embedded_guidance, device=self.device)
         return condition

@@ -5,7 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ctrak_lightning.task.prompts import PromptTask
+from ctrak_lightning.task.pipeline_task import FIELDS
+from ctrak_lightning.task.prompts import Given, PromptTask
 from ctrak_lightning.task.protocol import Condition
 
 
@@ -15,6 +16,8 @@ class PixArtTask(PromptTask):
     Captions are not cleaned (``clean_caption=False``). Arguments: :class:`PromptTask`."""
 
     frozen_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
+    embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "prompt_attention_mask")
+    fields: ClassVar[tuple[str, ...]] = (*FIELDS, "caption", "tokens", *embeddings)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         output: Tensor = self.denoiser(
@@ -27,13 +30,17 @@ class PixArtTask(PromptTask):
         )[0]
         return output[:, : x_t.shape[1]]
 
-    def encode_prompts(self, prompts: list[str]) -> Condition:
+    def embed(self, prompts: list[str]) -> Given:
         embeddings, mask, _, _ = self.pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, device=self.device, **self._length
         )
-        condition = {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
+        return embeddings, mask
+
+    def conditioned(self, *embeddings: Tensor) -> Condition:
+        states, mask = embeddings
+        condition = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
         if self.denoiser.use_additional_conditions:
             height, width = self.resolution
-            sizes = torch.tensor([[float(height), float(width)]] * len(prompts), device=self.device)
+            sizes = torch.tensor([[float(height), float(width)]] * len(states), device=self.device)
             condition |= {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
         return condition

@@ -70,6 +70,8 @@ class DiffusionTask:
     - ``predict(x_t, t, condition)``: the network's output; the default calls ``denoiser`` as diffusers' models are called;
     - ``sample_ids(batch) -> list[str]``: the ids that ``encode(batch)`` gives, optional, for tasks whose ``encode`` is dear (a
       VAE): tracing inside training steps asks for the ids of every batch;
+    - ``id_column``: the key of the ids in a batch, optional: samples of a data set whose batches lack it are then numbered;
+    - ``check_concept(name, present, absent)``: raises an error for a concept that cannot be asked, optional;
     - ``decode(latents)``: images [B, 3, H, W] in [0, 1], optional, for thumbnails and reports;
     - ``latents(images)``: clean latents [B, ...] of images [B, 3, H, W] in [-1, 1], optional, for questions about images that were
       not generated here;
@@ -87,20 +89,28 @@ class DiffusionTask:
         return output
 
 
-def resolve_task(candidate: Any) -> Any:
-    """The DiffusionTask that ``candidate`` is, or carries as its attribute ``task``.
+def resolve_task(candidate: Any, description: Any = None) -> Any:
+    """The DiffusionTask of a module.
+
+    Args:
+        candidate: a module that is a DiffusionTask, or carries one as its attribute ``task``.
+        description: what says how another module is addressed: a :class:`~ctrak_lightning.DiffusersTask`, bound to
+            ``candidate`` here, or a DiffusionTask.
 
     Raises:
-        TaskError: it is none; the message names the missing members.
+        TaskError: there is none, and the message names the missing members; or the description does not fit.
     """
-    carried = getattr(candidate, "task", None)
+    carried: Any = getattr(candidate, "task", None) if description is None else description
+    if hasattr(carried, "bind"):
+        carried = carried.bind(candidate)
     task = candidate if carried is None else carried
     missing = [name for name in (*MEMBERS, "predict") if not hasattr(task, name)]
     if missing:
         raise TaskError(
             f"{type(task).__name__} is no DiffusionTask: it lacks {', '.join(missing)}. HINT: let the module inherit "
             "from ctrak_lightning.DiffusionTask and define denoiser, noise_schedule, encode(batch) and "
-            "condition(spec, n); predict has a default."
+            "condition(spec, n); predict has a default. A module that holds the parts of a diffusers model needs none of that: "
+            "task=DiffusersTask(unet='unet', vae='vae', ...) names them."
         )
     if not isinstance(task.denoiser, nn.Module):
         raise TaskError(

@@ -2,8 +2,10 @@
 
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from ctrak_lightning.errors import TaskError
-from ctrak_lightning.task.prompts import PromptTask
+from ctrak_lightning.task.prompts import Given, PromptTask
 from ctrak_lightning.task.protocol import Condition
 
 
@@ -25,8 +27,11 @@ class StableDiffusionTask(PromptTask):
                 "(`time_cond_proj_dim`), which is not supported for UNets. HINT: trace the model that it was distilled from."
             )
 
-    def encode_prompts(self, prompts: list[str]) -> Condition:
+    def embed(self, prompts: list[str]) -> Given:
         embeddings, _ = self.pipeline.encode_prompt(
             prompts, self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        return {"encoder_hidden_states": embeddings}
+        return (embeddings,)
+
+    def conditioned(self, *embeddings: Tensor) -> Condition:
+        return {"encoder_hidden_states": embeddings[0]}

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ctrak_lightning.parameterization import NoiseSchedule
 from ctrak_lightning.schedule import Schedule
-from ctrak_lightning.task.prompts import PromptTask
+from ctrak_lightning.task.pipeline_task import FIELDS
+from ctrak_lightning.task.prompts import TOKENS, Given, PromptTask
 from ctrak_lightning.task.protocol import Condition
 
 
@@ -17,6 +18,8 @@ class StableDiffusion3Task(PromptTask):
     """
 
     frozen_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "text_encoder_2")
+    embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
+    fields: ClassVar[tuple[str, ...]] = (*FIELDS, "caption", *TOKENS, *embeddings)
     optional_parts: ClassVar[tuple[str, ...]] = ("text_encoder_3",)
 
     def schedule(self) -> Schedule:
@@ -30,7 +33,7 @@ class StableDiffusion3Task(PromptTask):
         output: Tensor = self.denoiser(hidden_states=x_t, timestep=t, return_dict=False, **condition)[0]
         return output
 
-    def encode_prompts(self, prompts: list[str]) -> Condition:
+    def embed(self, prompts: list[str]) -> Given:
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=prompts,
             prompt_2=None,
@@ -39,4 +42,7 @@ class StableDiffusion3Task(PromptTask):
             do_classifier_free_guidance=False,
             **self._length,
         )
-        return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+        return embeddings, pooled
+
+    def conditioned(self, *embeddings: Tensor) -> Condition:
+        return {"encoder_hidden_states": embeddings[0], "pooled_projections": embeddings[1]}

@@ -1,11 +1,12 @@
 """Stable Diffusion XL."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ctrak_lightning.task.pipeline_task import Batch
+from ctrak_lightning.task.prompts import Given
 from ctrak_lightning.task.protocol import Condition
 from ctrak_lightning.task.stable_diffusion import StableDiffusionTask
 
@@ -19,7 +20,14 @@ class StableDiffusionXLTask(StableDiffusionTask):
     """
 
     frozen_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "text_encoder_2")
-    fields: ClassVar[tuple[str, ...]] = (*StableDiffusionTask.fields, "original_size", "crop_top_left")
+    embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
+    fields: ClassVar[tuple[str, ...]] = (
+        *StableDiffusionTask.fields,
+        "tokens_2",
+        "pooled_prompt_embeds",
+        "original_size",
+        "crop_top_left",
+    )
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         added = {name: condition[name] for name in ("text_embeds", "time_ids")}
@@ -32,16 +40,20 @@ class StableDiffusionXLTask(StableDiffusionTask):
         )[0]
         return output
 
-    def encode_prompts(self, prompts: list[str]) -> Condition:
+    def embed(self, prompts: list[str]) -> Given:
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=prompts, device=self.device, do_classifier_free_guidance=False
         )
+        return embeddings, pooled
+
+    def conditioned(self, *embeddings: Tensor) -> Condition:
+        states, pooled = embeddings
         height, width = self.resolution
         ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=pooled.dtype)
         return {
-            "encoder_hidden_states": embeddings,
+            "encoder_hidden_states": states,
             "text_embeds": pooled,
-            "time_ids": ids.expand(len(prompts), -1),
+            "time_ids": ids.expand(len(states), -1),
         }
 
     def encode_null(self) -> Condition:
@@ -52,11 +64,13 @@ class StableDiffusionXLTask(StableDiffusionTask):
             }
         return null
 
-    def batch_condition(self, batch: Mapping[str, Any]) -> Condition:
+    def batch_condition(self, batch: Batch) -> Condition:
         condition = super().batch_condition(batch)
-        images: Tensor = self.column(batch, "image")
-        target = torch.tensor([images.shape[-2:]] * len(images))
-        original = batch.get(self._names["original_size"], target)
-        corner = batch.get(self._names["crop_top_left"], torch.zeros_like(target))
+        target = torch.tensor([self.image_size(batch)] * len(condition["time_ids"]))
+        original, corner = target, torch.zeros_like(target)
+        if self.has_column(batch, "original_size"):
+            original = self.column(batch, "original_size")
+        if self.has_column(batch, "crop_top_left"):
+            corner = self.column(batch, "crop_top_left")
         ids = torch.cat([torch.as_tensor(part).cpu() for part in (original, corner, target)], dim=1)
         return condition | {"time_ids": ids.to(condition["time_ids"])}

@@ -1,18 +1,17 @@
 """UNet2DModel without a condition."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ctrak_lightning.errors import ConceptError
-from ctrak_lightning.task.diffusers_task import DiffusersTask
+from ctrak_lightning.task.pipeline_task import Batch, PipelineTask
 from ctrak_lightning.task.protocol import Condition, Spec
 
 
-class UnconditionalTask(DiffusersTask):
-    """``DDPMPipeline`` or ``DDIMPipeline`` of a ``UNet2DModel`` in pixel space. Arguments: :class:`DiffusersTask`.
+class UnconditionalTask(PipelineTask):
+    """``DDPMPipeline`` or ``DDIMPipeline`` of a ``UNet2DModel`` in pixel space. Arguments: :class:`PipelineTask`.
 
     Such a model knows no concepts: ask it with a method that looks at the whole image (``methods.d_trak()``), for
     ``Concept("image", present={}, absent="")``.
@@ -21,7 +20,7 @@ class UnconditionalTask(DiffusersTask):
     denoiser_part: ClassVar[str] = "unet"
     frozen_parts: ClassVar[tuple[str, ...]] = ()
 
-    def batch_condition(self, batch: Mapping[str, Any]) -> Condition:
+    def batch_condition(self, batch: Batch) -> Condition:
         return {}
 
     def condition(self, spec: Spec, n: int) -> Condition:
@@ -42,7 +41,7 @@ class UnconditionalTask(DiffusersTask):
         return images.to(self.device, self.dtype)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor) -> Tensor:
         """Images [B, C, H, W] in [0, 1]; a single channel is shown as grey."""
         images = (latents / 2 + 0.5).clamp(0, 1)
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images

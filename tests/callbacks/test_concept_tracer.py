@@ -2,12 +2,14 @@
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -116,6 +118,17 @@ def test_training_flags_and_gradients_are_left_alone(tmp_path: Path) -> None:
     for flags, requires in seen:
         assert flags == expected
         assert requires
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+def test_sharded_strategies_are_refused_with_the_reason(tmp_path: Path, strategy: type) -> None:
+    """By hand: Lightning lets none of them run on a CPU."""
+    trainer = SimpleNamespace(strategy=object.__new__(strategy), fast_dev_run=False)
+    with pytest.raises(
+        MisconfigurationException, match=f"{strategy.__name__}: no process holds the whole.*HINT"
+    ):
+        tracer(tmp_path).setup(trainer, ToyDiffusion(), "fit")  # type: ignore[arg-type]
+    assert not (tmp_path / "traces").exists()
 
 
 def test_when_it_traces(tmp_path: Path) -> None:

@@ -118,3 +118,15 @@ def test_compiled_modules_run_eagerly() -> None:
     compiled = Case(torch.compile(case.module, backend="eager"), case.inputs)  # type: ignore[arg-type]
     compiled.module(*case.inputs)
     assert torch.equal(features(compiled, projection=Projection(rank=99, dim=None)), expected)
+
+
+def test_autocast_does_not_reach_a_trace() -> None:
+    """A raw loop may ask for traces inside its own autocast; the network answers in its parameters' dtype."""
+    module = nn.Linear(4, 4)
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    plain = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+        with tracing_mode(module):
+            assert torch.equal(module(x), plain)
+        assert module(x).dtype == torch.bfloat16

@@ -9,11 +9,21 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
-from ctrak_lightning import DiffusersTask, FlowSchedule
+from ctrak_lightning import Concept, DiffusersTask, FlowSchedule
+from ctrak_lightning.attribution.concept import check_known
 from ctrak_lightning.errors import ConceptError, TaskError
 from ctrak_lightning.gradients import tracing_mode
 from ctrak_lightning.task import encode, resolve_task
-from tests.task.tiny import PIPELINES, SIZE, TOKENS, batch, build, stable_diffusion_xl, task_of
+from tests.task.tiny import (
+    PIPELINES,
+    SIZE,
+    TOKENS,
+    batch,
+    build,
+    stable_diffusion,
+    stable_diffusion_xl,
+    task_of,
+)
 
 
 class HalfVAE(torch.nn.Module):
@@ -203,7 +213,7 @@ def test_null_condition() -> None:
 
 
 def test_time_ids_of_a_batch_are_its_own() -> None:
-    task = task_of("sdxl", resolution=(32, 16), fields={"original_size": "size"})
+    task = task_of("sdxl", resolution=(32, 16), batch={"size": "original_size"})
     assert task.condition("a cat", 1)["time_ids"].tolist() == [[32, 16, 0, 0, 32, 16]]
     assert task.encode(batch(1)).condition["time_ids"].tolist() == [[8, 8, 0, 0, 8, 8]]
     rows = batch(2) | {"size": torch.tensor([[20, 30], [40, 50]]), "crop_top_left": [[1, 2], [3, 4]]}
@@ -265,24 +275,68 @@ def test_specs_of_the_wrong_kind_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "pixart", "flux"])
-def test_a_prompt_that_would_be_cut_is_refused(name: str) -> None:
+def test_a_concept_that_the_tokenizers_cut_away_is_refused(name: str) -> None:
+    """Sixteen letters and marks are left of a prompt: up to "a cat by a long" or so."""
     task = task_of(name)
-    long = "a cat by a very long name"
-    with pytest.raises(ConceptError, match="would be cut.*tokens of at most 16.*HINT"):
-        task.condition(long, 1)
-    cut = task.encode(batch(1) | {"caption": [long]}).condition  # a caption is cut, as the pipeline cuts it
+    away = Concept("name", present="a cat by a long named x", absent="a cat by a long named y")
+    left = Concept("cat", present="a cat by a long named x", absent="a dog by a long named x")
+    with pytest.raises(ConceptError, match=r"'name'.*cut away.*a long named x.*tokens of at most 16.*HINT"):
+        check_known(away, task)
+    with pytest.warns(UserWarning, match=r"'cat'.*tokenizers cut.*tokens of at most 16.*HINT"):
+        check_known(left, task)
+    conditions = [task.condition(spec, 1)["encoder_hidden_states"] for spec in (left.present, left.absent)]
+    assert not torch.equal(*conditions)
+    cut = task.encode(
+        batch(1) | {"caption": [away.present]}
+    ).condition  # a caption is cut, as the pipeline cuts it
     assert all(torch.isfinite(value).all() for value in cut.values())
     if name == "flux":  # T5 sees all of it, if it may
-        assert len(task_of(name, max_sequence_length=32).condition(long, 1)["encoder_hidden_states"]) == 1
+        check_known(away, task_of(name, max_sequence_length=32))
+    with pytest.warns(UserWarning, match="tokenizers cut"):
+        check_known(Concept("all", present=away.present, absent={}), task)
+
+
+def test_the_absent_side_may_be_the_negative_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unconditional side of guidance and a concept's other side are different things, and may be the same text."""
+    task = task_of("sd1", negative_prompt="a dog")
+    for absent in ("a dog", {}):
+        concept = Concept("cat", present="a cat", absent=absent)
+        check_known(concept, task)
+        assert torch.equal(
+            task.condition(concept.absent, 1)["encoder_hidden_states"],
+            task_of("sd1").condition("a dog", 1)["encoder_hidden_states"],
+        )
+
+
+def test_a_schedule_that_cannot_be_used_is_refused() -> None:
+    """With its reason, when the task is made, not in the middle of a run."""
+    silent = stable_diffusion(rescale_betas_zero_snr=True)  # and noise prediction
+    with pytest.raises(TaskError, match="no signal at timestep 999.*inverted.*HINT.*v_prediction"):
+        DiffusersTask.from_pipeline(silent)
+    pipeline = build("sd1")
+    pipeline.scheduler = diffusers.DDIMScheduler(thresholding=True)
+    with pytest.raises(TaskError, match="thresholding.*HINT"):
+        DiffusersTask.from_pipeline(pipeline)
+    pipeline = build("sd3")
+    pipeline.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(TaskError, match="FlowMatchHeunDiscreteScheduler.*HINT"):
+        DiffusersTask.from_pipeline(pipeline)
+
+
+def test_encodings_are_made_anew_in_another_dtype() -> None:
+    task = task_of("sd1").to(torch.bfloat16)
+    assert task.condition("a cat", 1)["encoder_hidden_states"].dtype == torch.bfloat16
+    exact = task.float().condition("a cat", 1)["encoder_hidden_states"]
+    torch.testing.assert_close(exact, task.encode_prompts(["a cat"])["encoder_hidden_states"])
 
 
 def test_columns_may_have_other_names() -> None:
     rows = batch(2)
     renamed = {"pixel_values": rows["image"], "text": rows["caption"], "sample_id": rows["sample_id"]}
-    task = task_of("sd1", fields={"image": "pixel_values", "caption": "text"})
+    task = task_of("sd1", batch={"pixel_values": "image", "text": "caption"})
     assert torch.equal(task.encode(renamed).latents, task_of("sd1").encode(rows).latents)
     with pytest.raises(TaskError, match="unknown \\['picture'\\].*caption.*HINT"):
-        task_of("sd1", fields={"picture": "pixel_values"})
+        task_of("sd1", batch={"pixel_values": "picture"})
 
 
 def test_separate_parts_make_the_same_task() -> None:

@@ -16,6 +16,7 @@ from ctrak_lightning import (
     DiffusersTask,
     GradientTracer,
     Method,
+    PipelineTask,
     Projection,
     Sampler,
     TraceStore,
@@ -26,6 +27,7 @@ from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.gradients import SlowParameterWarning
 from ctrak_lightning.tracing import trace_batch, trace_query
 from tests.gradients.zoo import TOLERANCE, row_error
+from tests.task.support import pipelines_of
 from tests.task.tiny import add_lora, batch, build, task_of
 
 # The frozen VAE and text encoders are in evaluation mode, as they should be.
@@ -51,7 +53,7 @@ class Samples(Dataset[dict[str, Any]]):
 class FineTune(L.LightningModule):
     """What a user writes."""
 
-    def __init__(self, task: DiffusersTask) -> None:
+    def __init__(self, task: PipelineTask) -> None:
         super().__init__()
         self.task = task
 
@@ -120,20 +122,10 @@ def test_stable_diffusion_with_lora_is_traced_and_asked_by_prompt(tmp_path: Path
     assert result.image.shape == (3, 8, 8)
 
 
-@pytest.mark.parametrize(
-    ("name", "concept", "full"),
-    [
-        ("sd2", CAT, False),
-        ("sdxl", CAT, False),
-        ("sd3", CAT, False),
-        ("flux", CAT, False),
-        ("pixart", CAT, True),
-        ("dit", FIRST, False),
-        ("ddpm-classes", FIRST, True),
-        ("ddpm", IMAGE, True),
-    ],
-)
-def test_every_family_is_traced_and_asked(name: str, concept: Concept, full: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", pipelines_of("end to end"))
+def test_every_family_is_traced_and_asked(name: str, tmp_path: Path) -> None:
+    concept = {"ddpm": IMAGE, "ddpm-classes": FIRST, "dit": FIRST}.get(name, CAT)
+    full = name.startswith(("ddpm", "pixart"))
     module = fine_tune(name, full=full)
     whole = concept is IMAGE
     method = methods.d_trak(timesteps=2) if whole else methods.concept_trak_norm(timesteps=2, damping=1.0)

@@ -6,13 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctrak_lightning import DiffusersTask, Sampler
+from ctrak_lightning import PipelineTask, Sampler
+from tests.task.support import ALL, pipelines_of
 from tests.task.tiny import SIZE, TOKENS, task_of
 
 STEPS = 4
 """A divisor of 1000: diffusers' DDIM steps by T // steps, whatever the next timestep is."""
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 """Of latents of order one; the two differ in the order of float32 operations only."""
+FLUX = ("flux", "flux-schnell")
+OTHERS = ("dit", "ddpm", "ddpm-classes")
+WITH_PROMPTS = set(ALL) - {*FLUX, *OTHERS}
 PROMPTS = ["a cat by x"] * 2
 
 
@@ -20,14 +24,14 @@ def noise(channels: int = 4, size: int = SIZE) -> Tensor:
     return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(3))
 
 
-def ours(task: DiffusersTask, latents: Tensor, spec: Any, guidance: float) -> Tensor:
+def ours(task: PipelineTask, latents: Tensor, spec: Any, guidance: float) -> Tensor:
     with torch.no_grad():
         condition = task.condition(spec, len(latents))
         null = None if guidance == 1.0 else task.condition({}, len(latents))
         return Sampler(steps=STEPS, guidance=guidance).run(task, latents, condition, null).latents
 
 
-def evaluated(name: str, **options: Any) -> DiffusersTask:
+def evaluated(name: str, **options: Any) -> PipelineTask:
     """A task of which both ways of generating are in evaluation mode."""
     return task_of(name, **options).eval()
 
@@ -37,9 +41,7 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, **TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    "name", ["sd1", "sd2", "sdxl", "sd3", "sd35", "pixart", "pixart-sized", "pixart-sigma"]
-)
+@pytest.mark.parametrize("name", pipelines_of("generation", among=WITH_PROMPTS))
 @pytest.mark.parametrize(("guidance", "negative"), [(1.0, None), (6.0, None), (6.0, "a dog")])
 def test_prompts(name: str, guidance: float, negative: str | None) -> None:
     task = evaluated(name, negative_prompt=negative)
@@ -64,7 +66,7 @@ def test_prompts(name: str, guidance: float, negative: str | None) -> None:
     assert_same(ours(task, noise(), PROMPTS[0], guidance), theirs)
 
 
-@pytest.mark.parametrize("name", ["flux", "flux-schnell"])
+@pytest.mark.parametrize("name", pipelines_of("generation", among=FLUX))
 @pytest.mark.parametrize(("true_cfg", "negative"), [(1.0, None), (3.0, "a dog")])
 def test_flux(name: str, true_cfg: float, negative: str | None) -> None:
     task = evaluated(name, negative_prompt=negative, embedded_guidance=5.0)

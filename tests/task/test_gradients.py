@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctrak_lightning import DiffusersTask, GradientTracer, Projection
+from ctrak_lightning import GradientTracer, PipelineTask, Projection
 from ctrak_lightning.gradients import SlowParameterWarning
 from ctrak_lightning.task import select
 from tests.gradients.zoo import TOLERANCE, row_error, weighted
-from tests.task.tiny import PIPELINES, add_lora, batch, task_of
+from tests.task.support import pipelines_of
+from tests.task.tiny import add_lora, batch, task_of
 
 SAMPLES = 3
 ATTENTION = ["*to_q", "*to_k", "*to_v", "*to_out.0"]
 
 
-def features(task: DiffusersTask, engine: str, layers: Sequence[str] | None = None) -> Tensor:
+def features(task: PipelineTask, engine: str, layers: Sequence[str] | None = None) -> Tensor:
     """Features [SAMPLES, k] of a batch, each sample at a timestep of its own."""
     encoded = task.encode(batch(SAMPLES))
     schedule = task.noise_schedule
@@ -33,14 +34,14 @@ def features(task: DiffusersTask, engine: str, layers: Sequence[str] | None = No
     return tracer.vjps(forward, [weighted], SAMPLES)[0]
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", pipelines_of("lora"))
 def test_lora(name: str) -> None:
     task = task_of(name)
     add_lora(task.denoiser)
     assert row_error(features(task, "hooks"), features(task, "loop")) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", pipelines_of("attention"))
 def test_full_fine_tuning_and_its_attention(name: str) -> None:
     """The attention's columns of all parameters' features are the attention's own features."""
     task = task_of(name)

@@ -19,7 +19,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from ctrak_lightning import DiffusersTask
+from ctrak_lightning import DiffusersTask, PipelineTask
 
 TOKENS = 16
 SIZE = 4  # of latents; images are twice as large
@@ -319,7 +319,7 @@ def add_lora(denoiser: nn.Module, use_dora: bool = False) -> None:
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
 
 
-def task_of(name: str, seed: int = 0, **options: Any) -> DiffusersTask:
+def task_of(name: str, seed: int = 0, **options: Any) -> PipelineTask:
     """The task of :func:`build`, with few tokens."""
     pipeline = build(name, seed)
     if name.startswith(("sd3", "flux", "pixart")):

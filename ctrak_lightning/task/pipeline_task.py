@@ -1,0 +1,302 @@
+"""PipelineTask: a diffusers pipeline as a DiffusionTask."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ctrak_lightning.errors import TaskError
+from ctrak_lightning.parameterization import NoiseSchedule
+from ctrak_lightning.schedule import Schedule
+from ctrak_lightning.task.protocol import Condition, DiffusionTask, Encoded
+
+FIELDS = ("image", "latents", "sample_id")
+Batch = Mapping[str, Any] | Sequence[Any]
+
+
+class PipelineTask(DiffusionTask, nn.Module):
+    """A diffusers pipeline as a DiffusionTask: one subclass per family of pipelines, chosen by
+    :class:`~ctrak_lightning.DiffusersTask`.
+
+    It holds the denoiser, the VAE and the text encoders as submodules, so that they move with the module whose attribute ``task``
+    it is, and the store knows their weights. What trains is what you leave trainable in the denoiser; the VAE and text encoders,
+    which diffusers loads trainable, are frozen and stay in evaluation mode.
+
+    A batch is a mapping with ``image`` [B, 3, H, W] in [-1, 1] (or ``latents`` [B, C, h, w], encoded before and scaled as the
+    network sees them), ``sample_id`` (B strings) and what the family needs (``caption``, ``class``); a tuple is a mapping with the
+    keys ``"0"``, ``"1"``, ... Its other columns of strings become the samples' metadata.
+
+    Args:
+        pipeline: the pipeline.
+        resolution: height and width of images in pixels, or one number for both; None takes the pipeline's own. It matters
+            where the network or the schedule is told the size.
+        batch: what the dataset's columns are, where they have other names: ``{"pixel_values": "image"}``.
+        borrowed: the parts belong to another module, which decides what is trainable and in which mode: they are left alone.
+
+    Raises:
+        TaskError: the pipeline lacks a part, or has one that cannot be used; ``batch`` names an unknown column.
+    """
+
+    denoiser: Any
+    denoiser_part: ClassVar[str] = "transformer"
+    frozen_parts: ClassVar[tuple[str, ...]] = ("vae",)
+    optional_parts: ClassVar[tuple[str, ...]] = ()
+    fields: ClassVar[tuple[str, ...]] = FIELDS
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        resolution: int | tuple[int, int] | None = None,
+        batch: Mapping[str, str] | None = None,
+        borrowed: bool = False,
+    ) -> None:
+        super().__init__()
+        self._names = self._columns(batch or {})
+        self._check_parts(pipeline, set((batch or {}).values()))
+        self.pipeline = pipeline
+        self.denoiser = getattr(pipeline, self.denoiser_part)
+        candidates = (*self.frozen_parts, *self.optional_parts)
+        self.parts = tuple(name for name in candidates if getattr(pipeline, name, None) is not None)
+        self._is_borrowed = borrowed
+        for name in self.parts:
+            part = getattr(pipeline, name)
+            self.add_module(name, part)
+            if not borrowed and all(parameter.requires_grad for parameter in part.parameters()):
+                part.requires_grad_(False)
+        self.resolution = self._resolution(resolution)
+        try:
+            self.noise_schedule = self.schedule()
+            check_usable(self.noise_schedule)
+        except (TypeError, ValueError) as error:
+            raise TaskError(f"{type(self).__name__}({type(pipeline).__name__}): {error}") from error
+        if not borrowed:
+            self.train()
+
+    def schedule(self) -> Schedule:
+        """The noise schedule of the pipeline's scheduler."""
+        return NoiseSchedule.from_scheduler(self.pipeline.scheduler)
+
+    def encode(self, batch: Batch) -> Encoded:
+        """A batch as the network sees it; the latents are the mean of the VAE's distribution, not a draw."""
+        return Encoded(
+            latents=self._batch_latents(batch),
+            condition=self.batch_condition(batch),
+            sample_ids=self.sample_ids(batch),
+            metadata=self.metadata(batch),
+        )
+
+    def sample_ids(self, batch: Batch) -> list[str]:
+        """The ids of a batch's samples."""
+        return list(map(str, self.column(batch, "sample_id")))
+
+    def metadata(self, batch: Batch) -> dict[str, list[str]]:
+        """The columns of strings of a batch, but for the ids."""
+        ids = self._names["sample_id"]
+        return {
+            name: list(values)
+            for name, values in as_mapping(batch).items()
+            if name != ids and isinstance(values, (list, tuple)) and all(isinstance(v, str) for v in values)
+        }
+
+    def batch_condition(self, batch: Batch) -> Condition:
+        """The network's keyword arguments for a batch."""
+        raise NotImplementedError
+
+    def condition(self, spec: Any, n: int) -> Condition:
+        """The network's keyword arguments for a concept's ``present`` or ``absent``, ``n`` times."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The training loss [] of a batch: the mean squared error of the network's output, at timesteps drawn uniformly
+        (under the scheduler's shift, if it is a flow's)."""
+        encoded = self.encode(batch)
+        noise = torch.randn_like(encoded.latents)
+        t = self.noise_schedule.random_timesteps(len(noise)).to(noise.device)
+        x_t = self.noise_schedule.add_noise(encoded.latents, noise, t)
+        output = self.predict(x_t, t, encoded.condition)
+        target = self.noise_schedule.target(encoded.latents, noise, t)
+        return (output.float() - target.float()).square().mean()
+
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]: ``(z - shift) * scaling`` of the VAE's mean ``z``.
+
+        Raises:
+            TaskError: there is no VAE.
+        """
+        if "vae" not in self.parts:
+            raise TaskError(
+                f"{type(self).__name__}: an image cannot be encoded without a VAE. HINT: DiffusersTask(vae='the attribute of the "
+                "module that holds it')."
+            )
+        vae: Any = self.vae
+        with self.in_evaluation("vae"):
+            z = vae.encode(images.to(self.device, vae.dtype)).latent_dist.mode()
+        shift, scaling = self._vae_factors()
+        latents: Tensor = (z - shift) * scaling
+        return latents.to(self.dtype)
+
+    @property
+    def decode(self) -> Callable[[Tensor], Tensor]:
+        """``decode(latents)``: latents [B, C, h, w] to images [B, 3, H, W] in [0, 1]; without a VAE there is no such attribute."""
+        if "vae" in self.frozen_parts and "vae" not in self.parts:
+            raise AttributeError("decode")
+        return self._decode
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor) -> Tensor:
+        # One at a time: a VAE needs much memory.
+        vae: Any = self.vae
+        shift, scaling = self._vae_factors()
+        z = (latents / scaling + shift).to(self.device, vae.dtype)
+        with self.in_evaluation("vae"):
+            images = [vae.decode(row[None], return_dict=False)[0] for row in z]
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+    def column(self, batch: Batch, name: str) -> Any:
+        """A column of a batch by our name of it."""
+        return as_mapping(batch)[self._names[name]]
+
+    def has_column(self, batch: Batch, name: str) -> bool:
+        """Whether a batch has a column, by our name of it."""
+        return self._names[name] in as_mapping(batch)
+
+    def image_size(self, batch: Batch) -> tuple[int, int]:
+        """Height and width of a batch's images in pixels."""
+        if self.has_column(batch, "latents"):
+            height, width = self.column(batch, "latents").shape[-2:]
+            scale = self._pixels_per_latent()
+            return height * scale, width * scale
+        height, width = self.column(batch, "image").shape[-2:]
+        return height, width
+
+    @property
+    def id_column(self) -> str:
+        """The dataset's name of the column of ids; samples of batches without it are numbered."""
+        return self._names["sample_id"]
+
+    @contextmanager
+    def in_evaluation(self, *parts: str) -> Iterator[None]:
+        """Evaluation mode for parts that another module has in another mode."""
+        flags = [
+            (submodule, submodule.training)
+            for name in parts
+            if self._is_borrowed and name in self.parts
+            for submodule in getattr(self, name).modules()
+        ]
+        try:
+            for submodule, _ in flags:
+                submodule.training = False
+            yield
+        finally:
+            for submodule, training in flags:
+                submodule.training = training
+
+    @property
+    def device(self) -> torch.device:
+        """Of the denoiser."""
+        device: torch.device = next(self.denoiser.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the denoiser's first parameter, which is what diffusers' pipelines go by."""
+        dtype: torch.dtype = next(self.denoiser.parameters()).dtype
+        return dtype
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for name in self.parts:
+            if not is_trained(getattr(self, name)):
+                getattr(self, name).eval()  # T5 has dropout
+        return self
+
+    def _resolution(self, given: int | tuple[int, int] | None) -> tuple[int, int]:
+        if given is None:
+            size: Any = (
+                getattr(self.pipeline, "default_sample_size", None) or self.denoiser.config.sample_size
+            )
+            height, width = size if isinstance(size, Sequence) else (size, size)
+            scale = self._pixels_per_latent()
+            return int(height) * scale, int(width) * scale
+        return (given, given) if isinstance(given, int) else given
+
+    def _pixels_per_latent(self) -> int:
+        scale = getattr(self.pipeline, "vae_scale_factor", None)
+        if scale is not None:
+            return int(scale)
+        vae: Any = getattr(self, "vae", None)
+        return 1 if vae is None else int(2 ** (len(vae.config.block_out_channels) - 1))
+
+    def _batch_latents(self, batch: Batch) -> Tensor:
+        if self.has_column(batch, "latents"):
+            latents: Tensor = self.column(batch, "latents").to(self.device, self.dtype)
+            return latents
+        return self.latents(self.column(batch, "image"))
+
+    def _columns(self, batch: Mapping[str, str]) -> dict[str, str]:
+        """The dataset's name of each column, by ours."""
+        unknown = sorted(set(batch.values()) - set(self.fields))
+        if unknown:
+            raise TaskError(
+                f"{type(self).__name__}(batch={dict(batch)!r}): unknown {unknown}, expected names among {sorted(self.fields)}. "
+                "HINT: the key is the dataset's name, the value ours: {'pixel_values': 'image'}."
+            )
+        if len(set(batch.values())) < len(batch):
+            raise TaskError(
+                f"{type(self).__name__}(batch={dict(batch)!r}): two columns under one name of ours. HINT: name each once."
+            )
+        return {name: name for name in self.fields} | {ours: theirs for theirs, ours in batch.items()}
+
+    def _check_parts(self, pipeline: Any, columns: Collection[str]) -> None:
+        """That the pipeline has what is needed, for batches that have these columns ready made."""
+        needed = {self.denoiser_part, *self.frozen_parts, "scheduler"}
+        if "latents" in columns:
+            needed.discard("vae")
+        if "prompt_embeds" in columns:
+            needed -= {name for name in self.frozen_parts if name.startswith("text_encoder")}
+        missing = sorted(name for name in needed if getattr(pipeline, name, None) is None)
+        if missing:
+            raise TaskError(
+                f"{type(self).__name__}({type(pipeline).__name__}): the pipeline lacks {', '.join(missing)}. HINT: load it with "
+                "all its parts, or give them to DiffusersTask.from_parts; for batches that were encoded before, say so: "
+                "batch={'my_latents': 'latents', 'my_embeddings': 'prompt_embeds'}."
+            )
+        vae: Any = getattr(pipeline, "vae", None)
+        if vae is not None and vae.config.get("latents_mean") is not None:
+            raise TaskError(
+                f"{type(self).__name__}({type(pipeline).__name__}): the VAE has `latents_mean`, expected one with a scaling and a "
+                "shift factor only. HINT: write a DiffusionTask with encode(batch) and decode(latents) of its own."
+            )
+
+    def _vae_factors(self) -> tuple[float, float]:
+        vae: Any = self.vae
+        return float(vae.config.get("shift_factor") or 0.0), float(vae.config["scaling_factor"])
+
+
+def is_trained(part: nn.Module) -> bool:
+    """Whether any of a part's parameters requires a gradient."""
+    return any(parameter.requires_grad for parameter in part.parameters())
+
+
+def as_mapping(batch: Batch) -> Mapping[str, Any]:
+    """A batch as a mapping; a tuple's keys are ``"0"``, ``"1"``, ..."""
+    return batch if isinstance(batch, Mapping) else {str(i): column for i, column in enumerate(batch)}
+
+
+def check_usable(schedule: Schedule) -> None:
+    """Raises a ValueError for a schedule under which a network says nothing of x0 at some timestep."""
+    if not isinstance(schedule, NoiseSchedule) or schedule.prediction_type != "epsilon":
+        return
+    silent = (schedule.alpha_bar == 0).nonzero().flatten().tolist()
+    if silent:
+        raise ValueError(
+            f"the schedule has no signal at timestep {silent[0]} (zero terminal SNR), where a network that predicts noise says "
+            "nothing of the image: it cannot be sampled or inverted there. HINT: prediction_type='v_prediction', if the network "
+            "was trained so; else a scheduler without rescale_betas_zero_snr."
+        )
