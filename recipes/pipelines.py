@@ -32,7 +32,7 @@ def load(pretrained: str, *, dtype: str = "float32", **tiny: Any) -> Any:
     if dtype not in DTYPES:
         raise ValueError(f"load({pretrained!r}, dtype={dtype!r}): expected one of {', '.join(DTYPES)}.")
     if not pretrained.startswith(TINY):
-        return diffusers.DiffusionPipeline.from_pretrained(pretrained, torch_dtype=DTYPES[dtype])
+        return diffusers.DiffusionPipeline.from_pretrained(pretrained, dtype=DTYPES[dtype])
     name = pretrained.removeprefix(TINY)
     if name not in PIPELINES:
         known = ", ".join(TINY + each for each in PIPELINES)

@@ -51,7 +51,7 @@ class AfterOneStep(ConceptTracer):
 def train(out: Path, data: ImageFolder, classes: list[str], epochs: int, seed: int) -> ClassConditional:
     """The trained module; its traces are in ``out / "traces"``, at three checkpoints, and those of its start in ``out / "start"``."""
     L.seed_everything(seed, verbose=False)
-    module = ClassConditional(classes, unet=UNET, learning_rate=2e-3, warmup_steps=50)
+    module = ClassConditional(classes, unet=UNET, class_dropout=0.1, learning_rate=2e-3, warmup_steps=50)
     method = methods.concept_trak(timesteps=3)
     tracers = [
         ConceptTracer(str(out / "traces"), method, every_n_epochs=max(1, epochs // 3), at_end=False),

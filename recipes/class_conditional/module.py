@@ -16,7 +16,8 @@ class ClassConditional(FineTune):
         pretrained: a folder or a name on the Hub, or ``"tiny-ddpm-classes"``, ``"tiny-dit"``.
         unet: instead of it, the arguments of a new ``UNet2DModel``; its ``num_class_embeds`` is set here.
         null_class: the label that stands for no class; None takes DiT's own, or for a UNet that is made here the one after the last.
-        class_dropout: the share of the images that are trained on without class.
+        class_dropout: the share of the images that are trained on without class. DiT drops a tenth by itself in training, so leave 0
+            there.
         learning_rate, warmup_steps, gradient_checkpointing: see :class:`FineTune`.
 
     Raises:
@@ -30,7 +31,7 @@ class ClassConditional(FineTune):
         pretrained: str | None = None,
         unet: dict[str, Any] | None = None,
         null_class: int | None = None,
-        class_dropout: float = 0.1,
+        class_dropout: float = 0.0,
         learning_rate: float = 1e-4,
         warmup_steps: int = 0,
         gradient_checkpointing: bool = False,
