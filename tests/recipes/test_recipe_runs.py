@@ -177,8 +177,8 @@ class InOrder(ImageFolder):
 
 
 class Reseeded(Callback):
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        L.seed_everything(trainer.current_epoch, verbose=False)
+    def on_train_batch_start(self, trainer: L.Trainer, *rest: Any) -> None:
+        L.seed_everything(trainer.global_step, verbose=False)
 
 
 def fit(
