@@ -162,7 +162,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux", "dit", "ddpm-classes"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "sd35", "flux", "dit", "ddpm-classes"])
 def test_a_folder_takes_the_place_of_a_tiny_pipeline_in_one_line(name: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path)
     names = (str(tmp_path), f"tiny-{name}")
