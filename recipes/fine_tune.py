@@ -103,7 +103,7 @@ class FineTune(L.LightningModule):
     @override
     def on_train_end(self) -> None:
         # After the callbacks' hook of that name, so of averaged weights if there is such a callback.
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+        if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
             self.save(Path(self.trainer.default_root_dir))
 
     @override

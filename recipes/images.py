@@ -126,7 +126,8 @@ class ImageFolder(L.LightningDataModule):
         return DataLoader(Images(self.rows, self.resolution), self.batch_size, num_workers=self.workers)
 
     def _resolution_of_the_model(self) -> int:
-        task: Any = getattr(self.trainer.lightning_module, "task", None)
+        trainer: Any = self.trainer
+        task: Any = getattr(trainer.lightning_module, "task", None)
         height, width = getattr(task, "resolution", (0, 0))
         if not height or height != width:
             raise ImageFolderError(

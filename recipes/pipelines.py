@@ -1,6 +1,6 @@
 """Diffusers pipelines by name, and adapters on them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,6 @@ import diffusers
 import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from torch import nn
 
 from recipes.tiny import PIPELINES, build
 
@@ -17,13 +16,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def load(pretrained: str, *, dtype: str = "float32", **tiny: Any) -> Any:
+def load(pretrained: str, *, dtype: str = "float32", without: Sequence[str] = (), **tiny: Any) -> Any:
     """A pipeline.
 
     Args:
         pretrained: a folder or a name on the Hub, as ``from_pretrained`` takes it; or ``"tiny-"`` and a name among
             ``recipes.tiny.PIPELINES``, which needs no download and has learnt nothing.
         dtype: of the weights, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        without: parts to leave out, such as Stable Diffusion 3's ``text_encoder_3`` and ``tokenizer_3``.
         tiny: what a tiny pipeline's function takes beside.
 
     Raises:
@@ -31,13 +31,15 @@ def load(pretrained: str, *, dtype: str = "float32", **tiny: Any) -> Any:
     """
     if dtype not in DTYPES:
         raise ValueError(f"load({pretrained!r}, dtype={dtype!r}): expected one of {', '.join(DTYPES)}.")
+    left_out = dict.fromkeys(without)
     if not pretrained.startswith(TINY):
-        return diffusers.DiffusionPipeline.from_pretrained(pretrained, dtype=DTYPES[dtype])
+        return diffusers.DiffusionPipeline.from_pretrained(pretrained, dtype=DTYPES[dtype], **left_out)
     name = pretrained.removeprefix(TINY)
     if name not in PIPELINES:
         known = ", ".join(TINY + each for each in PIPELINES)
         raise ValueError(f"load({pretrained!r}): no such tiny pipeline. Expected one of {known}.")
     pipeline = build(name, **tiny)
+    pipeline.register_modules(**left_out)
     return pipeline if dtype == "float32" else pipeline.to(dtype=DTYPES[dtype])
 
 
@@ -65,7 +67,7 @@ def load_or_build(pretrained: str | None, unet: Mapping[str, Any] | None, **tiny
     return diffusers.DDPMPipeline(unet=diffusers.UNet2DModel(**(unet or {})), scheduler=scheduler)
 
 
-def add_lora(denoiser: nn.Module, rank: int, targets: tuple[str, ...] | list[str]) -> None:
+def add_lora(denoiser: Any, rank: int, targets: Sequence[str]) -> None:
     """Freezes a denoiser and adds LoRA, in float32 whatever the frozen weights are, with ``alpha = rank``: a scale of 1, so that
     the file of the adapter says all that there is to say.
 

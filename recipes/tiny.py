@@ -54,7 +54,7 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
-def clip(width: int = 8, projection: int | None = None, *, tokens: int = TOKENS) -> nn.Module:
+def clip(width: int = 8, projection: int | None = None, *, tokens: int = TOKENS) -> Any:
     config = CLIPTextConfig(
         vocab_size=WORDS + 2,
         hidden_size=width,
@@ -70,7 +70,7 @@ def clip(width: int = 8, projection: int | None = None, *, tokens: int = TOKENS)
     return CLIPTextModel(config) if projection is None else CLIPTextModelWithProjection(config)
 
 
-def vae(shift: float | None = None, *, side: int = SIDE) -> nn.Module:
+def vae(shift: float | None = None, *, side: int = SIDE) -> Any:
     return diffusers.AutoencoderKL(
         block_out_channels=(4, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -87,7 +87,7 @@ def vae(shift: float | None = None, *, side: int = SIDE) -> nn.Module:
     )
 
 
-def conditional_unet(**options: Any) -> nn.Module:
+def conditional_unet(**options: Any) -> Any:
     arguments = {
         "sample_size": SIDE,
         "block_out_channels": (4, 8),
@@ -145,7 +145,7 @@ def stable_diffusion_xl(*, side: int = SIDE, tokens: int = TOKENS, **options: An
     )
 
 
-def t5(width: int = 8) -> nn.Module:
+def t5(width: int = 8) -> Any:
     config = T5Config(
         vocab_size=len(CHARACTERS) + 4,
         d_model=width,
@@ -245,7 +245,7 @@ def pixart(kind: Any = None, additional: bool = False, *, side: int = SIDE, toke
     )
 
 
-def pixart_sigma(**size: int) -> Any:
+def pixart_sigma(**size: Any) -> Any:
     return pixart(diffusers.PixArtSigmaPipeline, **size)
 
 

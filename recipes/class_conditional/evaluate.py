@@ -56,7 +56,7 @@ def train(out: Path, data: ImageFolder, classes: list[str], epochs: int, seed: i
     L.seed_everything(seed, verbose=False)
     module = ClassConditional(classes, unet=UNET, class_dropout=0.1, learning_rate=2e-3, warmup_steps=50)
     method = methods.concept_trak(timesteps=3)
-    tracers = [
+    tracers: list[L.Callback] = [
         ConceptTracer(str(out / "traces"), method, every_n_epochs=max(1, epochs // 3), at_end=False),
         AfterOneStep(str(out / "start"), method, at_end=False),
     ]

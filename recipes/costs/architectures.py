@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import diffusers
 import torch
-from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -17,7 +17,7 @@ from transformers import (
 from recipes.flow_matching_lora.module import TEXT
 from recipes.pipelines import ATTENTION
 
-Build = Callable[[], nn.Module]
+Build = Callable[[], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +39,17 @@ class Architecture:
     latents: tuple[int, int, int]
 
 
-def on_meta(build: Build) -> nn.Module:
+def on_meta(build: Build) -> Any:
     """A network without weights: its parameters have shapes alone."""
     with torch.device("meta"):
         return build()
 
 
-def sd15() -> nn.Module:
+def sd15() -> Any:
     return diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
 
 
-def sd21() -> nn.Module:
+def sd21() -> Any:
     return diffusers.UNet2DConditionModel(
         sample_size=96,
         cross_attention_dim=1024,
@@ -58,7 +58,7 @@ def sd21() -> nn.Module:
     )
 
 
-def sdxl() -> nn.Module:
+def sdxl() -> Any:
     return diffusers.UNet2DConditionModel(
         sample_size=128,
         block_out_channels=(320, 640, 1280),
@@ -74,7 +74,7 @@ def sdxl() -> nn.Module:
     )
 
 
-def sd3() -> nn.Module:
+def sd3() -> Any:
     return diffusers.SD3Transformer2DModel(
         sample_size=128,
         patch_size=2,
@@ -90,11 +90,11 @@ def sd3() -> nn.Module:
     )
 
 
-def flux() -> nn.Module:
+def flux() -> Any:
     return diffusers.FluxTransformer2DModel(guidance_embeds=True)
 
 
-def dit() -> nn.Module:
+def dit() -> Any:
     return diffusers.DiTTransformer2DModel(
         sample_size=32,
         num_attention_heads=16,
@@ -107,7 +107,7 @@ def dit() -> nn.Module:
     )
 
 
-def pixart() -> nn.Module:
+def pixart() -> Any:
     return diffusers.PixArtTransformer2DModel(
         sample_size=128,
         num_attention_heads=16,
@@ -122,7 +122,7 @@ def pixart() -> nn.Module:
     )
 
 
-def ddpm() -> nn.Module:
+def ddpm() -> Any:
     return diffusers.UNet2DModel(
         sample_size=256,
         block_out_channels=(128, 128, 256, 256, 512, 512),
@@ -132,7 +132,7 @@ def ddpm() -> nn.Module:
     )
 
 
-def vae(channels: int = 4) -> nn.Module:
+def vae(channels: int = 4) -> Any:
     return diffusers.AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -144,27 +144,27 @@ def vae(channels: int = 4) -> nn.Module:
     )
 
 
-def vae16() -> nn.Module:
+def vae16() -> Any:
     return vae(16)
 
 
-def clip_l() -> nn.Module:
+def clip_l() -> Any:
     return CLIPTextModel(_clip(768, 12, 12))
 
 
-def clip_l_projected() -> nn.Module:
+def clip_l_projected() -> Any:
     return CLIPTextModelWithProjection(_clip(768, 12, 12))
 
 
-def openclip_h() -> nn.Module:
+def openclip_h() -> Any:
     return CLIPTextModel(_clip(1024, 23, 16))
 
 
-def openclip_g() -> nn.Module:
+def openclip_g() -> Any:
     return CLIPTextModelWithProjection(_clip(1280, 32, 20))
 
 
-def t5_xxl() -> nn.Module:
+def t5_xxl() -> Any:
     return T5EncoderModel(
         T5Config(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
     )

@@ -32,6 +32,7 @@ class FlowMatchingLoRA(FineTune):
         gradient_checkpointing: see :class:`FineTune`.
         resolution: of the images in pixels; None takes the pipeline's.
         max_sequence_length: of T5's tokens; None takes the pipeline's default.
+        without: parts to leave out, see :func:`~recipes.pipelines.load`.
         embedded_guidance: of FLUX.1-dev: the guidance scale that it is told in training, tracing and generation; None leaves 3.5.
 
     Raises:
@@ -51,13 +52,14 @@ class FlowMatchingLoRA(FineTune):
         gradient_checkpointing: bool = False,
         resolution: int | None = None,
         max_sequence_length: int | None = None,
+        without: list[str] | None = None,
         embedded_guidance: float | None = None,
     ) -> None:
         if timesteps not in get_args(Timesteps):
             raise ValueError(
                 f"FlowMatchingLoRA(timesteps={timesteps!r}): expected one of {get_args(Timesteps)}."
             )
-        pipeline = load(pretrained, dtype=frozen_dtype)
+        pipeline = load(pretrained, dtype=frozen_dtype, without=without or ())
         add_lora(pipeline.transformer, rank, targets or ATTENTION + TEXT)
         options: dict[str, Any] = (
             {} if embedded_guidance is None else {"embedded_guidance": embedded_guidance}

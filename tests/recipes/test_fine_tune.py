@@ -162,7 +162,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "sd35", "flux", "dit", "ddpm-classes"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux", "dit", "ddpm-classes"])
 def test_a_folder_takes_the_place_of_a_tiny_pipeline_in_one_line(name: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path)
     names = (str(tmp_path), f"tiny-{name}")
@@ -174,6 +174,16 @@ def test_a_folder_takes_the_place_of_a_tiny_pipeline_in_one_line(name: str, tmp_
     t = torch.full((4,), 500)
     mine = task.predict(ours.latents, t, ours.condition)
     assert torch.allclose(mine, same.predict(theirs.latents, t, theirs.condition), atol=1e-5)
+
+
+def test_stable_diffusion_3_can_do_without_t5(tmp_path: Path) -> None:
+    build("sd3").save_pretrained(tmp_path)
+    t5 = ["text_encoder_3", "tokenizer_3"]
+    for name in (str(tmp_path), "tiny-sd3"):
+        module = FlowMatchingLoRA(name, without=t5, max_sequence_length=16)
+        assert not any("text_encoder_3" in parameter for parameter, _ in module.named_parameters())
+        embeddings = module.task.condition("a cat", 1)["encoder_hidden_states"]
+        assert embeddings[:, 77:].abs().max() == 0  # where T5's tokens would be
 
 
 @pytest.mark.parametrize(
