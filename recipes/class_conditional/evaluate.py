@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ctrak_lightning import Attribution, Attributor, Concept, Sampler, TraceStore, methods
 from ctrak_lightning.callbacks import ConceptTracer
-from ctrak_lightning.metrics import functional
+from ctrak_lightning.metrics import bootstrap_interval, functional
 from recipes import emoji_folder
 from recipes.class_conditional.module import ClassConditional
 from recipes.emoji_artists.data import Emoji
@@ -42,6 +42,7 @@ UNET = {
     "attention_head_dim": 16,
 }
 SHOWN = 6
+KEYS = ("told", "drawn", "drawn, of those told")
 
 
 class AfterOneStep(ConceptTracer):
@@ -97,25 +98,34 @@ def misname(folder: Path, share: float, seed: int) -> None:
 
 def figures(
     scores: Sequence[Tensor], asked: Sequence[str], told: Sequence[str], drawn: Sequence[str]
-) -> dict[str, float]:
-    """Means over questions of scores [n] each, asked for one name each:
+) -> dict[str, dict[str, float]]:
+    """Means over names, with 95 % bootstrap intervals over them, of scores [n] for questions of one name each:
 
     - ``told``: R-precision for the images that were told to be by that artist;
     - ``drawn``: the same for those that are;
     - ``drawn, of those told``: among the images that were told so, the AUROC of those that are against those that are not.
     """
-    values: dict[str, list[Tensor]] = {"told": [], "drawn": [], "drawn, of those told": []}
+    values: dict[str, dict[str, list[Tensor]]] = {key: {} for key in KEYS}
     for each, name in zip(scores, asked, strict=True):
         named = torch.tensor([label == name for label in told])
         true = torch.tensor([label == name for label in drawn])
-        values["told"].append(functional.r_precision(each, named))
-        values["drawn"].append(functional.r_precision(each, true))
+        found = {"told": functional.r_precision(each, named), "drawn": functional.r_precision(each, true)}
         if not true[named].all():
-            values["drawn, of those told"].append(functional.auroc(each[named], true[named]))
-    return {key: round(float(torch.stack(each).double().mean()), 4) for key, each in values.items()}
+            found["drawn, of those told"] = functional.auroc(each[named], true[named])
+        for key, value in found.items():
+            values[key].setdefault(name, []).append(value.double())
+    summary = {}
+    for key, by_name in values.items():
+        means = torch.stack([torch.stack(each).mean() for each in by_name.values()])
+        low, high = bootstrap_interval(means)
+        ends = {"mean": means.mean(), "low": low, "high": high}
+        summary[key] = {end: round(float(value), 4) for end, value in ends.items()}
+    return summary
 
 
-def rows(results: Sequence[Attribution], start: Sequence[Attribution]) -> dict[str, dict[str, float]]:
+def rows(
+    results: Sequence[Attribution], start: Sequence[Attribution]
+) -> dict[str, dict[str, dict[str, float]]]:
     """Our figures beside those of the untrained network, of search by label (ties in random order), and of a random order."""
     asked = [result.concept.name for result in results]
     metadata = results[0].samples.metadata

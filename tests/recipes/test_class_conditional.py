@@ -26,13 +26,15 @@ def test_the_figures_by_hand() -> None:
     drawn = ["a", "a", "b", "b", "a"]
     # For a, from the best: 0, 4, 2, 1, 3. Told a are 0, 1, 2; drawn by a are 0, 1, 4.
     scores = torch.tensor([5.0, 2.0, 3.0, 1.0, 4.0])
-    found = figures([scores], ["a"], told, drawn)
-    assert found["told"] == pytest.approx(2 / 3, abs=1e-4)  # of the best three, 0 and 2
-    assert found["drawn"] == pytest.approx(2 / 3, abs=1e-4)  # 0 and 4
-    # Of 0, 1, 2, told a: 0 is above 2, which is not a's, and 1 below it.
-    assert found["drawn, of those told"] == 0.5
-    # Nobody drew wrongly under b among those told b but 4; of 3 and 4, 3 is the lower.
-    assert figures([scores], ["b"], told, drawn)["drawn, of those told"] == 0.0
+    # Told b are 3 and 4; drawn by b are 2 and 3. A name counts once, however often it is asked for.
+    found = figures([scores, scores, scores], ["a", "b", "b"], told, drawn)
+    assert found["told"]["mean"] == pytest.approx(
+        (2 / 3 + 1 / 2) / 2, abs=1e-4
+    )  # 0, 2 of the best three; 4 of two
+    assert found["drawn"]["mean"] == pytest.approx((2 / 3 + 0) / 2, abs=1e-4)  # 0 and 4 of the best three
+    # Of 0, 1, 2, told a: 0 is above 2, which is not a's, and 1 below it. Of 3, 4, told b: 4 is not b's and stands higher.
+    of_told = found["drawn, of those told"]
+    assert of_told == {"mean": (0.5 + 0.0) / 2, "low": 0.0, "high": 0.5}
 
 
 def test_the_losses_of_the_first_and_last_steps(tmp_path: Path) -> None:
@@ -48,4 +50,5 @@ def test_the_readme_gives_the_committed_figures() -> None:
     readme = (RESULTS.parent / "README.md").read_text()
     for name, row in rows.items():
         shown = name.replace("concept_trak()", "`concept_trak()`")
-        assert f"| {shown} | " + " | ".join(f"{value:.2f}" for value in row.values()) + " |" in readme
+        cells = (f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]" for value in row.values())
+        assert f"| {shown} | " + " | ".join(cells) + " |" in readme
