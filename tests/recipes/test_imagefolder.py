@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from recipes import emoji_folder
@@ -105,6 +107,40 @@ def test_folders_without_a_list_or_lines_are_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b'{"file_name": "\xff"}')
     with pytest.raises(ImageFolderError, match="no UTF-8"):
         read_rows(tmp_path)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    captions=st.tuples(*[st.text(min_size=1).filter(str.strip)] * 2),
+    owners=st.tuples(*[st.text()] * 2),
+    ascii_only=st.booleans(),
+)
+def test_any_caption_and_owner_is_read_as_it_was_written(
+    folder: Path, captions: tuple[str, str], owners: tuple[str, str], ascii_only: bool
+) -> None:
+    lines = [
+        {"file_name": line["file_name"], "text": caption, "owner": owner}
+        for line, caption, owner in zip(LINES, captions, owners, strict=True)
+    ]
+    text = "\n".join(json.dumps(line, ensure_ascii=ascii_only) for line in lines)
+    (folder / FILE).write_bytes(text.encode("utf-8"))
+    rows = read_rows(folder, caption_column="text")
+    assert tuple(row.caption for row in rows) == captions
+    assert tuple(row.metadata["owner"] for row in rows) == owners
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.lists(st.sampled_from(["..", ".", "/", "\\", "sub", "a.png", "b.png"]), min_size=1).map("".join)
+)
+def test_no_name_leads_out_of_the_folder(folder: Path, name: str) -> None:
+    write(folder, [{"file_name": name}])
+    try:
+        (row,) = read_rows(folder)
+    except ImageFolderError:
+        return
+    assert row.path.resolve().is_relative_to(folder.resolve())
+    assert row.path.is_file()
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
