@@ -142,7 +142,9 @@ class PromptTask(PipelineTask):
         """The conditions of prompts or their tokens, None being the unconditional side, one row each."""
         if any(name != "vae" and is_trained(getattr(self, name)) for name in self.parts):
             return _joined([self._encode(prompt) for prompt in prompts])
-        dtypes = [self.dtype, *(next(getattr(self, name).parameters()).dtype for name in self.parts)]
+        # A text encoder may have no parameters of its own, such as one that calls another library.
+        weights = [next(getattr(self, name).parameters(), None) for name in self.parts]
+        dtypes = [self.dtype, *(weight.dtype for weight in weights if weight is not None)]
         if dtypes != self._cached_in:  # the module was converted since
             self._cache.clear()
             self._cached_in = dtypes

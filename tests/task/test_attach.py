@@ -47,7 +47,11 @@ from tests.task.tiny import (
     task_of,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training"),
+    # A model of random weights hardly knows its concepts.
+    pytest.mark.filterwarnings("ignore:The concept direction"),
+]
 METHOD = methods.concept_trak_norm(timesteps=2, damping=1.0)
 NAMED = DiffusersTask(
     unet="unet",

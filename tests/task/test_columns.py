@@ -6,7 +6,8 @@ import torch
 from ctrak_lightning import DiffusersTask
 from ctrak_lightning.errors import BatchError, TaskError
 from ctrak_lightning.task import encode
-from tests.task.tiny import SIZE, TOKENS, batch, build, clip_tokenizer, t5_tokenizer, task_of
+from recipes.tiny import clip_tokenizer, t5_tokenizer
+from tests.task.tiny import SIZE, TOKENS, batch, build, task_of
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "sd35", "flux", "pixart"])
@@ -17,7 +18,7 @@ def test_tokens_and_embeddings_made_before_stand_for_captions(name: str) -> None
     tokenizers = {"sd1": "c", "sdxl": "cc", "sd3": "cct", "sd35": "cc", "flux": "ct", "pixart": "t"}[name]
     columns = {}
     for i, kind in enumerate(tokenizers):
-        tokenizer = clip_tokenizer() if kind == "c" else t5_tokenizer()
+        tokenizer = clip_tokenizer(TOKENS) if kind == "c" else t5_tokenizer()
         columns["tokens" if i == 0 else f"tokens_{i + 1}"] = tokenizer(
             rows["caption"], padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
         ).input_ids

@@ -37,8 +37,8 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 IN_HALF = 0.01
 """Relative error of a bfloat16 network's traces beside a loop over the same network; 0.002 was measured."""
-HALF = 0.3
-"""The same beside a loop in float32 over the same weights: 0.02 (SD 3) to 0.24 (Flux) was measured."""
+HALF = 0.8
+"""The same beside a loop in float32 over the same weights: 0.05 (SD 3) to 0.60 (Flux) was measured, of random weights."""
 
 
 def by_loop(task: PipelineTask) -> Tensor:
