@@ -1,0 +1,197 @@
+"""Who taught the object, and who the artist, of every held-out pair: asked by prompt.
+
+python -m recipes.emoji_text.benchmark                 # one seed: about 25 minutes of one core
+python -m recipes.emoji_text.benchmark --seeds 0 1 2
+
+Fine-tunes what is missing, traces, generates, asks, and writes `results/benchmark.json`, `.md` and pictures. Resumable: what is
+finished in `--runs` is not done again.
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from ctrak_lightning import Sampler
+from recipes.benchmarks.compare import Case, Variant, answers_folder, compare
+from recipes.benchmarks.replay import SaveTrained, load_trained
+from recipes.benchmarks.tables import RETRIEVAL, Table
+from recipes.benchmarks.variants import table_variants
+from recipes.emoji_artists.data import KINDS
+from recipes.emoji_artists.judge import EmojiJudge
+from recipes.emoji_artists.network import patchify
+from recipes.emoji_text.captions import words
+from recipes.emoji_text.data import EmojiCaptions
+from recipes.emoji_text.module import EmojiText
+from recipes.emoji_text.questions import (
+    Question,
+    exact_words,
+    questions,
+    relevant,
+    similar_captions,
+)
+from recipes.pictures import image_grid
+
+STEPS = (200, 400, 600)
+TIMESTEPS = 5
+SAMPLER = Sampler(steps=20, guidance=2.5)
+METHODS = ("concept_trak", "concept_trak_norm", "concept_trak_paper", "trak", "d_trak")
+GLOBAL = ("concept_trak",)
+GIVEN = ("concept_trak", "concept_trak_norm")
+COLUMNS = tuple(f"{metric}, {kind}" for metric in ("R-precision", "P@10") for kind in KINDS)
+RESULTS = Path(__file__).parent / "results"
+SHEET = ("christmas-tree", "twemoji")
+
+
+def fine_tune(
+    folder: Path, seed: int, steps: Sequence[int] = STEPS, data: EmojiCaptions | None = None
+) -> EmojiText:
+    """The base fine-tuned on the captions for ``steps[-1]`` steps, with the weights of the last; a finished run is loaded.
+
+    Args:
+        folder: for the weights at each of ``steps``, and ``facts.json``, which is written last.
+        seed: of the adapter, the order and the noise.
+        steps: when weights are kept.
+        data: other captions than all of them.
+    """
+    L.seed_everything(seed, verbose=False)
+    module = EmojiText()
+    if not (folder / "facts.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=steps[-1],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            callbacks=[SaveTrained(folder, steps)],
+        )
+        trainer.fit(module, datamodule=data or EmojiCaptions())
+        facts = {"seed": seed, "steps": list(steps), "loss": float(trainer.callback_metrics["loss"])}
+        (folder / "facts.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    load_trained(module, folder, steps[-1])
+    return module.eval()
+
+
+def rows_with_gradients() -> list[Variant]:
+    """The generated image for every method, and other kinds of question for ours."""
+    rows = table_variants(TIMESTEPS, STEPS, METHODS)
+    by_name = {row.name: row for row in rows}
+    everywhere = [replace(by_name[name], name=f"{name}, global", scope="global") for name in GLOBAL]
+    given = [replace(by_name[name], name=f"{name}, the real drawing", scope="given") for name in GIVEN]
+    return [*rows, *everywhere, *given]
+
+
+def rows_without_gradients(
+    asked: Sequence[Question], data: EmojiCaptions, images: Tensor
+) -> dict[str, Tensor]:
+    """Rankings [Q, N] by the captions' words, by their embeddings, and by what the generated image looks like."""
+    names = [words(q.value) if q.kind == "object" else f"by {words(q.value)}" for q in asked]
+    shown = (data.train_set.images + 1) / 2
+    judge = EmojiJudge.trained()
+    features = [torch.nn.functional.normalize(judge.features(x), dim=1) for x in (images, shown)]
+    return {
+        "label search: the concept's words in the caption": exact_words(asked, data.train_set.captions),
+        "label search: MiniLM's similarity to the caption": similar_captions(names, data.train_set.captions),
+        "features of a supervised classifier": features[0] @ features[1].T,
+    }
+
+
+def measured(asked: Sequence[Question], scores: Tensor, data: EmojiCaptions) -> dict[str, Tensor]:
+    """Every retrieval figure per kind of concept, one value per question."""
+    truth = relevant(asked, data.train_set.pairs)
+    return {
+        f"{name}, {kind}": values[torch.tensor([q.kind == kind for q in asked])]
+        for name, metric in RETRIEVAL.items()
+        for values in [metric(scores, truth)]
+        for kind in KINDS
+    }
+
+
+def recognised(asked: Sequence[Question], images: Tensor) -> dict[str, int]:
+    """In how many of the pairs' images the judge finds the object, and the artist (odds above 1)."""
+    odds = EmojiJudge.trained().log_odds(images, [q.object for q in asked], [q.artist for q in asked])
+    return {
+        kind: sum(float(row[axis]) > 0 for row, q in zip(odds, asked, strict=True) if q.kind == kind)
+        for axis, kind in enumerate(KINDS)
+    }
+
+
+def case_of(folder: Path, module: EmojiText, data: EmojiCaptions, asked: Sequence[Question]) -> Case:
+    return Case(
+        folder=folder,
+        module=module,
+        batches=data.trace_dataloader(),
+        concepts=[q.concept() for q in asked],
+        seeds=[i // len(KINDS) for i in range(len(asked))],
+        sampler=SAMPLER,
+        given=patchify(data.held_out_images).repeat_interleave(len(KINDS), 0),
+    )
+
+
+def draw(out: Path, data: EmojiCaptions, images: Tensor) -> None:
+    """Every held-out pair: generated beside the artist's own drawing."""
+    real = (data.held_out_images + 1) / 2
+    image_grid(out / "generated.png", torch.stack([images[:: len(KINDS)], real], 1).flatten(0, 1), columns=16)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/emoji_text"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    data = EmojiCaptions()
+    asked = questions(data.held_out)
+    chosen = rows_with_gradients()
+    table = Table(COLUMNS)
+    counts: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    for seed in args.seeds:
+        folder = args.runs / f"seed-{seed}"
+        module = fine_tune(folder, seed)
+        case = case_of(folder, module, data, asked)
+        facts = [[concept.to_dict() for concept in case.concepts], case.seeds, data.train_set.captions]
+        found, images = compare(case, chosen, answers_folder(folder, *facts))
+        for kind, count in recognised(asked, images).items():
+            counts[kind].append(count)
+        for name, scores in rows_without_gradients(asked, data, images).items():
+            table.add(name, {"None": measured(asked, scores, data)}, "None")
+        for row in chosen:
+            grid = {damping: measured(asked, scores, data) for damping, scores in found[row.name].items()}
+            table.add(row.name, grid, str(row.method.damping))
+        if seed == args.seeds[0]:
+            draw(args.results, data, images)
+    command = f"python -m recipes.emoji_text.benchmark --seeds {' '.join(map(str, args.seeds))}"
+    machine = f"{platform.machine()}, torch {torch.__version__}"
+    chance = {
+        kind: float(relevant([q for q in asked if q.kind == kind], data.train_set.pairs).float().mean())
+        for kind in KINDS
+    }
+    head = (
+        f"`{command}`; {machine}; {len(data.train_set)} training images, {len(data.held_out)} held-out pairs.\n"
+        f"Chance: object {chance['object']:.3f}, artist {chance['artist']:.3f}. An object has 7 images, so its P@10 is at most 0.70.\n\n"
+        f"Of the {len(data.held_out)} generated images an independent classifier recognises the object in "
+        f"{', '.join(map(str, counts['object']))}, the artist in {', '.join(map(str, counts['artist']))}.\n"
+    )
+    described: dict[str, Any] = {
+        "command": command,
+        "machine": machine,
+        "chance": chance,
+        "recognised": counts,
+        "concepts": [q.concept().to_dict() for q in asked[: 2 * len(KINDS)]],
+    }
+    print(table.write(args.results / "benchmark", described, head))
+
+
+if __name__ == "__main__":
+    main()
