@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ctrak_lightning import Concept
 from recipes.emoji_artists.data import KINDS
-from recipes.emoji_text.captions import BOTH, caption, words
+from recipes.emoji_text.captions import ARTIST_ONLY, BOTH, OBJECT_ONLY, caption, words
 from recipes.emoji_text.pipeline import MAX_TOKENS
 from recipes.text import read_text
 
@@ -41,8 +41,10 @@ class Question:
         return caption(BOTH[0], self.object, self.artist)
 
     def concept(self) -> Concept:
-        """The prompt against the prompt without the concept's words."""
-        return Concept.from_prompt(self.prompt, self.asked)
+        """The prompt against the prompt without the concept's words; alone it is a caption that training shows."""
+        template = OBJECT_ONLY[0] if self.kind == "object" else ARTIST_ONLY[0]
+        alone = caption(template, self.asked, self.asked)
+        return Concept.from_prompt(self.prompt, self.asked, alone=alone)
 
 
 def questions(pairs: Sequence[tuple[str, str]]) -> list[Question]:
@@ -125,7 +127,7 @@ class Reworded(Question):
 
     @property
     def prompt(self) -> str:
-        return BOTH[0].format(an_object=f"a {self.asked}", artist=words(self.artist))
+        return caption(BOTH[0], self.asked, self.artist)
 
 
 def reworded(pairs: Sequence[tuple[str, str]]) -> list[Question]:

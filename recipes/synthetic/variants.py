@@ -106,7 +106,7 @@ def caption(combo: Combo) -> str:
 
 
 def prompt(combo: Combo) -> str:
-    """``"a striped red heart"``; "a red shape" where no shape is named, and nothing where nothing is."""
+    """``"a striped red heart"``; "a red thing" where no shape is named (as a counter-prompt would say); nothing where nothing is."""
     if not combo:
         return ""
-    return f"a {caption(combo)}" + ("" if "shape" in combo else " shape")
+    return f"a {caption(combo)}" + ("" if "shape" in combo else " thing")
