@@ -1,7 +1,7 @@
 """Which training samples taught a diffusion model this concept? Traces while it is fine-tuned, answers afterwards."""
 
 from ctrak_lightning import methods
-from ctrak_lightning.attribution import Attribution, Attributor, Concept
+from ctrak_lightning.attribution import Attribution, Attributions, Attributor, Concept
 from ctrak_lightning.capture import Capture
 from ctrak_lightning.flow import FlowSchedule
 from ctrak_lightning.gradients import GradientTracer, Projection
@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Attribution",
+    "Attributions",
     "Attributor",
     "Capture",
     "Concept",

@@ -4,6 +4,18 @@ from ctrak_lightning.attribution.attributor import Attributor
 from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.attribution.parts import Parts
 from ctrak_lightning.attribution.result import Attribution, Record, Share
+from ctrak_lightning.attribution.together import Attributions, CoincidingConceptsWarning, Taught
 from ctrak_lightning.attribution.top import Shortlist
 
-__all__ = ["Attribution", "Attributor", "Concept", "Parts", "Record", "Share", "Shortlist"]
+__all__ = [
+    "Attribution",
+    "Attributions",
+    "Attributor",
+    "CoincidingConceptsWarning",
+    "Concept",
+    "Parts",
+    "Record",
+    "Share",
+    "Shortlist",
+    "Taught",
+]

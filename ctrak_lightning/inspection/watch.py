@@ -8,7 +8,13 @@ from pathlib import Path
 
 from torch import nn
 
-from ctrak_lightning.attribution import Attribution, Attributor, Concept, Share
+from ctrak_lightning.attribution import (
+    Attribution,
+    Attributor,
+    CoincidingConceptsWarning,
+    Concept,
+    Share,
+)
 from ctrak_lightning.errors import GradientError
 from ctrak_lightning.gradients import tracing_mode
 from ctrak_lightning.rng import isolated_rng
@@ -119,4 +125,6 @@ def _without_repetition() -> Iterator[None]:
         warnings.filterwarnings("ignore", "damping='agreement' compares checkpoints", UserWarning)
         warnings.filterwarnings("ignore", "The concept direction .* is below", UserWarning)
         warnings.filterwarnings("ignore", category=IncompleteStoreWarning)
+        # Early in training all concepts look alike.
+        warnings.filterwarnings("ignore", category=CoincidingConceptsWarning)
         yield

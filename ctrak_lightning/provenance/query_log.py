@@ -39,7 +39,7 @@ class QueryLog:
         answers: Iterable[tuple[Sequence[str], Sequence[float]]],
         *,
         dampings: Sequence[float | None],
-        method: dict[str, Any],
+        methods: Sequence[dict[str, Any]],
         steps: Sequence[int],
         samples: Literal["all", "top"],
     ) -> None:
@@ -50,7 +50,7 @@ class QueryLog:
             seeds: of the generated images.
             answers: sample ids and scores of each; not looked at without a ledger.
             dampings: as used for each.
-            method: by which all were asked.
+            methods: by which each was asked.
             steps: of the checkpoints.
             samples: whether an answer has all of them, in the order of the sample table, or the best, in that of the ranking.
 
@@ -59,17 +59,20 @@ class QueryLog:
         """
         if not self._ledger.exists:
             return
-        shared = {"method": method, "steps": list(steps), "samples": samples, "asker": self._asker}
+        shared = {"steps": list(steps), "samples": samples, "asker": self._asker}
         each = [
             shared
             | {
+                "method": method,
                 "concept": json_value(concept),
                 "seed": seed,
                 "damping": damping,
                 "count": len(answer[0]),
                 "result_sha256": result_digest(*answer),
             }
-            for concept, seed, damping, answer in zip(concepts, seeds, dampings, answers, strict=True)
+            for concept, seed, method, damping, answer in zip(
+                concepts, seeds, methods, dampings, answers, strict=True
+            )
         ]
         try:
             self._ledger.append_all([("query", facts) for facts in each])

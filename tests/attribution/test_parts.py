@@ -54,7 +54,7 @@ def test_a_timestep_is_what_a_query_of_it_alone_gives(tmp_path: Path) -> None:
         alone = replace(method, query_trajectory=replace(method.query_trajectory, timesteps=1))
         only = replace(generation, states=[state])
         single = Attributor(tmp_path, module, method=alone, sampler=SAMPLER).query([RED], 3, generation=only)
-        for index, parts in enumerate(whole.parts):
+        for index, parts in enumerate(whole.parts[0]):
             torch.testing.assert_close(parts.by_timestep[i], single.features[index])
         # [k] -> [M, N] raw scores, in the units of the whole
         [scored] = attributor.score(single)
@@ -70,7 +70,7 @@ def test_a_group_is_what_a_query_without_the_other_layers_gives(
     attributor = Attributor(tmp_path, module, sampler=SAMPLER)
     parts = attributor.query([RED], 3, parts=True).parts
     assert parts is not None
-    tracer = attributor._gradient_tracer()
+    tracer = attributor._asker.tracer()
     of_all = tracer.vjps
     for name, blocks in tracer.layer_groups().items():
 
@@ -78,7 +78,7 @@ def test_a_group_is_what_a_query_without_the_other_layers_gives(
             return [tracer.only(rows, blocks) for rows in of_all(*args, **kwargs)]
 
         monkeypatch.setattr(tracer, "vjps", of_some)
-        torch.testing.assert_close(parts[0].by_layer_group[name], attributor.query([RED], 3).features[0])
+        torch.testing.assert_close(parts[0][0].by_layer_group[name], attributor.query([RED], 3).features[0])
 
 
 def test_groups_are_separate_in_the_rows() -> None:

@@ -1,0 +1,223 @@
+"""The model's side of an attribution: images are generated, and questions become gradients."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ctrak_lightning.attribution.concept import Concept
+from ctrak_lightning.attribution.lending import LentModel
+from ctrak_lightning.attribution.parts import concatenated
+from ctrak_lightning.attribution.query import Query, spec_key
+from ctrak_lightning.errors import GradientError, StoreMismatchError
+from ctrak_lightning.gradients import Engine, GradientTracer, Projection, tracing_mode
+from ctrak_lightning.memory import RowLimit
+from ctrak_lightning.method import Method
+from ctrak_lightning.objective import Side
+from ctrak_lightning.rng import isolated_rng
+from ctrak_lightning.task import Condition, Spec
+from ctrak_lightning.traces import TraceStore
+from ctrak_lightning.traces.schema import differences
+from ctrak_lightning.tracing import FeatureParts, QueryTrace, trace_query, warn_if_faint
+from ctrak_lightning.trajectory import Generated, Generation, Sampler, State, Trajectory, seeded_noise
+
+
+class Asker:
+    """Asks the model, under the weights of a store's checkpoints; afterwards its weights and flags are what they were.
+
+    Args:
+        store: the traces.
+        owner: the module whose parameters a checkpoint names.
+        task: its DiffusionTask.
+        sampler: how images are generated.
+        batch_size: queries per forward pass; fewer where memory is short.
+        progress: show a progress bar.
+    """
+
+    def __init__(
+        self,
+        store: TraceStore,
+        owner: nn.Module,
+        task: Any,
+        *,
+        sampler: Sampler,
+        batch_size: int,
+        progress: bool,
+    ) -> None:
+        self.store = store
+        self.task = task
+        self.sampler = sampler
+        self.progress = progress
+        self.model = LentModel(owner, store.checkpoints)
+        self._owner = owner
+        self._row_limit = RowLimit(batch_size)
+        self._tracer: GradientTracer | None = None
+
+    def generate(self, specs: Sequence[Spec], seeds: Sequence[int]) -> Generation:
+        """Generates one image per (spec, seed) with the last checkpoint's weights; the same seed gives the same noise.
+
+        Equal (spec, seed) are generated once.
+        """
+        keys = [(spec_key(spec), seed) for spec, seed in zip(specs, seeds, strict=True)]
+        unique = {key: i for i, key in reversed(list(enumerate(keys)))}
+        if len(unique) < len(keys):
+            first = sorted(unique.values())
+            made = self.generate([specs[i] for i in first], [seeds[i] for i in first])
+            where = {i: position for position, i in enumerate(first)}
+            rows = torch.tensor([where[unique[key]] for key in keys])
+            return made.rows(rows)
+        shape = self.store.header.dataset["latent_shape"]
+        like = next(self.task.denoiser.parameters())
+        noise = torch.stack([seeded_noise(shape, seed, 0, "generation") for seed in seeds]).to(like)
+        bar = tqdm(total=len(specs), desc="generate", disable=not self.progress)
+
+        def generated(start: int, stop: int) -> Generation:
+            condition = self._condition(specs[start:stop])
+            null = None if self.sampler.guidance == 1.0 else self.task.condition({}, stop - start)
+            made = self.sampler.run(self.task, noise[start:stop], condition, null)
+            bar.update(stop - start)
+            return made
+
+        with self.model.borrowed(), tracing_mode(self._owner), torch.no_grad(), bar:
+            self.model.load(-1)
+            parts = self._row_limit.run(len(specs), generated)
+        states = [_joined([part.states[i] for part in parts]) for i in range(len(parts[0].states))]
+        return Generation(states, torch.cat([part.latents for part in parts]))
+
+    def decode(self, latents: Tensor) -> Tensor | None:
+        """Images [B, 3, H, W] in [0, 1], or None where the task has no ``decode``."""
+        if not hasattr(self.task, "decode"):
+            return None
+        with torch.no_grad():
+            images: Tensor = self.task.decode(latents)
+        return images.detach().float().cpu().clamp(0, 1)
+
+    def gradients(
+        self,
+        concepts: Sequence[Concept],
+        seeds: list[int],
+        generation: Generation,
+        method: Method,
+        *,
+        parts: bool = False,
+    ) -> Query:
+        """The gradients of questions about the images of a ``generation``, one each, under the weights of every checkpoint.
+
+        Raises:
+            GradientError: a gradient is zero or not finite.
+        """
+        with self.model.borrowed(), isolated_rng(0):
+            features, strength = [], torch.zeros(len(concepts))
+            split: list[FeatureParts] = []
+            for index in tqdm(
+                range(len(self.store.checkpoints)), desc="attribute", disable=not self.progress
+            ):
+                traces = self._query_traces(index, concepts, generation, method, parts)
+                rows = torch.cat([trace.features for trace in traces])
+                self._refuse_unusable(rows, concepts)
+                features.append(rows)
+                strength += torch.cat([trace.strength for trace in traces]) / len(self.store.checkpoints)
+                if parts:
+                    split.append(concatenated([trace.parts for trace in traces if trace.parts is not None]))
+        warn_if_faint(strength, [concept.name for concept in concepts])
+        return Query(
+            concepts=list(concepts),
+            seeds=seeds,
+            features=torch.stack(features),
+            strength=strength,
+            images=self.decode(generation.latents),
+            parts=[[at_one.query(i) for at_one in split] for i in range(len(concepts))] if parts else None,
+        )
+
+    def _query_traces(
+        self,
+        index: int,
+        concepts: Sequence[Concept],
+        generation: Generation,
+        method: Method,
+        with_parts: bool,
+    ) -> list[QueryTrace]:
+        self.model.load(index)
+        tracer = self.tracer()
+
+        def traced(start: int, stop: int) -> QueryTrace:
+            rows, part = torch.arange(start, stop), concepts[start:stop]
+            with torch.no_grad():
+                conditions: dict[Side, Condition] = {
+                    "present": self._condition([concept.present for concept in part]),
+                    "absent": self._condition([concept.absent for concept in part]),
+                }
+            x0 = generation.latents[rows]
+            states = self._states(method.query_trajectory, generation, rows, x0, conditions["present"])
+            return trace_query(self.task, tracer, method, states, x0, conditions, parts=with_parts)
+
+        return self._row_limit.run(len(concepts), traced)
+
+    def tracer(self) -> GradientTracer:
+        """The store's own, for this model.
+
+        Raises:
+            StoreMismatchError: it would trace other layers.
+        """
+        if self._tracer is None:
+            facts = self.store.header.projection
+            projection = Projection(**facts["projection"])
+            # Stores of training steps hold what has a hook and nothing else.
+            engine: Engine = "auto" if facts.get("parameters_without_hook") else "hooks"
+            self._tracer = GradientTracer(
+                self.task.denoiser, projection, layers=facts["layers"], engine=engine
+            )
+            refuse_differences("projection", facts, self._tracer.describe())
+        return self._tracer
+
+    def _states(
+        self,
+        trajectory: Trajectory,
+        generation: Generation,
+        rows: Tensor,
+        x0: Tensor,
+        condition: Condition,
+    ) -> list[State]:
+        if isinstance(trajectory, Generated):
+            return trajectory.select(generation.rows(rows), self.task.noise_schedule)
+        with tracing_mode(self._owner), torch.no_grad():
+            return list(trajectory.states(self.task, x0, condition, [f"query-{int(i)}" for i in rows], 0))
+
+    def _condition(self, specs: Sequence[Spec]) -> Condition:
+        parts = [self.task.condition(spec, 1) for spec in specs]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    @staticmethod
+    def _refuse_unusable(features: Tensor, concepts: Sequence[Concept]) -> None:
+        bad = ~torch.isfinite(features).all(1) | (features == 0).all(1)
+        if bad.any():
+            names = [concepts[i].name for i in bad.nonzero().flatten().tolist()]
+            raise GradientError(
+                f"The gradients of these concepts are zero or not finite: {names}. Expected a model that tells `present` "
+                "from `absent`. HINT: look at the generated images, and at the loss of the run."
+            )
+
+
+def _joined(states: Sequence[State]) -> State:
+    """The same state of several batches, as one."""
+    clean = [state.x0 for state in states if state.x0 is not None]
+    return State(
+        torch.cat([state.x_t for state in states]),
+        torch.cat([state.t for state in states]),
+        torch.cat(clean) if clean else None,
+    )
+
+
+def refuse_differences(where: str, stored: Any, mine: Any) -> None:
+    """Raises :class:`StoreMismatchError`, naming the fields in which two sets of facts differ."""
+    found = differences(stored, mine, where)
+    if found:
+        listed = "; ".join(
+            f"{field}: the store has {a!r}, this model or method has {b!r}" for field, a, b in found
+        )
+        raise StoreMismatchError(
+            f"The store was made with another set-up: {listed}. HINT: build the module as in the traced run (same base "
+            "weights, same adapters, same scheduler), or name the store's own method."
+        )
