@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning import Sampler
-from recipes.benchmarks.compare import Case, Variant, answers_folder, compare
+from ctrak_lightning.attribution import Attributions
+from recipes.benchmarks.compare import Case, Variant, answers, answers_folder, compare
 from recipes.benchmarks.replay import SaveTrained, load_trained
 from recipes.benchmarks.tables import RETRIEVAL, Table
 from recipes.benchmarks.variants import table_variants
@@ -28,6 +29,7 @@ from recipes.emoji_artists.data import KINDS
 from recipes.emoji_artists.demo import ARTISTS
 from recipes.emoji_artists.judge import EmojiJudge
 from recipes.emoji_artists.network import patchify
+from recipes.emoji_artists.sheets import contact_sheet
 from recipes.emoji_text.data import EmojiCaptions
 from recipes.emoji_text.module import EmojiText
 from recipes.emoji_text.questions import (
@@ -44,12 +46,12 @@ from recipes.pictures import image_grid
 STEPS = (96, 192, 288)
 TIMESTEPS = 3
 SAMPLER = Sampler(steps=20, guidance=2.5)
+DEFAULT = "concept_trak"
 METHODS = ("concept_trak", "concept_trak_norm", "concept_trak_paper", "trak", "d_trak")
-GLOBAL = ("concept_trak",)
-GIVEN = ("concept_trak", "concept_trak_norm")
 GROUPS = (*KINDS, REWORDED)
 COLUMNS = tuple(f"{metric}, {group}" for metric in ("R-precision", "P@10") for group in GROUPS)
 RESULTS = Path(__file__).parent / "results"
+DEMO = Path(__file__).parent.parent / "emoji_artists" / "results" / "demo_results.json"
 SHEET = ("christmas-tree", "twemoji")
 
 
@@ -82,13 +84,11 @@ def fine_tune(folder: Path, seed: int, data: EmojiCaptions, steps: Sequence[int]
     return module.eval()
 
 
-def rows_with_gradients() -> list[Variant]:
-    """The generated image for every method, and other kinds of question for ours."""
+def rows_with_gradients(only: Sequence[str] | None = None) -> list[Variant]:
+    """Every method about the generated image, and the default about the artist's own drawing, which no model has seen."""
     rows = table_variants(TIMESTEPS, STEPS, METHODS)
-    by_name = {row.name: row for row in rows}
-    everywhere = [replace(by_name[name], name=f"{name}, global", scope="global") for name in GLOBAL]
-    given = [replace(by_name[name], name=f"{name}, the real drawing", scope="given") for name in GIVEN]
-    return [*rows, *everywhere, *given]
+    given = [replace(row, name=f"{row.name}_given", scope="given") for row in rows if row.name == DEFAULT]
+    return [row for row in [*rows, *given] if only is None or row.name in only]
 
 
 def rows_without_gradients(
@@ -140,13 +140,46 @@ def case_of(folder: Path, module: EmojiText, data: EmojiCaptions, asked: Sequenc
     )
 
 
-def draw(out: Path, data: EmojiCaptions, images: Tensor) -> None:
-    """Every held-out pair: generated beside the artist's own drawing."""
+def together(case: Case, row: Variant, out: Path) -> tuple[Attributions, dict[str, float]]:
+    """The default's answers, and how far the two concepts of a pair are the same question: the mean cosine of their gradients,
+    and how many of the ten best images they share."""
+    ((_, attributor, query),) = answers(case, [row], out)
+    results = attributor.score(query)
+    prompts = [concept.present for concept in query.concepts]
+    pairs = [i for i in range(len(prompts) - 1) if prompts[i] == prompts[i + 1]]
+    each = [Attributions(results[i : i + 2], results.cosines[i : i + 2, i : i + 2]) for i in pairs]
+    figures = {
+        "pairs": len(each),
+        "mean cosine": sum(float(one.cosines[0, 1]) for one in each) / len(each),
+        "shared among the ten best": sum(len(one.shared(10)) for one in each) / len(each),
+    }
+    return results, figures
+
+
+def draw(out: Path, data: EmojiCaptions, images: Tensor, results: Attributions) -> None:
+    """Every held-out pair, generated beside the artist's own drawing; and the contact sheet of one."""
     real = (data.held_out_images + 1) / 2
+    i = data.held_out.index(SHEET) if SHEET in data.held_out else 0
+    rows = range(len(KINDS) * i, len(KINDS) * (i + 1))
+    shown = [replace(results[row], image=images[row]) for row in rows]
+    contact_sheet(out / "contact_sheet.png", shown, real[i], KINDS)
     image_grid(
         out / "generated.png",
         torch.stack([images[: len(KINDS) * len(real) : len(KINDS)], real], 1).flatten(0, 1),
         columns=16,
+    )
+
+
+def asked_by_attributes(artists: str) -> str:
+    """The demo's figures for the same pairs, where the network is told attributes instead of a prompt, as lines of Markdown."""
+    if artists != ",".join(ARTISTS):
+        return ""
+    facts = json.loads(DEMO.read_text(encoding="utf-8"))["r_precision"]
+    rows = [f"{name} {row['object']:.2f} / {row['artist']:.2f}" for name, row in facts.items()]
+    return (
+        "\nThe same pairs asked by attributes, R-precision of object / artist (`make demo`, another base model and fine-tune): "
+        + "; ".join(rows)
+        + ".\n"
     )
 
 
@@ -156,21 +189,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--artists", default=",".join(ARTISTS), help="comma-separated, or 'all'")
+    parser.add_argument("--methods", nargs="+", default=None, help="rows of the table; all by default")
     parser.add_argument("--runs", type=Path, default=Path("runs/emoji_text"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     artists = None if args.artists == "all" else args.artists.split(",")
     data = EmojiCaptions(artists)
     asked = [*questions(data.held_out), *reworded(data.held_out)]
-    chosen = rows_with_gradients()
+    chosen = rows_with_gradients(args.methods)
     table = Table(COLUMNS)
     counts: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    figures: list[dict[str, float]] = []
     for seed in args.seeds:
         folder = args.runs / f"seed-{seed}"
         module = fine_tune(folder, seed, data)
         case = case_of(folder, module, data, asked)
         facts = [[concept.to_dict() for concept in case.concepts], case.seeds, data.train_set.captions]
-        found, images = compare(case, chosen, answers_folder(folder, *facts))
+        out = answers_folder(folder, *facts)
+        found, images = compare(case, chosen, out)
         for kind, count in recognised(asked, images).items():
             counts[kind].append(count)
         for name, scores in rows_without_gradients(asked, data, images).items():
@@ -178,9 +214,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in chosen:
             grid = {damping: measured(asked, scores, data) for damping, scores in found[row.name].items()}
             table.add(row.name, grid, str(row.method.damping))
+        results, shared = together(case, next(row for row in chosen if row.name == DEFAULT), out)
+        figures.append(shared)
         if seed == args.seeds[0]:
-            draw(args.results, data, images)
-    command = f"python -m recipes.emoji_text.benchmark --seeds {' '.join(map(str, args.seeds))}"
+            draw(args.results, data, images, results)
+    command = f"python -m recipes.emoji_text.benchmark --artists {args.artists} --seeds {' '.join(map(str, args.seeds))}"
+    command += f" --methods {' '.join(args.methods)}" if args.methods else ""
     machine = f"{platform.machine()}, torch {torch.__version__}"
     chance = {
         kind: float(relevant([q for q in asked if q.group == kind], data.train_set.pairs).float().mean())
@@ -198,9 +237,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "machine": machine,
         "chance": chance,
         "recognised": counts,
+        "two concepts of one prompt": figures,
         "concepts": [q.concept().to_dict() for q in asked[: 2 * len(KINDS)]],
     }
-    print(table.write(args.results / "benchmark", described, head))
+    print(table.write(args.results / "benchmark", described, head + asked_by_attributes(args.artists)))
 
 
 if __name__ == "__main__":
