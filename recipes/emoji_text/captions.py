@@ -20,6 +20,8 @@ BOTH = (
     "{an_object} in the style of {artist}",
     "an emoji of {an_object}, drawn by {artist}",
 )
+# "an hourglass not done by noto" reads as something done by noto, by the rules for counter-prompts too.
+RENAMED = {"hourglass-not-done": "flowing hourglass"}
 OBJECT_ONLY = ("{an_object}", "an emoji of {an_object}")
 ARTIST_ONLY = (
     "by {artist}",
@@ -34,7 +36,7 @@ DROP_OBJECT, DROP_ARTIST, DROP_ALL = 0.1, 0.1, 0.1
 
 def words(name: str) -> str:
     """An object's or artist's name as a caption writes it: ``christmas-tree`` is "christmas tree"."""
-    return name.replace("-", " ")
+    return RENAMED.get(name, name.replace("-", " "))
 
 
 def caption(template: str, object: str = "", artist: str = "") -> str:
