@@ -57,7 +57,8 @@ class Whitened(nn.Module):
         return w @ self.whitening
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight @ torch.linalg.inv(self.whitening)
+        w: Tensor = weight @ torch.linalg.inv(self.whitening)
+        return w
 
 
 def whitening_of(states: Tensor, floor: float = 1e-3) -> Tensor:
@@ -65,7 +66,8 @@ def whitening_of(states: Tensor, floor: float = 1e-3) -> Tensor:
     moment = states.double().T @ states.double() / len(states)
     values, vectors = torch.linalg.eigh(moment)
     scale = (values + floor * values.mean()).rsqrt()
-    return ((vectors * scale) @ vectors.T).float()
+    whitening: Tensor = ((vectors * scale) @ vectors.T).float()
+    return whitening
 
 
 @torch.no_grad()
@@ -149,7 +151,7 @@ class Teacher:
         return self.module.predict(batch.x_t, batch.t, condition)
 
 
-def cross_attention(unet: nn.Module) -> dict[str, nn.Module]:
+def cross_attention(unet: nn.Module) -> dict[str, Any]:
     """The layers that read the condition, by name."""
     return {name: layer for name, layer in unet.named_modules() if name.endswith("attn2")}
 
@@ -172,7 +174,8 @@ def output_loss(student: nn.Module, teacher: Teacher, batch: Batch) -> Tensor:
     schedule = teacher.module.noise_schedule
     alpha_bar = schedule.levels(batch.t, batch.x_t)[0].square()
     weight = (1 / (1 - alpha_bar)).clamp(max=5.0)
-    return (weight * (found - wanted).square()).mean()
+    loss: Tensor = (weight * (found - wanted).square()).mean()
+    return loss
 
 
 def train(args: argparse.Namespace) -> None:
@@ -192,7 +195,7 @@ def train(args: argparse.Namespace) -> None:
             part.weight.requires_grad_(True)
             parametrize.register_parametrization(part, "weight", whitening)
             if not args.init:
-                nn.init.normal_(part.parametrizations.weight.original, std=part.in_features**-0.5)  # type: ignore[union-attr,index]
+                nn.init.normal_(part.parametrizations.weight.original, std=part.in_features**-0.5)
     weights = [p for p in student.parameters() if p.requires_grad]
     with (out / "log.csv").open("a", newline="") as file:
         log = csv.writer(file)
