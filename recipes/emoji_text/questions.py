@@ -104,7 +104,6 @@ OTHER_WORDS = {
     "rabbit": "bunny",
     "roller-coaster": "amusement ride",
     "shamrock": "clover",
-    "soccer-ball": "football",
     "statue-of-liberty": "new york monument",
     "studio-microphone": "recording mic",
     "tangerine": "mandarin citrus",

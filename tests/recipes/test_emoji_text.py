@@ -12,9 +12,9 @@ from torch.nn.utils import parametrize
 from ctrak_lightning import Attributor, Sampler
 from ctrak_lightning.cli import main as ctrak
 from ctrak_lightning.metrics import functional
-from recipes.emoji_artists.data import KINDS, Emoji, EmojiArtists
+from recipes.emoji_artists.data import KINDS, Emoji
 from recipes.emoji_artists.demo import ARTISTS
-from recipes.emoji_text.captions import BOTH, STYLES, all_wordings, caption, wordings
+from recipes.emoji_text.captions import BOTH, STYLES, all_wordings, caption, wordings, words
 from recipes.emoji_text.data import EmojiCaptions
 from recipes.emoji_text.questions import OTHER_WORDS, exact_words, questions, relevant, reworded
 
@@ -72,11 +72,12 @@ def test_a_question_is_a_prompt_and_its_counter_prompt_is_one_that_training_show
 
 
 def test_other_words_are_in_no_caption() -> None:
-    new, base = EmojiCaptions(), EmojiArtists("base")
-    shown = " | ".join([*all_wordings(new.train_set.pairs), *all_wordings(base.train_set.pairs)])
+    new, emoji = EmojiCaptions(), Emoji.load()
+    used = [*BOTH, *STYLES.values(), *map(words, [*emoji.objects, *emoji.artists])]
+    shown = " | ".join(used)
     asked = reworded(new.held_out)
     assert len(asked) == len(OTHER_WORDS)
-    assert not [words for words in OTHER_WORDS.values() if words in shown]
+    assert not [other for other in OTHER_WORDS.values() if other in shown]
     assert exact_words(asked, new.train_set.captions).sum() == 0
     assert (relevant(asked, new.train_set.pairs).sum(1) == 7).all()
 
