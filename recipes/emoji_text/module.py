@@ -30,7 +30,7 @@ class EmojiText(L.LightningModule):
     def __init__(
         self,
         learning_rate: float = 4e-3,
-        text_learning_rate: float = 4e-3,
+        text_learning_rate: float = 1e-2,
         rank: int = 16,
         warmup_steps: int = 20,
         base: str = str(BASE),

@@ -1,7 +1,10 @@
-"""Teaches the EmojiArtists base model to read: its keys and values of the text learn to do what its tokens did.
+r"""Teaches the EmojiArtists base model to read: its keys and values of the text learn to do what its tokens did.
 
-python -m recipes.emoji_text.pretrain --out runs/emoji_text_base       # base.safetensors
-python -m recipes.emoji_text.pretrain --draw                           # results/base_samples.png
+python -m recipes.emoji_text.pretrain --out runs/a --layer-steps 700 --output-steps 0
+python -m recipes.emoji_text.pretrain --out runs/b --init runs/a/layers-700.safetensors --seed 1 --batch-size 32 \
+    --layer-steps 0 --output-steps 900                                  # stopped after 550 steps, for time
+python -m recipes.emoji_text.pretrain --export runs/a/layers-700.safetensors runs/b/output-{250,500}.safetensors
+python -m recipes.emoji_text.pretrain --draw                            # results/base_samples.png
 
 The EmojiArtists base model, which knows objects and artists by tokens, is the teacher; the student has its weights but for the
 cross-attention's keys and values, which take MiniLM's states. Only these are trained, by what the teacher makes of the same
@@ -11,7 +14,7 @@ noised drawing: first every layer by itself (the teacher's own input, the teache
 import argparse
 import csv
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,7 +182,7 @@ def output_loss(student: nn.Module, teacher: Teacher, batch: Batch) -> Tensor:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Both stages; the text matrices are saved to ``--out`` as they go."""
+    """Both stages; the text matrices are saved to ``--out`` every so often, as ``output-250.safetensors``."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -225,7 +228,7 @@ def train(args: argparse.Namespace) -> None:
                     print(*row, flush=True)
                     losses = []
                 if step % SAVE_EVERY == 0 or step == steps:
-                    save(student, out / "text.safetensors")
+                    save(student, out / f"{stage}-{step}.safetensors")
     print(f"torch {torch.__version__}, seed {args.seed}, {sum(w.numel() for w in weights):,} weights trained")
 
 
@@ -239,6 +242,15 @@ def save(student: nn.Module, path: Path) -> None:
     }
     assert all(reads_text(name) for name in state)
     save_file(state, path)
+
+
+def mean_of(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """The mean of several files of matrices, float16: the noise of a rate that never fell averages out."""
+    files = [load_file(path) for path in paths]
+    return {
+        name: torch.stack([file[name].float() for file in files]).mean(0).half().contiguous()
+        for name in files[0]
+    }
 
 
 @torch.no_grad()
@@ -264,20 +276,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", default="runs/emoji_text_base")
-    parser.add_argument("--init", default=None, help="go on from a run's text.safetensors")
+    parser.add_argument("--init", default=None, help="go on from these matrices")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--layer-steps", type=int, default=1000)
     parser.add_argument("--layer-rate", type=float, default=3e-3)
     parser.add_argument("--output-steps", type=int, default=1500)
     parser.add_argument("--output-rate", type=float, default=1e-3)
-    parser.add_argument("--export", default=None, metavar="TEXT", help="makes this text.safetensors the base")
+    parser.add_argument(
+        "--export", nargs="+", default=None, metavar="TEXT", help="the mean of these files becomes the base"
+    )
     parser.add_argument("--draw", nargs="?", const=str(BASE), default=None, metavar="TEXT")
     args = parser.parse_args()
     if args.draw:
         draw(BASE.parent / "results" / "base_samples.png", Path(args.draw))
     elif args.export:
-        save_file(load_file(args.export), BASE)
+        save_file(mean_of([Path(path) for path in args.export]), BASE)
         print(f"{BASE}, {BASE.stat().st_size:,} bytes")
     else:
         train(args)
