@@ -43,7 +43,7 @@ from recipes.emoji_text.questions import (
 )
 from recipes.pictures import image_grid
 
-STEPS = (128, 256, 384)
+STEPS = (96, 192, 288)
 TIMESTEPS = 3
 SAMPLER = Sampler(steps=20, guidance=2.5)
 DEFAULT = "concept_trak"

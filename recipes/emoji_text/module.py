@@ -29,8 +29,8 @@ class EmojiText(L.LightningModule):
 
     def __init__(
         self,
-        learning_rate: float = 4e-3,
-        text_learning_rate: float = 1e-2,
+        learning_rate: float = 1e-3,
+        text_learning_rate: float = 2e-3,
         rank: int = 16,
         warmup_steps: int = 20,
         base: str = str(BASE),
