@@ -156,10 +156,12 @@ def together(case: Case, row: Variant, out: Path) -> tuple[Attributions, dict[st
     return results, figures
 
 
-def draw(out: Path, data: EmojiCaptions, images: Tensor, results: Attributions) -> None:
-    """Every held-out pair, generated beside the artist's own drawing; and the contact sheet of one."""
-    real = (data.held_out_images + 1) / 2
-    i = data.held_out.index(SHEET) if SHEET in data.held_out else 0
+def draw(
+    out: Path, data: EmojiCaptions, pairs: list[tuple[str, str]], images: Tensor, results: Attributions
+) -> None:
+    """Every pair asked about, generated beside the artist's own drawing; and the contact sheet of one."""
+    real = (data.held_out_images[[data.held_out.index(pair) for pair in pairs]] + 1) / 2
+    i = pairs.index(SHEET) if SHEET in pairs else 0
     rows = range(len(KINDS) * i, len(KINDS) * (i + 1))
     shown = [replace(results[row], image=images[row]) for row in rows]
     contact_sheet(out / "contact_sheet.png", shown, real[i], KINDS)
@@ -189,13 +191,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--artists", default=",".join(ARTISTS), help="comma-separated, or 'all'")
+    parser.add_argument(
+        "--pairs", type=int, default=64, help="the first so many held-out pairs (artists take turns)"
+    )
     parser.add_argument("--methods", nargs="+", default=None, help="rows of the table; all by default")
     parser.add_argument("--runs", type=Path, default=Path("runs/emoji_text"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     artists = None if args.artists == "all" else args.artists.split(",")
     data = EmojiCaptions(artists)
-    asked = [*questions(data.held_out), *reworded(data.held_out)]
+    pairs = data.held_out[: args.pairs]
+    asked = [*questions(pairs), *reworded(pairs)]
     chosen = rows_with_gradients(args.methods)
     table = Table(COLUMNS)
     counts: dict[str, list[int]] = {kind: [] for kind in KINDS}
@@ -217,8 +223,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         results, shared = together(case, next(row for row in chosen if row.name == DEFAULT), out)
         figures.append(shared)
         if seed == args.seeds[0]:
-            draw(args.results, data, images, results)
+            draw(args.results, data, pairs, images, results)
     command = f"python -m recipes.emoji_text.benchmark --artists {args.artists} --seeds {' '.join(map(str, args.seeds))}"
+    command += f" --pairs {args.pairs}" if args.pairs != len(data.held_out) else ""
     command += f" --methods {' '.join(args.methods)}" if args.methods else ""
     machine = f"{platform.machine()}, torch {torch.__version__}"
     chance = {
@@ -227,9 +234,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     images_each = int(relevant(asked[:1], data.train_set.pairs).sum())
     head = (
-        f"`{command}`; {machine}; {len(data.train_set)} training images, {len(data.held_out)} held-out pairs.\n"
+        f"`{command}`; {machine}; {len(data.train_set)} training images, {len(pairs)} held-out pairs.\n"
         f"Chance: object {chance['object']:.3f}, artist {chance['artist']:.3f}. An object has {images_each} images, so its P@10 is at most {images_each / 10:.2f}.\n\n"
-        f"Of the {len(data.held_out)} generated images an independent classifier recognises the object in "
+        f"Of the {len(pairs)} generated images an independent classifier recognises the object in "
         f"{', '.join(map(str, counts['object']))}, the artist in {', '.join(map(str, counts['artist']))}.\n"
     )
     described: dict[str, Any] = {
