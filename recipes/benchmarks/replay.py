@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from ctrak_lightning import Capture, GradientTracer, Method, Projection, TraceStore
 from ctrak_lightning.fingerprint import trained_parameters
+from ctrak_lightning.task import resolve_task
 from ctrak_lightning.traces.schema import SCHEMA_VERSION
 
 _SAVED = re.compile(r"step-(\d{8})\.safetensors")
@@ -74,7 +75,7 @@ def replay(
 
     Args:
         folder: of the saved weights.
-        module: the model, a DiffusionTask.
+        module: the model: a DiffusionTask, or a module that carries one.
         batches: the samples, in a fixed order.
         method: what to trace.
         store: the store's folder.
@@ -86,8 +87,9 @@ def replay(
     done = store / f"finished-{SCHEMA_VERSION}"
     if not done.exists():
         shutil.rmtree(store, ignore_errors=True)
-        tracer = GradientTracer(module.denoiser, projection or Projection(), layers=layers)
-        capture = Capture(str(store), module, module, batches, method=method, tracer=tracer, progress=False)
+        task = resolve_task(module)
+        tracer = GradientTracer(task.denoiser, projection or Projection(), layers=layers)
+        capture = Capture(str(store), module, task, batches, method=method, tracer=tracer, progress=False)
         for step in saved_steps(folder) if steps is None else steps:
             load_trained(module, folder, step)
             capture.run(step, epoch=0, learning_rate=learning_rate)

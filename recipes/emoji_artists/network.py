@@ -13,10 +13,13 @@ TOKEN_DIM = 128
 NULL = -1
 
 
-def build_unet() -> UNet2DConditionModel:
+def build_unet(cross_attention_dim: int = TOKEN_DIM) -> UNet2DConditionModel:
     """4x4 pixel patches on an 8x8 grid: small enough for two cores, because the network predicts the clean image.
 
     (A network that predicts the noise must carry 48 noisy values per patch through its narrow trunk and fails.)
+
+    Args:
+        cross_attention_dim: width of the condition's vectors.
     """
     return UNet2DConditionModel(
         sample_size=32 // PATCH,
@@ -26,7 +29,7 @@ def build_unet() -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
-        cross_attention_dim=TOKEN_DIM,
+        cross_attention_dim=cross_attention_dim,
         attention_head_dim=4,
         norm_num_groups=16,
         use_linear_projection=True,

@@ -14,7 +14,12 @@ INK, FAINT, RIGHT, WRONG = (28, 30, 34), (110, 114, 122), (18, 128, 72), (150, 1
 TOP = 10
 
 
-def contact_sheet(path: Path, results: Sequence[Attribution], real: Tensor | None = None) -> None:
+def contact_sheet(
+    path: Path,
+    results: Sequence[Attribution],
+    real: Tensor | None = None,
+    kinds: Sequence[str] | None = None,
+) -> None:
     """Writes one PNG: the generated image on the left, the top ten of each result in a row on the right.
 
     Training images that carry the asked label have a green frame; the label is not used by the scores' ranking itself.
@@ -23,6 +28,7 @@ def contact_sheet(path: Path, results: Sequence[Attribution], real: Tensor | Non
         path: of the PNG.
         results: attributions of the same image, one row each.
         real: the artist's own drawing that training never saw [3, H, W] in [0, 1], shown below the generated one.
+        kinds: which column of the metadata each result is about, where the questions are prompts.
     """
     row = CELL + 4 * LINE + GAP
     left = MARGIN + CELL + 3 * GAP
@@ -31,22 +37,26 @@ def contact_sheet(path: Path, results: Sequence[Attribution], real: Tensor | Non
     draw = ImageDraw.Draw(sheet)
     title, body = ImageFont.load_default(15), ImageFont.load_default(11)
     present = results[0].concept.present
-    assert not isinstance(present, str)
-    draw.text((MARGIN, MARGIN - 6), f"{present['object']}, in the style of {present['artist']}", INK, title)
+    if isinstance(present, str):
+        heading = present
+        assert kinds is not None
+    else:
+        heading = f"{present['object']}, in the style of {present['artist']}"
+        kinds = [_kind(result) for result in results]
+    draw.text((MARGIN, MARGIN - 6), heading, INK, title)
     top = MARGIN + 2 * LINE
     _place(sheet, draw, results[0].image, (MARGIN, top), INK)
     draw.text((MARGIN, top + CELL + 4), f"generated, seed {results[0].seed}", FAINT, body)
     if real is not None:
         _place(sheet, draw, real, (MARGIN, top + row), WRONG)
         draw.text((MARGIN, top + row + CELL + 4), "held out: never shown", FAINT, body)
-    for i, result in enumerate(results):
-        kind = next(key for key, value in present.items() if result.concept.absent.get(key) != value)  # type: ignore[union-attr]
+    for i, (result, kind) in enumerate(zip(results, kinds, strict=True)):
         y = top + i * row
         draw.text((left, y - LINE - 2), f"who taught the {kind} '{result.concept.name}'?", INK, body)
         positions = {sample_id: j for j, sample_id in enumerate(result.samples.sample_ids)}
         for j, record in enumerate(result.top(TOP)):
             x = left + j * (CELL + GAP)
-            hit = record.metadata[kind] == result.concept.name
+            hit = record.metadata[kind].replace("-", " ") == result.concept.name.replace("-", " ")
             thumbnails = result.samples.thumbnails
             assert thumbnails is not None
             picture = Image.fromarray(thumbnails[positions[record.sample_id]].numpy())
@@ -58,6 +68,14 @@ def contact_sheet(path: Path, results: Sequence[Attribution], real: Tensor | Non
             draw.text((x, y + CELL + 4 + LINE), _short(record.metadata["object"]), FAINT, body)
             draw.text((x, y + CELL + 4 + 2 * LINE), _short(record.metadata["artist"]), FAINT, body)
     sheet.save(path, optimize=True)
+
+
+def _kind(result: Attribution) -> str:
+    """The attribute that the absent side lacks."""
+    present, absent = result.concept.present, result.concept.absent
+    assert not isinstance(present, str)
+    assert not isinstance(absent, str)
+    return next(key for key, value in present.items() if absent.get(key) != value)
 
 
 def _place(

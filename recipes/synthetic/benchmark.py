@@ -23,7 +23,7 @@ from recipes.benchmarks.tables import NOTE, markdown, summarised
 from recipes.benchmarks.variants import table_variants
 from recipes.synthetic.sampling import SAMPLERS, generate
 from recipes.synthetic.train import Run, train
-from recipes.synthetic.variants import VARIANTS, Combo, caption
+from recipes.synthetic.variants import VARIANTS, Combo, caption, prompt
 
 TIMESTEPS = 5
 QUERIES = {"paper": 16, "hard": 2}
@@ -52,11 +52,18 @@ def verified_seeds(run: Run, combo: Combo, wanted: int) -> list[int]:
 
 
 def concept(run: Run, combo: Combo, factor: str, counter: str) -> Concept:
-    """A combination against the same without the factor's token, or with its next value instead."""
+    """A combination against the same without the factor's token, or with its next value instead; of a model that reads
+    prompts, one of the two concepts of its prompt."""
+    values = run.data.variant.factors[factor]
+    other = values[(values.index(combo[factor]) + 1) % len(values)]
+    if run.facts["arguments"].get("condition") == "prompt":
+        if counter == "swapped":
+            return Concept(combo[factor], prompt(combo), prompt(combo | {factor: other}))
+        parts = Concept.split(prompt(combo), list(combo.values()))
+        return parts[list(combo).index(factor)]
     absent = {name: value for name, value in combo.items() if name != factor}
     if counter == "swapped":
-        values = run.data.variant.factors[factor]
-        absent[factor] = values[(values.index(combo[factor]) + 1) % len(values)]
+        absent[factor] = other
     return Concept(combo[factor], dict(combo), absent)
 
 
@@ -97,6 +104,7 @@ def main() -> None:
     )
     parser.add_argument("--variant", choices=list(VARIANTS), default="paper")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--condition", choices=("tokens", "prompt"), default="tokens")
     parser.add_argument("--methods", nargs="+", default=None, help="rows of the table; all by default")
     parser.add_argument("--timesteps", nargs="+", type=int, default=[TIMESTEPS], help="a row for each number")
     parser.add_argument("--counters", nargs="+", choices=COUNTER_CONDITIONS, default=list(COUNTER_CONDITIONS))
@@ -108,8 +116,9 @@ def main() -> None:
     honest: dict[str, list[dict[str, Tensor]]] = {}
     grids: dict[str, list[dict[str, dict[str, Tensor]]]] = {}
     for seed in args.seeds:
-        folder = args.runs / f"{args.variant}-{seed}"
-        run = train(folder, args.variant, seed)
+        by_prompt = "-prompt" if args.condition == "prompt" else ""
+        folder = args.runs / f"{args.variant}{by_prompt}-{seed}"
+        run = train(folder, args.variant, seed, condition=args.condition)
         asked = questions(run, QUERIES[args.variant])
         table = [
             replace(row, name=row.name if count == TIMESTEPS else f"{row.name}, {count} timesteps")
@@ -146,6 +155,7 @@ def main() -> None:
     seeds = " ".join(map(str, args.seeds))
     facts = {
         "command": f"python -m recipes.synthetic.benchmark --variant {args.variant} --seeds {seeds}"
+        + (f" --condition {args.condition}" if args.condition != "tokens" else "")
         + (f" --methods {' '.join(args.methods)}" if args.methods else "")
         + (f" --timesteps {' '.join(map(str, args.timesteps))}" if args.timesteps != [TIMESTEPS] else "")
         + (f" --counters {' '.join(args.counters)}" if len(args.counters) < len(COUNTER_CONDITIONS) else "")

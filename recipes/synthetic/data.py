@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from recipes.synthetic.render import render
-from recipes.synthetic.variants import Combo, Variant, caption, find_variant
+from recipes.synthetic.variants import Combo, Variant, caption, find_variant, prompt
 
 
 class Figures(Dataset[dict[str, Any]]):
@@ -47,6 +47,7 @@ class Figures(Dataset[dict[str, Any]]):
             **combo,
             "sample_id": f"{self.variant.name}-{index:05d}",
             "caption": caption(combo),
+            "prompt": prompt(combo),
         }
 
 

