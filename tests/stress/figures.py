@@ -17,7 +17,11 @@ RESULTS = Path(__file__).parent / "results"
 def keep(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> None:
     """Writes ``<name>.json`` and prints it."""
     module = sys.modules["__main__"].__spec__
-    command = shlex.join(["python", "-m", module.name if module else sys.argv[0], *sys.argv[1:]])
+    given = sys.argv[1:]
+    if "--results" in given:  # where they go says nothing of how they were made
+        at = given.index("--results")
+        given = given[:at] + given[at + 2 :]
+    command = shlex.join(["python", "-m", module.name if module else sys.argv[0], *given])
     versions = {"torch": torch.__version__, "lightning": lightning.__version__, "h5py": h5py.__version__}
     facts = {
         "command": command,
