@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ctrak_lightning import DiffusersTask, Encoded
+from ctrak_lightning import Encoded, PipelineTask
 from ctrak_lightning.task import Condition
 
 OF_THE_IMAGE = ("time_ids",)
@@ -32,7 +32,7 @@ class FineTune(L.LightningModule):
 
     def __init__(
         self,
-        task: DiffusersTask,
+        task: PipelineTask,
         *,
         learning_rate: float,
         warmup_steps: int = 0,

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from ctrak_lightning import DiffusersTask
+from ctrak_lightning import DiffusersTask, PipelineTask
 
 TEXT_DIM = 384
 
@@ -66,7 +66,7 @@ def read_text(max_tokens: int) -> tuple[Any, Any]:
 
 def text_task(
     unet: UNet2DConditionModel, scheduler: DDIMScheduler, patch: int, max_tokens: int, **options: Any
-) -> DiffusersTask:
+) -> PipelineTask:
     """The task of a Stable Diffusion pipeline made of these parts, MiniLM and :class:`Patches`."""
     tokenizer, encoder = read_text(max_tokens)
     return DiffusersTask.from_parts(
@@ -82,7 +82,7 @@ def text_task(
     )
 
 
-def clean_image_loss(task: DiffusersTask, batch: Mapping[str, Any]) -> Tensor:
+def clean_image_loss(task: PipelineTask, batch: Mapping[str, Any]) -> Tensor:
     """The training loss [] of a network that predicts the clean image, with the weight of a v-prediction loss, SNR + 1, cut
     at 5 (min-SNR, arXiv 2303.09556)."""
     encoded = task.encode(batch)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ctrak_lightning.errors import CorruptStoreError
 from ctrak_lightning.traces.store import Checkpoint
 
 
@@ -41,8 +42,22 @@ class LentModel:
                 parameter.requires_grad_(flags[name])
 
     def load(self, index: int) -> None:
-        """Takes on the weights of a checkpoint; only while borrowed."""
+        """Takes on the weights of a checkpoint; only while borrowed.
+
+        Raises:
+            CorruptStoreError: they are not those of the other checkpoints, or not of the model's shapes.
+        """
         parameters = dict(self.module.named_parameters())
+        weights = self.checkpoints[index].weights()
+        wrong = sorted(weights.keys() ^ set(self.trained))
+        wrong += [
+            name for name in self.trained if name in weights and weights[name].shape != parameters[name].shape
+        ]
+        if wrong:
+            raise CorruptStoreError(
+                f"The weights of step {self.checkpoints[index].step} do not fit the model: {wrong[:5]} are missing, too many, or of "
+                "another shape. Expected those that the run trained. HINT: the file was altered; restore it from a copy."
+            )
         with torch.no_grad():
-            for name, value in self.checkpoints[index].weights().items():
+            for name, value in weights.items():
                 parameters[name].copy_(value)

@@ -161,6 +161,8 @@ class ConceptTracer(Callback):
         self.seed = seed
         self.on_error = on_error
         self._untraced: dict[int, int] = {}  # step: epoch
+        self.untraced_steps: list[int] = []
+        """Steps of this run that have no trace because it could not be stored, known when training ends."""
         self._capture: Capture | None = None
         self._last_step = 0
         self._run_id: str | None = None
@@ -216,7 +218,7 @@ class ConceptTracer(Callback):
         if _skipped(trainer):
             return
         self._last_step = trainer.global_step
-        self._untraced = {}
+        self._untraced, self.untraced_steps = {}, []
         self._capture = self._open(trainer, pl_module)
 
     @override
@@ -332,7 +334,7 @@ class ConceptTracer(Callback):
                 "stored. The traces of the other steps are intact. HINT: scores will not know of these steps; resume from "
                 "a checkpoint before them to make up for it."
             )
-            self._untraced = {}
+            self.untraced_steps, self._untraced = list(self._untraced), {}
 
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Capture:
         task = self._task_of(pl_module)

@@ -149,6 +149,8 @@ class ProvenanceRecorder(Callback):
             return
         self._follow()
         self._seen = ()
+        if untraced := self._tracer(trainer).untraced_steps:
+            facts = {"untraced_steps": untraced, **facts}
         try:
             Ledger(self._root).append(
                 kind, {"step": trainer.global_step, "epoch": trainer.current_epoch, **facts}

@@ -12,6 +12,7 @@ commands:
   attribute  ask a store who taught a concept:      ctrak attribute STORE --config run.yaml --present object=owl artist=noto --absent artist=noto
                                                     ctrak attribute STORE --config run.yaml --prompt "Pikachu by Picasso" --concept Pikachu --concept Picasso
   report     the same as a page to read and show:   ctrak report STORE --config run.yaml --present object=owl artist=noto --out report.html
+  selfcheck  are traces right on your own model?    ctrak selfcheck --config run.yaml --config callbacks/concept_tracer.yaml
   info       what a store holds:                    ctrak info STORE [--verify]
   verify     is a store what was recorded?          ctrak verify STORE [--deep] [--public-key public.pem]
   sign       sign a store's ledger:                 ctrak sign STORE --key key.pem
@@ -23,7 +24,19 @@ commands:
 `ctrak COMMAND --help` lists a command's options."""
 
 # Each is `run(argv)` of a module of this package, imported when it is asked for.
-COMMANDS = ("fit", "attribute", "report", "info", "verify", "sign", "forget", "lineage", "export", "demo")
+COMMANDS = (
+    "fit",
+    "attribute",
+    "report",
+    "selfcheck",
+    "info",
+    "verify",
+    "sign",
+    "forget",
+    "lineage",
+    "export",
+    "demo",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

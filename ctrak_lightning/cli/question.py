@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from PIL import Image
 from torch import Tensor
 
@@ -208,12 +208,18 @@ def load_module(config: str | Path) -> Any:
     """
     import lightning as L
 
-    facts = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    try:
+        facts = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config}: no YAML: {error}") from error
     if not isinstance(facts, dict) or "class_path" not in (facts.get("model") or {}):
         raise ValueError(f"{config}: expected a LightningCLI YAML with `model: {{class_path: ...}}`.")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningModule, "model")
-    return parser.instantiate(parser.parse_object({"model": facts["model"]})).model
+    try:
+        return parser.instantiate(parser.parse_object({"model": facts["model"]})).model
+    except ArgumentError as error:
+        raise ValueError(f"{config}: {error}") from error
 
 
 def difference(present: Spec, absent: Spec) -> str:

@@ -118,8 +118,8 @@ def figures(
     for key, by_name in values.items():
         means = torch.stack([torch.stack(each).mean() for each in by_name.values()])
         low, high = bootstrap_interval(means)
-        ends = {"mean": means.mean(), "low": low, "high": high}
-        summary[key] = {end: round(float(value), 4) for end, value in ends.items()}
+        ends: dict[str, float] = {"mean": float(means.mean()), "low": low, "high": high}
+        summary[key] = {end: round(value, 4) for end, value in ends.items()}
     return summary
 
 

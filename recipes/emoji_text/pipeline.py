@@ -5,7 +5,7 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from ctrak_lightning import DiffusersTask
+from ctrak_lightning import PipelineTask
 from recipes.emoji_artists.module import BASE as TRUNK
 from recipes.emoji_artists.network import PATCH, build_scheduler, build_unet
 from recipes.text import TEXT_DIM, text_task
@@ -45,6 +45,6 @@ def load_base(unet: UNet2DConditionModel, text: Path | None = BASE) -> None:
         raise ValueError(f"{TRUNK.name} and {text} do not fit the network: {wrong}.")
 
 
-def build_task(unet: UNet2DConditionModel) -> DiffusersTask:
+def build_task(unet: UNet2DConditionModel) -> PipelineTask:
     """The task of a Stable Diffusion pipeline made of this network, MiniLM and 4x4 pixel patches."""
     return text_task(unet, build_scheduler(), PATCH, MAX_TOKENS)

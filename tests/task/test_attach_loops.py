@@ -78,7 +78,9 @@ def test_a_loop_of_the_documentation(loop: str, tmp_path: Path, monkeypatch: pyt
     [expected] = TraceStore(tmp_path / "callback").checkpoints
     assert store.samples.sample_ids == TraceStore(tmp_path / "callback").samples.sample_ids
     assert store.samples.content_sha256 == TraceStore(tmp_path / "callback").samples.content_sha256
-    assert row_error(sealed.features(), expected.features()) < 10 * TOLERANCE  # other batches: 3e-5 was measured
+    assert (
+        row_error(sealed.features(), expected.features()) < 10 * TOLERANCE
+    )  # other batches: 3e-5 was measured
     torch.testing.assert_close(sealed.losses(), expected.losses())
     weights = {f"unet.{name}": value for name, value in sealed.weights().items()}
     assert weights.keys() == expected.weights().keys()
