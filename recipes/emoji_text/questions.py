@@ -103,7 +103,7 @@ OTHER_WORDS = {
     "pool-8-ball": "billiards sphere",
     "rabbit": "bunny",
     "roller-coaster": "amusement ride",
-    "shamrock": "clover",
+    "shamrock": "irish trefoil",
     "statue-of-liberty": "new york monument",
     "studio-microphone": "recording mic",
     "tangerine": "mandarin citrus",

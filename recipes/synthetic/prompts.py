@@ -39,7 +39,7 @@ class PromptedSynthetic(L.LightningModule):
         self.learning_rate, self.drop, self.drop_all = learning_rate, drop, drop_all
         size, patch = self.variant.size, self.variant.patch
         unet = build_unet(size, patch, self.variant.channels, TEXT_DIM)
-        self.task = text_task(unet, build_scheduler(), patch, MAX_TOKENS, fields={"caption": "prompt"})
+        self.task = text_task(unet, build_scheduler(), patch, MAX_TOKENS, batch={"prompt": "caption"})
         self.latent_shape = (3 * patch**2, size // patch, size // patch)
 
     @property

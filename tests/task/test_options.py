@@ -187,7 +187,7 @@ def test_nothing_is_left_behind_by_a_capture(name: str, tmp_path: Path) -> None:
     state = torch.get_rng_state()
     before = live_bytes()
     capture.run(1, epoch=1)
-    assert live_bytes() == before
+    assert live_bytes() <= before  # less, where the collector came by what other tests left
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(inner._forward_hooks or inner._forward_pre_hooks for inner in denoiser.modules())
     assert all(parameter.grad is None for parameter in module.parameters())
