@@ -64,6 +64,13 @@ class Module(ToyDiffusion):
         return images
 
 
+class Silent(Module):
+    """Without ``self.log``, which PyTorch's compiler cannot see through."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        return ToyDiffusion.training_step(self, batch, batch_idx)
+
+
 class ByHand(Module):
     """Two optimizer steps a batch, by manual optimization."""
 
@@ -284,3 +291,40 @@ def test_half_precision_on_a_cpu_is_lightnings_to_refuse_or_run(tmp_path: Path) 
         assert TraceStore(tmp_path / "traces").verify() == []
     else:
         assert found is reference
+
+
+@pytest.mark.filterwarnings("ignore:.*Dynamo.*", "ignore:.*dynamo.*")
+@pytest.mark.parametrize("what", ["network", "module"])
+def test_a_compiled_module_trains_the_same_and_is_traced_as_itself(tmp_path: Path, what: str) -> None:
+    """``torch.compile`` with the eager backend: no compiler is needed, and hooks are cut out as with any other."""
+
+    def compiled() -> Any:
+        torch.compiler.reset()
+        module = Silent()
+        if what == "module":
+            return torch.compile(module, backend="eager")
+        module.denoiser.compile(backend="eager")
+        return module
+
+    plain, _ = trained(compiled(), [], {})
+    traced, _ = trained(compiled(), [tracer(tmp_path)], {})
+    assert all(torch.equal(traced[name], value) for name, value in plain.items())
+    trained(Silent(), [tracer(tmp_path / "eager")], {})
+    found, expected = (TraceStore(path / "traces").checkpoints for path in (tmp_path, tmp_path / "eager"))
+    assert [each.step for each in found] == [2, 4, 6, 8, 9]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.features(), other.features(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_spawned_processes_train_the_same_and_leave_one_store(tmp_path: Path) -> None:
+    """``ddp_spawn`` pickles trainer, callbacks and module."""
+    options: dict[str, Any] = {"strategy": "ddp_spawn", "devices": 2}
+    plain, _ = trained(Module(), [], options)
+    traced, _ = trained(Module(), [tracer(tmp_path)], options)
+    assert all(torch.equal(traced[name], value) for name, value in plain.items())
+    store = TraceStore(tmp_path / "traces")
+    assert store.verify() == []
+    # Two of the four batches of an epoch for each process: twelve samples in batches of four are two steps an epoch.
+    assert [each.step for each in store.checkpoints] == [2, 4, 6]
+    assert len(store.samples.sample_ids) == 12
