@@ -149,7 +149,7 @@ class Method:
                 residual=facts["residual"],
                 ensemble=facts["ensemble"],
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"Method.from_dict: these facts describe no method: {error!r}.") from error
 
 

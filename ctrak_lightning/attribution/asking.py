@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ctrak_lightning.attribution.lending import LentModel
 from ctrak_lightning.attribution.parts import concatenated
 from ctrak_lightning.attribution.pictures import weights_of
 from ctrak_lightning.attribution.query import Query, spec_key
-from ctrak_lightning.errors import GradientError, StoreMismatchError
+from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreMismatchError
 from ctrak_lightning.gradients import Engine, GradientTracer, Projection, tracing_mode
 from ctrak_lightning.inversion import inverted
 from ctrak_lightning.memory import RowLimit
@@ -26,6 +26,23 @@ from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.traces.schema import differences
 from ctrak_lightning.tracing import FeatureParts, QueryTrace, trace_query, warn_if_faint
 from ctrak_lightning.trajectory import Generated, Generation, Sampler, State, Trajectory, seeded_noise
+
+Built = TypeVar("Built")
+
+
+def described(store: TraceStore, what: str, build: Callable[[], Built]) -> Built:
+    """What a store's manifest describes, built.
+
+    Raises:
+        CorruptStoreError: it describes nothing that is known here.
+    """
+    try:
+        return build()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptStoreError(
+            f"{store.path}: its manifest describes no {what} that is known here ({error}). HINT: a store of a newer version wants that "
+            "version of ctrak-lightning; an altered one, its backup."
+        ) from error
 
 
 class Asker:
@@ -200,15 +217,16 @@ class Asker:
 
         Raises:
             StoreMismatchError: it would trace other layers.
+            CorruptStoreError: the manifest describes no projection.
         """
         if self._tracer is None:
             facts = self.store.header.projection
-            projection = Projection(**facts["projection"])
+            projection, layers = described(
+                self.store, "projection", lambda: (Projection(**facts["projection"]), facts["layers"])
+            )
             # Stores of training steps hold what has a hook and nothing else.
             engine: Engine = "auto" if facts.get("parameters_without_hook") else "hooks"
-            self._tracer = GradientTracer(
-                self.task.denoiser, projection, layers=facts["layers"], engine=engine
-            )
+            self._tracer = GradientTracer(self.task.denoiser, projection, layers=layers, engine=engine)
             refuse_differences("projection", facts, self._tracer.describe())
         return self._tracer
 

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from ctrak_lightning.attribution.asking import Asker, refuse_differences
+from ctrak_lightning.attribution.asking import Asker, described, refuse_differences
 from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.attribution.parts import Parts, score_parts
 from ctrak_lightning.attribution.query import Query
@@ -55,6 +55,7 @@ class Attributor(Questions):
     Raises:
         TaskError: the module is no DiffusionTask.
         StoreMismatchError: the store is of another model or method; the message names what differs.
+        CorruptStoreError: the manifest describes a method that is not known here.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Attributor(Questions):
             raise ValueError(f"Attributor(given={given!r}): expected one of {get_args(Given)}.")
         task = resolve_task(module, task)
         store = store if isinstance(store, TraceStore) else TraceStore(store)
-        method = method or Method.from_dict(store.header.method)
+        method = method or described(store, "method", lambda: Method.from_dict(store.header.method))
         sampler = sampler or Sampler()
         owner: nn.Module = module if isinstance(module, nn.Module) else task.denoiser
         questioner = Asker(store, owner, task, sampler=sampler, batch_size=batch_size, progress=progress)

@@ -1,5 +1,6 @@
 """Attributor against a dense reference: a per-sample loop for every gradient and numpy for the rest."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,14 @@ from ctrak_lightning import (
 )
 from ctrak_lightning.attribution.solve import AGREEMENT_GRID
 from ctrak_lightning.capture import Capture
-from ctrak_lightning.errors import ConceptError, GradientError, StoreError, StoreMismatchError, TaskError
+from ctrak_lightning.errors import (
+    ConceptError,
+    CorruptStoreError,
+    GradientError,
+    StoreError,
+    StoreMismatchError,
+    TaskError,
+)
 from ctrak_lightning.objective import (
     ChannelProbe,
     ConceptDirection,
@@ -512,6 +520,28 @@ def test_a_concept_the_model_has_not_learnt_is_reported(tmp_path: Path) -> None:
     Deaf.scale = 1e-3
     with pytest.warns(UserWarning, match="hardly learnt.*HINT|red.*hardly learnt"):
         attributor.attribute(RED)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda facts: facts["method"].pop("query_trajectory"), "method"),
+        (lambda facts: facts["method"]["training"]["objective"].update({"class": "os.system"}), "method"),
+        (lambda facts: facts["method"]["training"].update(normalisation="."), "method"),
+        (lambda facts: facts["method"].update(query=[None]), "method"),
+        (lambda facts: facts["projection"].update(projection="16"), "projection"),
+        (lambda facts: facts["projection"]["projection"].update(rank="16; --"), "projection"),
+    ],
+)
+def test_a_manifest_that_describes_nothing_known_is_told(tmp_path: Path, change: Any, what: str) -> None:
+    """An altered store, or one of a newer version."""
+    module = traced(tmp_path / "s", METHODS["per_sample"], steps=(1,))
+    manifest = tmp_path / "s" / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    change(facts)
+    manifest.write_text(json.dumps(facts))
+    with pytest.raises(CorruptStoreError, match=f"describes no {what} that is known here.*HINT"):
+        Attributor(tmp_path / "s", module, sampler=SAMPLER).query([RED])
 
 
 def test_an_interrupted_store_is_refused_with_the_way_on(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def altered_json(value: Any, draw: random.Random) -> Any:
         elif kind == 1 and isinstance(holder, dict):
             holder[draw.choice(TEXTS)] = holder.pop(key)
         else:
-            holder[key] = draw.choice(NASTY)
+            holder[key] = copy.deepcopy(draw.choice(NASTY))  # a list put into itself is no JSON
         if not value:
             break
     return value
