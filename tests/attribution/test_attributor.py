@@ -538,7 +538,7 @@ def test_a_manifest_that_describes_nothing_known_is_told(tmp_path: Path, change:
     module = traced(tmp_path / "s", METHODS["per_sample"], steps=(1,))
     manifest = tmp_path / "s" / "manifest.json"
     facts = json.loads(manifest.read_text())
-    change(facts)
+    change(facts["header"])
     manifest.write_text(json.dumps(facts))
     with pytest.raises(CorruptStoreError, match=f"describes no {what} that is known here.*HINT"):
         Attributor(tmp_path / "s", module, sampler=SAMPLER).query([RED])
