@@ -39,3 +39,7 @@ class DatasetChangedError(StoreMismatchError):
 
 class CorruptStoreError(StoreError):
     """A file of a trace store is missing, truncated or altered."""
+
+
+class ProcessLostError(RuntimeError):
+    """Another process of the run has died, or does not answer."""

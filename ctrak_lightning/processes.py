@@ -78,6 +78,7 @@ class DistributedProcesses(Processes):
 
     Raises:
         RuntimeError: ``torch.distributed`` has no processes yet.
+        ProcessLostError: by :meth:`gather` and :meth:`sum`, where another process has died, or has not answered for a day.
     """
 
     def __init__(self) -> None:
@@ -92,13 +93,26 @@ class DistributedProcesses(Processes):
     def gather(self, value: T) -> list[T]:
         # Pickled, but only from one process of the run to another: no file is read so.
         found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value, group=self._group)
+        with self._heard():
+            dist.all_gather_object(found, value, group=self._group)
         return found
 
     def sum(self, values: Tensor) -> Tensor:
         total = values.detach().cpu().clone()
-        dist.all_reduce(total, group=self._group)
+        with self._heard():
+            dist.all_reduce(total, group=self._group)
         return total
+
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # PyTorch has no kind of its own for a connection that breaks
+            raise errors.ProcessLostError(
+                f"Process {self.rank} of {self.count}: another process of this run has gone ({error}). What was sealed stays. HINT: "
+                "its own error, or a kill for lack of memory, stands before this one; then go on with `fit(ckpt_path=...)`, with any "
+                "number of processes."
+            ) from error
 
 
 ALONE = Processes()

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from ctrak_lightning import Capture, GradientTracer, Projection, TraceStore, methods
-from ctrak_lightning.errors import DatasetChangedError, GradientError
-from ctrak_lightning.processes import ALONE, Processes
+from ctrak_lightning.errors import DatasetChangedError, GradientError, ProcessLostError
+from ctrak_lightning.processes import ALONE, DistributedProcesses, Processes
 
 from .threads import together
 from .toy import ToyDiffusion, Toys
@@ -122,3 +123,18 @@ def test_shapes_that_differ_between_processes_are_refused_by_all(tmp_path: Path)
     errors = together(2, lambda processes: capture(tmp_path, batches, processes))
     assert [type(error) for error in errors] == [GradientError] * 2
     assert "(3, 8, 8) and (3, 8, 4)" in str(errors[0])
+
+
+@pytest.mark.parametrize("call", ["gather", "sum"])
+def test_a_process_that_has_gone_is_told_of_with_the_way_on(
+    monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def lost(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(dist, "all_gather_object", lost)
+    monkeypatch.setattr(dist, "all_reduce", lost)
+    process = object.__new__(DistributedProcesses)
+    process.rank, process.count, process._group = 1, 3, None
+    with pytest.raises(ProcessLostError, match="Process 1 of 3: another.*Connection reset.*HINT"):
+        getattr(process, call)(torch.ones(2))

@@ -11,6 +11,7 @@ import logging
 import shutil
 import tempfile
 import time
+import tracemalloc
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,16 +61,46 @@ def soak(root: Path, seconds: float) -> dict[str, Any]:
     }
 
 
+def places(root: Path, cycles: int) -> dict[str, Any]:
+    """The lines of code whose live Python objects grow with the cycles, by tracemalloc."""
+    for _ in range(20):  # whatever is imported and cached once
+        cycle(root / "run")
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.take_snapshot()
+    for _ in range(cycles):
+        cycle(root / "run")
+    gc.collect()
+    grown = tracemalloc.take_snapshot().compare_to(before, "lineno")
+    tracemalloc.stop()
+    rows = [
+        row for row in grown if row.count_diff >= cycles // 2
+    ]  # what comes with every other cycle at least
+    return {
+        "cycles": cycles,
+        "bytes_per_cycle": {
+            "/".join(Path(row.traceback[0].filename).parts[-3:]) + f":{row.traceback[0].lineno}": round(
+                row.size_diff / cycles
+            )
+            for row in rows
+        },
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--places", type=int, default=0, metavar="CYCLES", help="where memory grows, instead")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
+        if args.places:
+            keep("soak_places", places(Path(folder), args.places), args.results)
+            return
         keep("soak", soak(Path(folder), 60 * args.minutes), args.results)
 
 
