@@ -25,12 +25,16 @@ from tests.stress.figures import RESULTS, keep
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT_S = 600
 
+_WRITING = [
+    f"tests/traces/test_store_{name}.py"
+    for name in ("writer", "roundtrip", "crash", "background", "processes", "int8")
+]
 TARGETS: dict[str, list[str]] = {
     "ctrak_lightning/objective.py": ["tests/test_objective.py", "tests/test_method.py", "tests/gradients/test_modes.py"],
-    "ctrak_lightning/attribution/solve.py": ["tests/attribution/test_solve.py", "tests/attribution/test_numbers.py"],
-    "ctrak_lightning/traces/kernel.py": ["tests/attribution/test_solve.py", "tests/traces/test_store_roundtrip.py", "tests/traces/test_store_damage.py"],
-    "ctrak_lightning/traces/writer.py": ["tests/traces"],
-    "ctrak_lightning/traces/checkpoint_writer.py": ["tests/traces"],
+    "ctrak_lightning/attribution/solve.py": ["tests/attribution/test_solve.py", "tests/attribution/test_numbers.py", "tests/attribution/test_result.py", "tests/attribution/test_top.py"],
+    "ctrak_lightning/traces/kernel.py": ["tests/attribution/test_solve.py", "tests/attribution/test_top.py", "tests/traces/test_store_roundtrip.py", "tests/traces/test_store_damage.py"],
+    "ctrak_lightning/traces/writer.py": _WRITING,
+    "ctrak_lightning/traces/checkpoint_writer.py": _WRITING,
     "ctrak_lightning/gradients/layers.py": ["tests/gradients"],
     "ctrak_lightning/parameterization.py": ["tests/test_parameterization.py"],
 }  # fmt: skip
@@ -48,7 +52,12 @@ _ARITHMETIC = {
 def mutants(source: str) -> Iterator[tuple[int, str, str]]:
     """Line, what was done, and the mutated source, for every place where something can be done."""
     tree = ast.parse(source)
+    # `frozen` and `slots` of a dataclass are no behaviour of ours.
+    decorators = [each for node in ast.walk(tree) for each in getattr(node, "decorator_list", [])]
+    beside = {id(part) for each in decorators for part in ast.walk(each)}
     for number, node in enumerate(ast.walk(tree)):
+        if id(node) in beside:
+            continue
         for done in _ways(node):
             changed = copy.deepcopy(tree)
             target = next(each for i, each in enumerate(ast.walk(changed)) if i == number)
