@@ -55,7 +55,7 @@ class Capture:
         tracer: the gradient tracer of ``task.denoiser``.
         seed: of the trajectories' noise and of whatever is random in ``batches``.
         dtype: of the stored rows, ``"float32"``, ``"float16"`` or ``"int8"`` (each row also has a float32 norm and scale).
-        thumbnails: store small images for reports, where the task can decode.
+        thumbnails: store small images for reports, where the task has ``pictures`` or can decode.
         device: where batches are moved to.
         rows_at_once: samples per forward pass at most; None takes whole batches.
         processes: those that trace together, each the batches of its turn, into one folder that all of them see. They make their
@@ -182,7 +182,7 @@ class Capture:
                 disable=not self._shows_progress,
             ):
                 encoded = self._encode(batch)
-                images = thumbnails and hasattr(self.task, "decode")
+                images = self._pictures(batch, encoded) if thumbnails else None
                 own.append(
                     _Surveyed(
                         number,
@@ -190,11 +190,18 @@ class Capture:
                         encoded.sample_ids,
                         content_hashes(batch, encoded),
                         {name: list(map(str, values)) for name, values in encoded.metadata.items()},
-                        _thumbnails(self.task.decode(encoded.latents)) if images else None,
+                        None if images is None else _thumbnails(images),
                     )
                 )
         each = self._processes.gather(own)
         return sorted((batch for batches in each for batch in batches), key=lambda batch: batch.number)
+
+    def _pictures(self, batch: Any, encoded: Encoded) -> Tensor | None:
+        """What a person may be shown of a batch: its own images where the task has them, for decoding is dear and inexact."""
+        own: Tensor | None = self.task.pictures(batch) if hasattr(self.task, "pictures") else None
+        if own is not None:
+            return own
+        return self.task.decode(encoded.latents) if hasattr(self.task, "decode") else None
 
     def _encode(self, batch: Any) -> Encoded:
         return encode(self.task, _to(batch, self.device))

@@ -89,6 +89,13 @@ class PipelineTask(DiffusionTask, nn.Module):
             metadata=self.metadata(batch),
         )
 
+    def pictures(self, batch: Batch) -> Tensor | None:
+        """The batch's own images [B, 3, H, W] in [0, 1], for thumbnails; None where it holds latents, or images without colour."""
+        if self.has_column(batch, "latents"):
+            return None
+        images: Tensor = self.column(batch, "image")
+        return ((images.float() + 1) / 2).clamp(0, 1) if images.shape[1] == 3 else None
+
     def sample_ids(self, batch: Batch) -> list[str]:
         """The ids of a batch's samples."""
         return list(map(str, self.column(batch, "sample_id")))

@@ -73,6 +73,8 @@ class DiffusionTask:
     - ``id_column``: the key of the ids in a batch, optional: samples of a data set whose batches lack it are then numbered;
     - ``check_concept(name, present, absent)``: raises an error for a concept that cannot be asked, optional;
     - ``decode(latents)``: images [B, 3, H, W] in [0, 1], optional, for thumbnails and reports;
+    - ``pictures(batch)``: the batch's own images [B, 3, H, W] in [0, 1], or None if it has none, optional, for thumbnails of training
+      images without ``decode``;
     - ``latents(images)``: clean latents [B, ...] of images [B, 3, H, W] in [-1, 1], optional, for questions about images that were
       not generated here;
     - ``latent_mask(mask)``: a mask [H, W] of an image as weights of its latents, optional, for questions about a part of an image

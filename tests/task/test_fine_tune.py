@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ctrak_lightning import (
     Attributor,
+    Capture,
     Concept,
     DiffusersTask,
     GradientTracer,
@@ -223,3 +224,34 @@ def test_flows_of_another_shift_are_refused(tmp_path: Path) -> None:
     add_lora(task.denoiser)
     with pytest.raises(StoreMismatchError, match="model.noise_schedule"):
         Attributor(tmp_path, FineTune(task))
+
+
+@pytest.mark.parametrize("without", ["", "image", "colour"])
+def test_thumbnails_are_the_training_images_or_else_decoded(tmp_path: Path, without: str) -> None:
+    module = fine_tune("ddpm" if without == "colour" else "sd1")
+    rows = batch(SAMPLES)
+    if without == "image":
+        rows["latents"] = module.task.encode(rows).latents
+    if without == "colour":
+        rows["image"] = rows["image"].mean(1, keepdim=True)
+        assert module.task.pictures(rows) is None
+        return
+    columns = [{name: values[i] for name, values in rows.items()} for i in range(SAMPLES)]
+    capture = Capture(
+        str(tmp_path),
+        module,
+        module.task,
+        DataLoader(columns, 2),  # type: ignore[arg-type]
+        method=methods.d_trak(timesteps=1),
+        tracer=GradientTracer(module.task.denoiser, Projection(rank=4, dim=64)),
+        progress=False,
+    )
+    capture.run(0, epoch=0)
+    with torch.no_grad():
+        decoded = module.task.decode(module.task.encode(rows).latents)
+    expected = decoded if without == "image" else (rows["image"] + 1) / 2
+    found = TraceStore(tmp_path).samples.thumbnails
+    assert found is not None
+    torch.testing.assert_close(
+        found.permute(0, 3, 1, 2).float() / 255, expected, rtol=0, atol=0.5 / 255 + 1e-6
+    )
