@@ -23,24 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ctrak_lightning.cli import COMMANDS
 from tests.stress.figures import RESULTS, keep
 
 ROOT = Path(__file__).parent.parent.parent
 LOCK = ROOT / ".ci" / "requirements.lock"
 MALICIOUS = {"lightning": {"2.6.2", "2.6.3"}, "pytorch-lightning": {"2.6.2", "2.6.3"}}
-COMMANDS = [
-    "fit",
-    "attribute",
-    "report",
-    "info",
-    "selfcheck",
-    "verify",
-    "sign",
-    "forget",
-    "lineage",
-    "export",
-    "demo",
-]
 SHIPPED = re.compile(r"ctrak_lightning/|ctrak_lightning-[^/]+\.dist-info/")
 
 RECORDS = """
