@@ -111,3 +111,16 @@ def test_bad_schedulers_are_refused() -> None:
         NoiseSchedule(alpha_bar=torch.tensor([0.9, 0.5]), prediction_type="vv")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="alpha_bar"):
         NoiseSchedule(alpha_bar=torch.tensor([1.5]))
+
+
+def test_the_last_level_is_the_schedulers_own() -> None:
+    """Where a sampling step ends: at no noise, or at the first timestep's level where the scheduler says so."""
+    ddpm = NoiseSchedule.from_scheduler(DDPMScheduler())
+    assert ddpm.final_level == (1.0, 0.0)
+    assert (ddpm.steps_offset, ddpm.clip) == (0, 1.0)  # a DDPMScheduler clips by default
+    assert NoiseSchedule.from_scheduler(DDIMScheduler(set_alpha_to_one=True)).final_level == (1.0, 0.0)
+    scheduler = DDIMScheduler(set_alpha_to_one=False)
+    first = float(scheduler.alphas_cumprod[0])
+    found = NoiseSchedule.from_scheduler(scheduler).final_level
+    assert found == pytest.approx((first**0.5, (1 - first) ** 0.5), rel=1e-6)
+    assert found[1] > 0
