@@ -6,6 +6,8 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from ctrak_lightning.gradients.modes import is_compiled
+
 _HINT = 'HINT: mode="capture" traces any training loop.'
 
 
@@ -27,7 +29,7 @@ def refuse_what_inline_cannot_trace(
         name or type(module).__name__
         for root in (pl_module, denoiser)
         for name, module in root.named_modules()
-        if _is_compiled(module)
+        if is_compiled(module)
     ]
     if compiled:
         raise MisconfigurationException(
@@ -46,12 +48,3 @@ def loss_scale(trainer: L.Trainer) -> float:
 def grad_scaler(trainer: L.Trainer) -> Any:
     """The GradScaler of 16-bit mixed precision, or None."""
     return getattr(trainer.precision_plugin, "scaler", None)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    # Lightning puts a compiled LightningModule back to itself and notes it in `_compiler_ctx`.
-    return (
-        getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(module, "_orig_mod")
-        or getattr(module, "_compiler_ctx", None) is not None
-    )

@@ -1,6 +1,6 @@
 """The state a network is in while it is traced, and its restoration."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -37,27 +37,41 @@ def tracing_mode(module: nn.Module) -> Iterator[None]:
             "Tracing was started inside `torch.inference_mode()`, but needs autograd. HINT: wrap it in "
             "`with torch.inference_mode(False):` and `.clone()` there every tensor that was made in inference mode."
         )
-    flags = [(submodule, submodule.training) for submodule in module.modules()]
+    submodules = list(module.modules())
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.enable_grad())
         for device in {"cpu", *(parameter.device.type for parameter in module.parameters())} - {"meta"}:
             stack.enter_context(torch.autocast(device, enabled=False))
-        if any(_is_compiled(submodule) for submodule, _ in flags):
+        if any(map(is_compiled, submodules)):
             # A compiled graph does not call the hooks of its layers.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            for submodule, _ in flags:
-                # Not `.eval()`: an overridden `train()` may have effects of its own, such as merging weights.
-                submodule.training = False
-            yield
-        finally:
-            for submodule, training in flags:
-                submodule.training = training
+        stack.enter_context(evaluation(submodules))
+        yield
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+@contextmanager
+def evaluation(submodules: Iterable[nn.Module]) -> Iterator[None]:
+    """Evaluation mode of these modules, each by its own flag; each is as before on exit, also after an error."""
+    flags = [(submodule, submodule.training) for submodule in submodules]
+    try:
+        for submodule, _ in flags:
+            # Not `.eval()`: an overridden `train()` may have effects of its own, such as merging weights.
+            submodule.training = False
+        yield
+    finally:
+        for submodule, training in flags:
+            submodule.training = training
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` has this module itself."""
+    return (
+        getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module, "_orig_mod")
+        # Lightning puts a compiled LightningModule back to itself and notes it here.
+        or getattr(module, "_compiler_ctx", None) is not None
+    )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """PipelineTask: a diffusers pipeline as a DiffusionTask."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ctrak_lightning.errors import TaskError
+from ctrak_lightning.gradients.modes import evaluation
 from ctrak_lightning.parameterization import NoiseSchedule
 from ctrak_lightning.schedule import Schedule
 from ctrak_lightning.task.protocol import Condition, DiffusionTask, Encoded
@@ -186,22 +187,14 @@ class PipelineTask(DiffusionTask, nn.Module):
         """The dataset's name of the column of ids; samples of batches without it are numbered."""
         return self._names["sample_id"]
 
-    @contextmanager
-    def in_evaluation(self, *parts: str) -> Iterator[None]:
+    def in_evaluation(self, *parts: str) -> AbstractContextManager[None]:
         """Evaluation mode for parts that another module has in another mode."""
-        flags = [
-            (submodule, submodule.training)
+        return evaluation(
+            submodule
             for name in parts
             if self._is_borrowed and name in self.parts
             for submodule in getattr(self, name).modules()
-        ]
-        try:
-            for submodule, _ in flags:
-                submodule.training = False
-            yield
-        finally:
-            for submodule, training in flags:
-                submodule.training = training
+        )
 
     @property
     def device(self) -> torch.device:

@@ -48,7 +48,7 @@ SAVE_EVERY = 250
 
 
 class Whitened(nn.Module):
-    """Trains a matrix through ``weight = w @ whitening``: MiniLM's states vary 50 times more along some directions than
+    """Trains a matrix through ``weight = w @ whitening``: MiniLM's states vary far more along some directions than
     along others, and the objects differ along the small ones, which a gradient step on the matrix itself hardly moves."""
 
     def __init__(self, whitening: Tensor) -> None:

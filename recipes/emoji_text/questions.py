@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ctrak_lightning import Concept
+from recipes.emoji_artists import evaluate
 from recipes.emoji_artists.data import KINDS
 from recipes.emoji_text.captions import ARTIST_ONLY, BOTH, OBJECT_ONLY, caption, words
 from recipes.emoji_text.pipeline import MAX_TOKENS
@@ -15,16 +16,8 @@ from recipes.text import read_text
 
 
 @dataclass(frozen=True)
-class Question:
+class Question(evaluate.Question):
     """A held-out pair, as the prompt that draws it, and one of its two concepts."""
-
-    object: str
-    artist: str
-    kind: str
-
-    @property
-    def value(self) -> str:
-        return self.object if self.kind == "object" else self.artist
 
     @property
     def group(self) -> str:
