@@ -174,9 +174,10 @@ def test_a_short_fine_tune_from_yaml_is_asked_by_prompt(tmp_path: Path) -> None:
             "fit",
             *("--config", "recipes/emoji_text/finetune.yaml", "--config", "callbacks/concept_tracer.yaml"),
             *("--trainer.max_epochs", "8", "--trainer.enable_progress_bar", "false"),
+            *("--trainer.default_root_dir", str(tmp_path / "run")),
             *(
                 "--trainer.callbacks.dirpath",
-                str(tmp_path),
+                str(tmp_path / "traces"),
                 "--trainer.callbacks.method",
                 "concept_trak_norm",
             ),
@@ -185,7 +186,7 @@ def test_a_short_fine_tune_from_yaml_is_asked_by_prompt(tmp_path: Path) -> None:
     )
     data = EmojiCaptions(ARTISTS)
     asked = questions(data.held_out[::4])
-    attributor = Attributor(tmp_path, EmojiText(), sampler=Sampler(steps=10, guidance=2.5))
+    attributor = Attributor(tmp_path / "traces", EmojiText(), sampler=Sampler(steps=10, guidance=2.5))
     assert attributor.store.samples.metadata["caption"] == data.train_set.captions
     results = attributor.attribute_many([q.concept() for q in asked], seeds=0)
     scores = torch.stack([result.scores for result in results])
