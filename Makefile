@@ -19,11 +19,12 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# With LOCK=.ci/requirements.lock, as .ci/run has it, every package must be the very file whose sha256 is listed there.
+# With LOCK=.ci/requirements.lock, as .ci/run has it, every package must be the very file whose sha256 is listed there. The list is
+# whole, so nothing is resolved: pip would look for `coverage[toml]`, which it takes for another package than the pinned `coverage`.
 $(VENV)/.installed: pyproject.toml constraints.txt $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 ifdef LOCK
-	$(BIN)/python -m pip install --quiet --require-hashes --requirement $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $(LOCK)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 else
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"

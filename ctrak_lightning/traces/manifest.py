@@ -13,6 +13,7 @@ from ctrak_lightning.traces.atomic import FileRecord, write_atomically
 from ctrak_lightning.traces.schema import (
     BYTES_PER_VALUE,
     MANIFEST,
+    READABLE_SCHEMAS,
     SCHEMA_VERSION,
     CheckpointRecord,
     Manifest,
@@ -26,7 +27,8 @@ _EDITION = "(-e[1-9][0-9]{0,8})?"
 _SHARD_PATTERN = re.compile(rf"{_FOLDER}/rank[0-9]{{1,9}}-[0-9]{{5,9}}{_EDITION}\.h5")
 _SAMPLES_PATTERN = re.compile(rf"samples{_EDITION}\.h5")
 _FILE_PATTERN = re.compile(
-    rf"{_SAMPLES_PATTERN.pattern}|{_FOLDER}/(weights\.safetensors|(kernel|visits){_EDITION}\.h5)|{_SHARD_PATTERN.pattern}"
+    rf"{_SAMPLES_PATTERN.pattern}|{_SHARD_PATTERN.pattern}|{_FOLDER}/"
+    rf"((weights|buffers)\.safetensors|function\.h5|(kernel|visits|exposures){_EDITION}\.h5)"
 )
 _SHA256_PATTERN = re.compile("[0-9a-f]{64}")
 
@@ -120,11 +122,11 @@ def _manifest(content: Any, source: str) -> Manifest:
     if (
         isinstance(content, dict)
         and is_integer(content.get("schema"))
-        and content["schema"] != SCHEMA_VERSION
+        and content["schema"] not in READABLE_SCHEMAS
     ):
         raise StoreError(
             f"{source}: schema is {content['schema']}, this version of ctrak-lightning reads "
-            f"{SCHEMA_VERSION}. "
+            f"{' and '.join(map(str, READABLE_SCHEMAS))}. "
             "HINT: use the version that wrote the store."
         )
     content = _object(content, source, ("schema", "header", "run_id", "edition", "files", "checkpoints"))
@@ -206,7 +208,7 @@ def _check_files_belong(manifest: Manifest, source: str) -> None:
         raise _corrupt(f"{source}: files lacks {manifest.samples}, which the checkpoints refer to")
     owned = {manifest.samples}
     for record in manifest.checkpoints:
-        owned |= {record.weights, record.visits, *record.shards, *([record.kernel] if record.sealed else [])}
+        owned |= {*record.companions, *record.shards, *([record.kernel] if record.sealed else [])}
     if strangers := sorted(manifest.files.keys() - owned):
         raise _corrupt(f"{source}: files has {strangers[0]}, which belongs to no recorded checkpoint")
 

@@ -10,12 +10,17 @@ from typing import Any, Literal
 from ctrak_lightning.errors import StoreError
 from ctrak_lightning.traces.atomic import FileRecord
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
+READABLE_SCHEMAS = (4, SCHEMA_VERSION)
+"""4 knows nothing of exposures, buffers and the network's function; what it lacks is not compared."""
 MANIFEST = "manifest.json"
 SAMPLES = "samples.h5"
 WEIGHTS = "weights.safetensors"
 KERNEL = "kernel.h5"
 VISITS = "visits.h5"
+EXPOSURES = "exposures.h5"
+BUFFERS = "buffers.safetensors"
+FUNCTION = "function.h5"
 LEDGER = "ledger.jsonl"
 LEDGER_LOCK = "ledger.lock"
 LEDGER_SIGNATURE = "ledger.signature.json"
@@ -132,6 +137,26 @@ class CheckpointRecord:
     def visits(self) -> str:
         """Path of the visits relative to the store; the manifest lists it only if training itself left the traces."""
         return f"{self.folder}/{edition_name(VISITS, self.edition)}"
+
+    @property
+    def exposures(self) -> str:
+        """Path of the samples' exposures relative to the store; the manifest lists it only if they are known."""
+        return f"{self.folder}/{edition_name(EXPOSURES, self.edition)}"
+
+    @property
+    def buffers(self) -> str:
+        """Path of the buffers that training changes, relative to the store; the manifest lists it only if there are any."""
+        return f"{self.folder}/{BUFFERS}"
+
+    @property
+    def function(self) -> str:
+        """Path of the network's outputs on a fixed input, relative to the store; the manifest lists it only if they were stored."""
+        return f"{self.folder}/{FUNCTION}"
+
+    @property
+    def companions(self) -> set[str]:
+        """Paths of the files that a checkpoint may have beside its shards and kernel, relative to the store."""
+        return {self.weights, self.visits, self.exposures, self.buffers, self.function}
 
     def shard(self, rank: int) -> str:
         """Path of the shard to write next, relative to the store."""

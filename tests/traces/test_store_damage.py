@@ -236,7 +236,7 @@ RECORD = {"sha256": "0" * 64, "bytes": 1}
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        (("schema",), 1, "schema is 1, this version of ctrak-lightning reads 4"),
+        (("schema",), 1, "schema is 1, this version of ctrak-lightning reads 4 and 5"),
         (("schema",), "1", "schema"),
         (("schema",), True, "schema"),
         (("extra",), 1, r"unknown keys \['extra'\]"),
