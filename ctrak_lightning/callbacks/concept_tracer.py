@@ -23,7 +23,7 @@ from ctrak_lightning.callbacks.inline import (
     refuse_what_inline_cannot_trace,
 )
 from ctrak_lightning.capture import Capture
-from ctrak_lightning.errors import GradientError, StoreError, StoreMismatchError, TaskError
+from ctrak_lightning.errors import GradientError, ProcessLostError, TaskError
 from ctrak_lightning.gradients import GradientTracer, Projection
 from ctrak_lightning.inline import InlineCapture
 from ctrak_lightning.method import Method
@@ -66,17 +66,17 @@ class ConceptTracer(Callback):
         dtype: of stored rows, ``"float32"``, ``"float16"`` or ``"int8"`` (a quarter of the size; the ranking keeps).
         thumbnails: store small images for reports.
         seed: of the projection and of the trajectories' noise.
-        on_error: what becomes of training when a trace cannot be stored, because the disk is full, say. ``"warn"``, the
-            default: days of training are worth more than one checkpoint's traces, so training goes on as if the callback
-            were not there; the first failure is told at once and all steps without a trace when training ends, and the
-            next checkpoint is tried again. ``"raise"`` stops training with the StoreError, where a gap in the record is
-            worse than a lost run. What was sealed before stays either way. A store that cannot be opened when training
-            starts, and a caller's mistake (another data set, a gradient that is not finite), always raise.
+        on_error: what becomes of training when a checkpoint cannot be traced: the disk is full, an image is broken, ``encode`` or
+            the network raises, a gradient is not finite, memory runs out. ``"warn"``, the default: days of training are worth
+            more than one checkpoint's traces, so training goes on as if the callback were not there; the first failure is told
+            at once and all steps without a trace when training ends, and the next checkpoint is tried again. ``"raise"`` stops
+            training with the error, where a gap in the record is worse than a lost run. What was sealed before stays either
+            way. What does not fit when training starts always raises, and so does the loss of another process.
 
     Raises:
         MisconfigurationException: an argument out of range; a module that is no DiffusionTask; a sharded strategy; a folder
             that cannot be written, or that holds the traces of another run.
-        StoreError: a trace cannot be stored, under ``on_error="raise"``.
+        StoreError: a trace cannot be stored, under ``on_error="raise"``. (Other errors come as they are raised.)
 
     Warns:
         UserWarning: steps have no trace, under ``on_error="warn"``.
@@ -297,9 +297,9 @@ class ConceptTracer(Callback):
             return
         try:
             self._run(self._capture, trainer)
-        except StoreMismatchError:
+        except ProcessLostError:  # nothing can go on
             raise
-        except StoreError as error:  # the same in all processes: see Processes.together
+        except Exception as error:  # in all processes: see Processes.together
             if self.on_error == "raise":
                 raise
             self._note_untraced(trainer.global_step, trainer.current_epoch, error)
@@ -318,11 +318,11 @@ class ConceptTracer(Callback):
         self.last_seconds = time.monotonic() - started
         self._untraced.pop(step, None)
 
-    def _note_untraced(self, step: int, epoch: int, error: StoreError) -> None:
+    def _note_untraced(self, step: int, epoch: int, error: Exception) -> None:
         if not self._untraced:
             rank_zero_warn(
-                f"ConceptTracer(dirpath={self.dirpath!r}): step {step} has no trace: {error} Training goes on, the next "
-                "checkpoint is tried again, and all steps without a trace are told when training ends. HINT: "
+                f"ConceptTracer(dirpath={self.dirpath!r}): step {step} has no trace: {type(error).__name__}: {error} Training goes "
+                "on, the next checkpoint is tried again, and all steps without a trace are told when training ends. HINT: "
                 '`on_error="raise"` stops training instead.'
             )
         self._untraced.setdefault(step, epoch)
@@ -330,9 +330,9 @@ class ConceptTracer(Callback):
     def _tell_untraced(self) -> None:
         if self._untraced:
             rank_zero_warn(
-                f"ConceptTracer(dirpath={self.dirpath!r}): steps {list(self._untraced)} have no trace, because it could not be "
-                "stored. The traces of the other steps are intact. HINT: scores will not know of these steps; resume from "
-                "a checkpoint before them to make up for it."
+                f"ConceptTracer(dirpath={self.dirpath!r}): steps {list(self._untraced)} have no trace, because they could not be "
+                "traced or stored. The traces of the other steps are intact. HINT: scores will not know of these steps; resume "
+                "from a checkpoint before them to make up for it."
             )
             self.untraced_steps, self._untraced = list(self._untraced), {}
 

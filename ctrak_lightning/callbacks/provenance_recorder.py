@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from ctrak_lightning.callbacks.concept_tracer import ConceptTracer
-from ctrak_lightning.errors import StoreError
 from ctrak_lightning.fingerprint import trained_parameters, weights_digest
 from ctrak_lightning.provenance import environment
 from ctrak_lightning.provenance.facts import header_facts
@@ -31,7 +30,7 @@ class ProvenanceRecorder(Callback):
 
     It only reads: weights, random states and files of the store are left as they are. Its place among the callbacks does not
     matter. Of several processes the first one records. Settings are recorded as they are: keep secrets out of hyperparameters
-    and configuration files. Once training goes on, a ledger that cannot be written (a full disk) is warned of, and made up for
+    and configuration files. Once training goes on, a ledger that cannot be written (a full disk, say) is warned of, and made up for
     at the next checkpoint; it does not stop training.
 
     Args:
@@ -141,7 +140,7 @@ class ProvenanceRecorder(Callback):
         try:
             sync(self._root)
             self._seen = state
-        except (StoreError, OSError) as error:
+        except Exception as error:  # whatever it is, it must not end the training that it records
             self._warn(error)
 
     def _end(self, kind: Kind, trainer: L.Trainer, facts: dict[str, Any]) -> None:
@@ -155,13 +154,13 @@ class ProvenanceRecorder(Callback):
             Ledger(self._root).append(
                 kind, {"step": trainer.global_step, "epoch": trainer.current_epoch, **facts}
             )
-        except (StoreError, OSError) as error:
+        except Exception as error:  # whatever it is, it must not end the training that it records
             self._warn(error)
 
     def _warn(self, error: Exception) -> None:
         if not self._has_warned:
             rank_zero_warn(
-                f"ProvenanceRecorder: the ledger of {self._root} could not be written: {error} Training goes on; what is missing "
+                f"ProvenanceRecorder: the ledger of {self._root} could not be written: {type(error).__name__}: {error} Training goes on; what is missing "
                 "is recorded at the next checkpoint that can be."
             )
         self._has_warned = True

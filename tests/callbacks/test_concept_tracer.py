@@ -285,7 +285,7 @@ def test_a_capture_that_was_cut_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     keep = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", save_top_k=-1)
     monkeypatch.setattr(capture, "trace_batch", failing)
     with pytest.raises(RuntimeError, match="power cut"):
-        fit(ToyDiffusion(), [tracer(tmp_path), keep])
+        fit(ToyDiffusion(), [tracer(tmp_path, on_error="raise"), keep])
     monkeypatch.setattr(capture, "trace_batch", real)
     with pytest.warns(UserWarning, match=r"steps \[6\] are not sealed.*HINT"):
         assert [c.step for c in TraceStore(tmp_path / "traces").checkpoints] == [3]
@@ -355,7 +355,7 @@ def test_samples_that_change_between_captures_are_refused(tmp_path: Path) -> Non
     with pytest.raises(
         DatasetChangedError, match="differ from those the store began with.*HINT: no shuffling"
     ):
-        fit(ToyDiffusion(), [tracer(tmp_path)], data=Shuffled())
+        fit(ToyDiffusion(), [tracer(tmp_path, on_error="raise")], data=Shuffled())
     with pytest.warns(UserWarning, match="not sealed"):
         assert [c.step for c in TraceStore(tmp_path / "traces").checkpoints] == [3]
 
@@ -428,7 +428,7 @@ def test_gradients_that_are_not_finite_name_the_samples(tmp_path: Path) -> None:
             return encoded
 
     with pytest.raises(GradientError, match="not finite.*green-box-6"):
-        fit(Poisoned(), [tracer(tmp_path)])
+        fit(Poisoned(), [tracer(tmp_path, on_error="raise")])
 
 
 def test_trained_parameters_outside_the_denoiser_are_named(tmp_path: Path) -> None:

@@ -456,7 +456,7 @@ def test_a_gradient_that_is_not_finite_names_the_sample(tmp_path: Path) -> None:
     data = ToyData()
     data.toys.images[6] = float("nan")
     with pytest.raises(GradientError, match=r"not finite, for example \['green-box-6'\].*HINT"):
-        fit(ToyDiffusion(), [inline(tmp_path, thumbnails=False)], data=data)
+        fit(ToyDiffusion(), [inline(tmp_path, thumbnails=False, on_error="raise")], data=data)
 
 
 def test_modes_and_methods_that_do_not_fit_are_refused() -> None:

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -14,10 +16,12 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ctrak_lightning import TraceStore
+from ctrak_lightning import Encoded, TraceStore, methods
 from ctrak_lightning.callbacks import ConceptTracer
-from ctrak_lightning.errors import DatasetChangedError, GradientError, StoreError
+from ctrak_lightning.capture import Capture
+from ctrak_lightning.errors import GradientError, ProcessLostError, StoreError
 from ctrak_lightning.traces import IncompleteStoreWarning, checkpoint_writer
+from ctrak_lightning.trajectory import Inverted
 
 from ..toy import ToyDiffusion
 from .test_concept_tracer import ROOT, fit, tracer
@@ -110,16 +114,92 @@ def test_on_error_raise_stops_with_the_typed_error(tmp_path: Path, monkeypatch: 
     assert sealed(tmp_path) == [3]
 
 
-@pytest.mark.parametrize("mistake", [DatasetChangedError, GradientError, MisconfigurationException])
-def test_a_callers_mistake_is_raised_always(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: type[Exception]
-) -> None:
-    def wrong(*args: Any, **kwargs: Any) -> None:
-        raise mistake("wrong")
+class Faulty(ToyDiffusion):
+    """Raises in a capture after so many optimizer steps, in one member or another; its training steps are sound."""
 
-    monkeypatch.setattr("ctrak_lightning.capture.Capture.run", wrong)
-    with pytest.raises(mistake, match="wrong"):
-        fitted([tracer(tmp_path, on_error="warn")])
+    in_step = False
+
+    def fails(self, steps: int) -> bool:
+        return not self.in_step and self.trainer.global_step == steps and not self.trainer.sanity_checking
+
+    def encode(self, batch: dict[str, Any]) -> Encoded:
+        if self.fails(2):
+            raise OSError("the image is truncated")
+        encoded = super().encode(batch)
+        if self.fails(3):
+            encoded.latents[0] = float("nan")
+        if self.fails(4):
+            return replace(encoded, sample_ids=[f"another-{i}" for i in encoded.sample_ids])
+        return encoded
+
+    def condition(self, spec: Any, n: int) -> dict[str, torch.Tensor]:
+        if self.fails(5):
+            raise KeyError("no such word")
+        return super().condition(spec, n)
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self.fails(6):
+            raise RuntimeError("expected input to have 9 channels")
+        if self.fails(7):
+            raise MemoryError
+        if self.fails(8):
+            raise MisconfigurationException("a name was changed")
+        return super().predict(x_t, t, condition)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        self.in_step = True
+        loss = super().training_step(batch, batch_idx)
+        self.in_step = False
+        return loss
+
+
+GUIDED = replace(methods.d_trak(), training_trajectory=Inverted(steps=1, guidance=2.0))
+
+
+def test_whatever_a_capture_raises_costs_its_own_checkpoint_only(tmp_path: Path) -> None:
+    plain = fitted([])
+    module, seen = Faulty(dropout=0.2), []
+
+    class After(L.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            layers = list(pl_module.modules())
+            hooks = sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers)
+            seen.append((all(layer.training for layer in layers), hooks, torch.is_grad_enabled()))
+
+    L.seed_everything(5, verbose=False)
+    callback = tracer(tmp_path, method=GUIDED, every_n_epochs=None, every_n_train_steps=1)
+    with pytest.warns(UserWarning, match="no trace") as caught:
+        fit(module, [callback, After()], max_epochs=3)
+    told = [str(warning.message) for warning in caught if "ConceptTracer" in str(warning.message)]
+    assert len(told) == 2
+    assert "step 2 has no trace: OSError: the image is truncated" in told[0]
+    assert "steps [2, 3, 4, 5, 6, 7, 8] have no trace" in told[1]
+    assert callback.untraced_steps == [2, 3, 4, 5, 6, 7, 8]
+    assert sealed(tmp_path) == [1, 9]
+    assert seen == [(True, 0, True)] * 9
+    assert all(torch.equal(plain[name], module.state_dict()[name]) for name in plain)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ProcessLostError])
+def test_an_end_of_the_process_is_no_failure_of_a_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def ending(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("ctrak_lightning.capture.Capture.run", ending)
+    monkeypatch.setattr(Capture, "__init__", lambda self: None)
+    callback = tracer(tmp_path)
+    callback._capture = Capture()  # type: ignore[call-arg]
+    callback._capture.writer = SimpleNamespace(sealed_steps=[])  # type: ignore[assignment]
+    with pytest.raises(error):
+        callback._trace(SimpleNamespace(global_step=3, current_epoch=1, optimizers=[]))  # type: ignore[arg-type]
+
+
+def test_on_error_raise_stops_with_whatever_it_was(tmp_path: Path) -> None:
+    callback = tracer(tmp_path, method=GUIDED, every_n_epochs=None, every_n_train_steps=3, on_error="raise")
+    with pytest.raises(GradientError, match="not finite.*red-dot-0"):
+        fit(Faulty(), [callback])
 
 
 def test_an_unknown_choice_is_refused() -> None:
