@@ -83,7 +83,7 @@ class Attributor(Questions):
         owner: nn.Module = module if isinstance(module, nn.Module) else task.denoiser
         questioner = Asker(store, owner, task, sampler=sampler, batch_size=batch_size, progress=progress)
         super().__init__(store, task, method=method, sampler=sampler, given=given, asker=questioner)
-        self._log = QueryLog(store.path, asker) if record else None
+        self._log = QueryLog(store.path, store.edition, asker) if record else None
         refuse_differences("method.training", store.header.method["training"], method.training_dict())
         mine = model_fingerprint(owner, questioner.model.trained, task.noise_schedule)
         refuse_differences("model", store.header.model, mine)

@@ -25,8 +25,8 @@ from ctrak_lightning.inspection.hparams import method_hparams, write_hparams
 from ctrak_lightning.schedule import Schedule
 from ctrak_lightning.task import resolve_task
 from ctrak_lightning.traces import TraceStore
+from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.traces.samples import column_names
-from ctrak_lightning.traces.schema import SAMPLES
 from ctrak_lightning.trajectory import Generated, Sampler, Trajectory
 
 OnError = Literal["raise", "warn"]
@@ -220,7 +220,8 @@ class ConceptMonitor(Callback):
     def _check_group(self, run: _Run) -> None:
         if self.group is None:
             return
-        known = column_names(Path(run.tracer.dirpath) / SAMPLES)
+        root = Path(run.tracer.dirpath)
+        known = column_names(root / read_manifest(root).samples)
         if self.group in known:
             return
         run.group = None

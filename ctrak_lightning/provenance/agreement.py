@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from ctrak_lightning.provenance.facts import checkpoint_facts, header_facts
+from ctrak_lightning.provenance.facts import checkpoint_facts, header_facts, other_facts, samples_facts
 from ctrak_lightning.provenance.history import History
 from ctrak_lightning.traces.schema import CheckpointRecord, Manifest, differences
 
 
-def disagreements(manifest: Manifest, history: History) -> list[str]:
-    """One line for everything that both describe, differently; what only one has is not looked at."""
+def disagreements(manifest: Manifest, history: History, salt: bytes | None) -> list[str]:
+    """One line for everything that both describe, differently; what only one has is not looked at.
+
+    Args:
+        manifest: of the store.
+        history: what its ledger says.
+        salt: of the edition that the ledger ends with, None where it cannot be read: files are not compared then.
+    """
     found = []
     if history.run_id is not None and manifest.run_id != history.run_id:
         found.append(
@@ -28,16 +34,15 @@ def disagreements(manifest: Manifest, history: History) -> list[str]:
             f"manifest.json: edition is {manifest.edition}, the ledger records {history.edition}: samples were forgotten, or "
             "brought back, without an entry",
         ]
-    known = manifest.files.get(manifest.samples)
-    mine = None if known is None else {"path": manifest.samples, "sha256": known.sha256, "bytes": known.bytes}
+    found += _told("manifest.json: header.dataset", history.dataset["header"], other_facts(manifest.header))
+    if salt is None:
+        return found
+    mine = samples_facts(manifest, salt) if manifest.samples in manifest.files else None
     found += _told("manifest.json: samples", history.dataset["samples"], mine)
-    kept = history.dataset["header"]
-    given = {name: manifest.header.dataset.get(name) for name in kept}
-    found += _told("manifest.json: header.dataset", kept, given)
     for record in _sealed(manifest):
         if record.step in history.checkpoints:
             recorded = history.checkpoints[record.step]
-            now = checkpoint_facts(manifest, record, recorded["weights"])
+            now = checkpoint_facts(manifest, record, recorded["weights"], salt)
             found += _told(f"manifest.json: checkpoint {record.step}", recorded, now)
     return found
 

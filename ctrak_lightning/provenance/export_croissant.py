@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ctrak_lightning.provenance.recorded_store import RecordedStore
+from ctrak_lightning.traces.manifest import read_manifest
 
 CONTEXT: dict[str, Any] = {
     "@language": "en",
@@ -60,6 +61,8 @@ def croissant(path: str | Path) -> dict[str, Any]:
     """
     recorded = RecordedStore.open(path)
     table, dataset = recorded.store.samples, recorded.history.dataset or {}
+    manifest = read_manifest(recorded.store.path)
+    file = manifest.files[manifest.samples]  # its own digest, which the ledger keeps salted
     columns = {"sample_id": table.sample_ids, "content_sha256": table.content_sha256}
     described = {
         "sample_id": "The id of the sample in its data set.",
@@ -81,12 +84,12 @@ def croissant(path: str | Path) -> dict[str, Any]:
         "distribution": [
             {
                 "@type": "cr:FileObject",
-                "@id": dataset["samples"]["path"],
-                "name": dataset["samples"]["path"],
-                "contentUrl": dataset["samples"]["path"],
-                "contentSize": f"{dataset['samples']['bytes']} B",
+                "@id": manifest.samples,
+                "name": manifest.samples,
+                "contentUrl": manifest.samples,
+                "contentSize": f"{file.bytes} B",
                 "encodingFormat": "application/x-hdf5",
-                "sha256": dataset["samples"]["sha256"],
+                "sha256": file.sha256,
             }
         ],
         "recordSet": [

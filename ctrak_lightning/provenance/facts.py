@@ -8,11 +8,11 @@ from typing import Any
 
 from ctrak_lightning.errors import CorruptStoreError
 from ctrak_lightning.fingerprint import weights_digest
-from ctrak_lightning.provenance.commitments import Commitments, read_commitments, write_commitments
+from ctrak_lightning.provenance.commitments import Commitments, read_commitments, salted, write_commitments
 from ctrak_lightning.provenance.history import HEADER_FIELDS, History
 from ctrak_lightning.traces.arrays import check_digest, corrupt
 from ctrak_lightning.traces.atomic import FileRecord, sha256_of, write_atomically
-from ctrak_lightning.traces.samples import SampleTable, read_samples
+from ctrak_lightning.traces.samples import SAMPLE_FACTS, SampleTable, read_samples
 from ctrak_lightning.traces.schema import COMMITMENTS, CheckpointRecord, Manifest, StoreHeader, edition_name
 from ctrak_lightning.traces.store import read_weights
 
@@ -24,25 +24,37 @@ def header_facts(header: StoreHeader) -> dict[str, Any]:
     return {name: value for name, value in header.to_dict().items() if name in HEADER_FIELDS}
 
 
-def dataset_facts(manifest: Manifest, table: SampleTable, commitments: dict[str, Any]) -> dict[str, Any]:
-    """What is said of the samples: nothing from which one could be told, once its salt is gone."""
+def dataset_facts(
+    manifest: Manifest, table: SampleTable, commitments: dict[str, Any], salt: bytes = b""
+) -> dict[str, Any]:
+    """What is said of the samples: nothing from which one could be told, once its salt and the edition's ``salt`` are gone."""
     return {
         "edition": manifest.edition,
         "size": len(table),
         "columns": sorted(table.metadata),
         "thumbnails": table.thumbnails is not None,
-        "samples": {"path": manifest.samples, **asdict(manifest.files[manifest.samples])},
+        "samples": samples_facts(manifest, salt),
         "commitments": commitments,
-        "header": {
-            name: value for name, value in manifest.header.dataset.items() if name not in table.facts()
-        },
+        "header": other_facts(manifest.header),
     }
 
 
-def checkpoint_facts(manifest: Manifest, record: CheckpointRecord, weights: str | None) -> dict[str, Any]:
-    """What is said of a sealed checkpoint; ``weights`` is their digest, if they are stored."""
-    owned = [record.weights, record.visits, record.kernel, *record.shards]
-    files = {path: asdict(manifest.files[path]) for path in owned if path in manifest.files}
+def samples_facts(manifest: Manifest, salt: bytes) -> dict[str, Any]:
+    """What is said of the file of the sample table; ``salt`` is the edition's."""
+    return {"path": manifest.samples, **_salted_file(manifest.files[manifest.samples], salt)}
+
+
+def other_facts(header: StoreHeader) -> dict[str, Any]:
+    """What a store's header says of its data set and the sample table does not."""
+    return {name: value for name, value in header.dataset.items() if name not in SAMPLE_FACTS}
+
+
+def checkpoint_facts(
+    manifest: Manifest, record: CheckpointRecord, weights: str | None, salt: bytes = b""
+) -> dict[str, Any]:
+    """What is said of a sealed checkpoint; ``weights`` is their digest, if they are stored, ``salt`` the edition's."""
+    owned = sorted({*record.companions, record.kernel, *record.shards} & manifest.files.keys())
+    files = {path: _salted_file(manifest.files[path], salt) for path in owned}
     known = {name: getattr(record, name) for name in _RECORD_FIELDS} | {"shards": list(record.shards)}
     return known | {"weights": weights, "files": files}
 
@@ -68,7 +80,7 @@ def forget_facts(root: Path, manifest: Manifest, history: History) -> dict[str, 
     return {
         "edition": manifest.edition,
         "tombstones": tombstones,
-        "dataset": dataset_facts(manifest, table, commitment_facts(path, after)),
+        "dataset": dataset_facts(manifest, table, commitment_facts(path, after), after.salt),
         "checkpoints": [
             checkpoint_facts(
                 manifest,
@@ -76,6 +88,7 @@ def forget_facts(root: Path, manifest: Manifest, history: History) -> dict[str, 
                 known[record.step]["weights"]
                 if record.step in known
                 else stored_digest(root, manifest, record),
+                after.salt,
             )
             for record in manifest.checkpoints
             if record.sealed
@@ -127,6 +140,10 @@ def stored_digest(root: Path, manifest: Manifest, record: CheckpointRecord) -> s
     if record.weights not in manifest.files:
         return None
     return weights_digest(read_weights(root / record.weights, manifest.files[record.weights]))
+
+
+def _salted_file(known: FileRecord, salt: bytes) -> dict[str, Any]:
+    return {"sha256": salted(known.sha256, salt), "bytes": known.bytes}
 
 
 def _commitment_facts(name: str, known: FileRecord, commitments: Commitments) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from ctrak_lightning.provenance.facts import put_commitments, stored_commitments
 from ctrak_lightning.provenance.history import replay
 from ctrak_lightning.provenance.ledger import Ledger
 from ctrak_lightning.provenance.lock import exclusive
+from ctrak_lightning.provenance.query_log import LedgerWarning
 from ctrak_lightning.provenance.recording import complete, remove_old_commitments, require_agreement
 from ctrak_lightning.traces.manifest import read_manifest, write_manifest
 from ctrak_lightning.traces.records import remove_unrecorded
@@ -59,6 +61,9 @@ def forget(path: str | Path, sample_ids: Sequence[str]) -> Forgotten:
     Raises:
         StoreError: an id is unknown (names near ones), all samples would go, or a file cannot be written; nothing was changed.
         CorruptStoreError: the store is not what its manifest and its ledger say; nothing was changed.
+
+    Warns:
+        LedgerWarning: an earlier version, which salted less, made the entries of what is forgotten: a row can be guessed from them.
     """
     root = Path(path)
     read_manifest(root)
@@ -84,6 +89,8 @@ def forget(path: str | Path, sample_ids: Sequence[str]) -> Forgotten:
                     remove_unrecorded(root, manifest)
             raise
         _finish(root)
+    if commitments is not None and not commitments.salt:
+        _warn_of_unsalted(root)
     known = set() if commitments is None else set(commitments.without(gone).hexadecimal())
     return Forgotten(
         sample_ids=[table.sample_ids[i] for i in gone],
@@ -132,6 +139,16 @@ def _checked(root: Path, manifest: Manifest) -> Commitments | None:
             f"{root}: its ledger has no entry of the samples yet. HINT: let the run with ProvenanceRecorder begin training first."
         )
     return stored_commitments(root, history.dataset)
+
+
+def _warn_of_unsalted(root: Path) -> None:
+    warnings.warn(
+        f"{root}: an earlier version of ctrak-lightning made the ledger's entries of what is forgotten now, and put digests of files "
+        "into them without a salt. Whoever guesses such a row in full, and has the other rows, can see from them that it was there. "
+        "HINT: where that matters, keep the ledger from others; what is recorded from now on is salted.",
+        LedgerWarning,
+        stacklevel=3,
+    )
 
 
 def _check_files(root: Path, after: Manifest) -> None:

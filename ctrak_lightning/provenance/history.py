@@ -58,7 +58,8 @@ class History:
         return 0 if self.dataset is None else int(self.dataset["edition"])
 
     def files(self) -> dict[str, FileRecord]:
-        """Every file that the ledger vouches for, by path relative to the store."""
+        """Every file that the ledger vouches for, by path relative to the store; but for the commitments with digests that are
+        :func:`~ctrak_lightning.provenance.commitments.salted`."""
         found = {}
         if self.dataset is not None:
             for name in ("samples", "commitments"):
@@ -77,8 +78,12 @@ class History:
         elif entry.kind in ("run_ended", "run_failed"):
             self.ends.append(entry)
         elif entry.kind == "dataset":
+            if self.dataset is not None:
+                raise ValueError("the samples have been described before; only a `forget` changes them")
             self.dataset = _dataset(facts)
         elif entry.kind == "checkpoint":
+            if int(facts["step"]) in self.checkpoints:
+                raise ValueError(f"checkpoint {facts['step']} was recorded before and not discarded since")
             self.checkpoints |= _checkpoints([facts])
             self.made[int(facts["step"])] = entry
         elif entry.kind == "discarded":
@@ -88,6 +93,9 @@ class History:
         elif entry.kind == "query":
             self.queries.append(entry)
         elif entry.kind == "forget":
+            expected = self.edition + 1
+            if self.dataset is None or not facts["edition"] == facts["dataset"]["edition"] == expected:
+                raise ValueError(f"edition is {facts['edition']!r}, expected {expected}")
             self.dataset = _dataset(facts["dataset"])
             self.forgets.append(entry)
             self.checkpoints = _checkpoints(facts["checkpoints"])

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ctrak_lightning.errors import StoreError
+from ctrak_lightning.provenance.commitments import edition_salt, salted
 from ctrak_lightning.provenance.environment import json_value
 from ctrak_lightning.provenance.ledger import Ledger
 
@@ -24,11 +25,13 @@ class QueryLog:
 
     Args:
         root: folder of the store.
+        edition: of its files, as they are read.
         asker: who asks, or None.
     """
 
-    def __init__(self, root: Path, asker: str | None) -> None:
+    def __init__(self, root: Path, edition: int, asker: str | None) -> None:
         self._ledger = Ledger(root)
+        self._edition = edition
         self._asker = asker
         self._has_warned = False
 
@@ -60,21 +63,21 @@ class QueryLog:
         if not self._ledger.exists:
             return
         shared = {"steps": list(steps), "samples": samples, "asker": self._asker}
-        each = [
-            shared
-            | {
-                "method": method,
-                "concept": json_value(concept),
-                "seed": seed,
-                "damping": damping,
-                "count": len(answer[0]),
-                "result_sha256": result_digest(*answer),
-            }
-            for concept, seed, method, damping, answer in zip(
-                concepts, seeds, methods, dampings, answers, strict=True
-            )
-        ]
+        asked = list(zip(concepts, seeds, methods, dampings, answers, strict=True))
         try:
+            salt = edition_salt(self._ledger.root, self._edition)
+            each = [
+                shared
+                | {
+                    "method": method,
+                    "concept": _salted_images(json_value(concept), salt),
+                    "seed": seed,
+                    "damping": damping,
+                    "count": len(answer[0]),
+                    "result_sha256": salted(result_digest(*answer), salt),
+                }
+                for concept, seed, method, damping, answer in asked
+            ]
             self._ledger.append_all([("query", facts) for facts in each])
         except StoreError as error:
             self._warn(error)
@@ -88,6 +91,14 @@ class QueryLog:
                 stacklevel=5,
             )
         self._has_warned = True
+
+
+def _salted_images(concept: dict[str, Any], salt: bytes) -> dict[str, Any]:
+    """A question may be about a sample's own picture, which the ledger must not remember once the sample is forgotten."""
+    given = {name: concept[name] for name in ("image", "mask") if isinstance(concept.get(name), dict)}
+    return concept | {
+        name: value | {"sha256": salted(value["sha256"], salt)} for name, value in given.items()
+    }
 
 
 def result_digest(sample_ids: Sequence[str], scores: Sequence[float]) -> str:

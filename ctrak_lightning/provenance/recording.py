@@ -12,7 +12,7 @@ from ctrak_lightning.provenance.agreement import (
     missing_steps,
     unrecorded_steps,
 )
-from ctrak_lightning.provenance.commitments import commit, is_commitments
+from ctrak_lightning.provenance.commitments import commit, edition_salt, is_commitments
 from ctrak_lightning.provenance.facts import (
     checkpoint_facts,
     dataset_facts,
@@ -85,7 +85,8 @@ def remove_old_commitments(root: Path, manifest: Manifest) -> None:
 
 def require_agreement(root: Path, manifest: Manifest, history: History) -> None:
     """Raises a CorruptStoreError where the store is not what the ledger says of it: recording on would hide that."""
-    if found := disagreements(manifest, history):
+    salt = None if history.dataset is None else edition_salt(root, history.edition)
+    if found := disagreements(manifest, history, salt):
         raise CorruptStoreError(
             f"{root} is not what its ledger says: {'; '.join(found[:3])}. HINT: `ctrak verify` names all that differs. A run "
             "without ProvenanceRecorder that captured a checkpoint again does this too; discard the checkpoint then."
@@ -108,13 +109,14 @@ def _sync(root: Path, news: list[tuple[Kind, dict[str, Any]]]) -> list[Entry]:
     added += news
     if history.dataset is None and manifest.samples in manifest.files:
         table = stored_table(root, manifest)
-        commitments = put_commitments(root, manifest.edition, commit(table))
-        added.append(("dataset", dataset_facts(manifest, table, commitments)))
+        commitments = commit(table)
+        known = put_commitments(root, manifest.edition, commitments)
+        added.append(("dataset", dataset_facts(manifest, table, known, commitments.salt)))
     if missing := missing_steps(manifest, history):
         added.append(("discarded", {"steps": missing}))
     for record in unrecorded_steps(manifest, history):
-        weights = stored_digest(root, manifest, record)
-        added.append(("checkpoint", checkpoint_facts(manifest, record, weights)))
+        weights, salt = stored_digest(root, manifest, record), edition_salt(root, manifest.edition)
+        added.append(("checkpoint", checkpoint_facts(manifest, record, weights, salt)))
     entries = ledger.write(added) if added else []
     remove_old_commitments(root, manifest)
     return entries

@@ -25,8 +25,9 @@ _KEYS = {"algorithm", "entries", "head", "public_key", "run_id", "time", "signat
 def sign(path: str | Path, key: str | Path) -> dict[str, Any]:
     """Signs the ledger of a store as it is now, in place of an earlier signature.
 
-    The signature covers how many entries there are, the hash of the last one, and with that all of them. Entries may be added
-    later; they are not covered until it is signed again.
+    The signature covers how many entries there are, the hash of the last one, and with that all of them. Questions may be added
+    later, uncovered; after anything else the store has to be signed again. Run :func:`~ctrak_lightning.provenance.verify` first:
+    a signature vouches for what it finds.
 
     Args:
         path: folder of the store.
@@ -66,8 +67,8 @@ def signature_problems(
     Args:
         root: folder of the store.
         entries: of its ledger.
-        public_key: PEM file of the key that must have signed. Without it a signature only shows that whoever signed had the
-            key that stands beside it.
+        public_key: PEM file of the key that must have signed, everything but the questions asked since. Without it a signature
+            only shows that whoever signed had the key that stands beside it.
 
     Raises:
         StoreError: ``public_key`` cannot be used, or the ``sign`` extra is not installed.
@@ -90,7 +91,19 @@ def signature_problems(
         )
     elif entries[count - 1].sha256 != document["head"]:
         problems.append(f"{LEDGER}: entry {count - 1} is not the one that was signed")
+    elif expected is not None:
+        problems += _unsigned(entries[count:])
     return problems
+
+
+def _unsigned(later: Sequence[Entry]) -> list[str]:
+    """Questions change nothing of what is asked; whatever else came after the signature, anybody can have written."""
+    return [
+        f"{LEDGER}: entry {entry.sequence} ({entry.kind}) came after the signature, which does not vouch for it. HINT: hold the "
+        "store against what you know to have happened since, then sign again"
+        for entry in later
+        if entry.kind != "query"
+    ]
 
 
 def read_signature(root: Path) -> dict[str, Any] | None:

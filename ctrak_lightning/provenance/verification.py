@@ -12,7 +12,7 @@ from ctrak_lightning.provenance.agreement import (
     missing_steps,
     unrecorded_steps,
 )
-from ctrak_lightning.provenance.commitments import is_commitments, named
+from ctrak_lightning.provenance.commitments import edition_salt, is_commitments, named, salted
 from ctrak_lightning.provenance.facts import stored_commitments, stored_table
 from ctrak_lightning.provenance.history import History, replay
 from ctrak_lightning.provenance.ledger import Chain, Ledger
@@ -27,9 +27,11 @@ from ctrak_lightning.traces.schema import (
     LEDGER_LOCK,
     LEDGER_SIGNATURE,
     MANIFEST,
+    READABLE_SCHEMAS,
     CheckpointRecord,
     Manifest,
     differences,
+    edition_name,
 )
 from ctrak_lightning.traces.store import read_weights
 from ctrak_lightning.traces.stored_rows import StoredRows
@@ -49,7 +51,8 @@ def verify(path: str | Path, *, deep: bool = False, public_key: str | Path | Non
     Args:
         path: folder of the store.
         deep: also compute the kernels anew from the shards, which takes as long as sealing did.
-        public_key: PEM file of the Ed25519 key that the ledger must be signed with.
+        public_key: PEM file of the Ed25519 key that the ledger must be signed with: all of its entries but the questions after the
+            last of the others.
 
     Returns:
         One line per problem, which names the file; empty when all is well.
@@ -75,12 +78,18 @@ def verify(path: str | Path, *, deep: bool = False, public_key: str | Path | Non
     except StoreError as error:
         problems.append(str(error))
     if chain is not None:
-        problems += _against_ledger(manifest, history)
+        problems += _against_ledger(root, manifest, history)
+    if public_key is not None:
+        problems += [
+            f"{MANIFEST}: checkpoint {record.step} is not sealed: no signature vouches for its rows"
+            for record in manifest.checkpoints
+            if not record.sealed
+        ]
     damaged = {line.split(":")[0] for line in altered}
     if manifest.samples in manifest.files and manifest.samples not in damaged:
         problems += _samples(root, manifest, history)
     for record in manifest.checkpoints:
-        if record.sealed and not damaged & {record.weights, record.kernel, record.visits, *record.shards}:
+        if record.sealed and not damaged & {*record.companions, record.kernel, *record.shards}:
             problems += _checkpoint(root, manifest, record, history, deep)
     return problems
 
@@ -91,7 +100,7 @@ def _checked_manifest(root: Path) -> tuple[Manifest | None, list[str]]:
         manifest = parse_manifest(text, MANIFEST)
     except StoreError as error:
         return None, [str(error)]
-    if manifest_text(manifest) != text:
+    if text not in (manifest_text(manifest, schema) for schema in READABLE_SCHEMAS):
         return manifest, [f"{MANIFEST}: is not written as the library writes it"]
     return manifest, []
 
@@ -127,17 +136,29 @@ def _checked_history(root: Path, chain: Chain | None) -> tuple[History, list[str
 def _files_of_ledger(root: Path, history: History) -> list[str]:
     """What can be said of the files where the manifest cannot be read."""
     problems = []
+    salt = _salt(root, history)
     for name, known in sorted(history.files().items()):
         try:
-            if sha256_of(root / name) != known.sha256:
+            found = sha256_of(root / name)
+            if known.sha256 != (found if is_commitments(name) or salt is None else salted(found, salt)):
                 problems.append(f"{name}: is not the file that the ledger records")
         except OSError as error:
             problems.append(f"{name}: cannot be read ({error})")
     return problems
 
 
-def _against_ledger(manifest: Manifest, history: History) -> list[str]:
-    problems = disagreements(manifest, history)
+def _salt(root: Path, history: History) -> bytes | None:
+    """That of the edition that the ledger ends with; None where it cannot be read, which is told with the commitments."""
+    if history.dataset is None:
+        return None
+    try:
+        return edition_salt(root, history.edition)
+    except StoreError:
+        return None
+
+
+def _against_ledger(root: Path, manifest: Manifest, history: History) -> list[str]:
+    problems = disagreements(manifest, history, _salt(root, history))
     if history.dataset is None and manifest.samples in manifest.files:
         problems.append(f"{LEDGER}: has no entry of the samples")
     if is_pending(manifest, history):
@@ -176,7 +197,8 @@ def _samples(root: Path, manifest: Manifest, history: History) -> list[str]:
     except StoreError as error:
         return [*problems, str(error)]
     if commitments.root() != history.dataset["commitments"]["root"]:
-        problems.append(f"{COMMITMENTS}: is not what the ledger records")
+        name = edition_name(COMMITMENTS, history.edition)
+        problems.append(f"{name}: is not what the ledger records")
     if len(commitments) != len(table):
         problems.append(
             f"{manifest.samples}: has {len(table)} samples, the ledger records {len(commitments)}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from ctrak_lightning.traces.atomic import sha256_of
 from ctrak_lightning.traces.manifest import read_manifest
-from ctrak_lightning.traces.schema import MANIFEST, SAMPLES
+from ctrak_lightning.traces.schema import MANIFEST
 from ctrak_lightning.traces.store import TraceStore
 
 PACKAGES = ("ctrak-lightning", "torch", "lightning", "diffusers")
@@ -27,7 +27,7 @@ def provenance_facts(store: TraceStore) -> dict[str, str]:
     facts = {
         "run": store.run_id,
         f"sha256 of {MANIFEST}": sha256_of(store.path / MANIFEST),
-        f"sha256 of {SAMPLES}": manifest.files[SAMPLES].sha256,
+        f"sha256 of {manifest.samples}": manifest.files[manifest.samples].sha256,
         "method": header.method["name"],
         "method, in full": _text(header.method),
         "projection": _text(header.projection),

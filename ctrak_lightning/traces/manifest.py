@@ -103,10 +103,10 @@ def is_sample_table(name: str) -> bool:
     return _SAMPLES_PATTERN.fullmatch(name) is not None
 
 
-def manifest_text(manifest: Manifest) -> str:
-    """The text of a manifest; equal manifests give equal text."""
+def manifest_text(manifest: Manifest, schema: int = SCHEMA_VERSION) -> str:
+    """The text of a manifest; equal manifests give equal text. An earlier ``schema`` gives that of the version that wrote it."""
     content = {
-        "schema": SCHEMA_VERSION,
+        "schema": schema,
         "header": manifest.header.to_dict(),
         "run_id": manifest.run_id,
         "edition": manifest.edition,

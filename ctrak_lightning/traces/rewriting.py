@@ -78,9 +78,9 @@ def _rewrite_checkpoint(
         files[written.visits] = write_atomically(
             root / written.visits, lambda path: write_visits(path, visits)
         )
-    if record.weights in manifest.files:
-        files[record.weights] = manifest.files[record.weights]
-    return written, files
+    # A companion that has the same name in every edition has nothing of the samples in it: weights, buffers, outputs.
+    kept = record.companions & written.companions & manifest.files.keys()
+    return written, files | {name: manifest.files[name] for name in sorted(kept)}
 
 
 def _rewrite_shards(

@@ -24,6 +24,8 @@ from ctrak_lightning.traces.arrays import (
     write_array,
 )
 
+SAMPLE_FACTS = ("size", "sample_ids", "content")
+"""What a store's header says of its sample table (:meth:`SampleTable.facts`)."""
 _SHOWN = 5
 
 
@@ -77,7 +79,7 @@ class SampleTable:
     def facts(self) -> dict[str, Any]:
         """What a store's header says of its samples: how many, and the sha256 (hex) of their ids and of their content."""
         content = hashlib.sha256("".join(self.content_sha256).encode()).hexdigest()
-        return {"size": len(self), "sample_ids": self.fingerprint(), "content": content}
+        return dict(zip(SAMPLE_FACTS, (len(self), self.fingerprint(), content), strict=True))
 
     def take(self, positions: Sequence[int]) -> SampleTable:
         """The table of the samples at ``positions``, in that order."""

@@ -87,6 +87,11 @@ class TraceStore:
         """Name of the run that created the store."""
         return self._manifest.run_id
 
+    @property
+    def edition(self) -> int:
+        """How often samples have been forgotten from the store."""
+        return self._manifest.edition
+
     @cached_property
     def samples(self) -> SampleTable:
         """The sample table, read at first use.

@@ -251,7 +251,7 @@ def test_questions_are_recorded_with_the_hash_of_their_answer(run: Path, tmp_pat
     assert entry["concept"] == concept.to_dict()
     assert (entry["seed"], entry["damping"], entry["asker"]) == (3, 0.5, "a clerk")
     assert entry["steps"] == [3, 6]
-    assert entry["result_sha256"] == _by_hand(result.samples.sample_ids, result.scores)
+    assert entry["result_sha256"] == _by_hand(tmp_path / "traces", result.samples.sample_ids, result.scores)
     [[best, *_]] = attributor.top(query, 2)
     listed = facts_of(tmp_path, "query")[1]
     assert (listed["samples"], listed["count"]) == ("top", 2)
@@ -260,13 +260,18 @@ def test_questions_are_recorded_with_the_hash_of_their_answer(run: Path, tmp_pat
     assert best.sample_id in result.samples.sample_ids
 
 
-def _by_hand(sample_ids: list[str], scores: torch.Tensor) -> str:
+def _by_hand(store: Path, sample_ids: list[str], scores: torch.Tensor) -> str:
     import hashlib
     import struct
 
+    import h5py
+
+    with h5py.File(store / "commitments.h5") as file:
+        salt = file["salt"][:].tobytes()
+    assert len(salt) == 32
     content = b"".join(sample_id.encode() + b"\0" for sample_id in sample_ids)
     content += b"".join(struct.pack("<f", score) for score in scores.tolist())
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(salt + hashlib.sha256(content).digest()).hexdigest()
 
 
 def test_another_answer_has_another_digest() -> None:

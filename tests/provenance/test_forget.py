@@ -1,12 +1,13 @@
 """A store that forgot a sample is one that never saw it, whenever it is interrupted."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ import h5py
 import pytest
 import torch
 
-from ctrak_lightning import TraceStore
+from ctrak_lightning import Concept, TraceStore
 from ctrak_lightning.errors import CorruptStoreError, DatasetChangedError, StoreError
-from ctrak_lightning.provenance import Ledger, forget, forgetting, verify
+from ctrak_lightning.provenance import Ledger, LedgerWarning, forget, forgetting, recording, verify
+from ctrak_lightning.provenance.commitments import commit
 from ctrak_lightning.provenance.forgetting import finish
+from ctrak_lightning.provenance.query_log import QueryLog, result_digest
 from ctrak_lightning.provenance.recording import sync
 from ctrak_lightning.traces import SampleTable, TraceWriter, Visits
+from ctrak_lightning.traces.atomic import FileRecord
+from ctrak_lightning.traces.manifest import read_manifest, write_manifest
+from ctrak_lightning.traces.samples import write_samples
 
 from ..traces.store_builder import Capture, make_table, read_bytes
 from .builder import recorded, run_facts
@@ -143,8 +149,6 @@ def test_nothing_of_the_sample_is_left_in_any_file(store: Path) -> None:
 def test_the_ledger_keeps_a_tombstone_that_says_nothing_and_can_be_checked_by_who_has_the_salt(
     store: Path,
 ) -> None:
-    import hashlib
-
     with h5py.File(store / "commitments.h5") as file:
         salt, commitment = file["salts"][3].tobytes(), file["hashes"][3].tobytes().hex()
     table = TraceStore(store).samples
@@ -167,6 +171,82 @@ def test_the_ledger_keeps_a_tombstone_that_says_nothing_and_can_be_checked_by_wh
     }
     text = json.dumps(row, sort_keys=True, separators=(",", ":")).encode()
     assert hashlib.sha256(salt + text).hexdigest() == commitment
+
+
+def digests_of(path: Path) -> set[str]:
+    """What somebody who has every file of a store, or guesses one to the last byte, can compare with a ledger."""
+    table = TraceStore(path).samples
+    files = [data for name, data in read_bytes(path).items() if "weights" not in name]
+    return {hashlib.sha256(data).hexdigest() for data in files} | set(map(str, table.facts().values()))
+
+
+def test_a_guess_of_the_row_cannot_be_confirmed(store: Path, tmp_path: Path) -> None:
+    """The whole table as it was, guessed to the last byte, and every other file: the ledger has no digest of any of it."""
+    picture = torch.full((3, 8, 8), 0.5)
+    log = QueryLog(store, 0, None)
+    concept = Concept("this very sample", {"artist": "ann"}, {}, image=picture)
+    ids, scores = TraceStore(store).samples.sample_ids, [float(i) for i in range(10)]
+    log.note(
+        [concept.to_dict()],
+        [0],
+        [(ids, scores)],
+        dampings=[None],
+        methods=[{}],
+        steps=[300],
+        samples="all",
+    )
+    before, guess = digests_of(store), TraceStore(store).samples
+    with h5py.File(store / "commitments.h5") as file:
+        salt = file["salt"][:].tobytes()
+    secrets = before | {concept.to_dict()["image"]["sha256"], result_digest(ids, scores)}
+    forget(store, GONE[:1])
+    write_samples(tmp_path / "guess.h5", guess)
+    assert hashlib.sha256((tmp_path / "guess.h5").read_bytes()).hexdigest() in secrets  # the guess is right
+    ledger = (store / "ledger.jsonl").read_text()
+    kept = {digest for digest in secrets if len(digest) == 64 and digest in ledger}
+    kept -= {known["sha256"] for known in commitment_files(store)}
+    assert kept == set()
+    assert places_of(store, salt.hex()) == []
+    assert [name for name, data in read_bytes(store).items() if salt in data] == []
+
+
+def commitment_files(path: Path) -> list[dict[str, Any]]:
+    """What the ledger says of the files of commitments, which nobody can guess."""
+    entries = [entry for entry in Ledger(path).entries() if entry.kind in ("dataset", "forget")]
+    return [entry.facts.get("dataset", entry.facts)["commitments"] for entry in entries]
+
+
+def test_a_ledger_that_an_earlier_version_began_goes_on_and_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "commit", lambda table: replace(commit(table), salt=b""))
+    store = recorded(tmp_path / "store", Partial())
+    [samples] = [e.facts["samples"] for e in Ledger(store).entries() if e.kind == "dataset"]
+    assert samples["sha256"] == hashlib.sha256((store / "samples.h5").read_bytes()).hexdigest()
+    assert verify(store) == []
+    with pytest.warns(LedgerWarning, match=r"without a salt.*can see from them that it was there.*HINT"):
+        forget(store, GONE[:1])
+    assert verify(store, deep=True) == []
+    forget(
+        store, GONE[1:]
+    )  # what the first forgetting recorded is salted: no warning, which would be an error
+    assert verify(store, deep=True) == []
+
+
+def test_what_has_nothing_of_the_samples_in_it_is_carried_over(tmp_path: Path) -> None:
+    """Companions of any kind, as long as their names are those of no edition."""
+    store = Partial(steps=(300,)).run(tmp_path / "store")
+    names = ["buffers.safetensors", "function.h5", "weights.safetensors"]
+    content = {name: f"of no sample: {name}".encode() for name in names[:2]}
+    for name, data in content.items():
+        (store / "checkpoint-00000300" / name).write_bytes(data)
+    files = {f"checkpoint-00000300/{name}" for name in names}
+    added = {path: FileRecord.of(store / path) for path in files}
+    write_manifest(store, read_manifest(store).with_files(added))
+    forget(store, GONE)
+    known = read_manifest(store).files
+    assert {path: known[path] for path in files} == added
+    assert TraceStore(store).verify() == []
 
 
 def test_again_and_again(store: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,20 @@ import pytest
 
 from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.provenance import Ledger, forget, sign, verify
+from ctrak_lightning.provenance.commitments import commit
+from ctrak_lightning.provenance.facts import (
+    checkpoint_facts,
+    dataset_facts,
+    put_commitments,
+    stored_digest,
+)
+from ctrak_lightning.traces import TraceWriter
+from ctrak_lightning.traces.atomic import write_atomically
+from ctrak_lightning.traces.manifest import read_manifest, write_manifest
+from ctrak_lightning.traces.samples import write_samples
 
-from ..traces.store_builder import Capture
-from .builder import recorded
+from ..traces.store_builder import Capture, make_table
+from .builder import recorded, run_facts
 from .keys import write_keys
 
 
@@ -35,12 +47,90 @@ def test_the_signature_is_of_the_documented_text(store: Path, keys: tuple[Path, 
     assert (document["head"], document["entries"], document["run_id"]) == (last["sha256"], 4, "run")
 
 
-def test_a_signed_store_stays_valid_while_entries_are_added(store: Path, keys: tuple[Path, Path]) -> None:
+def test_a_signed_store_stays_valid_while_it_is_asked(store: Path, keys: tuple[Path, Path]) -> None:
     sign(store, keys[0])
     assert verify(store, public_key=keys[1]) == []
     Ledger(store).append("query", {})
-    forget(store, ["image/003.png"])
     assert verify(store, public_key=keys[1]) == []
+
+
+def test_what_was_forgotten_after_the_signature_is_to_be_signed_anew(
+    store: Path, keys: tuple[Path, Path]
+) -> None:
+    sign(store, keys[0])
+    Ledger(store).append("query", {})
+    forget(store, ["image/003.png"])
+    assert verify(store) == []
+    [problem] = verify(store, public_key=keys[1])
+    assert problem.startswith("ledger.jsonl: entry 5 (forget) came after the signature")
+    assert problem.endswith("then sign again")
+    sign(store, keys[0])
+    assert verify(store, public_key=keys[1]) == []
+
+
+AGAIN: dict[str, Any] = {"steps": [300, 600]}
+LATER: dict[str, Callable[[Path], list[tuple[Any, dict[str, Any]]]]] = {
+    "discarded": lambda store: [("discarded", AGAIN)],
+    "checkpoint": lambda store: [
+        ("discarded", AGAIN),
+        *[(e.kind, e.facts) for e in Ledger(store).entries() if e.kind == "checkpoint"],
+    ],
+    "run_resumed": lambda store: [("run_resumed", run_facts(store))],
+    "run_begun": lambda store: [("run_begun", run_facts(store))],
+    "run_ended": lambda store: [("run_ended", {"step": 900, "epoch": 9})],
+    "run_failed": lambda store: [("run_failed", {"step": 900, "epoch": 9, "error": "KeyboardInterrupt"})],
+}
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_any_entry_after_the_signature_but_a_question_is_a_problem(
+    store: Path, keys: tuple[Path, Path], kind: str
+) -> None:
+    sign(store, keys[0])
+    news = LATER[kind](store)
+    Ledger(store).append_all(news)
+    found = [line for line in verify(store, public_key=keys[1]) if "came after the signature" in line]
+    assert len(found) == len(news)
+    assert f"({kind}) came after the signature" in found[-1]
+
+
+def test_the_whole_content_cannot_be_replaced_behind_a_signature(
+    store: Path, keys: tuple[Path, Path]
+) -> None:
+    """Other owners and other traces, all of it as the library itself would write and record it."""
+    sign(store, keys[0])
+    manifest = read_manifest(store)
+    steps = [record.step for record in manifest.checkpoints]
+    TraceWriter(store, manifest.header).discard_after(0)
+    table = make_table(metadata={"artist": ["mallory"] * 10, "licence/url": [""] * 10})
+    known = write_atomically(store / "samples.h5", lambda path: write_samples(path, table))
+    write_manifest(store, read_manifest(store).with_files({"samples.h5": known}))
+    capture = Capture(steps=tuple(steps))
+    writer = capture.open(store)
+    for step in steps:
+        capture.run_checkpoint(writer, step)
+    manifest, commitments = read_manifest(store), commit(table)
+    described = dataset_facts(manifest, table, put_commitments(store, 0, commitments), commitments.salt)
+    checkpoints = [
+        checkpoint_facts(manifest, record, stored_digest(store, manifest, record), commitments.salt)
+        for record in manifest.checkpoints
+    ]
+    news: list[tuple[Any, dict[str, Any]]] = [("discarded", {"steps": steps}), ("dataset", described)]
+    Ledger(store).append_all([*news, *(("checkpoint", facts) for facts in checkpoints)])
+    found = problems(store, public_key=keys[1])
+    for number, kind in enumerate(("discarded", "dataset", "checkpoint", "checkpoint"), start=4):
+        assert f"entry {number} ({kind}) came after the signature" in found
+    # Without a key too: only forgetting changes what a store's samples are.
+    assert "the samples have been described before" in problems(store)
+
+
+def test_an_unsealed_checkpoint_is_not_under_the_signature(store: Path, keys: tuple[Path, Path]) -> None:
+    sign(store, keys[0])
+    Capture.run_checkpoint(capture := Capture(), capture.open(store), 900, stop=9)
+    assert verify(store) == []
+    assert problems(store, public_key=keys[1]) == (
+        "manifest.json: checkpoint 900 is not sealed: no signature vouches for its rows"
+    )
 
 
 def problems(store: Path, **options: Any) -> str:
