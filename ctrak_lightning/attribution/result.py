@@ -13,6 +13,7 @@ from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.attribution.parts import Parts
 from ctrak_lightning.attribution.shares import bootstrapped_shares, group_shares
 from ctrak_lightning.attribution.solve import drawn_ensemble, ensemble, soft_thresholded, standardised
+from ctrak_lightning.escaping import csv_cell, metadata_heads
 from ctrak_lightning.traces import SampleTable, TraceStore
 
 RESERVED = ("rank", "score", "sample_id")
@@ -213,14 +214,18 @@ class Attribution:
         return scores.clamp(min=0)
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes the whole ranking: rank, score, sample_id and the metadata columns, one row per sample."""
+        """Writes the whole ranking: rank, score, sample_id and the metadata columns, one row per sample.
+
+        Text that a spreadsheet would compute gets an apostrophe before it (:func:`ctrak_lightning.escaping.csv_cell`); a metadata
+        column of the name of one of ours becomes ``metadata.score``, say.
+        """
         columns = sorted(self.samples.metadata)
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow([*RESERVED, *columns])
+            writer.writerow([*RESERVED, *map(csv_cell, metadata_heads(columns, RESERVED))])
             for record in self.top(len(self.samples.sample_ids)):
-                values = [record.metadata[column] for column in columns]
-                writer.writerow([record.rank, repr(record.score), record.sample_id, *values])
+                texts = [record.sample_id, *(record.metadata[column] for column in columns)]
+                writer.writerow([record.rank, repr(record.score), *map(csv_cell, texts)])
 
     def to_json(self, path: str | Path) -> None:
         """Writes the question, the method, the ranking and the scores per checkpoint."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.attribution.result import Attribution
+from ctrak_lightning.escaping import csv_cell, metadata_heads, visible
 
 ALIKE = 0.9
 """Two concepts of one image whose gradients have a larger cosine than this are hardly two questions."""
@@ -86,17 +87,19 @@ class Attributions(list[Attribution]):
         return sorted(found, key=lambda one: (names.index(one.concepts[0]), one.ranks[one.concepts[0]]))
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes all samples in the data set's order: sample_id, rank and score for each question, and the metadata columns."""
+        """Writes all samples in the data set's order: sample_id, rank and score for each question, and the metadata columns; texts and
+        names as :meth:`Attribution.to_csv` writes them."""
         names, columns = self.names, sorted(self[0].samples.metadata)
         ranks, scores = self._ranks(), [result.scores.tolist() for result in self]
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            heads = [f"{head} {name}" for name in names for head in ("rank", "score")]
-            writer.writerow(["sample_id", *heads, *columns])
+            heads = ["sample_id", *(f"{head} {name}" for name in names for head in ("rank", "score"))]
+            writer.writerow([*heads, *map(csv_cell, metadata_heads(columns, heads))])
             for i, sample_id in enumerate(self[0].samples.sample_ids):
                 values = [value for q in range(len(names)) for value in (ranks[q][i], repr(scores[q][i]))]
                 metadata = self[0].samples.metadata_of(i)
-                writer.writerow([sample_id, *values, *(metadata[column] for column in columns)])
+                texts = [metadata[column] for column in columns]
+                writer.writerow([csv_cell(sample_id), *values, *map(csv_cell, texts)])
 
     def to_json(self, path: str | Path, n: int = 10) -> None:
         """Writes the questions, their cosines, and what the top ``n`` share and do not share."""
@@ -115,16 +118,17 @@ class Attributions(list[Attribution]):
         )
 
     def table(self, n: int = 10) -> str:
-        """What the top ``n`` share and do not share, as text: a row for each sample with its ranks, shared ones first."""
+        """What the top ``n`` share and do not share, as lines for a terminal: a row for each sample with its ranks, shared ones first."""
         names = self.names
         shared, exclusive = self.shared(n), self.exclusive(n)
         lines = [str(result.concept) for result in self]
         for i, j, cosine in self._pairs():
             lines.append(f"cosine of {names[i]!r} and {names[j]!r}: {cosine:.2f}")
         lines.append(f"in the top {n}: {len(shared)} shared, {len(exclusive)} of one concept only")
-        widths = [max(len(name), 6) for name in names]
+        heads = [visible(name) for name in names]
+        widths = [max(len(head), 6) for head in heads]
         lines.append(
-            "  ".join([*(name.rjust(width) for name, width in zip(names, widths, strict=True)), "sample"])
+            "  ".join([*(head.rjust(width) for head, width in zip(heads, widths, strict=True)), "sample"])
         )
         for sample in [*shared, *exclusive]:
             ranks = [
@@ -132,7 +136,7 @@ class Attributions(list[Attribution]):
                 for name, width in zip(names, widths, strict=True)
             ]
             lines.append("  ".join([*ranks, sample.sample_id]))
-        return "\n".join(lines)
+        return "\n".join(map(visible, lines))
 
     def __str__(self) -> str:
         return self.table()

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ctrak_lightning.escaping import visible
+
 USAGE = """usage: ctrak COMMAND ...
 
 commands:
@@ -53,4 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         command.run(arguments[1:])
     except (ValueError, TypeError, OSError) as error:
-        raise SystemExit(f"ctrak {arguments[0]}: {error}") from error
+        # Line by line: what other programs report (YAML, argparse) has line ends of its own.
+        told = "\n".join(map(visible, str(error).split("\n")))
+        raise SystemExit(f"ctrak {arguments[0]}: {told}") from error

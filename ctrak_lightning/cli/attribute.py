@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser, Namespace
 
 from ctrak_lightning.attribution import Attribution
+from ctrak_lightning.cli.printing import say
 from ctrak_lightning.cli.question import add_question, attributor_of, concepts_of
 
 
@@ -26,10 +27,10 @@ def run(argv: Sequence[str]) -> None:
     concepts = concepts_of(args)
     results = attributor_of(args).attribute_many(concepts, args.seed)
     for result in results:
-        print(result.concept)
+        say(result.concept)
         _print_result(result, args)
     if len(results) > 1:
-        print(results.table(args.top))
+        say(*results.table(args.top).splitlines())
     written = results[0] if len(results) == 1 else results
     if args.csv:
         written.to_csv(args.csv)
@@ -38,14 +39,14 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _print_result(result: Attribution, args: Namespace) -> None:
-    print(
+    say(
         f"{result.concept.name}: {len(result.samples.sample_ids)} samples, checkpoints at steps {result.steps}"
     )
     for record in result.top(args.top):
-        print(f"{record.rank:4d}  {record.score:8.3f}  {record.sample_id}")
+        say(f"{record.rank:4d}  {record.score:8.3f}  {record.sample_id}")
     if args.group:
-        print(f"share by {args.group} (95 % bootstrap interval):")
+        say(f"share by {args.group} (95 % bootstrap interval):")
         for share in result.by_group(args.group):
-            print(
+            say(
                 f"  {share.share:6.1%}  [{share.low:.1%}, {share.high:.1%}]  {share.group} ({share.samples} samples)"
             )

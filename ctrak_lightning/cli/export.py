@@ -24,7 +24,8 @@ def run(argv: Sequence[str]) -> None:
         text = model_card(args.store)
     else:
         document = prov_json(args.store) if args.format == "prov" else croissant(args.store)
-        text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        # JSON escapes no more than the first 32 control characters by itself; a terminal obeys others too.
+        text = json.dumps(document, indent=1, ensure_ascii=args.out is None, allow_nan=False) + "\n"
     if args.out is None:
         print(text, end="")
     else:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
+from ctrak_lightning.cli.printing import say
 from ctrak_lightning.provenance.forgetting import finish, forget
 
 
@@ -21,16 +22,16 @@ def run(argv: Sequence[str]) -> None:
     args = parser.parse_args(list(argv))
     if not args.sample:
         finish(args.store)
-        print("nothing is left to forget")
+        say("nothing is left to forget")
         return
     done = forget(args.store, args.sample)
-    print(f"forgotten  {len(done.sample_ids)} samples, {done.remaining} remain")
+    say(f"forgotten  {len(done.sample_ids)} samples, {done.remaining} remain")
     for tombstone in done.tombstones:
-        print(f"tombstone  {tombstone}")
+        say(f"tombstone  {tombstone}")
     if not done.tombstones:
-        print("tombstone  none: the store has no ledger")
+        say("tombstone  none: the store has no ledger")
     if done.unsealed:
-        print(f"removed    the unsealed checkpoints of steps {done.unsealed}")
-    print(
+        say(f"removed    the unsealed checkpoints of steps {done.unsealed}")
+    say(
         "note       the weights that were trained on these samples are unchanged, and so are copies of this store"
     )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
+from ctrak_lightning.cli.printing import say
 from ctrak_lightning.traces import TraceStore
 
 
@@ -14,18 +15,18 @@ def run(argv: Sequence[str]) -> None:
     args = parser.parse_args(list(argv))
     store = TraceStore(args.store)
     header = store.header
-    print(f"run        {store.run_id}")
-    print(f"method     {header.method['name']}")
-    print(f"samples    {len(store)}, metadata: {', '.join(sorted(store.samples.metadata)) or 'none'}")
-    print(f"traces     {header.dim} x {header.dtype}, projection {header.projection}")
+    say(f"run        {store.run_id}")
+    say(f"method     {header.method['name']}")
+    say(f"samples    {len(store)}, metadata: {', '.join(sorted(store.samples.metadata)) or 'none'}")
+    say(f"traces     {header.dim} x {header.dtype}, projection {header.projection}")
     for checkpoint in store.checkpoints:
-        print(
+        say(
             f"checkpoint step {checkpoint.step}, epoch {checkpoint.epoch}, mean loss {checkpoint.losses().mean():.4f}"
         )
     for name, value in header.model.items():
-        print(f"model      {name} {value[:16]}")
+        say(f"model      {name} {value[:16]}")
     if args.verify:
         problems = store.verify()
-        print("\n".join(problems) if problems else "verified: every file is as it was sealed")
+        say(*problems or ["verified: every file is as it was sealed"])
         if problems:
             raise SystemExit(1)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
+from ctrak_lightning.cli.printing import say
 from ctrak_lightning.provenance.history import replay
 from ctrak_lightning.provenance.parents import Link, lineage
 
@@ -29,15 +30,15 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _print(generation: int, link: Link) -> None:
-    print(f"{'run' if generation == 0 else 'parent'} {link.run_id}  {link.path}")
+    say(f"{'run' if generation == 0 else 'parent'} {link.run_id}  {link.path}")
     if link.entries:
         history = replay(link.entries)
         begun, base = history.runs[0], history.runs[0].facts["base_model"]
-        print(f"    begun {begun.time}, base model {base['name'] or 'not named'}")
-        print(
+        say(f"    begun {begun.time}, base model {base['name'] or 'not named'}")
+        say(
             f"    {len(history.checkpoints)} checkpoints, {len(link.entries)} entries, head {link.entries[-1].sha256}"
         )
     if link.weights is not None:
-        print(f"    {_WEIGHTS[link.weights]}")
+        say(f"    {_WEIGHTS[link.weights]}")
     for problem in link.problems:
-        print(f"    PROBLEM: {problem}")
+        say(f"    PROBLEM: {problem}")

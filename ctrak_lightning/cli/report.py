@@ -6,6 +6,7 @@ from jsonargparse import ArgumentParser
 
 from ctrak_lightning.attribution.report import check_path, write_report
 from ctrak_lightning.attribution.report.columns import Columns
+from ctrak_lightning.cli.printing import say
 from ctrak_lightning.cli.question import add_question, attributor_of, concepts_of
 from ctrak_lightning.errors import ConceptError
 
@@ -34,7 +35,7 @@ def run(argv: Sequence[str]) -> None:
         list(attributor.store.samples.metadata), args.group
     )  # refuses an unknown one before minutes of work
     for concept in concepts:
-        print(concept)
+        say(concept)
     results = attributor.attribute_many(concepts, args.seed, parts=True)
     write_report(args.out, results, group=args.group)
-    print(f"{args.out}: {', '.join(concept.name for concept in concepts)}")
+    say(f"{args.out}: {', '.join(concept.name for concept in concepts)}")

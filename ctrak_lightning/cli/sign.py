@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
+from ctrak_lightning.cli.printing import say
 from ctrak_lightning.provenance.signature import sign
 
 
@@ -13,4 +14,4 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--key", type=str, required=True, help="PEM file of an Ed25519 private key")
     args = parser.parse_args(list(argv))
     document = sign(args.store, args.key)
-    print(f"signed {document['entries']} entries, head {document['head']}, with key {document['public_key']}")
+    say(f"signed {document['entries']} entries, head {document['head']}, with key {document['public_key']}")

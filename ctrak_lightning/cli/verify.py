@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
+from ctrak_lightning.cli.printing import say
 from ctrak_lightning.provenance.ledger import Ledger
 from ctrak_lightning.provenance.signature import read_signature
 from ctrak_lightning.provenance.verification import verify
@@ -27,13 +28,15 @@ def run(argv: Sequence[str]) -> None:
     ledger = Ledger(args.store)
     if ledger.exists:
         entries = ledger.chain().entries
-        print(f"ledger     {len(entries)} entries, head {entries[-1].sha256 if entries else 'none'}")
-        print(f"signature  {_signature_of(ledger, len(entries))}")
+        if entries and "run_id" in entries[0].facts:
+            say(f"run        {entries[0].facts['run_id']}")
+        say(f"ledger     {len(entries)} entries, head {entries[-1].sha256 if entries else 'none'}")
+        say(f"signature  {_signature_of(ledger, len(entries))}")
     else:
-        print(
+        say(
             "ledger     none: only the manifest vouches for the files (attach ProvenanceRecorder to keep one)"
         )
-    print("\n".join(problems) if problems else "verified: every file is what was recorded")
+    say(*problems or ["verified: every file is what was recorded"])
     if problems:
         raise SystemExit(1)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.attribution import Attribution
+from ctrak_lightning.escaping import metadata_heads
 from ctrak_lightning.inspection.lettering import one_line
 from ctrak_lightning.inspection.pictures import squares
 from ctrak_lightning.traces import Checkpoint, SampleTable
@@ -43,15 +44,16 @@ def embedding(
     rows = checkpoint.rows_of(positions)
     unit = rows.unit.double() * rows.scale.double().unsqueeze(1)
     chosen = positions.tolist()
-    columns = {
-        "sample id": [samples.sample_ids[i] for i in chosen],
-        **{name: [values[i] for i in chosen] for name, values in samples.metadata.items()},
-        "trace norm": [f"{norm:.4g}" for norm in rows.norm.tolist()],
-    }
-    header, values = list(columns), list(columns.values())
-    for result in results:
-        header.append(f"score {result.concept.name}")
-        values.append([f"{score:.4f}" for score in result.scores[positions].tolist()])
+    columns = list(samples.metadata)
+    scores = [f"score {result.concept.name}" for result in results]
+    heads = metadata_heads(columns, ["sample id", "trace norm", *scores])
+    header = ["sample id", *heads, "trace norm", *scores]
+    values = [
+        [samples.sample_ids[i] for i in chosen],
+        *([samples.metadata[name][i] for i in chosen] for name in columns),
+        [f"{norm:.4g}" for norm in rows.norm.tolist()],
+        *([f"{score:.4f}" for score in result.scores[positions].tolist()] for result in results),
+    ]
     thumbnails = samples.thumbnails
     return Embedding(
         points=principal_components(unit, DIMS).float(),

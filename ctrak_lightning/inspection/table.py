@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 from ctrak_lightning.attribution import Attribution, Record
+from ctrak_lightning.escaping import metadata_heads
 from ctrak_lightning.inspection.lettering import one_line
 from ctrak_lightning.inspection.watch import Answer, Shown
 from ctrak_lightning.task import Spec
@@ -79,7 +80,8 @@ def _records(records: Sequence[Record], result: Attribution, group: str | None) 
         ]
         for record in records
     ]
-    return _table(["rank", "id", *columns, "score"], rows)
+    heads = metadata_heads(columns, ["rank", "id", "score"])
+    return _table(["rank", "id", *heads, "score"], rows)
 
 
 def described(spec: Spec) -> str:

@@ -12,12 +12,15 @@ from ctrak_lightning.attribution.report.columns import Columns
 from ctrak_lightning.attribution.report.pictures import Thumbnails
 from ctrak_lightning.attribution.report.text import link, shown
 from ctrak_lightning.attribution.result import Attribution
+from ctrak_lightning.escaping import metadata_heads
 from ctrak_lightning.traces import SampleTable
 
 BEST, LOWEST = 9000, 1000
 """Rows of each concept that a page holds, where there are more."""
 PICTURED_BEST, PICTURED_LOWEST = 300, 30
 """Rows of each concept with thumbnail, timeline and parts."""
+
+_OURS = ("rank", "score", "sample", "image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,10 @@ def page_data(
     pictures = {place[sample]: thumbnails.index(sample) for sample in pictured}
     return {
         "ids": [shown(table.sample_ids[sample]) for sample in used],
-        "columns": [_column(table, name, used, name in columns.links) for name in columns.names],
+        "columns": [
+            _column(table, name, head, used, name in columns.links)
+            for name, head in zip(columns.names, metadata_heads(columns.names, _OURS), strict=True)
+        ],
         "group": columns.group and columns.names.index(columns.group),
         "licence": columns.licence and columns.names.index(columns.licence),
         "caption": columns.caption and columns.names.index(columns.caption),
@@ -72,12 +78,12 @@ def page_data(
     }
 
 
-def _column(table: SampleTable, name: str, used: Sequence[int], links: bool) -> dict[str, Any]:
-    """A metadata column, equal values once; ``links`` says which of them may become one."""
+def _column(table: SampleTable, name: str, head: str, used: Sequence[int], links: bool) -> dict[str, Any]:
+    """A metadata column under its ``head``, equal values once; ``links`` says which of them may become one."""
     values = [table.metadata[name][sample] for sample in used]
     codes = {value: code for code, value in enumerate(dict.fromkeys(values))}
     return {
-        "name": shown(name),
+        "name": shown(head),
         "values": [shown(value) for value in codes],
         "links": [link(value) is not None for value in codes] if links else None,
         "codes": [codes[value] for value in values],
