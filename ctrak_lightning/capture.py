@@ -5,25 +5,28 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm import tqdm
 
-from ctrak_lightning.errors import DatasetChangedError, GradientError
-from ctrak_lightning.fingerprint import content_hashes, model_fingerprint, trained_parameters
+from ctrak_lightning.errors import DatasetChangedError, GradientError, TrainingChangedError
+from ctrak_lightning.fingerprint import content_hashes, model_fingerprint
 from ctrak_lightning.gradients import GradientTracer, UntracedParameterWarning, tracing_mode
 from ctrak_lightning.memory import RowLimit
 from ctrak_lightning.method import Method
 from ctrak_lightning.numbering import numbered
 from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.rng import isolated_rng
-from ctrak_lightning.task import Encoded, encode
-from ctrak_lightning.traces import CheckpointWriter, SampleTable, StoreHeader, TraceWriter
+from ctrak_lightning.task import Encoded, encode, task_modules
+from ctrak_lightning.traces import CheckpointWriter, SampleTable, StoreHeader, TraceStore, TraceWriter
 from ctrak_lightning.tracing import trace_batch
+from ctrak_lightning.trained import Trained
 
 THUMBNAIL = 64
 
@@ -53,6 +56,7 @@ class Capture:
             they have no ids, a DataLoader's samples are numbered as in its data set.
         method: what to trace.
         tracer: the gradient tracer of ``task.denoiser``.
+        optimizers: of the run, where they are known: what requires grad but is in none of them does not train.
         seed: of the trajectories' noise and of whatever is random in ``batches``.
         dtype: of the stored rows, ``"float32"``, ``"float16"`` or ``"int8"`` (each row also has a float32 norm and scale).
         thumbnails: store small images for reports, where the task has ``pictures`` or can decode.
@@ -66,6 +70,7 @@ class Capture:
 
     Warns:
         UntracedParameterWarning: the owner trains parameters outside the denoiser.
+        UntrainedParameterWarning: parameters require a gradient but are in no optimizer.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class Capture:
         *,
         method: Method,
         tracer: GradientTracer,
+        optimizers: Sequence[Optimizer] = (),
         seed: int = 0,
         dtype: Literal["float32", "float16", "int8"] = "float32",
         thumbnails: bool = True,
@@ -90,6 +96,7 @@ class Capture:
         self.seed, self.device, self.progress = seed, torch.device(device), progress
         self._row_limit = RowLimit(rows_at_once)
         self._processes = processes
+        self._trained = Trained(owner, optimizers)
         self._warn_of_parameters_outside()
         surveyed = self._survey(thumbnails)
         table, latent_shape = _table(surveyed)
@@ -98,7 +105,7 @@ class Capture:
         header = StoreHeader(
             method=method.to_dict(),
             projection=tracer.describe(),
-            model=model_fingerprint(owner, trained_parameters(owner), task.noise_schedule),
+            model=model_fingerprint(owner, self._trained.names, task.noise_schedule),
             dataset=table.facts() | {"latent_shape": list(latent_shape)},
             dim=tracer.dim,
             dtype=dtype,
@@ -112,15 +119,26 @@ class Capture:
 
         Raises:
             DatasetChangedError: the batches no longer hold the samples of the store.
+            TrainingChangedError: other parameters train than when the capture was made.
             GradientError: a sample's gradient is zero or not finite; the message names the samples.
         """
         checkpoint = self.writer.begin_checkpoint(
-            step, epoch=epoch, learning_rate=learning_rate, weights=trained_parameters(self.owner)
+            step, epoch=epoch, learning_rate=learning_rate, weights=self._trained.now()
         )
         with checkpoint:
-            with self._processes.together(), isolated_rng(self.seed), tracing_mode(self.owner):
+            with self._processes.together(), isolated_rng(self.seed), self._tracing():
                 self._trace(checkpoint)
             checkpoint.seal()
+
+    def require_unchanged_since(self, step: int) -> None:
+        """Raises a TrainingChangedError where the weights are not those that were sealed at ``step``, which is the present step."""
+        stored = next(one for one in TraceStore(self.writer.path).checkpoints if one.step == step).weights()
+        changed = [n for n, value in self._trained.now().items() if not torch.equal(stored[n], value.cpu())]
+        if changed:
+            raise TrainingChangedError(
+                f"Step {step} has traces already, and since then {len(changed)} parameters have changed, such as {changed[0]!r}, "
+                "without an optimizer step that could be counted. HINT: step a torch.optim.Optimizer."
+            )
 
     def _trace(self, checkpoint: CheckpointWriter) -> None:
         """Traces the samples that are this process's and not in ``checkpoint`` yet."""
@@ -145,6 +163,9 @@ class Capture:
                 taken += rows
                 bar.update(rows * self._processes.count)
 
+    def _tracing(self) -> AbstractContextManager[None]:
+        return tracing_mode(self.owner, *task_modules(self.task))
+
     @property
     def _shows_progress(self) -> bool:
         return self.progress and self._processes.is_first
@@ -158,9 +179,7 @@ class Capture:
 
     def _warn_of_parameters_outside(self) -> None:
         inside = {id(parameter) for parameter in self.tracer.module.parameters()}
-        outside = sorted(
-            name for name, value in trained_parameters(self.owner).items() if id(value) not in inside
-        )
+        outside = sorted(name for name, value in self._trained.now().items() if id(value) not in inside)
         if outside:
             warnings.warn(
                 f"These trained parameters are outside the denoiser and are not traced: {', '.join(outside)}. What samples "
@@ -173,7 +192,7 @@ class Capture:
     def _survey(self, thumbnails: bool) -> list[_Surveyed]:
         """One pass over the data without the network: who the samples are, batch by batch."""
         own = []
-        with self._processes.together(), isolated_rng(self.seed), tracing_mode(self.owner), torch.no_grad():
+        with self._processes.together(), isolated_rng(self.seed), self._tracing(), torch.no_grad():
             for number, batch in tqdm(
                 self._own_batches(),
                 desc="survey",

@@ -37,6 +37,10 @@ class DatasetChangedError(StoreMismatchError):
     """The samples differ from those that the store describes."""
 
 
+class TrainingChangedError(StoreMismatchError):
+    """What trains is no longer what the traces of the run began with."""
+
+
 class CorruptStoreError(StoreError):
     """A file of a trace store is missing, truncated or altered."""
 

@@ -10,11 +10,6 @@ from torch import Tensor, nn
 from ctrak_lightning.task import Encoded
 
 
-def trained_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """What training changes: the parameters that require grad, by qualified name (no copies)."""
-    return {name: value for name, value in module.named_parameters() if value.requires_grad}
-
-
 def model_fingerprint(module: nn.Module, trained: Collection[str], schedule: Any) -> dict[str, str]:
     """Three hashes (sha256, hex): of the trained parameters' names and shapes, of the frozen weights, of the schedule."""
     names, frozen = hashlib.sha256(), hashlib.sha256()

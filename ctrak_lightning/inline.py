@@ -12,8 +12,6 @@ from typing_extensions import override
 
 from ctrak_lightning.capture import Capture
 from ctrak_lightning.errors import GradientError
-from ctrak_lightning.fingerprint import trained_parameters
-from ctrak_lightning.gradients import tracing_mode
 from ctrak_lightning.method import Method
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.running import RunningTraces
@@ -161,7 +159,7 @@ class InlineCapture(Capture):
         self._take_in()
         self._running.require_all()
         checkpoint = self.writer.begin_checkpoint(
-            step, epoch=epoch, learning_rate=learning_rate, weights=trained_parameters(self.owner)
+            step, epoch=epoch, learning_rate=learning_rate, weights=self._trained.now()
         )
         with checkpoint:
             checkpoint.write_visits(self._running.visits())
@@ -196,7 +194,7 @@ class InlineCapture(Capture):
     def _sample_ids(self, batch: Any) -> list[str]:
         if not hasattr(self.task, "sample_ids"):
             # `encode` may sample, and may hold layers that training changes: neither must reach the training step.
-            with isolated_rng(self.seed), tracing_mode(self.owner):
+            with isolated_rng(self.seed), self._tracing():
                 return encode(self.task, batch).sample_ids
         return named_samples(self.task, batch)
 

@@ -15,7 +15,7 @@ from ctrak_lightning.attribution.parts import concatenated
 from ctrak_lightning.attribution.pictures import weights_of
 from ctrak_lightning.attribution.query import Query, spec_key
 from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreMismatchError
-from ctrak_lightning.gradients import Engine, GradientTracer, Projection, tracing_mode
+from ctrak_lightning.gradients import Engine, GradientTracer, Projection
 from ctrak_lightning.inversion import inverted
 from ctrak_lightning.memory import RowLimit
 from ctrak_lightning.method import Method
@@ -71,8 +71,7 @@ class Asker:
         self.task = task
         self.sampler = sampler
         self.progress = progress
-        self.model = LentModel(owner, store.checkpoints)
-        self._owner = owner
+        self.model = LentModel(owner, store.checkpoints, task)
         self._row_limit = RowLimit(batch_size)
         self._tracer: GradientTracer | None = None
 
@@ -128,7 +127,7 @@ class Asker:
             bar.update(stop - start)
             return made
 
-        with self.model.borrowed(), tracing_mode(self._owner), torch.no_grad(), bar:
+        with self.model.borrowed(), torch.no_grad(), bar:
             self.model.load(-1)
             parts = self._row_limit.run(len(specs), sampled)
         states = [_joined([part.states[i] for part in parts]) for i in range(len(parts[0].states))]
@@ -144,7 +143,7 @@ class Asker:
         """Images [B, 3, H, W] in [0, 1], or None where the task has no ``decode``."""
         if not hasattr(self.task, "decode"):
             return None
-        with torch.no_grad():
+        with self.model.evaluating(), torch.no_grad():
             images: Tensor = self.task.decode(latents)
         return images.detach().float().cpu().clamp(0, 1)
 
@@ -240,7 +239,7 @@ class Asker:
     ) -> list[State]:
         if isinstance(trajectory, Generated):
             return trajectory.select(generation.rows(rows), self.task.noise_schedule)
-        with tracing_mode(self._owner), torch.no_grad():
+        with torch.no_grad():
             return list(trajectory.states(self.task, x0, condition, [f"query-{int(i)}" for i in rows], 0))
 
     def _condition(self, specs: Sequence[Spec]) -> Condition:

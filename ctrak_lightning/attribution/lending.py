@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from ctrak_lightning.errors import CorruptStoreError
+from ctrak_lightning.gradients import tracing_mode
+from ctrak_lightning.task import task_modules
 from ctrak_lightning.traces.store import Checkpoint
 
 
@@ -16,24 +19,33 @@ class LentModel:
     Args:
         module: the model.
         checkpoints: whose weights it takes on.
+        task: its DiffusionTask.
     """
 
-    def __init__(self, module: nn.Module, checkpoints: Sequence[Checkpoint]) -> None:
+    def __init__(self, module: nn.Module, checkpoints: Sequence[Checkpoint], task: Any) -> None:
         self.module = module
+        self.task = task
         self.checkpoints = checkpoints
         self.trained = sorted(checkpoints[0].weights())
         """Names of the parameters that a checkpoint holds."""
 
     @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Puts everything that the task computes with into the state in which it is traced, as a capture does."""
+        with tracing_mode(self.module, *task_modules(self.task)):
+            yield
+
+    @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Lends the module: afterwards its weights and ``requires_grad`` flags are what they were."""
+        """Lends the module, in evaluation mode: afterwards its weights and flags are what they were."""
         parameters = dict(self.module.named_parameters())
         flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
         values = {name: parameters[name].detach().clone() for name in self.trained}
         try:
             for name, parameter in parameters.items():
                 parameter.requires_grad_(name in self.trained)
-            yield
+            with self.evaluating():
+                yield
         finally:
             with torch.no_grad():
                 for name, value in values.items():

@@ -145,7 +145,8 @@ class Questions:
         return list(self.store.header.dataset["latent_shape"])
 
     def _latents(self, concept: Concept) -> Tensor:
-        return latents_of(self.task, concept, self._latent_shape, self._asker.like)
+        with self._asker.model.evaluating():
+            return latents_of(self.task, concept, self._latent_shape, self._asker.like)
 
     def _of_latents(self, concepts: Sequence[Concept], latents: Tensor, parts: bool) -> Query:
         method, given = self.method, Generation([], latents)

@@ -22,6 +22,7 @@ from ctrak_lightning.callbacks.inline import (
     loss_scale,
     refuse_what_inline_cannot_trace,
 )
+from ctrak_lightning.callbacks.steps import StepCounter
 from ctrak_lightning.capture import Capture
 from ctrak_lightning.errors import GradientError, ProcessLostError, TaskError
 from ctrak_lightning.gradients import GradientTracer, Projection
@@ -29,6 +30,7 @@ from ctrak_lightning.inline import InlineCapture
 from ctrak_lightning.method import Method
 from ctrak_lightning.processes import Processes, processes_of
 from ctrak_lightning.task import DiffusersTask, DiffusionTask, resolve_task
+from ctrak_lightning.trained import trained_parameters
 from ctrak_lightning.trajectory import InTraining
 
 Mode = Literal["capture", "inline"]
@@ -165,6 +167,8 @@ class ConceptTracer(Callback):
         """Steps of this run that have no trace because it could not be stored, known when training ends."""
         self._capture: Capture | None = None
         self._last_step = 0
+        self._steps: StepCounter | None = None
+        self._unseen_steps = 0
         self._run_id: str | None = None
         self._resumed = False
         self._listeners: list[Callable[[L.Trainer], None]] = []
@@ -217,9 +221,10 @@ class ConceptTracer(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if _skipped(trainer):
             return
-        self._last_step = trainer.global_step
+        self._steps = StepCounter(trainer, pl_module, self._unseen_steps)
+        self._last_step = self._steps.now
         self._untraced, self.untraced_steps = {}, []
-        self._capture = self._open(trainer, pl_module)
+        self._capture = self._open(trainer, pl_module, self._steps)
 
     @override
     def on_train_batch_start(
@@ -250,10 +255,12 @@ class ConceptTracer(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Under gradient accumulation this hook fires per micro-batch; only a finished optimizer step counts.
-        if _skipped(trainer) or trainer.global_step == self._last_step:
+        if self._steps is None or self._steps.now == self._last_step:
             return
-        self._last_step = trainer.global_step
-        if self.should_trace(step_idx=trainer.global_step):
+        # Of several optimizers that step in one batch, any step may be one at which to trace.
+        taken = range(self._last_step + 1, self._steps.now + 1)
+        self._last_step = self._steps.now
+        if any(self.should_trace(step_idx=step) for step in taken):
             self._trace(trainer)
 
     @override
@@ -280,37 +287,47 @@ class ConceptTracer(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"run_id": self._run_id}
+        unseen = self._unseen_steps if self._steps is None else self._steps.unseen
+        return {"run_id": self._run_id, "unseen_steps": unseen}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._run_id = state_dict["run_id"]
+        self._unseen_steps = state_dict.get("unseen_steps", 0)
         self._resumed = True
 
     def _close(self) -> None:
         if isinstance(self._capture, InlineCapture):
             self._capture.detach()
-        self._capture = None
+        if self._steps is not None:
+            self._steps.detach()
+        self._capture, self._steps = None, None
 
     def _trace(self, trainer: L.Trainer) -> None:
-        if self._capture is None or trainer.global_step in self._capture.writer.sealed_steps:
+        if self._capture is None or self._steps is None:
+            return
+        step = self._steps.now
+        is_sealed = step in self._capture.writer.sealed_steps
+        if is_sealed and not self._steps.is_manual:
             return
         try:
-            self._run(self._capture, trainer)
+            if is_sealed:
+                self._capture.require_unchanged_since(step)
+                return
+            self._run(self._capture, trainer, step)
         except ProcessLostError:  # nothing can go on
             raise
         except Exception as error:  # in all processes: see Processes.together
             if self.on_error == "raise":
                 raise
-            self._note_untraced(trainer.global_step, trainer.current_epoch, error)
+            self._note_untraced(step, trainer.current_epoch, error)
             return
         for listener in self._listeners:
             listener(trainer)
 
-    def _run(self, capture: Capture, trainer: L.Trainer) -> None:
+    def _run(self, capture: Capture, trainer: L.Trainer, step: int) -> None:
         optimizers = trainer.optimizers
         learning_rate = float(optimizers[0].param_groups[0]["lr"]) if optimizers else None
-        step = trainer.global_step
         # When training ends the epoch counts one more; a second attempt at a step goes on with the first one's rows.
         epoch = self._untraced.get(step, trainer.current_epoch)
         started = time.monotonic()
@@ -336,7 +353,7 @@ class ConceptTracer(Callback):
             )
             self.untraced_steps, self._untraced = list(self._untraced), {}
 
-    def _open(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Capture:
+    def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, steps: StepCounter) -> Capture:
         task = self._task_of(pl_module)
         kind = InlineCapture if self.mode == "inline" else Capture
         capture = kind(
@@ -350,7 +367,9 @@ class ConceptTracer(Callback):
                 self.projection,
                 layers=self.layers,
                 engine="hooks" if self.mode == "inline" else "auto",
+                trained=trained_parameters(task.denoiser, steps.optimizers),
             ),
+            optimizers=steps.optimizers,
             seed=self.seed,
             dtype=self.dtype,
             thumbnails=self.thumbnails,
@@ -359,7 +378,7 @@ class ConceptTracer(Callback):
             progress=trainer.progress_bar_callback is not None,
             processes=self._processes(trainer),
         )
-        self._reconcile(capture, trainer.global_step)
+        self._reconcile(capture, steps.now)
         if isinstance(capture, InlineCapture):
             capture.attach()
         self._run_id = capture.writer.run_id

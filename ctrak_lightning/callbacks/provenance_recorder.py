@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from ctrak_lightning.callbacks.concept_tracer import ConceptTracer
-from ctrak_lightning.fingerprint import trained_parameters, weights_digest
+from ctrak_lightning.fingerprint import weights_digest
 from ctrak_lightning.provenance import environment
 from ctrak_lightning.provenance.facts import header_facts
 from ctrak_lightning.provenance.ledger import Kind, Ledger
@@ -22,6 +22,7 @@ from ctrak_lightning.provenance.recording import record_run, sync
 from ctrak_lightning.task import resolve_task
 from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.traces.schema import MANIFEST
+from ctrak_lightning.trained import trained_parameters
 
 
 class ProvenanceRecorder(Callback):
@@ -114,7 +115,11 @@ class ProvenanceRecorder(Callback):
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and self._is_recording:
-            self._end("run_ended", trainer, {"weights": weights_digest(trained_parameters(pl_module))})
+            self._end(
+                "run_ended",
+                trainer,
+                {"weights": weights_digest(trained_parameters(pl_module, trainer.optimizers))},
+            )
 
     @property
     def _is_recording(self) -> bool:
@@ -184,7 +189,7 @@ class ProvenanceRecorder(Callback):
     def _facts(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         assert self._root is not None
         parameters = dict(pl_module.named_parameters())
-        trained = trained_parameters(pl_module)
+        trained = trained_parameters(pl_module, trainer.optimizers)
         config = getattr(resolve_task(pl_module, self._tracer(trainer).task).denoiser, "config", None)
         facts: dict[str, Any] = {
             "step": trainer.global_step,

@@ -11,7 +11,7 @@ from ctrak_lightning.errors import GradientError
 
 
 @contextmanager
-def tracing_mode(module: nn.Module) -> Iterator[None]:
+def tracing_mode(module: nn.Module, *others: nn.Module) -> Iterator[None]:
     """Evaluation mode, gradients on, batch-independent attention; everything is as before on exit, also after an error.
 
     Every submodule's own training flag is restored. Attention uses the math backend, because fused kernels make a
@@ -20,6 +20,7 @@ def tracing_mode(module: nn.Module) -> Iterator[None]:
 
     Args:
         module: the network to be traced.
+        others: further modules to put into that state, such as text encoders that are no part of it.
 
     Raises:
         GradientError: inference mode is on, where no gradient exists.
@@ -37,11 +38,12 @@ def tracing_mode(module: nn.Module) -> Iterator[None]:
             "Tracing was started inside `torch.inference_mode()`, but needs autograd. HINT: wrap it in "
             "`with torch.inference_mode(False):` and `.clone()` there every tensor that was made in inference mode."
         )
-    submodules = list(module.modules())
+    submodules = [submodule for root in (module, *others) for submodule in root.modules()]
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.enable_grad())
-        for device in {"cpu", *(parameter.device.type for parameter in module.parameters())} - {"meta"}:
+        devices = {parameter.device.type for root in (module, *others) for parameter in root.parameters()}
+        for device in ({"cpu"} | devices) - {"meta"}:
             stack.enter_context(torch.autocast(device, enabled=False))
         if any(map(is_compiled, submodules)):
             # A compiled graph does not call the hooks of its layers.

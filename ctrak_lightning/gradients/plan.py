@@ -1,6 +1,6 @@
 """Which parameters of a network are traced, and in which blocks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -25,29 +25,38 @@ class Plan:
     bare: list[tuple[BareParameter, str]]
 
 
-def plan_blocks(module: nn.Module, patterns: Sequence[str] | None) -> Plan:
+def plan_blocks(
+    module: nn.Module, patterns: Sequence[str] | None, trained: Collection[str] | None = None
+) -> Plan:
     """Sorts the parameters that require a gradient into blocks.
 
     Args:
         module: the network.
         patterns: `fnmatch` patterns for the names of the modules that own them; None takes all.
+        trained: names of the parameters that training changes; None takes all that require a gradient.
 
     Raises:
         GradientError: nothing requires a gradient, or a pattern matches nothing that does.
     """
+    chosen = {
+        id(value)
+        for name, value in module.named_parameters(remove_duplicate=False)
+        if value.requires_grad and (trained is None or name in trained)
+    }
     owners: dict[int, list[str]] = {}
     candidates: dict[str, tuple[nn.Module, list[str]]] = {}
     for name, submodule in module.named_modules():
-        trainable = [own for own, parameter in _own_parameters(submodule) if parameter.requires_grad]
+        trainable = [own for own, parameter in _own_parameters(submodule) if id(parameter) in chosen]
         if trainable:
             candidates[name] = (submodule, trainable)
         for own in trainable:
             owners.setdefault(id(submodule.get_parameter(own)), []).append(_qualified(name, own))
     if not candidates:
         raise GradientError(
-            f"`GradientTracer({type(module).__name__})`: no parameter requires a gradient, so there is nothing to trace. "
+            f"`GradientTracer({type(module).__name__})`: no parameter requires a gradient and is in an optimizer, so there is "
+            f"nothing to trace. "
             f"It has: {_listed([name for name, _ in module.named_parameters()])}. "
-            "HINT: call `requires_grad_()` on the parameters to trace, or add the adapter first."
+            "HINT: call `requires_grad_()` on the parameters to trace and give them to an optimizer, or add the adapter first."
         )
     _require_matches(patterns or [], list(candidates))
     in_attention = {

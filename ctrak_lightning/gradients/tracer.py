@@ -46,6 +46,7 @@ class GradientTracer:
         layers: `fnmatch` patterns for the names of the modules whose parameters are traced; None traces all.
         engine: "hooks"; "auto", which also traces the parameters that have no hook, such as DoRA's magnitudes, by a pass per
             sample; or, as references, "loop" (a pass per sample for all) and "functional" (`torch.func`).
+        trained: names of the module's parameters that training changes; None takes those that require a gradient.
 
     Raises:
         GradientError: nothing can be traced, a pattern matches nothing, or an argument is of the wrong kind.
@@ -70,6 +71,7 @@ class GradientTracer:
         *,
         layers: Sequence[str] | None = None,
         engine: Engine = "hooks",
+        trained: Collection[str] | None = None,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise GradientError(
@@ -89,7 +91,7 @@ class GradientTracer:
         self.projection = projection
         self.engine = engine
         self._patterns = None if layers is None else list(layers)
-        plan = plan_blocks(module, self._patterns)
+        plan = plan_blocks(module, self._patterns, trained)
         self._layers = plan.layers
         self._bare: list[Block] = [] if engine == "hooks" else [block for block, _ in plan.bare]
         self._blocks: list[Block] = [*plan.layers, *self._bare]

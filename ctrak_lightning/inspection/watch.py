@@ -17,7 +17,6 @@ from ctrak_lightning.attribution import (
     Share,
 )
 from ctrak_lightning.errors import GradientError
-from ctrak_lightning.gradients import tracing_mode
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.traces import IncompleteStoreWarning, TraceStore
 from ctrak_lightning.tracing import FAINT
@@ -85,8 +84,7 @@ class Watch:
         """
         with _without_repetition():
             store = TraceStore(path)
-            # The user's condition() and decode() run outside of the attributor's own guard, with dropout if they have it.
-            with isolated_rng(self.seed), tracing_mode(module):
+            with isolated_rng(self.seed):
                 # A look during training is no answer given to anyone, so it is not noted in the ledger.
                 attributor = Attributor(store, module, task=task, sampler=self.sampler, record=False)
                 answers = self._answers(attributor)

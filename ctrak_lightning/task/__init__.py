@@ -11,6 +11,7 @@ from ctrak_lightning.task.protocol import (
     named_samples,
     resolve_task,
     select,
+    task_modules,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "named_samples",
     "resolve_task",
     "select",
+    "task_modules",
 ]

@@ -126,6 +126,14 @@ def resolve_task(candidate: Any, description: Any = None) -> Any:
     return task
 
 
+def task_modules(task: Any) -> list[nn.Module]:
+    """The modules that a task computes with: itself, if it is one, or those that it holds, which need not be part of the module
+    that trains."""
+    if isinstance(task, nn.Module):
+        return [task]
+    return [value for value in getattr(task, "__dict__", {}).values() if isinstance(value, nn.Module)]
+
+
 def encode(task: Any, batch: Any) -> Encoded:
     """``task.encode(batch)`` without gradient, with a batch that lacks fields reported as such.
 

@@ -1,0 +1,77 @@
+"""What training changes: which parameters of a module, and that these stay the same ones."""
+
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ctrak_lightning.errors import TrainingChangedError
+
+_SHOWN = 10
+
+
+class UntrainedParameterWarning(UserWarning):
+    """Parameters require a gradient but are in no optimizer; the message names them."""
+
+
+def trained_parameters(module: nn.Module, optimizers: Sequence[Optimizer] = ()) -> dict[str, Tensor]:
+    """The parameters that training changes, by qualified name (no copies): those that require grad and are in an optimizer.
+
+    Args:
+        module: what trains.
+        optimizers: of the run; where there are none, they are not known, and what requires grad is taken to train.
+    """
+    held = {id(value) for one in optimizers for group in one.param_groups for value in group["params"]}
+    return {
+        name: value
+        for name, value in module.named_parameters()
+        if value.requires_grad and (not optimizers or id(value) in held)
+    }
+
+
+class Trained:
+    """The parameters that a run trains, which must be the same at every capture.
+
+    Args:
+        module: what trains.
+        optimizers: of the run, read again at every capture; a list may grow.
+
+    Warns:
+        UntrainedParameterWarning: some parameters require grad and are in none of the optimizers.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
+        self._module, self._optimizers = module, optimizers
+        self.names = frozenset(trained_parameters(module, optimizers))
+        idle = sorted(trained_parameters(module).keys() - self.names)
+        if idle:
+            warnings.warn(
+                f"These parameters require a gradient but are in no optimizer, so they do not train and are not traced: "
+                f"{_listed(idle)}. HINT: give them to an optimizer, or `requires_grad_(False)`.",
+                UntrainedParameterWarning,
+                stacklevel=4,
+            )
+
+    def now(self) -> dict[str, Tensor]:
+        """The trained parameters by name (no copies).
+
+        Raises:
+            TrainingChangedError: they are not those of the start; names which joined and which left.
+        """
+        found = trained_parameters(self._module, self._optimizers)
+        joined, left = sorted(found.keys() - self.names), sorted(self.names - found.keys())
+        if joined or left:
+            changes = [f"{len(joined)} joined ({_listed(joined)})"] if joined else []
+            changes += [f"{len(left)} left ({_listed(left)})"] if left else []
+            raise TrainingChangedError(
+                f"The parameters that train are not those that the traces began with: {', '.join(changes)}. Traces of the two are "
+                "not comparable, and the earlier ones stay as they are. HINT: unfreeze, or change adapters, before training starts; "
+                "or trace the run from here on into a store of its own, as a run that starts with these weights."
+            )
+        return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
