@@ -199,6 +199,8 @@ class ConceptTracer(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or _skipped(trainer):
             return
+        if trainer.current_epoch == 0:  # else the same Trainer goes on
+            self._unseen_steps = 0
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
             raise MisconfigurationException(
                 f"`ConceptTracer` cannot trace under {type(trainer.strategy).__name__}: no process holds the whole of a "
@@ -301,6 +303,7 @@ class ConceptTracer(Callback):
             self._capture.detach()
         if self._steps is not None:
             self._steps.detach()
+            self._unseen_steps = self._steps.unseen
         self._capture, self._steps = None, None
 
     def _trace(self, trainer: L.Trainer) -> None:
