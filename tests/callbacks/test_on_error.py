@@ -192,6 +192,7 @@ def test_an_end_of_the_process_is_no_failure_of_a_trace(
     callback = tracer(tmp_path)
     callback._capture = Capture()  # type: ignore[call-arg]
     callback._capture.writer = SimpleNamespace(sealed_steps=[])  # type: ignore[assignment]
+    callback._steps = SimpleNamespace(now=3, is_manual=False)  # type: ignore[assignment]
     with pytest.raises(error):
         callback._trace(SimpleNamespace(global_step=3, current_epoch=1, optimizers=[]))  # type: ignore[arg-type]
 
