@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.schedule import Schedule
+from ctrak_lightning.scheduler_options import FLOW_FOLLOWED, refuse_unfollowed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,13 +43,7 @@ class FlowSchedule(Schedule):
     def from_scheduler(cls, scheduler: Any, *, tokens: int | None = None) -> "FlowSchedule":
         """As :meth:`NoiseSchedule.from_scheduler`, of a ``FlowMatchEulerDiscreteScheduler``."""
         config = scheduler.config
-        unknown = [name for name in _FLOW_OPTIONS if config.get(name)]
-        if unknown:
-            raise ValueError(
-                f"NoiseSchedule.from_scheduler({type(scheduler).__name__}({', '.join(f'{n}={config[n]!r}' for n in unknown)})): "
-                "these options change which noise levels are used in a way that is not followed here. HINT: turn them off via "
-                "`from_config(scheduler.config, ...)`."
-            )
+        refuse_unfollowed(scheduler, FLOW_FOLLOWED)
         shift = float(scheduler.shift)
         if config.get("use_dynamic_shifting"):
             if tokens is None:
@@ -95,16 +90,6 @@ class FlowSchedule(Schedule):
 
     def _timesteps_at(self, shares: Tensor) -> Tensor:
         return (len(self) * self.shift * shares / (1 + (self.shift - 1) * shares)).float()
-
-
-_FLOW_OPTIONS = (
-    "invert_sigmas",
-    "shift_terminal",
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "stochastic_sampling",
-)
 
 
 def _shift_for(tokens: int, config: Any) -> float:

@@ -20,7 +20,7 @@ def inverted(
     """Runs a sampler backwards: DDIM inversion (eta = 0; Song et al. 2021, arXiv 2010.02502), of a flow Euler's method backwards,
     on the sampler's own timesteps and under its guidance.
 
-    A step of the sampler from ``(x, t)`` to the level ``(a', s')`` is ``x' = a' x0_hat(x) + s' e(x)``, so that
+    A step of the sampler from ``(x, t)`` to the level ``(a', s')`` it ends at is ``x' = a' x0_hat(x) + s' e(x)``, so that
     ``x = a / a' (x' - s' e(x)) + s e(x)``. The equation is solved by iterating it (as Pan et al. 2023, arXiv 2309.04907), each
     time with the timestep ``t`` of the state that is sought; plain DDIM inversion is one iteration from ``x'``. States without any
     signal are left out, since they say nothing of an image.
@@ -39,8 +39,8 @@ def inverted(
     grid = schedule.sampling_timesteps(sampler.steps)
     _check(schedule, grid)
     x, e, states = latents, None, list[State]()
-    before, noise_before = schedule.final_level
-    for timestep in reversed(grid):
+    ends = schedule.sampling_levels(sampler.steps)
+    for timestep, (before, noise_before) in zip(reversed(grid), reversed(ends), strict=True):
         a, s = schedule.level(timestep)
         if a == 0:
             break
@@ -57,7 +57,6 @@ def inverted(
                 "steps, or Attributor(..., given='noised')."
             )
         states.append(State(x, t, (x - s * e) / a))
-        before, noise_before = a, s
     return Generation(states[::-1], latents)
 
 
@@ -67,6 +66,11 @@ def _check(schedule: Any, grid: list[Any]) -> None:
         raise InversionError(
             f"{kind} clips the predicted clean image to {schedule.clip:g}, which loses what was clipped: expected a schedule that can "
             "be inverted. HINT: a scheduler with clip_sample=False, or Attributor(..., given='noised')."
+        )
+    if grid[-1] < 0:
+        raise InversionError(
+            f"{kind}: DDIM's last timestep of {len(grid)} is {grid[-1]}, by a fault of rounding, and its image is noise: expected "
+            "timesteps from 0 on. HINT: another number of steps."
         )
     blind = [timestep for timestep in grid if schedule.level(timestep)[0] == 0]
     if blind and schedule.to_dict()["prediction_type"] == "epsilon":

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ctrak_lightning.flow import FlowSchedule
 from ctrak_lightning.schedule import Schedule
+from ctrak_lightning.scheduler_options import FOLLOWED, refuse_unfollowed
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 Spacing = Literal["leading", "trailing", "linspace"]
@@ -23,7 +23,7 @@ class NoiseSchedule(Schedule):
         alpha_bar: cumulative signal power per timestep [T], in [0, 1], decreasing; ``a = sqrt(alpha_bar)`` and
             ``s = sqrt(1 - alpha_bar)``.
         prediction_type: what the network predicts.
-        spacing: how a sampler with fewer than T steps places them (diffusers' ``timestep_spacing``).
+        spacing: how DDIM with fewer than T steps places them (diffusers' ``timestep_spacing``).
         steps_offset: added to the timesteps of ``"leading"`` spacing.
         final_alpha_bar: signal power after the last sampling step.
         clip: range to which a sampler clips ``x0_hat``, or None.
@@ -72,10 +72,11 @@ class NoiseSchedule(Schedule):
                 "`alphas_cumprod` (DDPMScheduler, DDIMScheduler), or FlowMatchEulerDiscreteScheduler. HINT: build one with the "
                 "same betas via `DDIMScheduler.from_config(scheduler.config)`."
             )
-        if config.get("thresholding"):
+        refuse_unfollowed(scheduler, FOLLOWED)
+        if len(alpha_bar) != config["num_train_timesteps"]:
             raise ValueError(
-                f"NoiseSchedule.from_scheduler({type(scheduler).__name__}(thresholding=True)): dynamic thresholding is "
-                "not a function of one latent and cannot be traced. HINT: set thresholding=False."
+                f"NoiseSchedule.from_scheduler({type(scheduler).__name__}(num_train_timesteps={config['num_train_timesteps']})): "
+                f"expected as many timesteps as the scheduler has levels, {len(alpha_bar)}. HINT: `trained_betas` of that length."
             )
         final = getattr(scheduler, "final_alpha_cumprod", 1.0)
         return cls(
@@ -139,17 +140,36 @@ class NoiseSchedule(Schedule):
         return (x_t - s * output) / a
 
     def sampling_timesteps(self, steps: int) -> list[int]:
+        """The timesteps of diffusers' ``DDIMScheduler``, most noise first.
+
+        Raises:
+            ValueError: ``steps`` outside [1, T], or with an offset that leads beyond T.
+        """
         self._check_steps(steps)
-        total = len(self)
-        if self.spacing == "leading":
-            grid = torch.arange(steps) * (total // steps) + self.steps_offset
-        elif self.spacing == "linspace":
-            grid = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long()
-        else:
-            grid = (total - torch.arange(steps, dtype=torch.float64) * total / steps).round().long().flip(
-                0
-            ) - 1
-        return grid.clamp(0, total - 1).flip(0).tolist()
+        scheduler = _ddim(len(self), self.spacing, self.steps_offset)
+        scheduler.set_timesteps(steps)
+        grid: list[int] = scheduler.timesteps.tolist()
+        if grid[0] >= len(self):
+            raise ValueError(
+                f"sampling_timesteps({steps}): with steps_offset={self.steps_offset} the first of so many steps is at timestep {grid[0]}, "
+                f"expected below {len(self)}, the number of levels. HINT: fewer steps."
+            )
+        return grid
+
+    def sampling_levels(self, steps: int) -> list[tuple[float, float]]:
+        """``(a, s)`` that each step of DDIM ends at: diffusers goes ``T // steps`` timesteps further, which is beside the next
+        timestep in ``"linspace"`` spacing and where ``steps`` does not divide T."""
+        grid = self.sampling_timesteps(steps)
+        ends = [timestep - len(self) // steps for timestep in grid]
+        return [self.level(end) if end >= 0 else self.final_level for end in ends]
 
     def _timesteps_at(self, shares: Tensor) -> Tensor:
         return (shares * len(self)).long()
+
+
+def _ddim(timesteps: int, spacing: Spacing, offset: int) -> Any:
+    # Here, for importing diffusers takes seconds. Its own places are taken because its rounding is no simple rule (`np.arange` with
+    # a step that is no integer, halves to even).
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(num_train_timesteps=timesteps, timestep_spacing=spacing, steps_offset=offset)

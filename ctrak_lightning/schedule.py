@@ -53,6 +53,11 @@ class Schedule(ABC):
             ValueError: ``steps`` outside [1, T].
         """
 
+    def sampling_levels(self, steps: int) -> list[tuple[float, float]]:
+        """``(a, s)`` that each step of a sampler ends at, in the order of :meth:`sampling_timesteps`: the level of the next
+        timestep, and at last ``final_level``."""
+        return [*(self.level(t) for t in self.sampling_timesteps(steps)[1:]), self.final_level]
+
     @abstractmethod
     def _timesteps_at(self, shares: Tensor) -> Tensor:
         """The timesteps at these shares [n] (float64, in [0, 1)) of the training distribution, 0 being no noise."""

@@ -1,5 +1,6 @@
 """Which states ``(x_t, t)`` of a sample are used: noised, inverted, or those of the generation itself."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -195,8 +196,8 @@ class Renoised(Generated):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampler:
-    """Deterministic DDIM sampling (eta = 0, arXiv 2010.02502) with the scheduler's own timestep spacing; of a flow, Euler's
-    method, which is the same step.
+    """Deterministic DDIM sampling (eta = 0, arXiv 2010.02502), step by step that of diffusers' ``DDIMScheduler`` with the
+    scheduler's configuration, whatever number of steps; of a flow, Euler's method, which is the same step.
 
     Args:
         steps: sampling steps.
@@ -211,16 +212,21 @@ class Sampler:
         """Denoises ``noise`` [B, ...] under ``condition``; ``null`` is the unconditional side of the guidance, if there is any."""
         schedule = task.noise_schedule
         grid = schedule.sampling_timesteps(self.steps)
+        if grid[-1] < 0:
+            warnings.warn(
+                f"{self}: diffusers' DDIM takes {len(grid)} steps for so many with this spacing, the last at timestep {grid[-1]}, by a "
+                "fault of its rounding, and so does this generation; its images are noise. HINT: another number of steps.",
+                UserWarning,
+                stacklevel=2,
+            )
         x, states = noise, []
-        for i, at in enumerate(grid):
+        for at, (a, s) in zip(grid, schedule.sampling_levels(self.steps), strict=True):
             t = repeated(at, x)
             output = guided_output(task, x, t, condition, null, self.guidance)
             x0_hat, e = schedule.x0_hat(output, x, t), schedule.epsilon(output, x, t)
             if schedule.clip is not None:
                 x0_hat = x0_hat.clamp(-schedule.clip, schedule.clip)
             states.append(State(x, t, x0_hat))
-            last = i + 1 == len(grid)
-            a, s = schedule.final_level if last else schedule.level(grid[i + 1])
             x = a * x0_hat + s * e
         return Generation(states, x)
 

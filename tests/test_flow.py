@@ -168,6 +168,9 @@ def test_trajectories_take_real_timesteps(latents: Tensor) -> None:
         ({"use_karras_sigmas": True}, None, "use_karras_sigmas=True.*HINT"),
         ({"shift_terminal": 0.02}, None, "shift_terminal=0.02.*HINT"),
         ({"invert_sigmas": True}, None, "invert_sigmas=True.*HINT"),
+        ({"use_exponential_sigmas": True}, None, "use_exponential_sigmas=True.*HINT"),
+        ({"use_beta_sigmas": True}, None, "use_beta_sigmas=True.*HINT"),
+        ({"stochastic_sampling": True}, None, "stochastic_sampling=True.*HINT"),
         ({"use_dynamic_shifting": True}, None, "image's size.*HINT.*tokens"),
     ],
 )

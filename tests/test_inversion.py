@@ -17,6 +17,7 @@ STEPS = 12
 TOLERANCES = {
     "epsilon": 1e-5,
     "epsilon, offset": 1e-5,
+    "epsilon, linspace": 1e-4,
     "v, zero terminal SNR": 5e-3,
     "flow": 2e-3,
     "flow, shifted": 2e-3,
@@ -32,6 +33,7 @@ def ddim(kind: str, **options: Any) -> Schedule:
 SCHEDULES = {
     "epsilon": ddim("epsilon"),
     "epsilon, offset": ddim("epsilon", steps_offset=1, set_alpha_to_one=False),
+    "epsilon, linspace": ddim("epsilon", timestep_spacing="linspace"),
     "v, zero terminal SNR": ddim("v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True),
     "flow": FlowSchedule(timesteps=100),
     "flow, shifted": FlowSchedule(timesteps=100, shift=3.0),
@@ -84,6 +86,9 @@ def test_schedules_that_cannot_be_inverted_say_so() -> None:
         task, condition, null = setup(ddim("epsilon", **options))
         with pytest.raises(InversionError, match=message):
             inverted(Sampler(steps=5), task, latents, condition, null)
+    task, condition, null = setup(ddim("epsilon", timestep_spacing="trailing"))
+    with pytest.raises(InversionError, match="last timestep of 30 is -1.*HINT"):
+        inverted(Sampler(steps=29), task, latents, condition, null)
     task, condition, null = setup(ddim("epsilon"))
     with pytest.raises(InversionError, match="no finite numbers at timestep 0"):
         inverted(Sampler(steps=5), task, latents * float("inf"), condition, null)

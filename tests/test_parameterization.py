@@ -1,3 +1,6 @@
+from typing import Any
+
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -6,12 +9,16 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
+from diffusers.configuration_utils import register_to_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrak_lightning import NoiseSchedule
+from ctrak_lightning import scheduler_options as options_module
 
 KINDS = ("epsilon", "v_prediction", "sample")
 
@@ -66,13 +73,45 @@ def test_noise_prediction_without_signal_is_refused() -> None:
         schedule.x0_hat(x, x, torch.tensor([999]))
 
 
+def ends_of_diffusers_steps(scheduler: DDIMScheduler) -> list[float]:
+    """Signal power that each step of diffusers' DDIM ends at, read off its own step: of a network without noise, sqrt(power)."""
+    one, found = torch.ones(1, dtype=torch.float64), []
+    for t in scheduler.timesteps:
+        x = one * scheduler.alphas_cumprod[t].sqrt().double()
+        found.append(float(scheduler.step(0 * one, t, x).prev_sample) ** 2)
+    return found
+
+
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("steps", [1, 7, 10, 50])
 @pytest.mark.parametrize("offset", [0, 1])
-def test_sampling_timesteps_are_those_of_diffusers(spacing: str, steps: int, offset: int) -> None:
-    scheduler = DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
-    scheduler.set_timesteps(steps)
-    assert NoiseSchedule.from_scheduler(scheduler).sampling_timesteps(steps) == scheduler.timesteps.tolist()
+def test_timesteps_and_levels_are_those_of_diffusers_for_every_number_of_steps(
+    spacing: str, offset: int
+) -> None:
+    total = 40
+    options = {"clip_sample": False, "set_alpha_to_one": offset == 0, "beta_schedule": "scaled_linear"}
+    scheduler = DDIMScheduler(
+        num_train_timesteps=total, timestep_spacing=spacing, steps_offset=offset, **options
+    )
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    for steps in range(1, total + 1):
+        scheduler.set_timesteps(steps)
+        if int(scheduler.timesteps[0]) == total:  # one beyond the last level, where diffusers' step fails
+            assert (spacing, offset, steps) == ("leading", 1, total)
+            with pytest.raises(ValueError, match="steps_offset=1 .* at timestep 40.*HINT: fewer"):
+                schedule.sampling_timesteps(steps)
+            continue
+        assert schedule.sampling_timesteps(steps) == scheduler.timesteps.tolist()
+        found = [a**2 for a, _ in schedule.sampling_levels(steps)]
+        assert found == pytest.approx(ends_of_diffusers_steps(scheduler), rel=1e-5)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_timesteps_are_those_of_diffusers_for_every_number_of_steps_of_a_thousand(spacing: str) -> None:
+    scheduler = DDIMScheduler(timestep_spacing=spacing)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    for steps in range(1, 1001):
+        scheduler.set_timesteps(steps)
+        assert schedule.sampling_timesteps(steps) == scheduler.timesteps.tolist()
 
 
 @pytest.mark.parametrize(
@@ -105,12 +144,78 @@ def test_even_timesteps_are_the_middles_of_equal_parts() -> None:
 def test_bad_schedulers_are_refused() -> None:
     with pytest.raises(TypeError, match="FlowMatchHeunDiscreteScheduler.*alphas_cumprod"):
         NoiseSchedule.from_scheduler(FlowMatchHeunDiscreteScheduler())
-    with pytest.raises(ValueError, match="thresholding"):
-        NoiseSchedule.from_scheduler(DDIMScheduler(thresholding=True))
+    with pytest.raises(ValueError, match="num_train_timesteps=1000.*levels, 2"):
+        NoiseSchedule.from_scheduler(DDIMScheduler(trained_betas=[0.1, 0.2]))
     with pytest.raises(ValueError, match="prediction_type='vv'"):
         NoiseSchedule(alpha_bar=torch.tensor([0.9, 0.5]), prediction_type="vv")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="alpha_bar"):
         NoiseSchedule(alpha_bar=torch.tensor([1.5]))
+
+
+REFUSED = [
+    (DDIMScheduler, {"thresholding": True}),
+    (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
+    (EulerDiscreteScheduler, {"use_exponential_sigmas": True}),
+    (EulerDiscreteScheduler, {"use_beta_sigmas": True}),
+    (EulerDiscreteScheduler, {"timestep_type": "continuous"}),
+    (EulerDiscreteScheduler, {"interpolation_type": "log_linear"}),
+    (EulerDiscreteScheduler, {"sigma_min": 0.1}),
+    (EulerDiscreteScheduler, {"final_sigmas_type": "sigma_min"}),
+    (DPMSolverMultistepScheduler, {"use_lu_lambdas": True}),
+    (DPMSolverMultistepScheduler, {"lambda_min_clipped": -5.1}),
+    (DPMSolverMultistepScheduler, {"use_flow_sigmas": True}),
+    (UniPCMultistepScheduler, {"sigma_max": 80.0}),
+    (LCMScheduler, {"original_inference_steps": 50}),
+]
+
+
+@pytest.mark.parametrize(("cls", "options"), REFUSED, ids=lambda each: str(getattr(each, "__name__", each)))
+def test_options_that_would_change_levels_are_refused_by_name(cls: Any, options: dict[str, Any]) -> None:
+    [(name, value)] = options.items()
+    with pytest.raises(ValueError, match=rf"{cls.__name__}\(.*{name}={value}|{name}='{value}'.*HINT"):
+        NoiseSchedule.from_scheduler(cls(**options))
+
+
+def test_every_option_of_diffusers_schedulers_is_followed_refused_or_of_another_sampler() -> None:
+    """Whatever a scheduler's option does, its being set is no news to us: none is passed over unknown."""
+    known = (
+        options_module.FOLLOWED | options_module._KNOWN | options_module._OF_A_SOLVER | options_module._PARTS
+    )
+    seen = 0
+    for name in dir(diffusers.schedulers):
+        cls = getattr(diffusers.schedulers, name)
+        if not name.endswith("Scheduler") or not isinstance(cls, type) or "Dummy" in str(type(cls)):
+            continue
+        try:
+            made = cls()
+        except Exception:  # one that needs arguments or packages; none of these has `alphas_cumprod`
+            continue
+        if hasattr(made, "alphas_cumprod"):
+            seen += 1
+            assert options_module._options(cls).keys() <= known, name
+    assert seen > 15
+    flow = options_module._options(diffusers.FlowMatchEulerDiscreteScheduler).keys()
+    assert flow <= options_module.FLOW_FOLLOWED | options_module._KNOWN
+
+
+def test_options_of_other_classes_that_a_configuration_carries_along_mean_nothing() -> None:
+    karras = EulerDiscreteScheduler(use_karras_sigmas=True)
+    ddim = DDIMScheduler.from_config(karras.config, clip_sample=False)
+    assert ddim.config.use_karras_sigmas  # diffusers keeps it, and its DDIM does not look at it
+    schedule = NoiseSchedule.from_scheduler(ddim)
+    ddim.set_timesteps(7)
+    assert schedule.sampling_timesteps(7) == ddim.timesteps.tolist()
+
+
+def test_options_of_derived_schedulers_must_be_as_by_default() -> None:
+    class Own(DDIMScheduler):
+        @register_to_config
+        def __init__(self, warp: float = 1.0, num_train_timesteps: int = 1000) -> None:
+            super().__init__(num_train_timesteps=num_train_timesteps)
+
+    assert len(NoiseSchedule.from_scheduler(Own())) == 1000
+    with pytest.raises(ValueError, match=r"Own\(warp=2.0\).*HINT: `DDIMScheduler.from_config"):
+        NoiseSchedule.from_scheduler(Own(warp=2.0))
 
 
 def test_the_last_level_is_the_schedulers_own() -> None:

@@ -31,21 +31,38 @@ def setup(kind: str, **kwargs: object) -> tuple[Recorder, Tensor, dict[str, Tens
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("clip", [False, True])
-def test_sampler_equals_diffusers_ddim(kind: str, clip: bool) -> None:
-    task, x, condition, null = setup(kind, clip_sample=clip, timestep_spacing="trailing")
-    generation = Sampler(steps=10, guidance=2.5).run(task, x, condition, null)
+@pytest.mark.parametrize(
+    ("kind", "clip", "spacing", "steps"),
+    [
+        ("epsilon", True, "trailing", 10),
+        ("epsilon", False, "linspace", 7),
+        ("v_prediction", False, "trailing", 7),
+        ("v_prediction", True, "leading", 7),
+        ("sample", False, "linspace", 9),
+        ("sample", True, "leading", 9),
+    ],
+)
+def test_sampler_equals_diffusers_ddim(kind: str, clip: bool, spacing: str, steps: int) -> None:
+    task, x, condition, null = setup(kind, clip_sample=clip, timestep_spacing=spacing, steps_offset=1)
+    generation = Sampler(steps=steps, guidance=2.5).run(task, x, condition, null)
     scheduler = task.scheduler
-    scheduler.set_timesteps(10)
+    scheduler.set_timesteps(steps)
     expected = x
     for state, t in zip(generation.states, scheduler.timesteps, strict=True):
-        torch.testing.assert_close(state.x_t, expected, rtol=1e-4, atol=1e-5)
+        assert float((state.x_t - expected).norm() / expected.norm()) < 1e-5
         assert state.t.tolist() == [int(t)] * 2
         with_concept, without = (task.predict(expected, t.repeat(2), c) for c in (condition, null))
         expected = scheduler.step(without + 2.5 * (with_concept - without), t, expected).prev_sample
-    torch.testing.assert_close(generation.latents, expected, rtol=1e-4, atol=1e-5)
-    assert task.told[:20:2] == scheduler.timesteps.tolist()
+    assert float((generation.latents - expected).norm() / expected.norm()) < 1e-5
+    assert task.told[: 2 * steps : 2] == scheduler.timesteps.tolist()
+
+
+def test_a_number_of_steps_at_which_diffusers_places_one_too_many_is_told() -> None:
+    task, x, condition, _ = setup("epsilon", timestep_spacing="trailing", clip_sample=False)
+    with pytest.warns(UserWarning, match=r"steps=29.*takes 30 steps .*timestep -1.*HINT"):
+        generation = Sampler(steps=29, guidance=1.0).run(task, x, condition, None)
+    task.scheduler.set_timesteps(29)
+    assert [int(state.t[0]) for state in generation.states] == task.scheduler.timesteps.tolist()
 
 
 @torch.no_grad()
