@@ -18,7 +18,7 @@ commands:
   info       what a store holds:                    ctrak info STORE [--verify]
   verify     is a store what was recorded?          ctrak verify STORE [--deep] [--public-key public.pem]
   sign       sign a store's ledger:                 ctrak sign STORE --key key.pem
-  forget     take samples out, consent withdrawn:   ctrak forget STORE --sample ID [--sample ID ...]
+  forget     take samples out, consent withdrawn:   ctrak forget STORE --where owner=anna [--dry-run]
   lineage    the runs that a run goes on from:      ctrak lineage STORE
   export     a store's record for others:           ctrak export STORE --format prov|croissant|model-card [--out FILE]
   demo       fine-tune, trace, generate, attribute: ctrak demo

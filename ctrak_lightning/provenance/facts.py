@@ -8,7 +8,13 @@ from typing import Any
 
 from ctrak_lightning.errors import CorruptStoreError
 from ctrak_lightning.fingerprint import weights_digest
-from ctrak_lightning.provenance.commitments import Commitments, read_commitments, salted, write_commitments
+from ctrak_lightning.provenance.commitments import (
+    Commitments,
+    named,
+    read_commitments,
+    salted,
+    write_commitments,
+)
 from ctrak_lightning.provenance.history import HEADER_FIELDS, History
 from ctrak_lightning.traces.arrays import check_digest, corrupt
 from ctrak_lightning.traces.atomic import FileRecord, sha256_of, write_atomically
@@ -75,6 +81,11 @@ def forget_facts(root: Path, manifest: Manifest, history: History) -> dict[str, 
     if len(tombstones) != len(before) - len(after):
         raise CorruptStoreError(
             f"{path} has commitments that the edition before did not have. HINT: restore the store from a copy."
+        )
+    if changed := after.differing(table):
+        raise CorruptStoreError(
+            f"{root / manifest.samples} has {len(changed)} samples that are not those of the edition before: {named(table, changed)}. "
+            "HINT: restore the store from a copy."
         )
     known = history.checkpoints
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +16,12 @@ from ctrak_lightning.provenance.ledger import Ledger
 from ctrak_lightning.provenance.lock import exclusive
 from ctrak_lightning.provenance.query_log import LedgerWarning
 from ctrak_lightning.provenance.recording import complete, remove_old_commitments, require_agreement
+from ctrak_lightning.provenance.selection import positions_of
 from ctrak_lightning.traces.manifest import read_manifest, write_manifest
 from ctrak_lightning.traces.records import remove_unrecorded
 from ctrak_lightning.traces.rewriting import rewrite_without
-from ctrak_lightning.traces.samples import SampleTable
 from ctrak_lightning.traces.schema import Manifest
 from ctrak_lightning.traces.verification import altered_files
-
-_SHOWN = 5
-_NEAR = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +66,7 @@ def forget(path: str | Path, sample_ids: Sequence[str]) -> Forgotten:
     with exclusive(root):
         manifest = _finish(root)
         table = stored_table(root, manifest)
-        gone = _positions(table, sample_ids, root)
+        gone = positions_of(table, sample_ids, root)
         commitments = _checked(root, manifest)
         try:
             after = rewrite_without(root, manifest, table, gone)
@@ -159,32 +155,3 @@ def _check_files(root: Path, after: Manifest) -> None:
             f"{root / missing[0]} was removed by another process while it was being written; nothing was forgotten. HINT: end the "
             "training first."
         )
-
-
-def _positions(table: SampleTable, sample_ids: Sequence[str], root: Path) -> list[int]:
-    wanted = [sample_ids] if isinstance(sample_ids, str) else list(dict.fromkeys(sample_ids))
-    if not wanted:
-        raise StoreError("forget(sample_ids=[]): expected at least one sample.")
-    where = {sample_id: i for i, sample_id in enumerate(table.sample_ids)}
-    if unknown := [sample_id for sample_id in wanted if sample_id not in where]:
-        raise StoreError(
-            f"{root} has no sample {', '.join(_short(name) for name in unknown[:_SHOWN])}"
-            f"{f' and {len(unknown) - _SHOWN} more' if len(unknown) > _SHOWN else ''}; nothing was forgotten. "
-            f"{_near(unknown[0], table.sample_ids)}HINT: ids are those of the data set, as Attribution.top() names them; a sample "
-            "that was forgotten before is unknown too."
-        )
-    if len(wanted) == len(table):
-        raise StoreError(
-            f"{root}: these are all of its {len(table)} samples, and a store of none says nothing. HINT: delete the folder."
-        )
-    return sorted(where[sample_id] for sample_id in wanted)
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name[:200], known, n=_NEAR, cutoff=0.6)
-    return f"Near: {', '.join(_short(one) for one in near)}. " if near else ""
-
-
-def _short(name: object) -> str:
-    shown = repr(name)
-    return shown if len(shown) <= 120 else f"{shown[:117]}..."

@@ -79,7 +79,7 @@ def remove_old_commitments(root: Path, manifest: Manifest) -> None:
     except OSError as error:
         raise StoreError(
             f"{root}: what was forgotten is in files that cannot be deleted ({error}). HINT: check the permissions and run "
-            "`ctrak forget` again, without --sample."
+            "`ctrak forget` again, without naming samples."
         ) from error
 
 

@@ -165,7 +165,7 @@ def _against_ledger(root: Path, manifest: Manifest, history: History) -> list[st
         return [
             *problems,
             f"{LEDGER}: samples were forgotten and there is no entry of it: it was interrupted. HINT: `ctrak forget` without "
-            "--sample completes it",
+            "any samples completes it",
         ]
     problems += [
         f"{MANIFEST}: checkpoint {record.step} is not in the ledger: the ledger was cut, or a run without ProvenanceRecorder made it"

@@ -23,7 +23,7 @@ from ctrak_lightning.provenance.forgetting import finish
 from ctrak_lightning.provenance.query_log import QueryLog, result_digest
 from ctrak_lightning.provenance.recording import sync
 from ctrak_lightning.traces import SampleTable, TraceWriter, Visits
-from ctrak_lightning.traces.atomic import FileRecord
+from ctrak_lightning.traces.atomic import FileRecord, write_atomically
 from ctrak_lightning.traces.manifest import read_manifest, write_manifest
 from ctrak_lightning.traces.samples import write_samples
 
@@ -231,6 +231,25 @@ def test_a_ledger_that_an_earlier_version_began_goes_on_and_is_told_of(
         store, GONE[1:]
     )  # what the first forgetting recorded is salted: no warning, which would be an error
     assert verify(store, deep=True) == []
+
+
+def test_an_edition_whose_samples_are_others_is_not_recorded(store: Path) -> None:
+    """What looks like a forgetting that a crash cut off, and is somebody's own table under the next edition's name."""
+    original = read_manifest(store)
+    table = TraceStore(store).samples
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forgetting, "_finish", lambda root: read_manifest(root))  # stops before the ledger
+        forget(store, GONE)
+    manifest = read_manifest(store)
+    assert manifest.edition == original.edition + 1
+    stolen = replace(table.take(STAY), metadata={"artist": ["mallory"] * 8, "licence/url": [""] * 8})
+    known = write_atomically(store / manifest.samples, lambda path: write_samples(path, stolen))
+    write_manifest(store, manifest.with_files({manifest.samples: known}))
+    before = (store / "ledger.jsonl").read_bytes()
+    for completes in (finish, sync):
+        with pytest.raises(CorruptStoreError, match="8 samples that are not those of the edition before"):
+            completes(store)
+    assert (store / "ledger.jsonl").read_bytes() == before
 
 
 def test_what_has_nothing_of_the_samples_in_it_is_carried_over(tmp_path: Path) -> None:
