@@ -2,12 +2,12 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,13 +160,50 @@ def test_report_asks_each_attribute_and_splits_the_scores(
     assert page.data["columns"][page.data["group"]]["name"] == "shape"
     assert all(concept["by_timestep"] for concept in page.data["concepts"])
     assert "rests on a single checkpoint" in page.text
-    for wrong, message in (
-        (["--out", str(run / "nowhere" / "page.html")], "cannot be written: .*nowhere is no folder.*HINT"),
-        (["--out", str(run)], "is a folder.*HINT"),
-        (["--out", str(out), "--group", "nobody"], "group='nobody'.*The store has: colour, owner, shape"),
-    ):
-        with pytest.raises(SystemExit, match=f"ctrak report: .*{message}"):
-            main([*arguments, "--present", "colour=red", *wrong])
+
+
+@pytest.mark.parametrize("command", ["attribute", "report"])
+def test_files_and_groups_are_checked_before_any_work(
+    run: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worked(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("ctrak_lightning.cli.question.load_module", worked)
+    (tmp_path / "kept").write_text("years of work")
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    option = {"attribute": "--csv", "report": "--out"}[command]
+    wrong = [
+        ([option, str(tmp_path)], "is a folder"),
+        ([option, str(tmp_path / "kept")], "exists. HINT.*--force"),
+        ([option, str(tmp_path / "link")], "exists. HINT.*--force"),
+        ([option, str(tmp_path / "kept" / "x.csv")], "cannot be written: its folder cannot be made"),
+        ([option, str(run / "traces" / "x.csv")], "lies in the folder of the traces"),
+        (["--group", "nobody"], "--group 'nobody'.*The store has: colour, owner, shape"),
+    ]
+    if os.geteuid() != 0:  # root may write everywhere
+        wrong.append(([option, str(tmp_path / "locked" / "x")], "cannot be written: this user may not"))
+    if command == "attribute":
+        wrong += [
+            (["--csv", str(tmp_path / "n"), "--json", str(tmp_path / "." / "n")], "is also what --csv names"),
+            (["--json", str(tmp_path / "kept")], "exists"),
+        ]
+    arguments = [command, str(run / "traces"), "--config", str(run / "run.yaml"), "--present", "colour=red"]
+    monkeypatch.chdir(tmp_path)
+    for words, message in wrong:
+        with pytest.raises(SystemExit, match=f"ctrak {command}: .*{message}"):
+            main([*arguments, *words])
+    assert (tmp_path / "kept").read_text() == "years of work"
+    assert not (tmp_path / "n").exists()
+    # What is allowed gets as far as the model: --force, and what is no regular file. Missing folders are made.
+    for words in ([option, str(tmp_path / "kept"), "--force"], [option, "/dev/null"], [option, "a/b/c"]):
+        with pytest.raises(AssertionError, match="the model was loaded"):
+            main([*arguments, *words])
+    assert (tmp_path / "a" / "b").is_dir()
+    if command == "attribute":
+        with pytest.raises(SystemExit):
+            main([*arguments, "--top", "0"])
 
 
 @pytest.mark.parametrize(
@@ -191,14 +228,13 @@ def test_concepts_of_a_report(
     asked: list[Concept] = []
 
     class Asked:
-        store = SimpleNamespace(samples=SimpleNamespace(metadata={}))
-
         def attribute_many(self, concepts: list[Concept], seed: int, *, parts: bool) -> list[object]:
             assert parts
             asked.extend(concepts)
             return []
 
-    monkeypatch.setattr(report, "attributor_of", lambda args: Asked())
+    monkeypatch.setattr(report, "opened_store", lambda args: None)
+    monkeypatch.setattr(report, "attributor_of", lambda args, store: Asked())
     monkeypatch.setattr(report, "write_report", lambda out, results, group: None)
     report.run(["store", "--config", "x.yaml", "--out", str(tmp_path / "p.html"), "--present", *words])
     assert asked == [Concept(*each) for each in expected]
@@ -336,7 +372,7 @@ def test_several_concepts_a_part_and_the_distribution(
     mask[:2] = 255
     Image.fromarray(mask).save(tmp_path / "m.png")
     single = ["--present", "colour=red", "shape=bar", "--absent", "shape=bar"]
-    report_of = ["report", *arguments[1:], "--out", str(tmp_path / "p.html")]
+    report_of = ["report", *arguments[1:], "--out", str(tmp_path / "p.html"), "--force"]
     main([*report_of, *single, "--mask", str(tmp_path / "m.png")])
     assert "Asked of a part of the image only, 25 % of it." in Page(tmp_path / "p.html").text
     main([*report_of, *single, "--global"])

@@ -153,8 +153,15 @@ def test_export_writes_what_it_prints(
     store: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = printed(capsys, "export", store, "--format", form)
-    assert printed(capsys, "export", store, "--format", form, "--out", tmp_path / "out") == ""
-    assert (tmp_path / "out").read_text(encoding="utf-8") == text
+    out = tmp_path / "new" / "out"
+    assert printed(capsys, "export", store, "--format", form, "--out", out) == ""
+    assert out.read_text(encoding="utf-8") == text
+    out.write_text("another's")
+    with pytest.raises(SystemExit, match="exists. HINT.*--force"):
+        main(["export", str(store), "--format", form, "--out", str(out)])
+    assert out.read_text() == "another's"
+    printed(capsys, "export", store, "--format", form, "--out", out, "--force")
+    assert out.read_text(encoding="utf-8") == text
     if form == "model-card":
         assert text.startswith("## Training data and provenance")
     else:

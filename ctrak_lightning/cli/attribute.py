@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 
 from ctrak_lightning.attribution import Attribution
+from ctrak_lightning.cli.outputs import add_force, check_outputs
 from ctrak_lightning.cli.printing import say
-from ctrak_lightning.cli.question import add_question, attributor_of, concepts_of
+from ctrak_lightning.cli.question import add_question, attributor_of, concepts_of, opened_store
 
 
 def run(argv: Sequence[str]) -> None:
@@ -15,7 +17,7 @@ def run(argv: Sequence[str]) -> None:
         description="Which training samples taught the model a concept? Of several concepts of one image also what they share.",
     )
     add_question(parser)
-    parser.add_argument("--top", type=int, default=10, help="rows to print")
+    parser.add_argument("--top", type=PositiveInt, default=10, help="rows to print")
     parser.add_argument("--group", type=str, default=None, help="a metadata column to print shares for")
     parser.add_argument(
         "--csv", type=str, default=None, help="write the whole ranking; of several concepts, side by side"
@@ -23,9 +25,12 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--json", type=str, default=None, help="write the whole result; of several concepts, what they share"
     )
+    add_force(parser)
     args = parser.parse_args(list(argv))
     concepts = concepts_of(args)
-    results = attributor_of(args).attribute_many(concepts, args.seed)
+    store = opened_store(args)
+    check_outputs({"--csv": args.csv, "--json": args.json}, store=args.store, force=args.force)
+    results = attributor_of(args, store).attribute_many(concepts, args.seed)
     for result in results:
         say(result.concept)
         _print_result(result, args)

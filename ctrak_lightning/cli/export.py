@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from ctrak_lightning.cli.outputs import add_force, check_outputs
 from ctrak_lightning.provenance.export_card import model_card
 from ctrak_lightning.provenance.export_croissant import croissant
 from ctrak_lightning.provenance.export_prov import prov_json
@@ -19,7 +20,9 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("store", type=str, help="the folder of the traces")
     parser.add_argument("--format", choices=("prov", "croissant", "model-card"), required=True)
     parser.add_argument("--out", type=str, default=None, help="the file to write; by default it is printed")
+    add_force(parser)
     args = parser.parse_args(list(argv))
+    check_outputs({"--out": args.out}, store=args.store, force=args.force)
     if args.format == "model-card":
         text = model_card(args.store)
     else:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ctrak_lightning.attribution import Attributor, Concept
 from ctrak_lightning.cli.tracer_task import tracer_task
-from ctrak_lightning.errors import ConceptError
+from ctrak_lightning.errors import ConceptError, ReportError
 from ctrak_lightning.task import Spec
+from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.trajectory import Sampler
 
 
@@ -163,11 +164,27 @@ def read_image(path: str | Path) -> Tensor:
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
-def attributor_of(args: Namespace) -> Attributor:
-    """The store and the model that the arguments name."""
+def opened_store(args: Namespace) -> TraceStore:
+    """The store that the arguments name; nothing is loaded or computed yet.
+
+    Raises:
+        ReportError: it lacks the column that ``--group`` names.
+    """
+    store = TraceStore(args.store)
+    known = store.samples.metadata
+    if args.group is not None and args.group not in known:
+        raise ReportError(
+            f"--group {args.group!r}: no such metadata column. The store has: {', '.join(sorted(known)) or 'none'}. HINT: `encode` "
+            'gives the columns, for example Encoded(..., metadata={"owner": batch["owner"]}).'
+        )
+    return store
+
+
+def attributor_of(args: Namespace, store: TraceStore) -> Attributor:
+    """The store, and the model that the arguments name."""
     sampler = Sampler(steps=args.steps, guidance=args.guidance)
     return Attributor(
-        args.store,
+        store,
         load_module(args.config),
         task=tracer_task(args.config),
         sampler=sampler,

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from ctrak_lightning.attribution.report import check_path, write_report
-from ctrak_lightning.attribution.report.columns import Columns
+from ctrak_lightning.attribution.report import write_report
+from ctrak_lightning.cli.outputs import add_force, check_outputs
 from ctrak_lightning.cli.printing import say
-from ctrak_lightning.cli.question import add_question, attributor_of, concepts_of
+from ctrak_lightning.cli.question import add_question, attributor_of, concepts_of, opened_store
 from ctrak_lightning.errors import ConceptError
 
 
@@ -22,6 +22,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--group", type=str, default=None, help="the metadata column to give shares for; by default the owner"
     )
+    add_force(parser)
     args = parser.parse_args(list(argv))
     concepts = concepts_of(args, each_attribute=True)
     if getattr(args, "global") and len(concepts) > 1:
@@ -29,13 +30,10 @@ def run(argv: Sequence[str]) -> None:
             f"--global with {len(concepts)} concepts: each has images of its own; expected one. HINT: a page for each, or "
             "`ctrak attribute`."
         )
-    check_path(args.out)
-    attributor = attributor_of(args)
-    Columns.of(
-        list(attributor.store.samples.metadata), args.group
-    )  # refuses an unknown one before minutes of work
+    store = opened_store(args)
+    check_outputs({"--out": args.out}, store=args.store, force=args.force)
     for concept in concepts:
         say(concept)
-    results = attributor.attribute_many(concepts, args.seed, parts=True)
+    results = attributor_of(args, store).attribute_many(concepts, args.seed, parts=True)
     write_report(args.out, results, group=args.group)
     say(f"{args.out}: {', '.join(concept.name for concept in concepts)}")

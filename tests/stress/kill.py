@@ -61,9 +61,9 @@ def run(folder: Path, tell: Callable[[str], None]) -> None:
         {name: value.detach() for name, value in module.state_dict().items()}, folder / "final.safetensors"
     )
     tell("begin export")
-    ctrak(
-        ["export", str(folder / "traces"), "--format", "croissant", "--out", str(folder / "croissant.json")]
-    )
+    # --force: an earlier occurrence may have been killed when the file was there.
+    out = ["--out", str(folder / "croissant.json"), "--force"]
+    ctrak(["export", str(folder / "traces"), "--format", "croissant", *out])
     tell("end export")
 
 
