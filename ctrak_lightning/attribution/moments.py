@@ -5,6 +5,22 @@ from torch import Tensor
 
 from ctrak_lightning.processes import Processes
 
+ROUNDING = 1e-4
+"""Scores that differ by less, relative to their size, are equal: they hold to this (docs/reliability.md)."""
+
+
+def units(deviation: Tensor, mean: Tensor) -> Tensor:
+    """What scores of this deviation and mean are measured in, all of one shape: their deviation; of scores that are equal up to
+    rounding their size, so that rounding stays small beside other checkpoints' scores; 1 of scores that are all zero."""
+    size = torch.hypot(deviation, mean)
+    found = torch.where(differ(deviation, mean), deviation, size)
+    return torch.where(found > 0, found.clamp(min=torch.finfo(found.dtype).tiny), torch.ones_like(found))
+
+
+def differ(deviation: Tensor, mean: Tensor) -> Tensor:
+    """Whether scores of this deviation and mean differ by more than rounding."""
+    return deviation > ROUNDING * torch.hypot(deviation, mean)
+
 
 class Moments:
     """Sums over the samples of the scores of M checkpoints and of their products, in float64."""
@@ -38,9 +54,15 @@ class Moments:
         """Standard deviation over the samples [..., M]."""
         return self._covariances().diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
 
+    def mean(self) -> Tensor:
+        """Mean over the samples [..., M]."""
+        mean = self._sums / self.count
+        return mean if self._shift is None else mean + self._shift.squeeze(-1)
+
     def agreement(self) -> Tensor:
-        """Mean Pearson correlation over the pairs of checkpoints [...]; 0 for those whose scores are all equal."""
+        """Mean Pearson correlation over the pairs of checkpoints [...]; 0 for those whose scores are equal up to rounding."""
         spread = self.deviation()
+        spread = torch.where(differ(spread, self.mean()), spread, 0.0)
         both = spread.unsqueeze(-1) * spread.unsqueeze(-2)
         tiny = torch.finfo(torch.float64).tiny
         correlations = torch.where(both > 0, self._covariances() / both.clamp(min=tiny), 0.0)

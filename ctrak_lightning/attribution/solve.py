@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.attribution.dots import Dots
-from ctrak_lightning.attribution.moments import Moments
+from ctrak_lightning.attribution.moments import Moments, units
 from ctrak_lightning.traces import Checkpoint
 
 AGREEMENT_GRID: tuple[float | None, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, None)
@@ -77,7 +77,7 @@ def agreement(scores: Tensor) -> Tensor:
     """How much checkpoints agree: the mean Pearson correlation over pairs of them, of scores [M, ..., N] over the samples [...].
 
     It needs no label. What a concept owes its samples is the same at every checkpoint of a run that has learnt it; the noise
-    that a kernel's inverse amplifies is not. Checkpoints whose scores are all equal agree with nothing (0).
+    that a kernel's inverse amplifies is not. Checkpoints whose scores are equal up to rounding agree with nothing (0).
 
     Raises:
         ValueError: fewer than two checkpoints.
@@ -118,17 +118,17 @@ def standardised(scores: Tensor) -> Tensor:
 
 
 def spreads(scores: Tensor) -> Tensor:
-    """The standard deviation over the samples of scores [..., N], as [..., 1]; 1 where they are all equal."""
-    spread = scores.std(-1, keepdim=True, correction=0)
-    return torch.where(spread > 0, spread.clamp(min=torch.finfo(scores.dtype).tiny), torch.ones_like(spread))
+    """The standard deviation over the samples of scores [..., N], as [..., 1]; where they are equal up to rounding, their size
+    (:func:`~ctrak_lightning.attribution.moments.units`)."""
+    return units(scores.std(-1, keepdim=True, correction=0), scores.mean(-1, keepdim=True))
 
 
 def soft_thresholded(scores: Tensor, threshold: float) -> Tensor:
     """Scores [..., N] in units of their own standard deviation around their median, moved towards zero by ``threshold``; what
     lies within it becomes zero. (TRAK, arXiv 2303.14186, sec. 3.2, sparsifies so too.)"""
     centred = scores - scores.median(-1, keepdim=True).values
-    units = standardised(centred)
-    return units.sign() * (units.abs() - threshold).clamp(min=0)
+    shifted = centred / spreads(scores)
+    return shifted.sign() * (shifted.abs() - threshold).clamp(min=0)
 
 
 def _dots(directions: Tensor, checkpoint: Checkpoint) -> Tensor:

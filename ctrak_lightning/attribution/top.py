@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ctrak_lightning.attribution.best import MOST_SAMPLES, Best
 from ctrak_lightning.attribution.dots import Dots
-from ctrak_lightning.attribution.moments import Moments
+from ctrak_lightning.attribution.moments import Moments, units
 from ctrak_lightning.attribution.solve import chosen_scores, ensemble
 from ctrak_lightning.errors import CorruptStoreError
 from ctrak_lightning.processes import ALONE, Processes
@@ -152,16 +152,15 @@ class _Question:
         best = torch.zeros(queries.shape[1], dtype=torch.long)
         if len(grid) > 1 or (weights is None and not trusted):
             raw, scored = self._moments(directions)
-            deviation = scored.deviation().permute(2, 0, 1)
+            deviation, mean = (each.permute(2, 0, 1) for each in (scored.deviation(), scored.mean()))
             if len(grid) > 1:
                 best = raw.agreement().argmax(0)
         each = torch.arange(len(best))
         self._directions = directions[:, best, each]  # [M, Q, k]
         self.dampings = [grid[d] for d in best.tolist()]
         if weights is None:
-            spread = deviation[:, best, each]
-            spread = torch.where(spread > 0, spread, torch.ones_like(spread))
-            self._directions /= (spread * len(checkpoints))[..., None]
+            unit = units(deviation[:, best, each], mean[:, best, each])
+            self._directions /= (unit * len(checkpoints))[..., None]
         else:
             self._directions *= torch.tensor(weights, dtype=torch.float64)[:, None, None]
 

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from ctrak_lightning.gradients.checks import (
 from ctrak_lightning.gradients.layers import Layer
 from ctrak_lightning.gradients.modes import full_precision
 from ctrak_lightning.gradients.projection import BlockProjector
+
+REENTRANT = "CheckpointFunctionBackward"
+"""The graph's node of ``torch.utils.checkpoint.checkpoint(..., use_reentrant=True)``."""
 
 
 def hooked_vjps(
@@ -80,6 +84,7 @@ class _Recorder:
         self._batch_size = batch_size
         self._is_recording = False
         self._without_graph: set[str] = set()
+        self._thread = get_ident()
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -113,6 +118,11 @@ class _Recorder:
                 "or exclude them with `layers=`."
             )
         nodes, uses = walk(output)
+        if any(node.name() == REENTRANT for node in nodes):
+            raise GradientError(
+                "The network uses reentrant checkpointing, which gives no gradients but in a training step. Expected a graph that "
+                "can be asked for gradients. HINT: use checkpointing with `use_reentrant=False`."
+            )
         reached = Counter(call.layer.name for call in self.calls if call.edge.node in nodes)
         for layer in self._layers:
             for name, parameter in layer.parameters.items():
@@ -154,6 +164,8 @@ class _Recorder:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
         ) -> Tensor | None:
+            if self._is_recording and get_ident() != self._thread:
+                return None
             if not torch.is_grad_enabled():
                 if self._is_recording:
                     self._without_graph.add(layer.name)
@@ -194,7 +206,10 @@ def anchor(output: Tensor) -> Tensor:
 
 
 def walk(output: Tensor) -> tuple[set[Node], Counter[Tensor]]:
-    """All nodes of an output's graph, and how many edges lead to each leaf that requires a gradient."""
+    """All nodes of an output's graph, and how many edges lead to each leaf that requires a gradient.
+
+    Autocast casts a weight once and gives all who use it the copy, so edges to the copy are counted.
+    """
     uses: Counter[Tensor] = Counter()
     root = output.grad_fn
     nodes: set[Node] = set() if root is None else {root}
@@ -203,9 +218,19 @@ def walk(output: Tensor) -> tuple[set[Node], Counter[Tensor]]:
         for node, _ in pending.pop().next_functions:
             if node is None:
                 continue
-            if node.name() == "torch::autograd::AccumulateGrad":
-                uses[node.variable] += 1  # type: ignore[attr-defined]
-            elif node not in nodes:
+            if (leaf := _leaf(node)) is not None:
+                uses[leaf] += 1
+            if node.name() != ACCUMULATE and node not in nodes:
                 nodes.add(node)
-                pending.append(node)
+                pending.extend([node] if leaf is None else [])
     return nodes, uses
+
+
+ACCUMULATE = "torch::autograd::AccumulateGrad"
+
+
+def _leaf(node: Node) -> Tensor | None:
+    """The leaf whose gradient a node accumulates, or casts to the leaf's dtype; None of other nodes."""
+    if node.name() == "ToCopyBackward0":
+        node = node.next_functions[0][0] or node
+    return node.variable if node.name() == ACCUMULATE else None  # type: ignore[attr-defined, no-any-return]

@@ -1,7 +1,8 @@
 """Per-sample gradients from a training step's own forward and backward pass."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -38,6 +39,10 @@ class StepRecorder:
         self._without_graph: set[str] = set()
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
         self._handles: list[RemovableHandle] = []
+        self._thread = get_ident()
+        self._arrivals: Counter[Tensor] = Counter()
+        self._reached: Counter[str] = Counter()
+        self._counting: list[RemovableHandle] = []
 
     def attach(self) -> None:
         """Puts the hooks on the layers; :meth:`detach` takes them off. Idempotent."""
@@ -58,6 +63,7 @@ class StepRecorder:
         """Before the forward pass of a batch; what an unfinished step left is dropped."""
         self._forget()
         self._batch_size = batch_size
+        self._thread = get_ident()
         self._is_recording = True
 
     def before_backward(self, loss: Tensor, *, check: bool = True) -> None:
@@ -88,9 +94,10 @@ class StepRecorder:
         device of the network; a layer without a contribution is zero.
 
         Raises:
-            GradientError: no cotangent arrived at any layer.
+            GradientError: no cotangent arrived at any layer, or more gradients at a parameter than were recorded.
         """
         self._is_pulling = False
+        self._check_arrivals()
         if not self._parts:
             raise GradientError(
                 "The backward pass reached no traced layer. Expected it to go through the denoiser. HINT: a compiled module "
@@ -108,11 +115,16 @@ class StepRecorder:
         self._edges = []
         self._without_graph = set()
         self._parts = defaultdict(list)
+        for handle in self._counting:
+            handle.remove()
+        self._counting = []
+        self._arrivals, self._reached = Counter(), Counter()
 
     def _hook(self, layer: Layer) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
             # Not while checkpointing runs layers again in the backward pass: their first run has been recorded.
-            if not self._is_recording:
+            # Nor another thread's calls, which are not the step's.
+            if not self._is_recording or get_ident() != self._thread:
                 return
             if torch.is_grad_enabled() and output.requires_grad:
                 self._record(layer, args[0] if args else next(iter(kwargs.values())), output)
@@ -156,6 +168,7 @@ class StepRecorder:
     def _check(self, loss: Tensor) -> None:
         nodes, uses = walk(loss)
         reached = Counter(layer.name for layer, edge in self._edges if edge.node in nodes)
+        self._reached = reached
         for layer in self._layers:
             for name, parameter in layer.parameters.items():
                 if uses[parameter] > reached[layer.name]:
@@ -164,4 +177,28 @@ class StepRecorder:
                         f"its {type(layer.module).__name__} could be recorded. Expected the loss to depend on it through "
                         "the layer's calls alone. HINT: a penalty on weights, or a weight that is used without calling the "
                         "layer, belongs to no sample; exclude the layer with `layers=`, or take it out of the loss."
+                    )
+        # A backward pass within the backward pass, as of reentrant checkpointing, has a graph of its own, which is not there yet.
+        self._counting = [
+            parameter.register_hook(self._counter(parameter))
+            for layer in self._layers
+            for parameter in layer.parameters.values()
+        ]
+
+    def _counter(self, parameter: Tensor) -> Callable[[Tensor], None]:
+        def count(gradient: Tensor) -> None:
+            self._arrivals[parameter] += self._is_pulling
+
+        return count
+
+    def _check_arrivals(self) -> None:
+        """Refuses parameters that were given gradients by another graph than the loss's, which gives each one sum."""
+        for layer in self._layers:
+            for name, parameter in layer.parameters.items():
+                if self._arrivals[parameter] > min(self._reached[layer.name], 1):
+                    self._forget()
+                    raise GradientError(
+                        f"Parameter {name!r} was given gradients by a backward pass within the backward pass, where its "
+                        f"{type(layer.module).__name__} runs without being recorded: reentrant checkpointing. Expected all calls in "
+                        "the loss's own graph. HINT: use checkpointing with `use_reentrant=False`, or exclude the layer with `layers=`."
                     )

@@ -1,13 +1,20 @@
 """The state a network is in while it is traced, and its restoration."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import Lock, get_ident
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ctrak_lightning.errors import GradientError
+
+_lock = Lock()
+_held: dict[int, list[int]] = {}
+"""By a module's id, the thread that traces it and how many times over."""
+_math_attention = ExitStack()
+_tracing = 0
 
 
 @contextmanager
@@ -40,7 +47,8 @@ def tracing_mode(module: nn.Module, *others: nn.Module) -> Iterator[None]:
         )
     submodules = [submodule for root in (module, *others) for submodule in root.modules()]
     with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_held_by_this_thread(submodules))
+        stack.enter_context(_without_fused_attention())
         stack.enter_context(torch.enable_grad())
         devices = {parameter.device.type for root in (module, *others) for parameter in root.parameters()}
         for device in ({"cpu"} | devices) - {"meta"}:
@@ -50,6 +58,47 @@ def tracing_mode(module: nn.Module, *others: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(evaluation(submodules))
         yield
+
+
+@contextmanager
+def _held_by_this_thread(submodules: Sequence[nn.Module]) -> Iterator[None]:
+    """Refuses a second thread, whose hooks would see this one's calls and who would restore this one's flags."""
+    me = get_ident()
+    with _lock:
+        if any(_held.get(id(submodule), (me,))[0] != me for submodule in submodules):
+            raise GradientError(
+                f"Two threads trace one {type(submodules[0]).__name__}, or networks that share a part, at the same time: expected one "
+                "thread at a time, since hooks and training flags are the module's. HINT: ask one question after the other, or "
+                "give each thread a copy of the model."
+            )
+        for submodule in submodules:
+            _held.setdefault(id(submodule), [me, 0])[1] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            for submodule in submodules:
+                held = _held[id(submodule)]
+                held[1] -= 1
+                if not held[1]:
+                    del _held[id(submodule)]
+
+
+@contextmanager
+def _without_fused_attention() -> Iterator[None]:
+    """The math backend of attention, whose switch is the process's: the last of several threads to leave restores it."""
+    global _tracing
+    with _lock:
+        _tracing += 1
+        if _tracing == 1:
+            _math_attention.enter_context(sdpa_kernel(SDPBackend.MATH))
+    try:
+        yield
+    finally:
+        with _lock:
+            _tracing -= 1
+            if not _tracing:
+                _math_attention.close()
 
 
 @contextmanager

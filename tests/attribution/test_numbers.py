@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctrak_lightning.attribution.solve import checkpoint_scores, chosen_scores, ensemble
+from ctrak_lightning.attribution.moments import Moments, units
+from ctrak_lightning.attribution.solve import (
+    agreement,
+    checkpoint_scores,
+    chosen_scores,
+    ensemble,
+    soft_thresholded,
+    spreads,
+    standardised,
+)
+from ctrak_lightning.attribution.top import top_scores
 from ctrak_lightning.errors import GradientError
 from ctrak_lightning.traces import SampleTable, StoreHeader, TraceStore, TraceWriter
 
@@ -137,3 +147,53 @@ def test_a_checkpoint_whose_scores_are_all_equal_is_no_division_by_zero(tmp_path
     scores, dampings = chosen_scores(torch.ones(2, 1, 3), store.checkpoints, [0.1, 1.0, None])
     assert bool(torch.isfinite(ensemble(scores)).all())
     assert len(dampings) == 1
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("damping", [0.1, 1.0, None])
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40)])
+def test_a_checkpoint_whose_scores_are_equal_up_to_rounding_does_not_rank(
+    tmp_path: Path, shape: tuple[int, int], damping: float | None, scale: float
+) -> None:
+    """One and the same gradient of all samples, as of a model that has learnt nothing, whose products differ in their last digits."""
+    equal = scale * drawn(1, shape[1], 5).repeat(shape[0], 1)
+    store = store_of(tmp_path, equal, drawn(*shape))
+    queries = drawn(2, shape[1], 7).unsqueeze(1)
+    scores, _ = chosen_scores(queries, store.checkpoints, [damping])
+    alone = standardised(scores[1:])[0, 0]
+    joined = ensemble(scores)[0]
+    offset = (2 * joined - alone).mean()
+    # Divided by the deviation, which is rounding, it would be some ten thousand.
+    assert abs(float(offset)) == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(2 * joined - offset, alone, rtol=0, atol=1e-3)
+    found = top_scores(queries, store.checkpoints, shape[0], [damping])
+    assert found.positions[0].tolist() == torch.argsort(joined, descending=True, stable=True).tolist()
+    torch.testing.assert_close(found.scores[0].double(), joined[found.positions[0]], rtol=1e-3, atol=1e-3)
+
+
+def test_scores_that_are_all_equal_up_to_rounding_share_out_nothing(tmp_path: Path) -> None:
+    equal = drawn(1, 12, 5).repeat(30, 1)
+    scores, _ = chosen_scores(
+        drawn(2, 12, 7).unsqueeze(1), store_of(tmp_path, equal, equal).checkpoints, [1.0]
+    )
+    joined = ensemble(scores)[0]
+    assert float(joined.abs().max()) < 1 + 1e-3
+    assert float(soft_thresholded(joined, 0.0).abs().max()) < 1e-3
+    assert float(soft_thresholded(joined, 2.0).abs().max()) == 0
+    assert float(agreement(scores).abs().max()) == 0
+
+
+def test_scores_are_measured_in_their_deviation_unless_it_is_rounding() -> None:
+    noise = drawn(1, 1000).double()
+    for mean, spread in ((0.0, 1e-12), (5.0, 5e-3), (-1e6, 1e4)):
+        scores = mean + spread * noise
+        assert float(spreads(scores)) == pytest.approx(float(scores.std(correction=0)))
+        moments = Moments()
+        moments.add(scores.unsqueeze(-2))
+        assert float(units(moments.deviation(), moments.mean())) == pytest.approx(float(spreads(scores)))
+    assert float(spreads(5 + 5e-6 * noise)) == pytest.approx(5, rel=1e-4)
+    assert float(spreads(0 * noise)) == 1
+    # One sample that is a million times the others is no rounding of theirs.
+    one = torch.zeros(10**6, dtype=torch.float64)
+    one[3] = 1e6
+    assert float(spreads(one)) == pytest.approx(1e3, rel=1e-3)

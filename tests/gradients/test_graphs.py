@@ -118,6 +118,16 @@ def test_reentrant_checkpointing_is_refused(x_requires_grad: bool) -> None:
     assert all(parameter.grad is None for parameter in case.module.parameters())
 
 
+def test_reentrant_checkpointing_beside_the_layers_is_refused_too() -> None:
+    class Around(Checkpointed):
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.second(checkpoint(torch.tanh, self.first(x), use_reentrant=True))
+            return found
+
+    with pytest.raises(GradientError, match="reentrant checkpointing.*use_reentrant=False"):
+        features(Case(Around(True), (torch.randn(SAMPLES, 3, 5),)))
+
+
 def test_operations_in_place() -> None:
     torch.manual_seed(0)
     case = Case(InPlace(), (torch.randn(SAMPLES, 2, 5, 5),))

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ctrak_lightning.errors import GradientError
 from ctrak_lightning.gradients import GradientTracer
@@ -83,6 +84,83 @@ def test_reentrant_checkpointing_is_refused() -> None:
     case = Case(randomized(Checkpointed(True, x_requires_grad=True)), (torch.randn(SAMPLES, 5),))
     with pytest.raises(GradientError, match=r"\['first', 'second'\].*use_reentrant=False"):
         inline_rows(case)
+
+
+class Passes(nn.Module):
+    """Two layers, of which the first is used once more in one way or another."""
+
+    def __init__(self, again: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.again = again
+
+    def forward(self, x: Tensor) -> Tensor:
+        again: Tensor = self.again(self.first, self.first(x))
+        output: Tensor = self.second(again)
+        return output
+
+
+def reentrant(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    found: Tensor = checkpoint(function, x, use_reentrant=True)
+    return found
+
+
+BESIDE_THE_GRAPH: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], str]] = {
+    "its weight in another product": (
+        lambda layer, x: nn.functional.linear(x.tanh(), layer.weight), "first.weight' enters the loss 2 times.*only 1 calls",
+    ),
+    "the layer in reentrant checkpointing": (
+        lambda layer, x: reentrant(lambda h: layer(h).tanh(), x), "first.*within the backward pass.*use_reentrant=False",
+    ),
+    "its weight in reentrant checkpointing": (
+        lambda layer, x: reentrant(lambda h: nn.functional.linear(h, layer.weight).tanh(), x),
+        "first.weight.*within the backward pass.*use_reentrant=False",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", BESIDE_THE_GRAPH)
+def test_a_layer_used_beside_its_recorded_calls_is_refused(name: str, autocast: bool) -> None:
+    """Under autocast the weight is cast once, and the layer's call and the other product share the copy."""
+    again, message = BESIDE_THE_GRAPH[name]
+    module = randomized(Passes(again))
+    recorder = GradientTracer(module, PROJECTION).step_recorder()
+    recorder.attach()
+    recorder.begin(SAMPLES)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = module(torch.randn(SAMPLES, 5)).float().square().mean()
+
+    def step() -> None:
+        recorder.before_backward(loss)
+        loss.backward()
+        recorder.rows()
+
+    with pytest.raises(GradientError, match=message):
+        step()
+    recorder.detach()
+    assert not any(p._backward_hooks for p in module.parameters())
+
+
+def test_a_layer_called_twice_under_autocast_and_reentrant_checkpointing_without_layers_are_followed() -> (
+    None
+):
+    x = torch.randn(SAMPLES, 5)
+    twice = randomized(Passes(lambda layer, h: layer(h.tanh())))
+    recorder = GradientTracer(twice, PROJECTION).step_recorder()
+    recorder.attach()
+    recorder.begin(SAMPLES)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = twice(x).float().square().mean()
+    recorder.before_backward(loss)
+    loss.backward()
+    cosine = torch.cosine_similarity(recorder.rows() * SAMPLES, features(Case(twice, (x,)), "loop"), dim=1)
+    recorder.detach()
+    assert cosine.shape == (SAMPLES,)
+    around = Case(randomized(Passes(lambda layer, h: reentrant(torch.tanh, h))), (x,))
+    plain = Case(randomized(Passes(lambda layer, h: h.tanh())), (x,))
+    plain.module.load_state_dict(around.module.state_dict())
+    assert row_error(inline_rows(around), inline_rows(plain)) < TOLERANCE
 
 
 def test_operations_in_place() -> None:

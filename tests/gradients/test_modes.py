@@ -1,5 +1,7 @@
 """Tracing mode: what it turns on, and that everything is as before afterwards."""
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -130,3 +132,66 @@ def test_autocast_does_not_reach_a_trace() -> None:
         with tracing_mode(module):
             assert torch.equal(module(x), plain)
         assert module(x).dtype == torch.bfloat16
+
+
+def test_a_second_thread_is_refused_and_flags_are_restored() -> None:
+    """Both on one network and on two that share a part; the attention backend is as before when the last has left."""
+    shared = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).train()
+    around = nn.Sequential(shared, nn.Linear(3, 3)).train()
+    other = nn.Linear(3, 3).train()
+    before = torch.backends.cuda.flash_sdp_enabled()
+    inside, leave = threading.Event(), threading.Event()
+
+    def elsewhere() -> None:
+        with tracing_mode(shared), tracing_mode(shared[0]), tracing_mode(around):
+            inside.set()
+            assert leave.wait(30)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    try:
+        assert inside.wait(30)
+        for module in (shared, around, shared[0]):
+            with pytest.raises(GradientError, match="Two threads trace one.*HINT"), tracing_mode(module):
+                pass
+            assert not shared.training
+        with tracing_mode(other):  # a network of its own
+            leave.set()
+            thread.join()
+            assert not other.training
+            assert not torch.backends.cuda.flash_sdp_enabled()
+            assert shared.training
+    finally:
+        leave.set()
+        thread.join()
+    assert all(module.training for module in (*shared.modules(), *around.modules(), other))
+    assert torch.backends.cuda.flash_sdp_enabled() == before
+    with tracing_mode(around):  # nothing is held any more
+        assert not shared.training
+
+
+def test_a_second_threads_vjps_are_refused_while_the_first_ones_come_out_right() -> None:
+    module = nn.Linear(3, 3)
+    tracer = GradientTracer(module, Projection(rank=9, dim=None))
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    [expected] = tracer.vjps(lambda rows: module(x[rows]), [lambda e, rows: e], 4)
+    errors: list[BaseException] = []
+
+    def second() -> None:
+        try:
+            tracer.vjps(lambda rows: module(x[rows]), [lambda e, rows: e], 4)
+        except GradientError as error:
+            errors.append(error)
+        module(x)  # a plain forward pass of another thread leaves no row
+
+    def forward(rows: Tensor) -> Tensor:
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        output: Tensor = module(x[rows])
+        return output
+
+    [found] = tracer.vjps(forward, [lambda e, rows: e], 4)
+    assert len(errors) == 1
+    assert torch.equal(found, expected)
+    assert not module._forward_hooks
