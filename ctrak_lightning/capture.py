@@ -156,10 +156,10 @@ class Capture:
                 position = self._position(number, encoded)
                 done = min(max(checkpoint.rows_done - taken, 0), rows)
                 if done < rows:
-                    rest = encoded.rows(done)
-                    trace = trace_batch(self.task, self.tracer, self.method, rest, self.seed, self._row_limit)
-                    indices = torch.arange(position + done, position + rows)
-                    checkpoint.append(indices, trace.features, trace.loss)
+                    # The whole batch, also where a part of it is stored: a forward pass of other rows rounds otherwise.
+                    trace = trace_batch(self.task, self.tracer, self.method, encoded, self.seed, self._row_limit)
+                    indices = torch.arange(position, position + rows)
+                    checkpoint.append(indices[done:], trace.features[done:], trace.loss[done:])
                 taken += rows
                 bar.update(rows * self._processes.count)
 

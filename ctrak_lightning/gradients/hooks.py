@@ -233,4 +233,4 @@ def _leaf(node: Node) -> Tensor | None:
     """The leaf whose gradient a node accumulates, or casts to the leaf's dtype; None of other nodes."""
     if node.name() == "ToCopyBackward0":
         node = node.next_functions[0][0] or node
-    return node.variable if node.name() == ACCUMULATE else None  # type: ignore[attr-defined, no-any-return]
+    return node.variable if node.name() == ACCUMULATE else None  # type: ignore[attr-defined]

@@ -23,14 +23,14 @@ def tracing_mode(module: nn.Module, *others: nn.Module) -> Iterator[None]:
 
     Every submodule's own training flag is restored. Attention uses the math backend, because fused kernels make a
     sample's gradient depend on the rest of its batch. Compiled submodules run eagerly. Autocast is off: a network is traced in
-    its parameters' own dtypes, which are float32 under mixed precision.
+    its parameters' own dtypes, which are float32 under mixed precision. One thread may nest it.
 
     Args:
         module: the network to be traced.
         others: further modules to put into that state, such as text encoders that are no part of it.
 
     Raises:
-        GradientError: inference mode is on, where no gradient exists.
+        GradientError: inference mode is on, where no gradient exists; or another thread traces one of the modules or a part of it.
 
     Example:
         >>> network = nn.Dropout(0.5).train()

@@ -7,6 +7,7 @@ so that short stages are hit as often as long ones. Of every run it is checked t
 
 - the store opens, every file in it is as it was sealed, and every shard that was recorded before the kill is there;
 - ``fit(ckpt_path=...)`` from Lightning's newest checkpoint goes on to the end, without a hand on the store;
+- it goes on inside a batch where the kill left a shard's end there, as many kills do (``cut_inside_a_batch``);
 - then all files of the store but the ledger (which tells of the interruption) are byte for byte those of a run that was never
   killed, the final weights are bit-identical, and ``verify`` finds the ledger and the store in agreement.
 
@@ -39,13 +40,13 @@ from ctrak_lightning.provenance import verify
 from ctrak_lightning.traces import CheckpointWriter, TraceStore, checkpoint_writer, records, writer
 from ctrak_lightning.traces.manifest import read_manifest
 from tests.stress.figures import RESULTS, keep
-from tests.stress.subject import Subject, fine_tune
+from tests.stress.subject import Subject, SubjectData, fine_tune
 
 OF_THE_RUN = ("ledger.jsonl", "commitments.h5")
 """The ledger tells of the interruption, and its commitments have random salts."""
 UNRECORDED = ": not recorded in the manifest"
-SHARD_ROWS = 4
-"""Of twelve samples, so that a checkpoint has several shards."""
+SHARD_ROWS = 5
+"""Of twelve samples in batches of four: a checkpoint has several shards, and all but the last end inside a batch."""
 Moment = tuple[str, int, float]
 """Stage, occurrence, and seconds after its begin."""
 
@@ -198,6 +199,15 @@ def check_after_kill(folder: Path, told: Sequence[tuple[float, str]]) -> list[st
     return problems
 
 
+def is_cut_inside_a_batch(folder: Path) -> bool:
+    """Whether the store has a checkpoint whose recorded rows end inside a batch, where the resumed run goes on."""
+    path, size = folder / "traces", SubjectData().batch_size
+    if not (path / "manifest.json").exists():
+        return False
+    records = read_manifest(path).checkpoints
+    return any(not record.sealed and record.rows % size for record in records)
+
+
 def check_at_end(folder: Path, whole: Path) -> list[str]:
     """Where a resumed run differs from one that was never killed."""
     ours, theirs = content(folder), content(whole)
@@ -224,6 +234,7 @@ def one(folder: Path, whole: Path, moment: Moment) -> dict[str, Any]:
         "killed": status == -signal.SIGKILL,
     }
     problems = check_after_kill(folder, killed.told)
+    report["cut_inside_a_batch"] = is_cut_inside_a_batch(folder)
     ended = Fork(folder).finish()
     if ended != 0:
         problems.append(f"the resumed run ended with {ended}: {(folder / 'log.txt').read_text()[-600:]}")
@@ -254,6 +265,7 @@ def stress(root: Path, runs: int, seed: int) -> dict[str, Any]:
         "runs": runs,
         "seed": seed,
         "killed": sum(report["killed"] for report in reports),
+        "cut_inside_a_batch": sum(report["cut_inside_a_batch"] for report in reports),
         "killed_in": dict(Counter(report["moment"][0] for report in reports if report["killed"])),
         "with_problems": sum(bool(report["problems"]) for report in reports),
         "problems": [report for report in reports if report["problems"]],

@@ -28,6 +28,7 @@ def test_killed_runs_go_on_as_if_they_had_not_been_killed(tmp_path: Path) -> Non
     assert found["with_problems"] == 0, found["problems"]
     # A kill may come after the end, where a stage is the last one.
     assert found["killed"] >= 8
+    assert found["cut_inside_a_batch"] >= 1
 
 
 def test_hostile_inputs_end_in_typed_errors_or_results(tmp_path: Path) -> None:
