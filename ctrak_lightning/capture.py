@@ -157,7 +157,9 @@ class Capture:
                 done = min(max(checkpoint.rows_done - taken, 0), rows)
                 if done < rows:
                     # The whole batch, also where a part of it is stored: a forward pass of other rows rounds otherwise.
-                    trace = trace_batch(self.task, self.tracer, self.method, encoded, self.seed, self._row_limit)
+                    trace = trace_batch(
+                        self.task, self.tracer, self.method, encoded, self.seed, self._row_limit
+                    )
                     indices = torch.arange(position, position + rows)
                     checkpoint.append(indices[done:], trace.features[done:], trace.loss[done:])
                 taken += rows
