@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,7 +17,13 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm import tqdm
 
-from ctrak_lightning.errors import DatasetChangedError, GradientError, TrainingChangedError
+from ctrak_lightning.errors import (
+    DatasetChangedError,
+    GradientError,
+    StoreError,
+    TrainingChangedError,
+    TrialError,
+)
 from ctrak_lightning.fingerprint import content_hashes, model_fingerprint
 from ctrak_lightning.gradients import GradientTracer, UntracedParameterWarning, tracing_mode
 from ctrak_lightning.memory import RowLimit
@@ -25,8 +33,10 @@ from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.task import Encoded, encode, task_modules
 from ctrak_lightning.traces import CheckpointWriter, SampleTable, StoreHeader, TraceStore, TraceWriter
+from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.tracing import trace_batch
 from ctrak_lightning.trained import Trained
+from ctrak_lightning.trial import SAMPLES, Question, Trial, first_samples, named, try_questions, try_samples
 
 THUMBNAIL = 64
 
@@ -46,7 +56,8 @@ class _Surveyed:
 class Capture:
     """Traces every sample of a data set, as often as asked, into one store.
 
-    Where memory is short, batches go through the network in smaller parts (:class:`~ctrak_lightning.memory.RowLimit`).
+    Before anything is written, two samples are traced on trial (:mod:`ctrak_lightning.trial`), unless the folder holds sealed
+    traces already. Where memory is short, batches go through the network in smaller parts (:class:`~ctrak_lightning.memory.RowLimit`).
 
     Args:
         path: the store's folder.
@@ -64,8 +75,10 @@ class Capture:
         rows_at_once: samples per forward pass at most; None takes whole batches.
         processes: those that trace together, each the batches of its turn, into one folder that all of them see. They make their
             captures, and call :meth:`run`, together.
+        questions: those that will be asked while the model trains, which are tried as well.
 
     Raises:
+        TrialError: data, task, network and method do not fit together; names the member or the layers, and says what to do.
         StoreMismatchError: the folder holds traces of another method, projection, model or data set.
 
     Warns:
@@ -90,6 +103,7 @@ class Capture:
         rows_at_once: int | None = None,
         progress: bool = True,
         processes: Processes = ALONE,
+        questions: Sequence[Question] = (),
     ) -> None:
         self.owner, self.task, self.method, self.tracer = owner, task, method, tracer
         self.batches = numbered(batches, task.id_column) if hasattr(task, "id_column") else batches
@@ -98,6 +112,10 @@ class Capture:
         self._processes = processes
         self._trained = Trained(owner, optimizers)
         self._warn_of_parameters_outside()
+        self.trial = (
+            None if self._processes.from_first(has_sealed(path)) else self._try(thumbnails, questions)
+        )
+        """What the trial found; None where there was none."""
         surveyed = self._survey(thumbnails)
         table, latent_shape = _table(surveyed)
         sizes = [len(batch.sample_ids) for batch in surveyed]
@@ -191,6 +209,42 @@ class Capture:
                 stacklevel=3,
             )
 
+    def _try(self, thumbnails: bool, questions: Sequence[Question]) -> Trial | None:
+        """Traces two samples, this process's first ones, in every way in which captures and questions will."""
+        started = time.monotonic()
+        trial = None
+        with self._processes.together(), isolated_rng(self.seed), self._tracing():
+            samples = first_samples(self._tried_batches(thumbnails))
+            if samples is not None:
+                limit = RowLimit(min(SAMPLES, self._row_limit.rows or SAMPLES))
+                trial = try_samples(self.task, self.tracer, self.method, samples, self.seed, limit)
+                try_questions(self.task, self.tracer, self.method, samples, questions, self.seed)
+        return None if trial is None else replace(trial, seconds=time.monotonic() - started)
+
+    def _tried_batches(self, thumbnails: bool) -> Iterator[Encoded]:
+        if isinstance(self.batches, Iterator):
+            raise TrialError(
+                f"The samples are {type(self.batches).__name__}, which can be gone through once; expected batches that can be gone "
+                "through at every capture. HINT: a DataLoader, or a list of batches."
+            )
+        loading = "loading the first samples (the data set, its `collate_fn`, or the DataLoader's workers)"
+        with named(loading):
+            own = self._own_batches()
+        while True:
+            with named(loading):
+                item = next(own, None)
+            if item is None:
+                return
+            _, batch = item
+            with named(f"{type(self.task).__name__}.encode(batch of {_fields(batch)})"), torch.no_grad():
+                encoded = self._encode(batch)
+            if thumbnails:
+                with named("thumbnails, by `pictures(batch)` or `decode(latents)`"), torch.no_grad():
+                    images = self._pictures(batch, encoded)
+                    if images is not None:
+                        _thumbnails(images)
+            yield encoded
+
     def _survey(self, thumbnails: bool) -> list[_Surveyed]:
         """One pass over the data without the network: who the samples are, batch by batch."""
         own = []
@@ -238,6 +292,20 @@ class Capture:
                 "Expected the same samples in the same order at every capture. HINT: no shuffling in trace_dataloader()."
             )
         return position
+
+
+def has_sealed(path: str | Path) -> bool:
+    """Whether the folder holds a store with a sealed checkpoint."""
+    try:
+        return any(record.sealed for record in read_manifest(Path(path)).checkpoints)
+    except StoreError:  # there is none, or a damaged one: its writer says so
+        return False
+
+
+def _fields(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"{type(batch).__name__} {list(map(str, batch))}"
+    return type(batch).__name__
 
 
 def _table(batches: Sequence[_Surveyed]) -> tuple[SampleTable, torch.Size]:

@@ -21,6 +21,10 @@ class GradientError(ValueError):
     """Per-sample gradients are zero or not finite, or a parameter cannot be traced."""
 
 
+class TrialError(ValueError):
+    """Data, task, network and method do not fit together, as tracing two samples before training has shown."""
+
+
 class ReportError(ValueError):
     """A report cannot be made of these results, or not be written to this path."""
 

@@ -74,6 +74,10 @@ class InlineCapture(Capture):
         self._pending: list[_Step] = []
         self._is_forward = False
         self._is_checked = False
+        self._is_following = False
+        self._problem: GradientError | None = None
+        self.steps_followed = 0
+        """Training steps that were followed to their end."""
 
     def attach(self) -> None:
         """Puts the hooks on the denoiser and goes on from the last sealed checkpoint, if there is one."""
@@ -102,8 +106,14 @@ class InlineCapture(Capture):
         ids = self._sample_ids(batch)
         self._positions = torch.tensor([self._index.get(sample_id, -1) for sample_id in ids])
         self._timesteps = []
-        self._is_forward = True
+        self._problem = None
+        self._is_forward = self._is_following = True
         self._recorder.begin(len(ids))
+
+    def drop_step(self) -> None:
+        """Forgets the training step that is under way; the next one is followed again."""
+        self._is_forward = self._is_following = False
+        self._recorder.drop()
 
     def before_backward(self, loss: Tensor) -> None:
         """Between the forward and the backward pass; ``loss`` is the scalar that the latter starts from.
@@ -111,7 +121,11 @@ class InlineCapture(Capture):
         Raises:
             GradientError: the step cannot be traced: it called the denoiser not once, or a layer without a graph.
         """
+        if not self._is_following:
+            return
         self._is_forward = False
+        if self._problem is not None:
+            raise self._problem
         if len(self._timesteps) != 1:
             raise GradientError(
                 f"The training step called the denoiser {len(self._timesteps)} times with gradients, expected once. "
@@ -133,6 +147,9 @@ class InlineCapture(Capture):
         Raises:
             GradientError: no gradient came; or, within STEPS_AT_ONCE steps, a sample's is not finite: names the samples.
         """
+        if not self._is_following:
+            return
+        self._is_following = False
         rows = self._recorder.rows() * (len(self._positions) / loss_scale)
         features = normalised(rows, self.tracer, self.method.normalisation)
         self._pending.append(
@@ -145,6 +162,7 @@ class InlineCapture(Capture):
                 skip_not_finite,
             )
         )
+        self.steps_followed += 1
         if len(self._pending) >= STEPS_AT_ONCE:
             self._take_in()
 
@@ -172,16 +190,13 @@ class InlineCapture(Capture):
     def _take_in(self) -> None:
         """Adds the steps that are still on the device; not after every step, since a GPU must be waited for."""
         pending, self._pending = self._pending, []
+        first: tuple[int, list[int]] | None = None
         for one in pending:
             features = one.features.cpu()
             usable, finite = one.positions >= 0, features.isfinite().all(1)
             lost = one.positions[usable & ~finite].tolist()
             if lost and not one.skip_not_finite:
-                raise GradientError(
-                    f"The training step after {one.step} optimizer steps gave {len(lost)} samples gradients that are not "
-                    f"finite, for example {[self.sample_ids[i] for i in lost[:_SHOWN]]}. HINT: look at these samples and at "
-                    "the loss of the run."
-                )
+                first = first or (one.step, lost)
             usable &= finite
             self._running.add(
                 one.positions[usable],
@@ -189,6 +204,12 @@ class InlineCapture(Capture):
                 loss=float(one.loss),
                 timesteps=one.timesteps.float().cpu()[usable],
                 step=one.step,
+            )
+        if first is not None:
+            step, lost = first
+            raise GradientError(
+                f"The training step after {step} optimizer steps gave {len(lost)} samples gradients that are not finite, for example "
+                f"{[self.sample_ids[i] for i in lost[:_SHOWN]]}. HINT: look at these samples and at the loss of the run."
             )
 
     def _sample_ids(self, batch: Any) -> list[str]:
@@ -199,8 +220,14 @@ class InlineCapture(Capture):
         return named_samples(self.task, batch)
 
     def _note_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if not self._is_forward or not torch.is_grad_enabled():
+        if not self._is_forward or not torch.is_grad_enabled() or self._problem is not None:
             return
+        try:
+            self._timesteps.append(self._timesteps_of(module, args, kwargs))
+        except GradientError as error:  # raised where the training step has left the network
+            self._problem = error
+
+    def _timesteps_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         batch_size = len(self._positions)
         x_t = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(x_t, Tensor) or len(x_t) != batch_size:
@@ -209,7 +236,7 @@ class InlineCapture(Capture):
                 f"The training step gave the denoiser {given} for a batch of {batch_size} samples, expected a row for each, "
                 'in their order. HINT: mode="capture" traces any training step.'
             )
-        self._timesteps.append(_timesteps(module, args, kwargs, batch_size))
+        return _timesteps(module, args, kwargs, batch_size)
 
 
 def _timesteps(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch_size: int) -> Tensor:

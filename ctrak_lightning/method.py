@@ -1,8 +1,10 @@
 """Method: everything that decides an attribution score, apart from the model and the data."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.objective import (
     ChannelProbe,
     ConceptDirection,
@@ -130,8 +132,11 @@ class Method:
     def from_dict(cls, facts: dict[str, Any]) -> "Method":
         """The method that :meth:`to_dict` described.
 
+        An objective or trajectory of the user's own is found by its name among the classes that are imported.
+
         Raises:
-            ValueError: a class or argument is unknown here (a store of a newer version, or an altered one).
+            StoreMismatchError: there is none of that name, or several.
+            ValueError: an argument is unknown here (a store of a newer version, or an altered one).
         """
         try:
             training = facts["training"]
@@ -158,6 +163,24 @@ def _built(known: dict[str, Any], facts: dict[str, Any]) -> Any:
     name = arguments.pop("class")
     if name == Joint.__name__ and known is OBJECTIVES:
         return Joint(*(_built(known, part) for part in arguments["parts"]))
-    if name not in known:
-        raise ValueError(f"Method.from_dict: unknown class {name!r}. Known: {', '.join(sorted(known))}.")
-    return known[name](**arguments)
+    return (known.get(name) or _own(Objective if known is OBJECTIVES else Trajectory, name))(**arguments)
+
+
+def _own(base: type, name: str) -> Any:
+    """A user's class: the one subclass of that name that is imported. Nothing is imported for a store's sake."""
+    # By place, since @dataclass(slots=True) and a notebook's cell that is run again leave earlier ones behind.
+    found = {(cls.__module__, cls.__qualname__): cls for cls in _subclasses(base) if cls.__name__ == name}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    there = "none is imported" if not found else f"there are several: {sorted(map('.'.join, found))}"
+    raise StoreMismatchError(
+        f"The method has a {base.__name__.lower()} of the unknown class {name!r}. It is none of the library's; expected one of that name, "
+        f"and {there}. HINT: import the module that defines it before, or give the method itself: Attributor(store, module, method=...)."
+    )
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    subclasses: list[type] = base.__subclasses__()
+    for cls in subclasses:
+        yield cls
+        yield from _subclasses(cls)

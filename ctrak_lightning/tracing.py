@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.gradients import GradientTracer, tracing_mode
+from ctrak_lightning.gradients.checks import Cotangent, Forward
 from ctrak_lightning.memory import RowLimit
 from ctrak_lightning.method import Method, Normalisation
 from ctrak_lightning.objective import Objective, Prediction, Side, Term
@@ -84,9 +85,7 @@ def trace_batch(
 
 
 def _trace_rows(task: Any, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int) -> Trace:
-    with tracing_mode(tracer.module), torch.no_grad():
-        trajectory = method.training_trajectory
-        states = list(trajectory.states(task, encoded.latents, encoded.condition, encoded.sample_ids, seed))
+    states = _states(task, tracer, method, encoded, seed)
     features = torch.zeros(len(encoded.latents), tracer.dim)
     loss = torch.zeros(len(encoded.latents))
     for state in states:
@@ -95,6 +94,34 @@ def _trace_rows(task: Any, tracer: GradientTracer, method: Method, encoded: Enco
         features += joined(rows, tracer, method.normalisation)
         loss += evaluation.denoising_loss() / len(states)
     return Trace(features, loss)
+
+
+def _states(task: Any, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int) -> list[State]:
+    with tracing_mode(tracer.module), torch.no_grad():
+        trajectory = method.training_trajectory
+        return list(trajectory.states(task, encoded.latents, encoded.condition, encoded.sample_ids, seed))
+
+
+def check_batch(
+    task: Any, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
+) -> tuple[Trace, set[str]]:
+    """The traces of a batch at the middle one of its states, whose rows are held against a pass for each sample alone.
+
+    Args:
+        task, tracer, method, encoded, seed: as of :func:`trace_batch`.
+
+    Returns:
+        the traces, and the names of the blocks that a gradient reached; nothing was seen of the others.
+
+    Raises:
+        GradientError: the rows differ; names the layers.
+    """
+    states = _states(task, tracer, method, encoded, seed)
+    evaluation = _Evaluation(task, states[len(states) // 2], encoded.latents, encoded.condition, None)
+    forward, cotangents = evaluation.passes(method.training)
+    checked = tracer.check(forward, cotangents, len(encoded.latents))
+    features = joined([row.cpu() for row in checked.rows], tracer, method.normalisation)
+    return Trace(features, evaluation.denoising_loss()), checked.reached
 
 
 def trace_query(
@@ -190,6 +217,14 @@ class _Evaluation:
 
     def vjps(self, tracer: GradientTracer, objective: Objective) -> list[Tensor]:
         """``J^T v`` of the objective's parts, projected but not sketched, each [B, P] on the CPU."""
+        forward, cotangents = self.passes(objective)
+        found = [row.cpu() for row in tracer.vjps(forward, cotangents, len(self.x0), sketch=False)]
+        self.prediction = None
+        return found
+
+    def passes(self, objective: Objective) -> tuple[Forward, list[Cotangent]]:
+        """What a :class:`~ctrak_lightning.gradients.GradientTracer` is given: the network's noise prediction of some rows, and
+        the cotangents of the objective's parts."""
         x_t = self.state.x_t.detach().requires_grad_(objective.needs_input_gradient)
 
         def forward(rows: Tensor) -> Tensor:
@@ -207,10 +242,7 @@ class _Evaluation:
             v = part.cotangent(self.prediction)
             return v if self.weights is None else v * self.weights[rows].to(v)
 
-        cotangents = [partial(cotangent, part) for part in objective.parts]
-        found = [row.cpu() for row in tracer.vjps(forward, cotangents, len(x_t), sketch=False)]
-        self.prediction = None
-        return found
+        return forward, [partial(cotangent, part) for part in objective.parts]
 
     def denoising_loss(self) -> Tensor:
         """``mean((e - eps)^2)`` [B]."""

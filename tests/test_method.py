@@ -1,19 +1,24 @@
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
+from torch import Tensor
 
 from ctrak_lightning import Method, methods
+from ctrak_lightning.errors import StoreMismatchError, TrialError
 from ctrak_lightning.objective import (
     ChannelProbe,
     Denoising,
     Joint,
+    Objective,
     PosteriorSampling,
+    Prediction,
     SquaredNorm,
     Term,
     contrast,
 )
 from ctrak_lightning.trajectory import Generated, InTraining, Noised
+from ctrak_lightning.trial import refuse_undescribed
 
 
 @pytest.mark.parametrize("name", list(methods.PRESETS))
@@ -89,3 +94,48 @@ def test_a_method_that_cannot_work_is_refused() -> None:
         Method(**(inline | {"training": Denoising()}), residual=True)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"InTraining\(\) is a training trajectory"):
         Method(**(good | {"query_trajectory": InTraining()}), query=(Term(SquaredNorm()),))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class FourthPower(Objective):
+    scale: float = 1.0
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        return self.scale * 4 * prediction.e.detach() ** 3 / prediction.e[0].numel()
+
+
+def test_an_objective_of_ones_own_is_found_among_the_imported_classes() -> None:
+    method = replace(methods.d_trak(), training=FourthPower(2.0), query=contrast(FourthPower(2.0)))
+    facts = json.loads(json.dumps(method.to_dict()))
+    assert Method.from_dict(facts) == method
+    facts["training"]["objective"]["class"] = "FifthPower"
+    with pytest.raises(
+        StoreMismatchError, match=r"unknown class 'FifthPower'.*none is imported.*HINT.*method="
+    ):
+        Method.from_dict(facts)
+
+    @dataclass(frozen=True)
+    class Other(FourthPower):
+        pass
+
+    Other.__name__ = "FourthPower"
+    with pytest.raises(StoreMismatchError, match=r"there are several: .*test_method\.FourthPower"):
+        Method.from_dict(method.to_dict())
+
+
+def test_a_method_that_a_store_cannot_describe_is_refused_at_the_trial() -> None:
+    class Plain(Objective):
+        def cotangent(self, prediction: Prediction) -> Tensor:
+            return prediction.e.detach()
+
+    @dataclass(frozen=True)
+    class Shadow(SquaredNorm):
+        pass
+
+    Shadow.__name__ = "MeanOutput"
+    for objective, told in ((Plain(), "dataclass"), (Shadow(), "read back it would be .*MeanOutput")):
+        method = replace(methods.d_trak(), training=objective, query=contrast(objective))
+        with pytest.raises(TrialError, match=f"'d_trak' cannot be described in the store: .*{told}.*HINT"):
+            refuse_undescribed(method)
+    for name in methods.PRESETS:
+        refuse_undescribed(methods.by_name(name))

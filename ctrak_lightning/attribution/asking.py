@@ -34,10 +34,13 @@ def described(store: TraceStore, what: str, build: Callable[[], Built]) -> Built
     """What a store's manifest describes, built.
 
     Raises:
+        StoreMismatchError: it has a class of the user's own that is not imported.
         CorruptStoreError: it describes nothing that is known here.
     """
     try:
         return build()
+    except StoreMismatchError as error:
+        raise StoreMismatchError(f"{store.path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptStoreError(
             f"{store.path}: its manifest describes no {what} that is known here ({error}). HINT: a store of a newer version wants that "

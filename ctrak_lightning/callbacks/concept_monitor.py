@@ -19,15 +19,18 @@ from ctrak_lightning.attribution import Concept
 from ctrak_lightning.attribution.concept import check_known
 from ctrak_lightning.callbacks.concept_tracer import ConceptTracer
 from ctrak_lightning.callbacks.hparams import logged_hparams, logs_a_metric_itself
-from ctrak_lightning.errors import ConceptError, TaskError
+from ctrak_lightning.errors import ConceptError, TaskError, TrialError
+from ctrak_lightning.gradients import tracing_mode
 from ctrak_lightning.inspection import Answer, Board, Watch
 from ctrak_lightning.inspection.hparams import method_hparams, write_hparams
+from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.schedule import Schedule
-from ctrak_lightning.task import resolve_task
+from ctrak_lightning.task import resolve_task, task_modules
 from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.traces.samples import column_names
 from ctrak_lightning.trajectory import Generated, Sampler, Trajectory
+from ctrak_lightning.trial import Question, conditions_of
 
 OnError = Literal["raise", "warn"]
 DEFAULT_GROUP = "owner"
@@ -143,6 +146,7 @@ class ConceptMonitor(Callback):
             self._check_sampler(self._run.tracer.method.query_trajectory, task.noise_schedule)
         except (TaskError, ValueError) as error:
             raise MisconfigurationException(f"`ConceptMonitor`: {error}") from error
+        self._run.tracer.will_be_asked(self._questions())
         self._run.logger = logger = _logger(trainer)
         if logger is None:
             _tell_nowhere_to_write(trainer)
@@ -156,6 +160,14 @@ class ConceptMonitor(Callback):
             self._run.started = time.monotonic()
             self._run.axis = max(0, _steps_logged(trainer) - 1)
             self._run.tracer.when_sealed(self._on_sealed)
+            # Also where the tracer has no trial: the concepts may be others than those of the run that is resumed.
+            task = resolve_task(pl_module, self._run.tracer.task)
+            try:
+                with isolated_rng(self.seed), tracing_mode(pl_module, *task_modules(task)):
+                    for question in self._questions():
+                        conditions_of(task, question)
+            except TrialError as error:
+                raise MisconfigurationException(f"`ConceptMonitor`: {error}") from error
 
     @override
     def on_train_batch_start(
@@ -208,6 +220,11 @@ class ConceptMonitor(Callback):
             )
         return named[0]
 
+    def _questions(self) -> list[Question]:
+        is_guided = (self.sampler or Sampler()).guidance != 1.0
+        asked = [concept.isolated() if concept.image is None else concept for concept in self.concepts]
+        return [Question(concept.name, concept.present, concept.absent, is_guided) for concept in asked]
+
     def _check_sampler(self, trajectory: Trajectory, schedule: Schedule) -> None:
         sampler = self.sampler or Sampler()
         usable = sum(schedule.level(t)[0] > 0 for t in schedule.sampling_timesteps(sampler.steps))
@@ -247,7 +264,7 @@ class ConceptMonitor(Callback):
                 run.board = Board(writer, self.concepts, group=run.group, top=self.top, bottom=self.bottom)
                 run.board.write_layout()
             run.store, run.answers = self._watch.ask(
-                run.tracer.dirpath, trainer.lightning_module, run.tracer.task
+                run.tracer.dirpath, trainer.lightning_module, run.tracer.task, run.tracer.method
             )
             run.board.write(run.answers, run.store.checkpoints[-1], run.axis)
             seconds = {"tracer": run.tracer.last_seconds, "monitor": time.monotonic() - begun}

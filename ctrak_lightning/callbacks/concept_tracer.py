@@ -2,12 +2,13 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning as L
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import model_helpers
@@ -24,7 +25,7 @@ from ctrak_lightning.callbacks.inline import (
 )
 from ctrak_lightning.callbacks.steps import StepCounter
 from ctrak_lightning.capture import Capture
-from ctrak_lightning.errors import GradientError, ProcessLostError, TaskError
+from ctrak_lightning.errors import ProcessLostError, TaskError, TrialError
 from ctrak_lightning.gradients import GradientTracer, Projection
 from ctrak_lightning.inline import InlineCapture
 from ctrak_lightning.method import Method
@@ -32,6 +33,7 @@ from ctrak_lightning.processes import Processes, processes_of
 from ctrak_lightning.task import DiffusersTask, DiffusionTask, resolve_task
 from ctrak_lightning.trained import trained_parameters
 from ctrak_lightning.trajectory import InTraining
+from ctrak_lightning.trial import Question
 
 Mode = Literal["capture", "inline"]
 OnError = Literal["raise", "warn"]
@@ -46,6 +48,9 @@ class ConceptTracer(Callback):
     Training is not changed: the callback draws from random generators of its own, never
     calls ``backward()``, and restores every module's training flag. Weights are those being trained; at the end of
     training, after a weight-averaging callback that stands before this one, they are the averaged ones.
+
+    Before the first step two samples are traced on trial, as a capture will (``docs/attach.md``): what does not fit is told
+    then, and not at the first checkpoint.
 
     Args:
         dirpath: the store's folder.
@@ -77,7 +82,7 @@ class ConceptTracer(Callback):
 
     Raises:
         MisconfigurationException: an argument out of range; a module that is no DiffusionTask; a sharded strategy; a folder
-            that cannot be written, or that holds the traces of another run.
+            that cannot be written, or that holds the traces of another run; what the trial found.
         StoreError: a trace cannot be stored, under ``on_error="raise"``. (Other errors come as they are raised.)
 
     Warns:
@@ -163,6 +168,7 @@ class ConceptTracer(Callback):
         self.seed = seed
         self.on_error = on_error
         self._untraced: dict[int, int] = {}  # step: epoch
+        self._has_told_dropped = False
         self.untraced_steps: list[int] = []
         """Steps of this run that have no trace because it could not be stored, known when training ends."""
         self._capture: Capture | None = None
@@ -172,14 +178,21 @@ class ConceptTracer(Callback):
         self._run_id: str | None = None
         self._resumed = False
         self._listeners: list[Callable[[L.Trainer], None]] = []
+        self._questions: tuple[Question, ...] = ()
         self.last_seconds = 0.0
         """What the last capture took, in seconds of wall time; in mode ``"inline"`` sealing alone."""
+        self.trial_seconds = 0.0
+        """What the trial before training took."""
 
     def when_sealed(self, listener: Callable[[L.Trainer], None]) -> None:
         """Calls ``listener(trainer)`` in every process after each checkpoint that is sealed from now on, whatever the order of
         the callbacks; the same listener is called once."""
         if listener not in self._listeners:
             self._listeners.append(listener)
+
+    def will_be_asked(self, questions: Sequence[Question]) -> None:
+        """Takes questions into the trial when training starts, in place of those named before."""
+        self._questions = tuple(questions)
 
     def should_trace(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Whether to trace now. Called with ``step_idx`` after an optimizer step (the count of steps done), and with
@@ -226,31 +239,38 @@ class ConceptTracer(Callback):
         self._steps = StepCounter(trainer, pl_module, self._unseen_steps)
         self._last_step = self._steps.now
         self._untraced, self.untraced_steps = {}, []
-        self._capture = self._open(trainer, pl_module, self._steps)
+        self._has_told_dropped = False
+        try:
+            self._capture = self._open(trainer, pl_module, self._steps)
+        except TrialError as error:
+            raise MisconfigurationException(f"`ConceptTracer(dirpath={self.dirpath!r})`: {error}") from error
+        if self._capture.trial is not None:
+            self.trial_seconds = self._capture.trial.seconds
+            rank_zero_info(f"ConceptTracer(dirpath={self.dirpath!r}): {self._capture.trial}")
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if isinstance(self._capture, InlineCapture):
-            self._capture.begin_step(batch)
+            with self._following(self._capture, trainer):
+                self._capture.begin_step(batch)
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         if isinstance(self._capture, InlineCapture):
-            try:
+            with self._following(self._capture, trainer):
                 self._capture.before_backward(loss)
-            except GradientError as error:
-                raise MisconfigurationException(f'`ConceptTracer(mode="inline")`: {error}') from error
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(self._capture, InlineCapture):
-            self._capture.after_backward(
-                step=trainer.global_step,
-                loss_scale=loss_scale(trainer),
-                skip_not_finite=grad_scaler(trainer) is not None,
-            )
+            with self._following(self._capture, trainer):
+                self._capture.after_backward(
+                    step=trainer.global_step,
+                    loss_scale=loss_scale(trainer),
+                    skip_not_finite=grad_scaler(trainer) is not None,
+                )
 
     @override
     def on_train_batch_end(
@@ -338,6 +358,25 @@ class ConceptTracer(Callback):
         self.last_seconds = time.monotonic() - started
         self._untraced.pop(step, None)
 
+    @contextmanager
+    def _following(self, capture: InlineCapture, trainer: L.Trainer) -> Iterator[None]:
+        """What fails inside costs the rows of one training step and not the run, but for the first one: that is the set-up."""
+        try:
+            yield
+        except Exception as error:
+            capture.drop_step()
+            if not capture.steps_followed:
+                raise MisconfigurationException(f'`ConceptTracer(mode="inline")`: {error}') from error
+            if self.on_error == "raise":
+                raise
+            if not self._has_told_dropped:
+                self._has_told_dropped = True
+                rank_zero_warn(
+                    f"ConceptTracer(dirpath={self.dirpath!r}): the training step after {trainer.global_step} optimizer steps is in no "
+                    f"trace, or not with all of its samples: {type(error).__name__}: {error} Training goes on; later ones are not told. "
+                    'HINT: `on_error="raise"` stops training instead.'
+                )
+
     def _note_untraced(self, step: int, epoch: int, error: Exception) -> None:
         if not self._untraced:
             rank_zero_warn(
@@ -380,6 +419,7 @@ class ConceptTracer(Callback):
             rows_at_once=self.batch_size or _half_batch(trainer),
             progress=trainer.progress_bar_callback is not None,
             processes=self._processes(trainer),
+            questions=self._questions,
         )
         self._reconcile(capture, steps.now)
         if isinstance(capture, InlineCapture):

@@ -59,6 +59,10 @@ class StepRecorder:
         self._handles = []
         self._forget()
 
+    def drop(self) -> None:
+        """Forgets the step that is under way."""
+        self._forget()
+
     def begin(self, batch_size: int) -> None:
         """Before the forward pass of a batch; what an unfinished step left is dropped."""
         self._forget()

@@ -17,6 +17,7 @@ from ctrak_lightning.attribution import (
     Share,
 )
 from ctrak_lightning.errors import GradientError
+from ctrak_lightning.method import Method
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.traces import IncompleteStoreWarning, TraceStore
 from ctrak_lightning.tracing import FAINT
@@ -69,7 +70,9 @@ class Watch:
         self.sampler = sampler
         self._told: set[str] = set()
 
-    def ask(self, path: str | Path, module: nn.Module, task: Any = None) -> tuple[TraceStore, list[Answer]]:
+    def ask(
+        self, path: str | Path, module: nn.Module, task: Any = None, method: Method | None = None
+    ) -> tuple[TraceStore, list[Answer]]:
         """Generates the images under the weights of the store's last checkpoint, and asks all of its checkpoints.
 
         The module's weights, flags and the surrounding random state are afterwards what they were.
@@ -78,6 +81,7 @@ class Watch:
             path: the store.
             module: the model that is being trained and traced.
             task: how it is addressed, if it is no DiffusionTask itself.
+            method: how to ask; None takes the store's own.
 
         Warns:
             UserWarning: a concept is within noise; once for each.
@@ -86,7 +90,9 @@ class Watch:
             store = TraceStore(path)
             with isolated_rng(self.seed):
                 # A look during training is no answer given to anyone, so it is not noted in the ledger.
-                attributor = Attributor(store, module, task=task, sampler=self.sampler, record=False)
+                attributor = Attributor(
+                    store, module, task=task, method=method, sampler=self.sampler, record=False
+                )
                 answers = self._answers(attributor)
         self._tell_faint(answers)
         return store, answers

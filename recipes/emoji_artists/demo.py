@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     L.seed_everything(args.seed, verbose=False)
     module = EmojiDiffusion(args.adaptation)
     data = EmojiArtists("new", None if args.artists == "all" else args.artists.split(","))
-    seconds = {"fine-tune and traces": _fit(module, data, out, args.epochs)}
+    seconds = _fit(module, data, out, args.epochs)
 
     before = time.monotonic()
     asked = questions(data.held_out)
@@ -107,7 +107,7 @@ def _empty(out: Path) -> None:
     marker.touch()
 
 
-def _fit(module: EmojiDiffusion, data: EmojiArtists, out: Path, epochs: int) -> float:
+def _fit(module: EmojiDiffusion, data: EmojiArtists, out: Path, epochs: int) -> dict[str, float]:
     before = time.monotonic()
     tracers = [
         ConceptTracer(str(out / "traces" / name), method, every_n_epochs=max(1, epochs // 3))
@@ -126,7 +126,8 @@ def _fit(module: EmojiDiffusion, data: EmojiArtists, out: Path, epochs: int) -> 
         callbacks=[*tracers, recorder, TQDMProgressBar(leave=False)],
     )
     trainer.fit(module, datamodule=data)
-    return time.monotonic() - before
+    trials = sum(tracer.trial_seconds for tracer in tracers)
+    return {"fine-tune and traces": time.monotonic() - before, "trials, part of it": trials}
 
 
 def _ask(module: EmojiDiffusion, out: Path, asked: list[Question], seed: int) -> dict[str, list[Attribution]]:
@@ -194,7 +195,7 @@ def _report(
         f"`{command}`; {machine}; "
         + ", ".join(f"{name} {number}" for name, number in packages.items())
         + f"; peak memory {gigabytes:.1f} GB; seconds: "
-        + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
+        + ", ".join(f"{name} {value:.3g}" for name, value in seconds.items()),
     ]
     (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     facts = {"r_precision": table, "seconds": seconds, "peak_gigabytes": gigabytes, "packages": packages}

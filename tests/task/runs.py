@@ -1,5 +1,6 @@
 """Fine-tunes of tiny pipelines under the Trainer's options."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from torch.utils.data import DataLoader
 
 from ctrak_lightning import methods
 from ctrak_lightning.callbacks import ConceptTracer
+from ctrak_lightning.objective import SquaredNorm, Term
 from tests.task.test_fine_tune import FineTune, Samples, fine_tune
 
-METHOD = methods.concept_trak_norm(timesteps=2, damping=1.0)
+METHOD = replace(methods.concept_trak_norm(timesteps=2, damping=1.0), query=(Term(SquaredNorm()),))
+"""Asks of the whole image, since a model without conditions is among those that are trained."""
 FULL = ("ddpm", "ddpm-classes", "pixart", "pixart-sized", "pixart-sigma")
 """Trained whole here, the others by LoRA."""
 

@@ -1,0 +1,317 @@
+"""A trial before the first step: what a capture could not do is refused by name, and nothing has been written or moved."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ctrak_lightning import (
+    Capture,
+    DiffusionTask,
+    Encoded,
+    GradientTracer,
+    NoiseSchedule,
+    Projection,
+    methods,
+)
+from ctrak_lightning.errors import BatchError, GradientError, TrialError
+from ctrak_lightning.gradients.tracer import CHECK_TOLERANCE, HALF_TOLERANCE
+from ctrak_lightning.method import Method
+from ctrak_lightning.processes import ALONE, Processes
+from ctrak_lightning.trajectory import Inverted
+from ctrak_lightning.trial import Question, conditions_of
+
+from .threads import together
+from .toy import scheduler
+
+D_TRAK = methods.d_trak(timesteps=2)
+INVERTED = replace(D_TRAK, training_trajectory=Inverted(steps=2, guidance=2.0))
+
+
+class Images(Dataset[dict[str, Any]]):
+    def __init__(self, n: int = 6) -> None:
+        self.images = torch.randn(n, 3, 6, 6, generator=torch.Generator().manual_seed(3))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"image": self.images[i], "sample_id": f"s{i}"}
+
+
+class Network(nn.Module):
+    """Two convolutions and a table of words; told, with its samples mixed, or with a layer that sees them second."""
+
+    def __init__(self, mixes: bool = False) -> None:
+        super().__init__()
+        self.first, self.words, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(5, 4), nn.Conv2d(4, 3, 1)
+        self.mixes = mixes
+
+    def forward(self, x: Tensor, words: Tensor | None) -> Tensor:
+        h = self.first(x)
+        if words is not None:
+            h = h + self.words(words)[:, :, None, None]
+        if self.mixes:
+            h = h - h.mean(0)
+        return self.last(torch.tanh(h))  # type: ignore[no-any-return]
+
+
+class Task(DiffusionTask, nn.Module):
+    """Its members raise what ``faults`` has under their names."""
+
+    def __init__(
+        self, faults: dict[str, Exception] | None = None, has_words: bool = True, mixes: bool = False
+    ):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.denoiser = Network(mixes)
+        self.drop = nn.Dropout(0.5)
+        self.noise_schedule = NoiseSchedule.from_scheduler(scheduler())
+        self.faults, self.has_words = faults or {}, has_words
+
+    def _maybe(self, name: str) -> None:
+        if name in self.faults:
+            raise self.faults[name]
+
+    def encode(self, batch: dict[str, Any]) -> Encoded:
+        self._maybe("encode")
+        return Encoded(
+            latents=batch["image"],
+            condition=self.condition("", len(batch["image"])) if self.has_words else {},
+            sample_ids=list(batch["sample_id"]),
+        )
+
+    def condition(self, spec: Any, n: int) -> dict[str, Tensor]:
+        if spec == {}:
+            self._maybe("condition")
+        return {"words": torch.ones(n, 5)}
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        self._maybe("predict")
+        return self.denoiser(x_t, condition.get("words"))  # type: ignore[no-any-return]
+
+    def pictures(self, batch: Any) -> Tensor | None:
+        self._maybe("pictures")
+        return None
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self._maybe("decode")
+        return latents
+
+
+def capture(
+    path: Path,
+    task: Task,
+    batches: Iterable[Any] | None = None,
+    method: Method = D_TRAK,
+    processes: Processes = ALONE,
+    **kwargs: Any,
+) -> Capture:
+    tracer = GradientTracer(task.denoiser, Projection(rank=2, dim=16))
+    batches = DataLoader(Images(), 3) if batches is None else batches
+    options = {"method": method, "tracer": tracer, "progress": False, "processes": processes} | kwargs
+    return Capture(str(path / "store"), task, task, batches, **options)
+
+
+@pytest.mark.parametrize(
+    ("member", "method", "told"),
+    [
+        ("encode", D_TRAK, r"Task\.encode\(batch of dict \['image', 'sample_id'\]\)"),
+        (
+            "predict",
+            D_TRAK,
+            r"\['s0', 's1'\].*Task\.predict\(float32 \[2, 3, 6, 6\], int64 \[2\], \{words float32 \[2, 5\]\}\)",
+        ),
+        ("condition", INVERTED, r"Task\.condition\(\{\}, 2\)"),
+        ("pictures", D_TRAK, r"`pictures\(batch\)`"),
+        ("decode", D_TRAK, r"`decode\(latents\)`"),
+    ],
+)
+def test_what_a_member_raises_is_told_with_its_name_and_what_it_was_given(
+    tmp_path: Path, member: str, method: Method, told: str
+) -> None:
+    fault = RuntimeError("expected input to have 9 channels")
+    with pytest.raises(
+        TrialError, match=f"{told}.*RuntimeError: expected input to have 9 channels.*HINT"
+    ) as found:
+        capture(tmp_path, Task({member: fault}), method=method)
+    assert found.value.__cause__ is fault
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_broken_data_set_and_a_missing_field_are_told(tmp_path: Path) -> None:
+    class Broken(Images):
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            raise OSError("the image is truncated")
+
+    class Nameless(Images):
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            return {"image": self.images[i]}
+
+    with pytest.raises(TrialError, match="loading the first samples.*OSError: the image is truncated"):
+        capture(tmp_path, Task(), DataLoader(Broken(), 3))
+    with pytest.raises(
+        TrialError, match=r"asked for 'sample_id', and the batch has \['image'\].*HINT"
+    ) as found:
+        capture(tmp_path, Task(), DataLoader(Nameless(), 3))
+    assert isinstance(found.value.__cause__, BatchError)
+    with pytest.raises(TrialError, match="gone through once.*HINT"):
+        capture(tmp_path, Task(), iter(DataLoader(Images(), 3)))
+
+
+@pytest.mark.parametrize("samples", [6, 1])
+def test_a_network_that_mixes_the_samples_of_a_batch_is_refused_by_layer(
+    tmp_path: Path, samples: int
+) -> None:
+    """Also where there is one sample to try; not where batches are of one sample."""
+    batches = DataLoader(Images(samples), 3)
+    with pytest.raises(TrialError, match=r"differ from the per-sample.*'first'.*HINT") as found:
+        capture(tmp_path, Task(mixes=True), batches)
+    assert isinstance(found.value.__cause__, GradientError)
+    assert capture(tmp_path, Task(mixes=True), batches, rows_at_once=1).trial is not None
+
+
+def test_two_samples_are_taken_from_batches_of_one(tmp_path: Path) -> None:
+    found = capture(tmp_path, Task(), DataLoader(Images(), 1)).trial
+    assert found is not None
+    assert (found.samples, found.blocks, found.all_blocks) == (2, 3, 3)
+    assert "the trial on 2 samples passed in" in str(found)
+
+
+def test_layers_without_a_gradient_are_not_said_to_be_right(tmp_path: Path) -> None:
+    task = Task()
+    nn.init.zeros_(task.denoiser.last.weight)  # as a network begins whose last layer is zero
+    found = capture(tmp_path, task).trial
+    assert found is not None
+    assert (found.blocks, found.all_blocks) == (1, 3)
+
+
+def test_a_gradient_that_is_not_finite_names_the_sample(tmp_path: Path) -> None:
+    images = Images()
+    images.images[1] = float("nan")
+    with pytest.raises(TrialError, match=r"The gradient of \['s1'\] is not finite.*HINT"):
+        capture(tmp_path, Task(), DataLoader(images, 3))
+
+
+def test_a_method_that_compares_conditions_is_refused_of_a_model_without(tmp_path: Path) -> None:
+    with pytest.raises(
+        TrialError, match=r"'concept_trak'.*Task has none.*HINT: trace with methods\.d_trak\(\)"
+    ):
+        capture(tmp_path, Task(has_words=False), method=methods.concept_trak())
+    assert capture(tmp_path, Task(has_words=False)).trial is not None
+
+
+def test_a_store_with_sealed_traces_is_continued_without_a_trial(tmp_path: Path) -> None:
+    task = Task()
+    first = capture(tmp_path, task)
+    assert capture(tmp_path, task).trial is not None
+    first.run(3, epoch=0)
+    assert capture(tmp_path, task).trial is None
+
+
+def test_nothing_is_moved(tmp_path: Path) -> None:
+    task = Task()
+    task.drop.train()
+    task.denoiser.eval()
+    before = {name: value.clone() for name, value in task.state_dict().items()}
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    with pytest.raises(TrialError):
+        capture(tmp_path, Task({"predict": ValueError("x")}), method=INVERTED)
+    capture(tmp_path, task)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, task.state_dict()[name]) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in task.parameters())
+    assert (task.drop.training, task.denoiser.training) == (True, False)
+    assert not any(module._forward_hooks for module in task.modules())
+
+
+def test_half_precision_is_compared_as_exactly_as_its_kernels_are(tmp_path: Path) -> None:
+    class Half(Images):
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            return super().__getitem__(i) | {"image": self.images[i].bfloat16()}
+
+    def tolerance(task: Task) -> float:
+        return GradientTracer(task.denoiser)._tolerance(torch.device("cpu"))
+
+    class HalfTask(Task):
+        def condition(self, spec: Any, n: int) -> dict[str, Tensor]:
+            return {name: value.bfloat16() for name, value in super().condition(spec, n).items()}
+
+    task = HalfTask().bfloat16()
+    assert capture(tmp_path, task, DataLoader(Half(), 3)).trial is not None
+    assert (tolerance(task), tolerance(Task())) == (HALF_TOLERANCE, CHECK_TOLERANCE)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_tried_in_parts(tmp_path: Path) -> None:
+    class Large(Task):
+        def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+            if len(x_t) > 1:
+                raise MemoryError
+            return super().predict(x_t, t, condition)
+
+    with pytest.warns(UserWarning, match="Memory ran out in a pass over 2 samples"):
+        assert capture(tmp_path, Large()).trial is not None
+    with pytest.raises(TrialError, match="not enough memory to trace a single sample"):
+        capture(tmp_path, Task({"predict": MemoryError()}))
+
+
+def test_one_process_that_fails_is_told_to_all(tmp_path: Path) -> None:
+    class Second(Images):
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            if i >= 3:
+                raise OSError("the image is truncated")
+            return super().__getitem__(i)
+
+    ended = together(
+        2, lambda processes: capture(tmp_path, Task(), DataLoader(Second(), 3), processes=processes)
+    )
+    assert [type(error) for error in ended] == [TrialError, TrialError]
+    assert "The process of rank 1: TrialError" in str(ended[0])
+
+
+def test_questions_are_tried(tmp_path: Path) -> None:
+    class Wordless(Task):
+        def condition(self, spec: Any, n: int) -> dict[str, Tensor]:
+            return super().condition(spec, n) if isinstance(spec, str) else {"words": torch.ones(n, 7)}
+
+    asked = Question("cat", {"object": "cat"}, {}, is_guided=False)
+    with pytest.raises(
+        TrialError, match=r"asking Concept\('cat'\).*Wordless\.predict\(.*words float32 \[1, 7\].*HINT"
+    ):
+        capture(tmp_path, Wordless(), questions=[asked])
+    capture(tmp_path, Task(), questions=[asked])
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"words": torch.ones(2, 5)}, r"it gave words float32 \[2, 5\], expected one row"),
+        (
+            {"words": torch.ones(1, 5), "more": torch.ones(1)},
+            r"expected one row \[1, ...\] of each of \['words'\]",
+        ),
+        (KeyError("dragon"), r"KeyError: 'dragon'.*HINT"),
+    ],
+)
+def test_a_condition_that_is_none_is_refused_with_its_side(given: Any, told: str) -> None:
+    class Odd(Task):
+        def condition(self, spec: Any, n: int) -> dict[str, Tensor]:
+            if spec:
+                return super().condition(spec, n)
+            if isinstance(given, Exception):
+                raise given
+            return given  # type: ignore[no-any-return]
+
+    with pytest.raises(
+        TrialError, match=rf"Concept\('cat', absent=\{{\}}\): Odd\.condition\(\{{\}}, 1\).*{told}"
+    ):
+        conditions_of(Odd(), Question("cat", {"object": "cat"}, {}, is_guided=True))
+    with pytest.raises(TrialError, match=r"Concept\('cat', null=\{\}\)"):
+        conditions_of(Odd(), Question("cat", {"object": "cat"}, "a dog", is_guided=True))
