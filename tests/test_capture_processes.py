@@ -86,8 +86,8 @@ def test_a_loader_in_order_loads_no_others_samples(tmp_path: Path) -> None:
         seen[processes.rank] = data.seen
 
     assert together(2, one) == [None, None]
-    # Once to see who they are, once to trace them.
-    assert seen == [[0, 1, 2, 6, 7, 8] * 2, [3, 4, 5, 9, 10, 11] * 2]
+    # The first batch on trial; all once to see who they are, once to trace them.
+    assert seen == [[0, 1, 2, *[0, 1, 2, 6, 7, 8] * 2], [3, 4, 5, *[3, 4, 5, 9, 10, 11] * 2]]
 
 
 def test_a_sample_that_cannot_be_traced_stops_all(tmp_path: Path) -> None:
