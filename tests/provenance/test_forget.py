@@ -21,7 +21,7 @@ from ctrak_lightning.provenance import Ledger, LedgerWarning, forget, forgetting
 from ctrak_lightning.provenance.commitments import commit
 from ctrak_lightning.provenance.forgetting import finish
 from ctrak_lightning.provenance.query_log import QueryLog, result_digest
-from ctrak_lightning.provenance.recording import sync
+from ctrak_lightning.provenance.recording import record_run, sync
 from ctrak_lightning.traces import SampleTable, TraceWriter, Visits
 from ctrak_lightning.traces.atomic import FileRecord, write_atomically
 from ctrak_lightning.traces.manifest import read_manifest, write_manifest
@@ -253,7 +253,7 @@ def test_an_edition_whose_samples_are_others_is_not_recorded(store: Path) -> Non
 
 
 def test_what_has_nothing_of_the_samples_in_it_is_carried_over(tmp_path: Path) -> None:
-    """Companions of any kind, as long as their names are those of no edition."""
+    """Companions of any kind, as long as their names are those of no edition; the ledger vouches for them."""
     store = Partial(steps=(300,)).run(tmp_path / "store")
     names = ["buffers.safetensors", "function.h5", "weights.safetensors"]
     content = {name: f"of no sample: {name}".encode() for name in names[:2]}
@@ -262,9 +262,15 @@ def test_what_has_nothing_of_the_samples_in_it_is_carried_over(tmp_path: Path) -
     files = {f"checkpoint-00000300/{name}" for name in names}
     added = {path: FileRecord.of(store / path) for path in files}
     write_manifest(store, read_manifest(store).with_files(added))
+    record_run(store, run_facts(store), resumed=False)
     forget(store, GONE)
     known = read_manifest(store).files
     assert {path: known[path] for path in files} == added
+    for entry in Ledger(store).entries():
+        for facts in {"checkpoint": [entry.facts], "forget": entry.facts.get("checkpoints", [])}.get(
+            entry.kind, []
+        ):
+            assert files < facts["files"].keys()
     assert TraceStore(store).verify() == []
 
 
@@ -317,8 +323,6 @@ def test_strange_ids_are_forgotten_like_others(tmp_path: Path) -> None:
     writer = capture.open(path)
     writer.write_samples(SampleTable(strange, [""] * 7))
     capture.run_checkpoint(writer, 300)
-    from ctrak_lightning.provenance.recording import record_run
-
     record_run(path, run_facts(path), resumed=False)
     for sample_id in strange[:-1]:
         forget(path, [sample_id])
