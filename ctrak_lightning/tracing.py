@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctrak_lightning.escaping import visible
 from ctrak_lightning.gradients import GradientTracer, tracing_mode
 from ctrak_lightning.gradients.checks import Cotangent, Forward
 from ctrak_lightning.memory import RowLimit
@@ -304,7 +305,7 @@ def normalised(
 def warn_if_faint(strength: Tensor, names: Sequence[str], threshold: float = FAINT) -> None:
     """Warns of concepts whose direction is within noise: the model tells the two conditions hardly apart."""
     faint = [
-        f"{name} ({value:.1e})"
+        f"{visible(name)} ({value:.1e})"
         for name, value in zip(names, strength.tolist(), strict=True)
         if value < threshold
     ]

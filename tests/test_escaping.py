@@ -14,6 +14,7 @@ from ctrak_lightning.cli import main
 from ctrak_lightning.cli.printing import say
 from ctrak_lightning.escaping import csv_cell, metadata_heads, visible
 from ctrak_lightning.traces import SampleTable
+from ctrak_lightning.tracing import warn_if_faint
 
 from .traces.store_builder import Capture
 
@@ -109,6 +110,16 @@ def test_several_rankings_side_by_side_are_written_so_too(tmp_path: Path) -> Non
     assert (first["metadata.score owl"], float(first["score owl"])) == ("9", float(results[0].scores[0]))
     assert second["sample_id"] == "'-2"
     assert "c\\nd" in results.table()
+
+
+def test_no_two_rankings_have_one_name() -> None:
+    names = Attributions([answer(name) for name in ("owl", "owl", "owl (1)", "cat")], torch.eye(4)).names
+    assert names == ["owl (1) (1)", "owl (2)", "owl (1) (3)", "cat"]
+
+
+def test_a_warning_shows_a_name_and_does_not_obey_it() -> None:
+    with pytest.warns(UserWarning, match=r"owl\\x1b\[2J \(0"):
+        warn_if_faint(torch.zeros(1), ["owl\x1b[2J"])
 
 
 def test_commands_print_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

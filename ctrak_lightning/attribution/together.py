@@ -61,7 +61,9 @@ class Attributions(list[Attribution]):
     def names(self) -> list[str]:
         """A name for each question: its concept's, with the place where that is not the only one of it."""
         given = [result.concept.name for result in self]
-        return [f"{name} ({i + 1})" if given.count(name) > 1 else name for i, name in enumerate(given)]
+        while len(set(given)) < len(given):  # again, where a concept is called "owl (1)" itself
+            given = [f"{name} ({i + 1})" if given.count(name) > 1 else name for i, name in enumerate(given)]
+        return given
 
     def shared(self, n: int = 10, *, least: int = 2) -> list[Taught]:
         """The samples in the top ``n`` of at least ``least`` questions, those of most questions first, then by their mean rank.

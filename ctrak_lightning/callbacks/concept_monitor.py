@@ -20,6 +20,7 @@ from ctrak_lightning.attribution.concept import check_known
 from ctrak_lightning.callbacks.concept_tracer import ConceptTracer
 from ctrak_lightning.callbacks.hparams import logged_hparams, logs_a_metric_itself
 from ctrak_lightning.errors import ConceptError, TaskError, TrialError
+from ctrak_lightning.escaping import visible
 from ctrak_lightning.gradients import tracing_mode
 from ctrak_lightning.inspection import Answer, Board, Watch
 from ctrak_lightning.inspection.hparams import method_hparams, write_hparams
@@ -242,7 +243,7 @@ class ConceptMonitor(Callback):
         if self.group in known:
             return
         run.group = None
-        listed = ", ".join(known) or "none"
+        listed = ", ".join(map(visible, known)) or "none"
         told = f"ConceptMonitor(group={self.group!r}): the samples have no such metadata column. They have: {listed}."
         if known and self.group != DEFAULT_GROUP:
             raise MisconfigurationException(f"{told} HINT: name one of these, or group=None.")

@@ -448,8 +448,8 @@ class ConceptTracer(Callback):
         writer = capture.writer
         if self._resumed and self._run_id not in (None, writer.run_id):
             rank_zero_warn(
-                f"ConceptTracer(dirpath={self.dirpath!r}): the checkpoint was made with store {self._run_id}, the folder "
-                f"holds store {writer.run_id}. Traces of steps before {step} may be missing."
+                f"ConceptTracer(dirpath={self.dirpath!r}): the checkpoint was made with store {self._run_id!r}, the folder "
+                f"holds store {writer.run_id!r}. Traces of steps before {step} may be missing."
             )
         later = [sealed for sealed in writer.sealed_steps if sealed > step]
         if later and not self._resumed:
