@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.attribution.concept import Concept
+from ctrak_lightning.attribution.confidence import Confidence, confidence_of
 from ctrak_lightning.attribution.parts import Parts
 from ctrak_lightning.attribution.shares import bootstrapped_shares, group_shares
 from ctrak_lightning.attribution.solve import drawn_ensemble, ensemble, soft_thresholded, standardised
 from ctrak_lightning.escaping import csv_cell, metadata_heads
 from ctrak_lightning.traces import SampleTable, TraceStore
 
-RESERVED = ("rank", "score", "sample_id")
+RESERVED = ("verdict", "rank", "score", "sample_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,17 @@ class Attribution:
         """Checkpoint-ensembled scores [N], float32: each checkpoint in units of its own standard deviation, averaged; or
         the sum with the method's own weights."""
         return ensemble(self.checkpoint_scores.double(), self.weights).float()
+
+    @cached_property
+    def confidence(self) -> Confidence:
+        """How far the ranking can be trusted, and whether it says anything at all: look here, and at the generated image, first.
+
+        The self-check reads the traces once for each damping that was used, not for each concept.
+
+        Raises:
+            CorruptStoreError: the store is damaged.
+        """
+        return confidence_of(self)
 
     def contributions(self, threshold: float = 2.0) -> Tensor:
         """What each sample adds, for sums over groups of samples [N], float32: the scores in units of their own standard
@@ -157,7 +170,8 @@ class Attribution:
 
         The interval is the percentile bootstrap (Efron 1979) over samples and over checkpoints, both drawn anew in every
         resample: it says how much the shares hang on single images and on single moments of the run, not whether the method
-        is right. It is narrower than what another run of the same fine-tune may say: on EmojiArtists it covered that in 70 %
+        is right. Where ``confidence.says_nothing``, neither do shares; pages, exports and panels withhold them then, so that nobody
+        pays by them. It is narrower than what another run of the same fine-tune may say: on EmojiArtists it covered that in 70 %
         of the cases, with ``threshold=2`` in 91 % (``recipes/emoji_artists/README.md``).
 
         Args:
@@ -214,7 +228,8 @@ class Attribution:
         return scores.clamp(min=0)
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes the whole ranking: rank, score, sample_id and the metadata columns, one row per sample.
+        """Writes the whole ranking: verdict (empty, or in every row the sentence that the ranking says nothing), rank, score, sample_id
+        and the metadata columns, one row per sample.
 
         Text that a spreadsheet would compute gets an apostrophe before it (:func:`ctrak_lightning.escaping.csv_cell`); a metadata
         column of the name of one of ours becomes ``metadata.score``, say.
@@ -225,13 +240,16 @@ class Attribution:
             writer.writerow([*RESERVED, *map(csv_cell, metadata_heads(columns, RESERVED))])
             for record in self.top(len(self.samples.sample_ids)):
                 texts = [record.sample_id, *(record.metadata[column] for column in columns)]
-                writer.writerow([record.rank, repr(record.score), *map(csv_cell, texts)])
+                writer.writerow(
+                    [self.confidence.verdict, record.rank, repr(record.score), *map(csv_cell, texts)]
+                )
 
     def to_json(self, path: str | Path) -> None:
-        """Writes the question, the method, the ranking and the scores per checkpoint."""
+        """Writes whether the ranking says anything and why not, the question, the method, the ranking and the scores per checkpoint."""
         timeline = self.timeline()
         positions = {sample_id: i for i, sample_id in enumerate(self.samples.sample_ids)}
         document = {
+            "confidence": self.confidence.to_dict(),
             "concept": self.concept.to_dict(),
             "seed": self.seed,
             "method": self.method,

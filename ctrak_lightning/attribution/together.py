@@ -89,25 +89,29 @@ class Attributions(list[Attribution]):
         return sorted(found, key=lambda one: (names.index(one.concepts[0]), one.ranks[one.concepts[0]]))
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes all samples in the data set's order: sample_id, rank and score for each question, and the metadata columns; texts and
-        names as :meth:`Attribution.to_csv` writes them."""
+        """Writes all samples in the data set's order: verdict for each question, sample_id, rank and score for each, and the metadata
+        columns; verdicts, texts and names as :meth:`Attribution.to_csv` writes them."""
         names, columns = self.names, sorted(self[0].samples.metadata)
         ranks, scores = self._ranks(), [result.scores.tolist() for result in self]
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            heads = ["sample_id", *(f"{head} {name}" for name in names for head in ("rank", "score"))]
+            verdicts = [result.confidence.verdict for result in self]
+            heads = [f"verdict {name}" for name in names] + ["sample_id"]
+            heads += [*(f"{head} {name}" for name in names for head in ("rank", "score"))]
             writer.writerow([*heads, *map(csv_cell, metadata_heads(columns, heads))])
             for i, sample_id in enumerate(self[0].samples.sample_ids):
                 values = [value for q in range(len(names)) for value in (ranks[q][i], repr(scores[q][i]))]
                 metadata = self[0].samples.metadata_of(i)
                 texts = [metadata[column] for column in columns]
-                writer.writerow([csv_cell(sample_id), *values, *map(csv_cell, texts)])
+                writer.writerow([*verdicts, csv_cell(sample_id), *values, *map(csv_cell, texts)])
 
     def to_json(self, path: str | Path, n: int = 10) -> None:
-        """Writes the questions, their cosines, and what the top ``n`` share and do not share."""
+        """Writes the questions and whether their rankings say anything, their cosines, and what the top ``n`` share and do not share."""
         document: dict[str, Any] = {
             "concepts": [
-                {"called": name} | result.concept.to_dict() | {"seed": result.seed}
+                {"called": name, "confidence": result.confidence.to_dict()}
+                | result.concept.to_dict()
+                | {"seed": result.seed}
                 for name, result in zip(self.names, self, strict=True)
             ],
             "cosines": self.cosines.tolist(),
@@ -123,7 +127,12 @@ class Attributions(list[Attribution]):
         """What the top ``n`` share and do not share, as lines for a terminal: a row for each sample with its ranks, shared ones first."""
         names = self.names
         shared, exclusive = self.shared(n), self.exclusive(n)
-        lines = [str(result.concept) for result in self]
+        lines = [
+            f"{name}: {one.confidence.verdict}"
+            for name, one in zip(names, self, strict=True)
+            if one.confidence.says_nothing
+        ]
+        lines += [str(result.concept) for result in self]
         for i, j, cosine in self._pairs():
             lines.append(f"cosine of {names[i]!r} and {names[j]!r}: {cosine:.2f}")
         lines.append(f"in the top {n}: {len(shared)} shared, {len(exclusive)} of one concept only")

@@ -84,8 +84,8 @@ class ConceptMonitor(Callback):
             concept that the model does not know, or a group that is no column of the samples (the message lists them).
 
     Warns:
-        UserWarning: there is no TensorBoardLogger, and so nothing to write to; the samples have no column of owners; a concept
-            is within noise; panels are missing. Each is told once.
+        UserWarning: there is no TensorBoardLogger, and so nothing to write to; the samples have no column of owners; the
+            ranking of a concept says nothing; panels are missing. Each is told once.
 
     Example::
 

@@ -32,7 +32,6 @@ def run(argv: Sequence[str]) -> None:
     check_outputs({"--csv": args.csv, "--json": args.json}, store=args.store, force=args.force)
     results = attributor_of(args, store).attribute_many(concepts, args.seed)
     for result in results:
-        say(result.concept)
         _print_result(result, args)
     if len(results) > 1:
         say(*results.table(args.top).splitlines())
@@ -44,14 +43,30 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _print_result(result: Attribution, args: Namespace) -> None:
+    found = result.confidence
+    if found.says_nothing:
+        say(f"{result.concept.name}: {found.verdict}", *(f"  {reason}" for reason in found.reasons))
+    else:
+        say("Look at the generated image first: if it does not show the concept, the ranking says nothing.")
+    say(result.concept)
     say(
         f"{result.concept.name}: {len(result.samples.sample_ids)} samples, checkpoints at steps {result.steps}"
     )
     for record in result.top(args.top):
         say(f"{record.rank:4d}  {record.score:8.3f}  {record.sample_id}")
     if args.group:
-        say(f"share by {args.group} (95 % bootstrap interval):")
-        for share in result.by_group(args.group):
-            say(
-                f"  {share.share:6.1%}  [{share.low:.1%}, {share.high:.1%}]  {share.group} ({share.samples} samples)"
-            )
+        _print_shares(result, args.group)
+
+
+def _print_shares(result: Attribution, group: str) -> None:
+    if result.confidence.says_nothing:
+        say(f"no shares by {group}: nobody should be paid by a ranking that says nothing")
+        return
+    if not bool((result.scores > 0).any()):
+        say(f"no shares by {group}: no sample has a positive score")
+        return
+    say(f"share by {group} (95 % bootstrap interval):")
+    for share in result.by_group(group):
+        say(
+            f"  {share.share:6.1%}  [{share.low:.1%}, {share.high:.1%}]  {share.group} ({share.samples} samples)"
+        )

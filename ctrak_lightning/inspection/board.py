@@ -102,7 +102,8 @@ class Board:
         self._write_shares(i, shares, step)
 
     def _shares(self, result: Attribution) -> list[Share]:
-        if self.group is None or not bool((result.scores > 0).any()):
+        # Where the ranking says nothing, its shares are withheld, and their curves have no point.
+        if self.group is None or result.confidence.says_nothing or not bool((result.scores > 0).any()):
             return []
         # No interval is drawn, so one resample is enough.
         return result.by_group(self.group, resamples=1)

@@ -120,8 +120,8 @@ class _Sheet:
         width = self.geometry.size[0] - 2 * MARGIN
         facts = f"step {self.result.steps[-1]}"
         colour = FAINT
-        if self.answer.is_faint:
-            facts, colour = f"within noise: not learnt yet, {facts}", AGAINST
+        if self.answer.says_nothing:
+            facts, colour = f"the ranking says nothing, {facts}", AGAINST
         room = int(font(20).getlength(facts))
         name = shortened(self.answer.concept.name, 28, width - room - GUTTER)
         self.draw.text((MARGIN, 14), name, INK, font(28))

@@ -29,11 +29,10 @@ def ranking(answer: Answer, shown: Shown) -> str:
     result = answer.result
     if result is None:
         return f"{title}\n\nNo scores at this checkpoint: {escaped(answer.problem)}"
+    found = result.confidence
     parts = [title, _facts(result), "#### Proponents", _records(result.top(shown.top), result, group)]
-    if answer.is_faint:
-        parts.insert(
-            1, "**Within noise:** the model has hardly learnt this concept; the ranking says nothing yet."
-        )
+    if found.says_nothing:
+        parts.insert(1, " ".join([f"**{escaped(found.verdict)}**", *map(escaped, found.reasons)]))
     if shown.bottom:
         parts += ["#### Opponents", _records(result.bottom(shown.bottom), result, group)]
     if shown.shares and group is not None:

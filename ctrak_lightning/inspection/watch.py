@@ -17,10 +17,10 @@ from ctrak_lightning.attribution import (
     Share,
 )
 from ctrak_lightning.errors import GradientError
+from ctrak_lightning.escaping import visible
 from ctrak_lightning.method import Method
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.traces import IncompleteStoreWarning, TraceStore
-from ctrak_lightning.tracing import FAINT
 from ctrak_lightning.trajectory import Sampler
 
 
@@ -33,9 +33,9 @@ class Answer:
     problem: str = ""
 
     @property
-    def is_faint(self) -> bool:
-        """Whether the model tells the image with the concept hardly from the one without, so that scores are noise."""
-        return self.result is not None and self.result.strength < FAINT
+    def says_nothing(self) -> bool:
+        """Whether there is a ranking, and it says nothing (:attr:`Attribution.confidence`)."""
+        return self.result is not None and self.result.confidence.says_nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +84,7 @@ class Watch:
             method: how to ask; None takes the store's own.
 
         Warns:
-            UserWarning: a concept is within noise; once for each.
+            UserWarning: the ranking of a concept says nothing; once for each.
         """
         with _without_repetition():
             store = TraceStore(path)
@@ -94,7 +94,7 @@ class Watch:
                     store, module, task=task, method=method, sampler=self.sampler, record=False
                 )
                 answers = self._answers(attributor)
-        self._tell_faint(answers)
+        self._tell_unlearnt(answers)
         return store, answers
 
     def _answers(self, attributor: Attributor) -> list[Answer]:
@@ -111,13 +111,12 @@ class Watch:
         except GradientError as error:
             return Answer(concept, None, str(error))
 
-    def _tell_faint(self, answers: Sequence[Answer]) -> None:
-        faint = [a.concept.name for a in answers if a.is_faint and a.concept.name not in self._told]
-        self._told.update(faint)
-        if faint:
+    def _tell_unlearnt(self, answers: Sequence[Answer]) -> None:
+        found = [a.concept.name for a in answers if a.says_nothing and a.concept.name not in self._told]
+        self._told.update(found)
+        if found:
             warnings.warn(
-                f"These concepts are within noise so far: {', '.join(faint)}. The model tells the image with the concept from "
-                f"the one without by less than {FAINT:.0e} of its output, and their scores say nothing. HINT: wait for later "
+                f"The rankings of these concepts say nothing so far: {', '.join(map(visible, found))}. Their panels say why. HINT: wait for later "
                 "checkpoints, and look at the generated images. Told once for each concept.",
                 UserWarning,
                 stacklevel=3,

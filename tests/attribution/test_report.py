@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from ctrak_lightning import Attribution, Attributor, TraceStore
+from ctrak_lightning.attribution.confidence import BLIND, NOT_LEARNT, NOT_SHOWN, STILL, UNSTABLE, UNTOLD
 from ctrak_lightning.attribution.report import page as layout
 from ctrak_lightning.attribution.report import ranking as limits
 from ctrak_lightning.attribution.report import write_report
-from ctrak_lightning.attribution.report.confidence import UNSTABLE
 from ctrak_lightning.attribution.report.figures import line_chart
 from ctrak_lightning.attribution.report.text import MOST, link, shown
 from ctrak_lightning.attribution.trust import ASKED, stability
@@ -289,14 +289,27 @@ def test_no_positive_score(tmp_path: Path) -> None:
     assert "No image has a score below zero" in page_of(tmp_path, zero).text
 
 
-def test_a_faint_concept_is_warned_of_loudly_and_a_strong_one_is_not(tmp_path: Path) -> None:
-    faint = page_of(tmp_path, random_result(20, strength=4e-4))
-    assert len(faint.all("p", **{"class": "warning grave"})) == 1
-    assert "Within noise." in faint.text
-    assert "4.0e-04, below 0.001" in faint.text
-    strong = page_of(tmp_path, random_result(20, strength=2e-3))
+def test_a_ranking_that_says_nothing_is_said_first_and_withholds_its_shares(tmp_path: Path) -> None:
+    faint = random_result(20, strength=FAINT / 2)
+    page = page_of(tmp_path, faint)
+    head = page.text.index("Concept attribution report")
+    assert head < page.text.index(NOT_LEARNT) < page.text.index("The generated image")
+    assert f"{FAINT / 2:.1e}, below {FAINT:g}" in page.text
+    assert len(page.all("p", **{"class": "warning grave"})) == 2  # the page's head, and the concept's section
+    for claim in ("Images that taught it", "When it was learnt", "Each owner's", "Opponents"):
+        assert claim not in page.text, claim
+    assert "Withheld: the ranking says nothing" in page.text
+    assert "Shares of thing" not in page.text
+    assert "Shares of thing" in page_of(tmp_path, replace(faint, strength=2 * FAINT)).text
+    strong = page_of(tmp_path, random_result(20, strength=2 * FAINT))
     assert not strong.all("p", **{"class": "warning grave"})
     assert not strong.all("p", **{"class": "warning"})
+    assert "the ranking says nothing" in strong.text  # of an image that does not show the concept
+    assert "Look at it first" in strong.text
+    assert "Withheld" not in strong.text
+    both = page_of(tmp_path, random_result(20, strength=2 * FAINT), replace(faint, concept=INK))
+    assert f"{NOT_LEARNT} (Concept: ink.)" in both.text
+    assert both.text.count("Images that taught it") == 1
     unknown = page_of(tmp_path, random_result(20, strength=float("nan")))
     assert "looks at one condition only" in unknown.text
 
@@ -314,7 +327,9 @@ def test_no_checkpoint_and_broken_scores_are_refused(tmp_path: Path) -> None:
 def test_checkpoints_that_disagree_are_warned_of(tmp_path: Path) -> None:
     scores = torch.arange(10.0)
     result = result_of(torch.stack([scores, scores.flip(0)]), table_of(10, owner=["a"] * 10))
-    assert "hardly agree (rank correlation -1.00)" in page_of(tmp_path, result).text
+    text = page_of(tmp_path, result).text
+    assert "hardly agree (rank correlation -1.00)" in text
+    assert NOT_SHOWN in text
 
 
 @pytest.fixture(scope="module")
@@ -426,8 +441,13 @@ def test_the_docs_state_the_limits_that_are_used() -> None:
         f"the {limits.BEST:,} highest and the {limits.LOWEST:,} lowest rows",
         f"the {limits.PICTURED_BEST} highest and the {limits.PICTURED_LOWEST} lowest have a picture",
         f"the {layout.CARDS} highest and the {layout.OPPONENTS} lowest scores",
-        f"Below {FAINT:g} the model does not tell",
-        f"warns below {UNSTABLE:g}",
+        f"| below {FAINT:g} | not learnt: the model does not tell",
+        f"| above {BLIND:g} | not learnt",
+        f"| below {STILL:g} | nothing learnt in between",
+        f"| below {UNSTABLE:g} | the ranking is another one",
+        {0.5: "| fewer than half | the traces hardly tell"}[UNTOLD],
+        NOT_LEARNT,
+        NOT_SHOWN,
         f"up to {ASKED} stored traces",
         f"more than {MOST:,} characters",
     ):

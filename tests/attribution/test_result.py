@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrak_lightning import Attribution, Concept, methods
+from ctrak_lightning.attribution.confidence import NOT_SHOWN
 from ctrak_lightning.errors import ConceptError
 from ctrak_lightning.traces import SampleTable
 
@@ -115,6 +116,8 @@ def test_csv_and_json_hold_the_whole_ranking(tmp_path: Path) -> None:
     with open(tmp_path / "r.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     expected = result.top(3)
+    assert next(iter(rows[0])) == "verdict"
+    assert {row["verdict"] for row in rows} == {NOT_SHOWN}  # the two checkpoints disagree
     assert [row["sample_id"] for row in rows] == [r.sample_id for r in expected]
     assert [float(row["score"]) for row in rows] == [r.score for r in expected]
     # An apostrophe stands before what a spreadsheet would compute; taking it off gives the text back.
@@ -124,6 +127,8 @@ def test_csv_and_json_hold_the_whole_ranking(tmp_path: Path) -> None:
     )
     result.to_json(tmp_path / "r.json")
     document = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert next(iter(document)) == "confidence"
+    assert list(document["confidence"].items())[:2] == [("says_nothing", True), ("verdict", NOT_SHOWN)]
     assert document["concept"] == CONCEPT.to_dict()
     assert document["strength"] is None
     assert [s["sample_id"] for s in document["samples"]] == [r.sample_id for r in expected]

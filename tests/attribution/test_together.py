@@ -80,6 +80,7 @@ def test_the_tables(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "t.json").read_text())
     assert document["concepts"][1] == {
         "called": "y",
+        "confidence": found[1].confidence.to_dict(),
         "name": "y",
         "present": "an y in a picture",
         "absent": "a picture",

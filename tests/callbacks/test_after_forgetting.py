@@ -47,7 +47,7 @@ def trained(path: Path, data: ToyData, epochs: int, **kwargs: Any) -> L.Trainer:
 
 
 @pytest.mark.filterwarnings("ignore:damping='agreement' compares checkpoints")
-@pytest.mark.filterwarnings("ignore:.*within noise")
+@pytest.mark.filterwarnings("ignore:The rankings of these concepts say nothing")
 def test_report_record_and_a_training_with_a_monitor_go_on_without_the_sample(tmp_path: Path) -> None:
     path = tmp_path / "traces"
     trained(tmp_path, ToyData(), 1).save_checkpoint(tmp_path / "last.ckpt")

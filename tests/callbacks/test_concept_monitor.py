@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from torch import Tensor
 
 from ctrak_lightning import Attribution, Attributor, Concept, Encoded, Sampler, TraceStore, methods
+from ctrak_lightning.attribution import confidence
 from ctrak_lightning.callbacks import ConceptMonitor, ConceptTracer
 from ctrak_lightning.inspection import watch
 from ctrak_lightning.inspection.grid import CELL, Geometry
+from ctrak_lightning.inspection.table import escaped
 
+from ..lenient import lenient
 from ..toy import ToyData, ToyDiffusion
 from .test_on_error import full_disk
 
@@ -101,6 +105,12 @@ def text(found: EventAccumulator, name: str) -> dict[int, str]:
         e.step: e.tensor_proto.string_val[0].decode()
         for e in found.Tensors(f"ctrak/ranking/{name}/text_summary")
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def taken_for_learnt() -> Iterator[None]:
+    with lenient():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -504,14 +514,20 @@ def test_a_checkpoint_without_traces_has_no_panels(tmp_path: Path, monkeypatch: 
     assert list(curves(events(tmp_path))["ctrak/strength/red"]) == [5]
 
 
-def test_a_concept_within_noise_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "FAINT", 10.0)
-    with pytest.warns(UserWarning, match="within noise") as caught:
+def test_a_ranking_that_says_nothing_is_told_once_and_has_no_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confidence, "FAINT", 10.0)
+    with pytest.warns(UserWarning, match="say nothing so far") as caught:
         fit(tmp_path, [tracer(tmp_path), monitor()], max_epochs=3)
-    told = [str(w.message) for w in caught if "within noise" in str(w.message)]
+    told = [str(w.message) for w in caught if "say nothing so far" in str(w.message)]
     assert len(told) == 1
     assert "red, a ring | 猫" in told[0]
-    assert all("Within noise" in table for table in text(events(tmp_path), "red").values())
+    found = events(tmp_path)
+    for table in text(found, "red").values():
+        assert 0 < table.index(escaped(confidence.NOT_LEARNT)) < table.index("Proponents")
+        assert "Shares" not in table
+    assert not any("/share/" in tag for tag in found.Tags()["scalars"])
 
 
 def test_a_concept_without_any_gradient_does_not_cost_the_others(tmp_path: Path) -> None:

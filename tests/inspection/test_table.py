@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ctrak_lightning import Concept
 from ctrak_lightning.attribution import Share
+from ctrak_lightning.attribution.confidence import NOT_LEARNT
 from ctrak_lightning.inspection import Answer
 from ctrak_lightning.inspection.table import escaped, ranking
 from ctrak_lightning.inspection.watch import Shown
@@ -101,8 +102,10 @@ def test_what_is_missing_is_left_out_or_said() -> None:
     assert len(page.tables) == 2
     assert page.tables[1][0] == ["rank", "id", "score"]
     assert [row[1] for row in page.tables[1][1:]] == ["s0", "s2"]
-    assert "Within noise" in ranking(answer_of([1.0, 2.0], strength=1e-6), Shown(group=None))
-    assert "Within noise" not in ranking(answer_of([1.0, 2.0]), Shown(group=None))
+    unlearnt = ranking(answer_of([1.0, 2.0], strength=1e-6), Shown(group=None))
+    assert rendered(unlearnt).tags == {"h3", "h4", "p", "strong", "table", "thead", "tbody", "tr", "th", "td"}
+    assert 0 < unlearnt.index(escaped(NOT_LEARNT)) < unlearnt.index("Proponents")
+    assert "says nothing" not in ranking(answer_of([1.0, 2.0]), Shown(group=None))
     undefined = rendered(ranking(answer_of([1.0, 2.0], strength=float("nan")), Shown(group=None)))
     assert dict(zip(*undefined.tables[0], strict=True))["concept strength"] == "-"
     nothing = Answer(Concept("x", "a prompt", ""), None, "the gradients are zero <b>")

@@ -183,6 +183,7 @@ def test_from_yaml_and_for_the_command_line(tmp_path: Path, monkeypatch: pytest.
         tracer_task(run)
 
 
+@pytest.mark.filterwarnings("ignore:The rankings of these concepts say nothing")
 @pytest.mark.parametrize("name", ["theirs", pytest.param("sd3", marks=pytest.mark.slow)])
 def test_the_other_callbacks_follow_the_tracers_task(name: str, tmp_path: Path) -> None:
     """The monitor generates and asks; the recorder notes the base model. A flow has no alpha_bar to look at."""

@@ -18,13 +18,9 @@ from markupsafe import Markup
 from torch import Tensor
 
 from ctrak_lightning.attribution.concept import Concept
+from ctrak_lightning.attribution.confidence import BLIND, STILL, UNSTABLE, UNTOLD, Confidence
+from ctrak_lightning.attribution.report.benchmark_figures import benchmark_figures, figure_sources
 from ctrak_lightning.attribution.report.columns import Columns
-from ctrak_lightning.attribution.report.confidence import (
-    Confidence,
-    Examiner,
-    benchmark_figures,
-    figure_sources,
-)
 from ctrak_lightning.attribution.report.figures import (
     Bars,
     LineChart,
@@ -136,11 +132,11 @@ def check_path(path: str | Path) -> None:
 
 
 def _render(attributions: Sequence[Attribution], columns: Columns) -> str:
-    first, examiner = attributions[0], Examiner()
+    first = attributions[0]
     thumbnails = Thumbnails(first.samples.thumbnails)
     rankings = [ranking(attribution) for attribution in attributions]
     sections = [
-        _section(attribution, rows, columns, thumbnails, examiner)
+        _section(attribution, rows, columns, thumbnails)
         for attribution, rows in zip(attributions, rankings, strict=True)
     ]
     environment = Environment(
@@ -171,7 +167,7 @@ def _render(attributions: Sequence[Attribution], columns: Columns) -> str:
         samples=len(first.samples),
         steps=first.steps,
         method=first.method,
-        faint=FAINT,
+        thresholds={"faint": FAINT, "blind": BLIND, "still": STILL, "unstable": UNSTABLE, "untold": UNTOLD},
         weighted=first.weights is not None,
         figures=figures,
         figure_sources=figure_sources(figures),
@@ -186,9 +182,7 @@ def _render(attributions: Sequence[Attribution], columns: Columns) -> str:
     )
 
 
-def _section(
-    attribution: Attribution, rows: Ranking, columns: Columns, thumbnails: Thumbnails, examiner: Examiner
-) -> Section:
+def _section(attribution: Attribution, rows: Ranking, columns: Columns, thumbnails: Thumbnails) -> Section:
     scores = attribution.scores
     largest = float(scores.abs().max()) or 1.0
 
@@ -213,7 +207,9 @@ def _section(
     best = [row for row in held[:CARDS] if scores[rows.samples[row]] > 0]
     lowest = [row for row in held[: -OPPONENTS - 1 : -1] if scores[rows.samples[row]] < 0]
     positive = bool((scores > 0).any())
-    shares = share_rows(attribution, columns.group) if columns.group and positive else []
+    # What a page shows is paid by: a share that says nothing is withheld rather than struck out, for numbers get copied.
+    nothing = attribution.confidence.says_nothing
+    shares = share_rows(attribution, columns.group) if columns.group and positive and not nothing else []
     charted = [row.share.group for row in shares[:_CHARTED_GROUPS]]
     parts = None
     leading = [sample for sample in rows.samples[:PARTS_OF] if scores[sample] > 0]
@@ -237,7 +233,7 @@ def _section(
         parts=parts,
         parts_of=len(leading),
         has_parts=attribution.parts is not None,
-        confidence=examiner.examine(attribution),
+        confidence=attribution.confidence,
         damping=attribution.damping,
     )
 

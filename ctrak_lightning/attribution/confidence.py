@@ -1,0 +1,178 @@
+"""How far one answer can be trusted, and when it says nothing: what a page, the command line and a monitor tell first.
+
+No label is needed. The thresholds are those that ``recipes/benchmarks/learnt.py`` chose on one training and tried on others
+(``recipes/benchmarks/results/learnt.md``).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ctrak_lightning.attribution.trust import SelfCheck, self_check, stability
+from ctrak_lightning.traces import TraceStore
+from ctrak_lightning.tracing import FAINT
+
+if TYPE_CHECKING:
+    from ctrak_lightning.attribution.result import Attribution
+
+UNSTABLE = 0.3
+"""A correlation between the rankings of two halves of the checkpoints below this is none to speak of."""
+UNTOLD = 0.5
+"""A share of training images that rank themselves first below this says that the traces hardly tell them apart."""
+BLIND = 0.5
+"""A mean denoising loss ``mean((e - eps)^2)`` of the training images above this: predicting nothing at all has 1."""
+STILL = 1e-3
+"""Losses that changed by less than this share between the first checkpoint and the last: nothing was learnt in between."""
+NOT_LEARNT = "This model has not learnt this concept; the ranking says nothing."
+NOT_SHOWN = "Nothing here shows that this model has learnt this concept; the ranking says nothing."
+
+
+@dataclass(frozen=True, slots=True)
+class Confidence:
+    """How far the ranking of one concept can be trusted.
+
+    Args:
+        strength: of the concept; None where the method looks at one condition only.
+        checkpoints: their number.
+        stability: rank correlation of two halves of the checkpoints; None of one checkpoint, or where all score the same.
+        self_check: None where the store is not at hand.
+        loss: mean denoising loss of the training images at the last checkpoint; None where the store is not at hand.
+        moved: median share by which an image's loss changed since the first checkpoint; None of one checkpoint.
+        unlearnt: what was found that says that the concept is not learnt, in sentences.
+        unshown: what was found that leaves it open, so that the ranking says nothing either, in sentences.
+        cautions: what else to bear in mind, in sentences.
+    """
+
+    strength: float | None
+    checkpoints: int
+    stability: float | None
+    self_check: SelfCheck | None
+    loss: float | None
+    moved: float | None
+    unlearnt: list[str]
+    unshown: list[str]
+    cautions: list[str]
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether the ranking says nothing. That it is False proves nothing: look at the generated image first."""
+        return bool(self.unlearnt or self.unshown)
+
+    @property
+    def verdict(self) -> str:
+        """The sentence to say before all others; empty where the ranking may say something."""
+        return NOT_LEARNT if self.unlearnt else NOT_SHOWN if self.unshown else ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, the verdict first."""
+        return {"says_nothing": self.says_nothing, "verdict": self.verdict, **asdict(self)}
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the ranking says nothing, in sentences; none where it may say something."""
+        return [*self.unlearnt, *self.unshown]
+
+
+def confidence_of(attribution: Attribution) -> Confidence:
+    """Examines one answer (:attr:`Attribution.confidence` keeps what this finds).
+
+    Raises:
+        CorruptStoreError: the store is damaged.
+    """
+    strength = None if math.isnan(attribution.strength) else attribution.strength
+    halves = stability(attribution.checkpoint_scores, attribution.weights)
+    check = _self_check(attribution)
+    loss, moved = _losses(attribution)
+    return Confidence(
+        strength=strength,
+        checkpoints=len(attribution.steps),
+        stability=halves,
+        self_check=check,
+        loss=loss,
+        moved=moved,
+        unlearnt=_unlearnt(strength, loss),
+        unshown=_unshown(moved, check, halves),
+        cautions=_cautions(attribution),
+    )
+
+
+def _unlearnt(strength: float | None, loss: float | None) -> list[str]:
+    found = []
+    if strength is not None and strength < FAINT:
+        found.append(
+            f"It hardly tells “with the concept” from “without it”: the concept's strength is {strength:.1e}, below {FAINT:g}."
+        )
+    if loss is not None and loss > BLIND:
+        found.append(
+            f"It has hardly learnt to draw at all: its loss on the training images is {loss:.2f}, above {BLIND:g}, where predicting "
+            "nothing has 1."
+        )
+    return found
+
+
+def _unshown(moved: float | None, check: SelfCheck | None, halves: float | None) -> list[str]:
+    found = []
+    if moved is not None and moved < STILL:
+        found.append(
+            f"Between the first checkpoint and the last the loss of a training image changed by {moved:.1e} of itself (median), below "
+            f"{STILL:g}: what the model knows of the concept, it did not learn in between."
+        )
+    if check is not None and check.first < UNTOLD * check.asked:
+        found.append(
+            f"Only {check.first} of {check.asked} training images, taken as questions, rank themselves first: these traces "
+            "hardly tell the images apart."
+        )
+    if halves is not None and halves < UNSTABLE:
+        found.append(
+            f"The rankings of the two halves of the checkpoints hardly agree (rank correlation {halves:.2f})."
+        )
+    return found
+
+
+def _cautions(attribution: Attribution) -> list[str]:
+    found = []
+    if not bool((attribution.scores > 0).any()):
+        found.append("No training image has a positive score for this concept.")
+    if len(attribution.steps) < 2:
+        found.append(
+            "The ranking rests on a single checkpoint, so nothing can be said of its stability or of when the concept was learnt."
+        )
+    return found
+
+
+_Checks = dict[tuple[float | None, bool, tuple[float, ...] | None], SelfCheck]
+_CHECKS: WeakKeyDictionary[TraceStore, _Checks] = WeakKeyDictionary()
+"""A self-check reads the whole store, so each is made once for all concepts that were asked of it."""
+
+
+def _self_check(attribution: Attribution) -> SelfCheck | None:
+    store, weights = attribution.store, attribution.weights
+    if store is None:
+        return None
+    known = _CHECKS.setdefault(store, {})
+    residual = bool(attribution.method["residual"])
+    key = (attribution.damping, residual, None if weights is None else tuple(weights))
+    if key not in known:
+        known[key] = self_check(store.checkpoints, attribution.damping, residual=residual, weights=weights)
+    return known[key]
+
+
+def _losses(attribution: Attribution) -> tuple[float | None, float | None]:
+    """The mean loss of the training images at the last checkpoint, and the median share by which theirs changed since the first.
+
+    None where the store is not at hand, or its losses are those of training steps, whose scale and timesteps are training's own.
+    """
+    store = attribution.store
+    if store is None or attribution.method["training"]["trajectory"]["class"] == "InTraining":
+        return None, None
+    last = store.checkpoints[-1].losses().double()
+    if len(store.checkpoints) < 2:
+        return float(last.mean()), None
+    first = store.checkpoints[0].losses().double()
+    change = (last - first).abs() / first.abs().clamp(min=torch.finfo(torch.float64).tiny)
+    return float(last.mean()), float(change.median())

@@ -1,0 +1,145 @@
+"""When an answer says nothing: each check on either side of its threshold, on stores whose losses and rows are made by hand."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import Namespace
+from torch import Tensor
+
+from ctrak_lightning import Attribution, TraceStore, methods
+from ctrak_lightning.attribution import confidence
+from ctrak_lightning.attribution.confidence import (
+    BLIND,
+    NOT_LEARNT,
+    NOT_SHOWN,
+    STILL,
+    UNSTABLE,
+    UNTOLD,
+)
+from ctrak_lightning.attribution.together import Attributions
+from ctrak_lightning.attribution.trust import SelfCheck
+from ctrak_lightning.cli.attribute import _print_result
+from ctrak_lightning.traces import TraceWriter
+from ctrak_lightning.tracing import FAINT
+
+from ..traces.store_builder import make_header, make_table
+from .reporting import INK, random_result, result_of, table_of
+
+N, K = 10, 12
+LOSSES = torch.linspace(0.1, 0.3, N)
+ALIKE = torch.linspace(1, 2, N)[:, None] * torch.ones(N, K)
+"""Rows of one direction: whatever is asked, the longest scores highest."""
+
+
+def asked_of(path: Path, losses: list[Tensor], rows: Tensor | None = None, **changes: Any) -> Attribution:
+    """An answer of a store with these losses [N] and rows [N, K] at its checkpoints; sound but for what is given."""
+    writer = TraceWriter(path, make_header(dim=K, dataset={"size": N}), run_id="run")
+    writer.write_samples(make_table(N))
+    for step, loss in enumerate(losses, start=1):
+        with writer.begin_checkpoint(step, epoch=0) as checkpoint:
+            checkpoint.append(torch.arange(N), torch.eye(N, K) if rows is None else rows, loss)
+            checkpoint.seal()
+    scores = torch.randn(N, generator=torch.Generator().manual_seed(1)).expand(len(losses), N)
+    return result_of(scores, table_of(N, owner=["a", "b"] * 5), store=TraceStore(path), **changes)
+
+
+def test_what_is_sound_is_not_doubted(tmp_path: Path) -> None:
+    found = asked_of(tmp_path, [LOSSES, LOSSES * 0.9]).confidence
+    assert (found.says_nothing, found.verdict, found.reasons, found.cautions) == (False, "", [], [])
+    assert found.loss == pytest.approx(0.2 * 0.9)
+    assert found.moved == pytest.approx(0.1)
+    assert found.self_check is not None
+    assert (found.self_check.first, found.self_check.asked) == (N, N)
+    assert found.stability == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "why"),
+    [
+        ({"strength": 0.99 * FAINT}, NOT_LEARNT, "hardly tells “with the concept” from “without it”"),
+        ({"strength": 1.01 * FAINT}, "", ""),
+        ({"strength": float("nan")}, "", ""),
+        ({"losses": [LOSSES, torch.full((N,), 1.01 * BLIND)]}, NOT_LEARNT, "hardly learnt to draw at all"),
+        ({"losses": [LOSSES, torch.full((N,), 0.99 * BLIND)]}, "", ""),
+        ({"losses": [LOSSES, LOSSES]}, NOT_SHOWN, "it did not learn in between"),
+        ({"losses": [LOSSES, LOSSES * (1 - 0.9 * STILL)]}, NOT_SHOWN, "it did not learn in between"),
+        ({"losses": [LOSSES, LOSSES * (1 + 1.1 * STILL)]}, "", ""),
+        ({"losses": [LOSSES]}, "", ""),
+        ({"rows": ALIKE}, NOT_SHOWN, f"Only 1 of {N} training images, taken as questions, rank themselves"),
+    ],
+)
+def test_each_check_on_either_side_of_its_threshold(
+    tmp_path: Path, change: dict[str, Any], says: str, why: str
+) -> None:
+    found = asked_of(tmp_path, **{"losses": [LOSSES, LOSSES * 0.9], **change}).confidence
+    assert found.verdict == says
+    assert len(found.reasons) == bool(says)
+    assert why in " ".join(found.reasons)
+
+
+def test_the_share_of_the_self_check_and_the_agreement_have_thresholds_of_their_own() -> None:
+    asked = 100
+    for first, doubted in ((round(UNTOLD * asked) - 1, True), (round(UNTOLD * asked), False)):
+        assert bool(confidence._unshown(None, SelfCheck(first, asked), None)) is doubted
+    assert confidence._unshown(None, None, UNSTABLE - 1e-6)
+    assert not confidence._unshown(None, None, UNSTABLE)
+
+
+def test_losses_of_training_steps_are_not_held_against_the_scale_of_others(tmp_path: Path) -> None:
+    result = asked_of(tmp_path, [5 * LOSSES, 5 * LOSSES], method=methods.inline_trak().to_dict())
+    assert (result.confidence.loss, result.confidence.moved) == (None, None)
+    assert not result.confidence.says_nothing
+
+
+def test_a_store_is_read_once_for_all_concepts_of_a_damping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float | None] = []
+
+    def counted(checkpoints: Any, damping: float | None, **_: Any) -> SelfCheck:
+        asked.append(damping)
+        return SelfCheck(1, 1)
+
+    monkeypatch.setattr(confidence, "self_check", counted)
+    result = asked_of(tmp_path, [LOSSES, LOSSES * 0.9])
+    for each in (result, replace(result, seed=4), replace(result, damping=7.0)):
+        assert each.confidence is each.confidence
+    assert asked == [1.0, 7.0]
+    replace(result, store=TraceStore(tmp_path)).confidence  # noqa: B018
+    assert len(asked) == 3
+
+
+def test_exports_of_several_concepts_say_it_first(tmp_path: Path) -> None:
+    sound = random_result(6)
+    faint = replace(sound, concept=INK, strength=FAINT / 2)
+    several = Attributions([sound, faint], torch.eye(2))
+    several.to_csv(tmp_path / "t.csv")
+    with open(tmp_path / "t.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:3] == ["verdict thing", "verdict ink", "sample_id"]
+    assert {(row["verdict thing"], row["verdict ink"]) for row in rows} == {("", NOT_LEARNT)}
+    several.to_json(tmp_path / "t.json", 3)
+    document = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))
+    assert [each["confidence"]["says_nothing"] for each in document["concepts"]] == [False, True]
+    assert several.table(3).splitlines()[0] == f"ink: {NOT_LEARNT}"
+
+
+def test_the_command_line_says_it_first_and_withholds_shares(capsys: pytest.CaptureFixture[str]) -> None:
+    args = Namespace(top=2, group="owner")
+    _print_result(random_result(6, strength=FAINT / 2), args)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"thing: {NOT_LEARNT}"
+    assert "no shares by owner" in lines[-1]
+    assert "%" not in "".join(lines)
+    _print_result(random_result(6), args)
+    lines = capsys.readouterr().out.splitlines()
+    assert "Look at the generated image first" in lines[0]
+    assert "share by owner" in lines[-4]
+    lowest = random_result(6, checkpoints=2)
+    _print_result(replace(lowest, checkpoint_scores=-torch.ones(2, 6)), args)
+    assert capsys.readouterr().out.splitlines()[-1] == "no shares by owner: no sample has a positive score"
