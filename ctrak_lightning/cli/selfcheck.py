@@ -7,6 +7,7 @@ from jsonargparse import ArgumentParser
 from torch.utils.data import DataLoader
 
 from ctrak_lightning.cli.fit import lightning_cli
+from ctrak_lightning.cli.printing import say
 from ctrak_lightning.errors import BatchError
 from ctrak_lightning.selfcheck import Check, selfcheck
 
@@ -32,9 +33,9 @@ def run(argv: Sequence[str]) -> None:
     checks = selfcheck(
         cli.model, batch, samples=args.samples, seed=args.seed, **traced_by(cli.trainer.callbacks)
     )
-    print("\n".join(map(told, checks)))
+    say(*(line for check in checks for line in told(check).split("\n")))
     failed = sum(check.outcome == "fail" for check in checks)
-    print(f"{len(checks)} checks, {failed or 'none'} failed")
+    say(f"{len(checks)} checks, {failed or 'none'} failed")
     if failed:
         raise SystemExit(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ctrak_lightning.errors import StoreError
@@ -28,6 +29,7 @@ from ctrak_lightning.traces.schema import (
     LEDGER_SIGNATURE,
     MANIFEST,
     READABLE_SCHEMAS,
+    SCHEMA_VERSION,
     CheckpointRecord,
     Manifest,
     differences,
@@ -63,9 +65,12 @@ def verify(path: str | Path, *, deep: bool = False, public_key: str | Path | Non
     root, ledger = Path(path), Ledger(path)
     if not (root / MANIFEST).exists() and not ledger.exists:
         read_text(root / MANIFEST)
-    manifest, problems = _checked_manifest(root)
     chain = ledger.chain() if ledger.exists else None
     history, found = _checked_history(root, chain)
+    # Versions that wrote an earlier schema salted no edition, and every later one writes the manifest anew.
+    manifest, problems = _checked_manifest(
+        root, (SCHEMA_VERSION,) if _salt(root, history) else READABLE_SCHEMAS
+    )
     problems += found
     if chain is not None or (root / LEDGER_SIGNATURE).exists() or public_key is not None:
         problems += signature_problems(root, [] if chain is None else chain.entries, public_key)
@@ -94,13 +99,13 @@ def verify(path: str | Path, *, deep: bool = False, public_key: str | Path | Non
     return problems
 
 
-def _checked_manifest(root: Path) -> tuple[Manifest | None, list[str]]:
+def _checked_manifest(root: Path, schemas: Sequence[int]) -> tuple[Manifest | None, list[str]]:
     try:
         text = read_text(root / MANIFEST)
         manifest = parse_manifest(text, MANIFEST)
     except StoreError as error:
         return None, [str(error)]
-    if text not in (manifest_text(manifest, schema) for schema in READABLE_SCHEMAS):
+    if text not in (manifest_text(manifest, schema) for schema in schemas):
         return manifest, [f"{MANIFEST}: is not written as the library writes it"]
     return manifest, []
 

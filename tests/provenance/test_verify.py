@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 
 from ctrak_lightning import TraceStore, TraceWriter
 from ctrak_lightning.errors import StoreError
-from ctrak_lightning.provenance import Ledger, forget, sign, verify
+from ctrak_lightning.provenance import Ledger, forget, recording, sign, verify
+from ctrak_lightning.provenance.commitments import commit
 from ctrak_lightning.provenance.recording import sync
 from ctrak_lightning.traces.atomic import FileRecord
 from ctrak_lightning.traces.kernel import read_kernel, write_kernel
@@ -171,6 +173,8 @@ def test_an_edited_kernel_is_found_from_the_shards_without_a_ledger(tmp_path: Pa
         (("header", "projection", "seed"), 7),
         (("header", "model", "architecture"), "a2"),
         (("header", "dataset", "size"), 11),
+        (("header", "dataset", "owner"), "mallory"),
+        (("schema",), 4),
         (("checkpoints", 0, "learning_rate"), 0.2),
         (("checkpoints", 1, "epoch"), 7),
         (("checkpoints", 1, "sealed"), False),
@@ -186,6 +190,18 @@ def test_a_manifest_that_was_edited_in_its_own_style_is_found(
     place[keys[-1]] = value
     write_text(store, content)
     assert verify(store) != []
+
+
+def test_a_store_of_an_earlier_schema_is_what_that_version_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its manifest has the earlier number, and its ledger no salt of the edition."""
+    monkeypatch.setattr(recording, "commit", lambda table: replace(commit(table), salt=b""))
+    path = recorded(tmp_path / "store")
+    content = json.loads((path / "manifest.json").read_text())
+    write_text(path, content | {"schema": 4})
+    assert verify(path, deep=True) == []
+    assert TraceStore(path).checkpoints[0].features().shape == (10, 6)
 
 
 def test_a_manifest_in_another_style_is_found(store: Path) -> None:
