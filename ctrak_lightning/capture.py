@@ -33,6 +33,7 @@ from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.task import Encoded, encode, task_modules
 from ctrak_lightning.traces import CheckpointWriter, SampleTable, StoreHeader, TraceStore, TraceWriter
+from ctrak_lightning.traces.lock import WriterLock
 from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.tracing import trace_batch
 from ctrak_lightning.trained import Trained
@@ -76,8 +77,10 @@ class Capture:
         processes: those that trace together, each the batches of its turn, into one folder that all of them see. They make their
             captures, and call :meth:`run`, together.
         questions: those that will be asked while the model trains, which are tried as well.
+        lock: as of :class:`~ctrak_lightning.traces.TraceWriter`: to hold the folder before the data is gone through.
 
     Raises:
+        StoreLockedError: another writer has the store.
         TrialError: data, task, network and method do not fit together; names the member or the layers, and says what to do.
         StoreMismatchError: the folder holds traces of another method, projection, model or data set.
 
@@ -104,6 +107,7 @@ class Capture:
         progress: bool = True,
         processes: Processes = ALONE,
         questions: Sequence[Question] = (),
+        lock: WriterLock | None = None,
     ) -> None:
         self.owner, self.task, self.method, self.tracer = owner, task, method, tracer
         self.batches = numbered(batches, task.id_column) if hasattr(task, "id_column") else batches
@@ -129,8 +133,16 @@ class Capture:
             dtype=dtype,
         )
         self.sample_ids = table.sample_ids
-        self.writer = TraceWriter(path, header, processes=processes)
-        self.writer.write_samples(table)
+        self.writer = TraceWriter(path, header, processes=processes, lock=lock)
+        try:
+            self.writer.write_samples(table)
+        except BaseException:
+            self.writer.close()
+            raise
+
+    def close(self) -> None:
+        """Lets others write to the store; idempotent."""
+        self.writer.close()
 
     def run(self, step: int, *, epoch: int, learning_rate: float | None = None) -> None:
         """Traces all samples with the present weights and seals the checkpoint.

@@ -45,6 +45,10 @@ class TrainingChangedError(StoreMismatchError):
     """What trains is no longer what the traces of the run began with."""
 
 
+class StoreLockedError(StoreError):
+    """Another process, or another writer of this one, has a trace store open to change it."""
+
+
 class CorruptStoreError(StoreError):
     """A file of a trace store is missing, truncated or altered."""
 

@@ -1,6 +1,6 @@
 """ConceptTracer: keeps a trace of every training sample while a diffusion model is fine-tuned."""
 
-import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,12 +25,14 @@ from ctrak_lightning.callbacks.inline import (
 )
 from ctrak_lightning.callbacks.steps import StepCounter
 from ctrak_lightning.capture import Capture
-from ctrak_lightning.errors import ProcessLostError, TaskError, TrialError
+from ctrak_lightning.errors import ProcessLostError, StoreLockedError, TaskError, TrialError
 from ctrak_lightning.gradients import GradientTracer, Projection
 from ctrak_lightning.inline import InlineCapture
 from ctrak_lightning.method import Method
 from ctrak_lightning.processes import Processes, processes_of
 from ctrak_lightning.task import DiffusersTask, DiffusionTask, resolve_task
+from ctrak_lightning.traces.atomic import TEMPORARY_SUFFIX
+from ctrak_lightning.traces.lock import WriterLock, hold_folder
 from ctrak_lightning.trained import trained_parameters
 from ctrak_lightning.trajectory import InTraining
 from ctrak_lightning.trial import Question
@@ -172,6 +174,7 @@ class ConceptTracer(Callback):
         self.untraced_steps: list[int] = []
         """Steps of this run that have no trace because it could not be stored, known when training ends."""
         self._capture: Capture | None = None
+        self._lock: WriterLock | None = None
         self._last_step = 0
         self._steps: StepCounter | None = None
         self._unseen_steps = 0
@@ -240,8 +243,10 @@ class ConceptTracer(Callback):
         self._last_step = self._steps.now
         self._untraced, self.untraced_steps = {}, []
         self._has_told_dropped = False
+        processes = self._processes(trainer)
+        self._lock = self._hold(processes)
         try:
-            self._capture = self._open(trainer, pl_module, self._steps)
+            self._capture = self._open(trainer, pl_module, self._steps, processes)
         except TrialError as error:
             raise MisconfigurationException(f"`ConceptTracer(dirpath={self.dirpath!r})`: {error}") from error
         if self._capture.trial is not None:
@@ -324,7 +329,9 @@ class ConceptTracer(Callback):
         if self._steps is not None:
             self._steps.detach()
             self._unseen_steps = self._steps.unseen
-        self._capture, self._steps = None, None
+        if self._lock is not None:
+            self._lock.release()
+        self._capture, self._steps, self._lock = None, None, None
 
     def _trace(self, trainer: L.Trainer) -> None:
         if self._capture is None or self._steps is None:
@@ -395,7 +402,16 @@ class ConceptTracer(Callback):
             )
             self.untraced_steps, self._untraced = list(self._untraced), {}
 
-    def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, steps: StepCounter) -> Capture:
+    def _hold(self, processes: Processes) -> WriterLock:
+        """Before the data is gone through and anything of the folder is changed."""
+        try:
+            return hold_folder(Path(self.dirpath), processes)
+        except StoreLockedError as error:
+            raise MisconfigurationException(f"`ConceptTracer(dirpath={self.dirpath!r})`: {error}") from error
+
+    def _open(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, steps: StepCounter, processes: Processes
+    ) -> Capture:
         task = self._task_of(pl_module)
         kind = InlineCapture if self.mode == "inline" else Capture
         capture = kind(
@@ -418,8 +434,9 @@ class ConceptTracer(Callback):
             device=pl_module.device,
             rows_at_once=self.batch_size or _half_batch(trainer),
             progress=trainer.progress_bar_callback is not None,
-            processes=self._processes(trainer),
+            processes=processes,
             questions=self._questions,
+            lock=self._lock,
         )
         self._reconcile(capture, steps.now)
         if isinstance(capture, InlineCapture):
@@ -495,9 +512,9 @@ def _check_writable(dirpath: str) -> None:
     folder = Path(dirpath)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        # Without a name where the system can: another run that begins now would take it for a file of somebody else's.
+        with tempfile.TemporaryFile(dir=folder, suffix=TEMPORARY_SUFFIX):
+            pass
     except OSError as error:
         raise MisconfigurationException(
             f"`ConceptTracer(dirpath={dirpath!r})`: the folder cannot be written ({error}). HINT: name another folder, or "

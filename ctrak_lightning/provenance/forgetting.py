@@ -13,10 +13,10 @@ from ctrak_lightning.provenance.commitments import Commitments
 from ctrak_lightning.provenance.facts import put_commitments, stored_commitments, stored_table
 from ctrak_lightning.provenance.history import replay
 from ctrak_lightning.provenance.ledger import Ledger
-from ctrak_lightning.provenance.lock import exclusive
 from ctrak_lightning.provenance.query_log import LedgerWarning
 from ctrak_lightning.provenance.recording import complete, remove_old_commitments, require_agreement
 from ctrak_lightning.provenance.selection import positions_of
+from ctrak_lightning.traces.lock import hold_for
 from ctrak_lightning.traces.manifest import read_manifest, write_manifest
 from ctrak_lightning.traces.records import remove_unrecorded
 from ctrak_lightning.traces.rewriting import rewrite_without
@@ -51,10 +51,11 @@ def forget(path: str | Path, sample_ids: Sequence[str]) -> Forgotten:
     answers given earlier, are the user's to find.
 
     Args:
-        path: folder of the store; no training writes to it meanwhile.
+        path: folder of the store; nobody else writes to it meanwhile.
         sample_ids: ids of the samples, each known to the store.
 
     Raises:
+        StoreLockedError: a run writes to the store, or another command changes it; nothing was changed.
         StoreError: an id is unknown (names near ones), all samples would go, or a file cannot be written; nothing was changed.
         CorruptStoreError: the store is not what its manifest and its ledger say; nothing was changed.
 
@@ -63,7 +64,7 @@ def forget(path: str | Path, sample_ids: Sequence[str]) -> Forgotten:
     """
     root = Path(path)
     read_manifest(root)
-    with exclusive(root):
+    with hold_for(root, "forgets samples"):
         manifest = _finish(root)
         table = stored_table(root, manifest)
         gone = positions_of(table, sample_ids, root)
@@ -104,7 +105,7 @@ def finish(path: str | Path) -> None:
     """
     root = Path(path)
     read_manifest(root)
-    with exclusive(root):
+    with hold_for(root, "completes a forgetting"):
         _finish(root)
 
 

@@ -8,13 +8,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.provenance.canonical import canonical, digest
-from ctrak_lightning.provenance.lock import exclusive
 from ctrak_lightning.traces.atomic import fsync_folder
+from ctrak_lightning.traces.files import is_there, open_file, reading
+from ctrak_lightning.traces.lock import ledger_lock
 from ctrak_lightning.traces.schema import LEDGER, is_integer
 
 Kind = Literal[
@@ -32,8 +34,7 @@ NOTHING = "0" * 64
 """What stands for the hash of the entry before the first."""
 LONGEST_LINE = 2**26
 _TAIL = 2**16
-# Windows would write \r\n in text mode.
-_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND
 _SHA256 = re.compile("[0-9a-f]{64}")
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
@@ -76,7 +77,7 @@ class Chain:
 class Ledger:
     """The ledger of the store at ``root``: JSON lines, each with the sha256 of the one before; lines are added, never changed.
 
-    Adding is durable when it returns (fsync), one process at a time (:func:`~ctrak_lightning.provenance.lock.exclusive`), and
+    Adding is durable when it returns (fsync), one process at a time (:func:`~ctrak_lightning.traces.lock.ledger_lock`), and
     all or nothing: what a kill cuts off is no entry, and the next one that is added takes its place.
 
     Args:
@@ -90,7 +91,14 @@ class Ledger:
     @property
     def exists(self) -> bool:
         """Whether the store has a ledger."""
-        return self.path.is_file()
+        return is_there(self.path)
+
+    def require(self) -> None:
+        """Raises a StoreError if the store has no ledger."""
+        if not self.exists:
+            raise StoreError(
+                f"{self.root} has no {LEDGER}. HINT: attach ProvenanceRecorder() beside ConceptTracer to keep one."
+            )
 
     def chain(self) -> Chain:
         """The whole file, as far as it can be followed.
@@ -98,9 +106,10 @@ class Ledger:
         Raises:
             StoreError: there is no ledger, or it cannot be read.
         """
+        self.require()
         entries: list[Entry] = []
         try:
-            with self.path.open("rb") as file:
+            with BufferedReader(reading(self.path)) as file:
                 while line := file.readline(LONGEST_LINE):
                     if not line.endswith(b"\n"):
                         damage = _damage_of_torn(line, entries, whole=len(line) < LONGEST_LINE)
@@ -109,10 +118,6 @@ class Ledger:
                         entries.append(_following(_parse(line), entries[-1] if entries else None))
                     except ValueError as error:
                         return Chain(entries=entries, torn=b"", damage=str(error))
-        except FileNotFoundError as error:
-            raise StoreError(
-                f"{self.root} has no {LEDGER}. HINT: attach ProvenanceRecorder() beside ConceptTracer to keep one."
-            ) from error
         except OSError as error:
             raise StoreError(f"{self.path} cannot be read ({error}).") from error
         return Chain(entries=entries, torn=b"", damage=None)
@@ -143,14 +148,14 @@ class Ledger:
             StoreError: the ledger cannot be written, another process keeps it, or an entry is longer than 64 MiB.
             CorruptStoreError: the last entry that is there is not what was written.
         """
-        with exclusive(self.root):
+        with ledger_lock(self.root):
             return self.write(news)
 
     def write(self, news: Sequence[tuple[Kind, dict[str, Any]]]) -> list[Entry]:
         """As :meth:`append_all`, for those who hold the lock."""
         try:
             created = not self.path.exists()
-            descriptor = os.open(self.path, _FLAGS, 0o666)
+            descriptor = open_file(self.path, _FLAGS)
             try:
                 return self._add(descriptor, news)
             finally:

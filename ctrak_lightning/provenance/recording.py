@@ -23,7 +23,7 @@ from ctrak_lightning.provenance.facts import (
 )
 from ctrak_lightning.provenance.history import History, replay
 from ctrak_lightning.provenance.ledger import Entry, Kind, Ledger
-from ctrak_lightning.provenance.lock import exclusive
+from ctrak_lightning.traces.lock import ledger_lock
 from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.traces.schema import COMMITMENTS, Manifest, edition_name
 
@@ -37,7 +37,7 @@ def record_run(root: str | Path, facts: dict[str, Any], *, resumed: bool) -> lis
         resumed: whether the run goes on with an earlier one's weights.
     """
     kind: Kind = "run_resumed" if resumed else "run_begun"
-    with exclusive(Path(root)):
+    with ledger_lock(Path(root)):
         return _sync(Path(root), [(kind, facts)])
 
 
@@ -52,7 +52,7 @@ def sync(root: str | Path) -> list[Entry]:
         CorruptStoreError: the store is not what the ledger says of it; nothing is recorded.
         StoreError: there is no store, or its ledger cannot be written.
     """
-    with exclusive(Path(root)):
+    with ledger_lock(Path(root)):
         return _sync(Path(root), [])
 
 

@@ -13,8 +13,9 @@ from ctrak_lightning.errors import StoreError
 from ctrak_lightning.provenance.canonical import canonical
 from ctrak_lightning.provenance.history import replay
 from ctrak_lightning.provenance.ledger import Entry, Ledger
-from ctrak_lightning.provenance.lock import exclusive
 from ctrak_lightning.traces.atomic import write_atomically
+from ctrak_lightning.traces.files import is_there, reading
+from ctrak_lightning.traces.lock import hold_for
 from ctrak_lightning.traces.schema import LEDGER, LEDGER_SIGNATURE, is_integer
 
 _LONGEST = 2**14
@@ -37,24 +38,27 @@ def sign(path: str | Path, key: str | Path) -> dict[str, Any]:
         What was written to ``ledger.signature.json``.
 
     Raises:
+        StoreLockedError: a run writes to the store, or a `ctrak forget`.
         StoreError: there is no ledger or it is empty, the key cannot be used, or the ``sign`` extra is not installed.
         CorruptStoreError: the chain is damaged.
     """
     root = Path(path)
     private = _private_key(Path(key))
-    entries = Ledger(root).entries()
-    if not entries:
-        raise StoreError(f"{root / LEDGER} has no entry. HINT: sign once a run has been recorded.")
-    signed = {
-        "algorithm": "Ed25519",
-        "entries": len(entries),
-        "head": entries[-1].sha256,
-        "public_key": private.public_key().public_bytes_raw().hex(),
-        "run_id": replay(entries).run_id,
-        "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    }
-    document = signed | {"signature": private.sign(canonical(signed)).hex()}
-    with exclusive(root):
+    ledger = Ledger(root)
+    ledger.require()
+    with hold_for(root, "signs its ledger"):
+        entries = ledger.entries()
+        if not entries:
+            raise StoreError(f"{root / LEDGER} has no entry. HINT: sign once a run has been recorded.")
+        signed = {
+            "algorithm": "Ed25519",
+            "entries": len(entries),
+            "head": entries[-1].sha256,
+            "public_key": private.public_key().public_bytes_raw().hex(),
+            "run_id": replay(entries).run_id,
+            "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+        document = signed | {"signature": private.sign(canonical(signed)).hex()}
         write_atomically(root / LEDGER_SIGNATURE, lambda file: _write(file, canonical(document) + b"\n"))
     return document
 
@@ -109,10 +113,10 @@ def _unsigned(later: Sequence[Entry]) -> list[str]:
 def read_signature(root: Path) -> dict[str, Any] | None:
     """What stands in the signature file, not checked but for its form; ``{"problem": ...}`` where that is wrong, None without."""
     path = root / LEDGER_SIGNATURE
-    if not path.exists():
+    if not is_there(path):
         return None
     try:
-        with path.open("rb") as file:
+        with reading(path) as file:
             content = file.read(_LONGEST)
         document = json.loads(content.decode("ascii"))
         same = canonical(document) + b"\n" == content

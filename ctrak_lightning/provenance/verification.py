@@ -19,6 +19,7 @@ from ctrak_lightning.provenance.history import History, replay
 from ctrak_lightning.provenance.ledger import Chain, Ledger
 from ctrak_lightning.provenance.signature import signature_problems
 from ctrak_lightning.traces.atomic import sha256_of
+from ctrak_lightning.traces.files import is_there
 from ctrak_lightning.traces.kernel import Kernel, read_kernel
 from ctrak_lightning.traces.manifest import manifest_text, parse_manifest, read_text
 from ctrak_lightning.traces.rewriting import kernel_of
@@ -63,16 +64,16 @@ def verify(path: str | Path, *, deep: bool = False, public_key: str | Path | Non
         StoreError: there is no store, or ``public_key`` cannot be used.
     """
     root, ledger = Path(path), Ledger(path)
-    if not (root / MANIFEST).exists() and not ledger.exists:
+    if not is_there(root / MANIFEST) and not ledger.exists:
         read_text(root / MANIFEST)
-    chain = ledger.chain() if ledger.exists else None
+    chain, unread = _readable_chain(ledger)
     history, found = _checked_history(root, chain)
     # Versions that wrote an earlier schema salted no edition, and every later one writes the manifest anew.
     manifest, problems = _checked_manifest(
         root, (SCHEMA_VERSION,) if _salt(root, history) else READABLE_SCHEMAS
     )
-    problems += found
-    if chain is not None or (root / LEDGER_SIGNATURE).exists() or public_key is not None:
+    problems += unread + found
+    if chain is not None or is_there(root / LEDGER_SIGNATURE) or public_key is not None:
         problems += signature_problems(root, [] if chain is None else chain.entries, public_key)
     if manifest is None:
         return problems + _files_of_ledger(root, history)
@@ -99,6 +100,13 @@ def verify(path: str | Path, *, deep: bool = False, public_key: str | Path | Non
     return problems
 
 
+def _readable_chain(ledger: Ledger) -> tuple[Chain | None, list[str]]:
+    try:
+        return (ledger.chain() if ledger.exists else None), []
+    except StoreError as error:
+        return None, [str(error)]
+
+
 def _checked_manifest(root: Path, schemas: Sequence[int]) -> tuple[Manifest | None, list[str]]:
     try:
         text = read_text(root / MANIFEST)
@@ -112,12 +120,12 @@ def _checked_manifest(root: Path, schemas: Sequence[int]) -> tuple[Manifest | No
 
 def _checked_history(root: Path, chain: Chain | None) -> tuple[History, list[str]]:
     problems = []
-    lock = root / LEDGER_LOCK
-    if lock.exists() and lock.stat().st_size:
+    lock = root / LEDGER_LOCK  # of a link, unrecorded_files tells
+    if is_there(lock) and lock.lstat().st_size and not lock.is_symlink():
         problems.append(f"{LEDGER_LOCK}: is not empty")
     if chain is None:
         left = sorted(entry.name for entry in root.iterdir() if is_commitments(entry.name))
-        if left:
+        if left and not is_there(root / LEDGER):
             problems.append(
                 f"{LEDGER}: is missing, and {left[0]}, which belongs to it, is there: it was deleted"
             )

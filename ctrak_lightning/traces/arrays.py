@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -13,8 +15,11 @@ from torch import Tensor
 
 from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.traces.atomic import FileRecord, sha256_of
+from ctrak_lightning.traces.files import reading
 
 CHUNK_ROWS = 64
+_POINTER = np.dtype([("length", "<u4"), ("heap", "<u8"), ("object", "<u4")])
+"""How HDF5 stores a text of its own length (format specification, III.C, "Variable-length"): where it is in a global heap."""
 
 
 def write_array(group: h5py.Group, name: str, values: Tensor, chunk_rows: int = CHUNK_ROWS) -> None:
@@ -46,8 +51,9 @@ def open_for_writing(path: Path) -> Iterator[h5py.File]:
 def open_for_reading(path: Path) -> Iterator[h5py.File]:
     """The HDF5 file at ``path``, closed on leaving; what HDF5 raises becomes a :class:`CorruptStoreError`."""
     try:
-        # Sealed files never change, and HDF5's locks fail on many network and read-only filesystems.
-        with h5py.File(path, "r", locking=False) as file:
+        # From the opened file, which is no link; HDF5 would open its path again, and lock it, which fails on many network and
+        # read-only filesystems, where sealed files never change.
+        with reading(path) as opened, h5py.File(opened, "r") as file:
             yield file
     except StoreError:
         raise
@@ -65,17 +71,48 @@ def read_array(file: h5py.File, path: Path, name: str, shape: tuple[int, ...], d
     return torch.from_numpy(values)
 
 
+def read_strings(group: h5py.Group, path: Path, name: str, n: int, rows: Any = ...) -> list[str]:
+    """Read n texts, or the ``rows`` of them, refusing any other shape, and texts that are longer than the file together."""
+    dataset = find_dataset(group, path, name)
+    info = h5py.check_string_dtype(dataset.dtype)
+    if dataset.shape != (n,) or info is None or info.length is not None:
+        raise corrupt(path, f"{name} is {dataset.dtype} {dataset.shape}, expected texts ({n},)")
+    _check_lengths(dataset, path, name)
+    values: list[str] = dataset.asstr()[rows].tolist()
+    return values
+
+
+def _check_lengths(dataset: h5py.Dataset, path: Path, name: str) -> None:
+    """Many texts may point to the same long one: a small file that asks for much memory."""
+    offset, size = dataset.id.get_offset(), dataset.shape[0] * _POINTER.itemsize
+    if dataset.chunks is not None or offset is None or dataset.id.get_storage_size() != size:
+        raise corrupt(path, f"{name} is not one run of texts, or was never written")
+    with reading(path) as file:
+        file.seek(offset)
+        pointers = np.frombuffer(file.read(size), _POINTER)
+    if int(pointers["length"].sum(dtype=np.int64)) > path.lstat().st_size:
+        raise corrupt(path, f"the texts of {name} are longer together than the file")
+
+
 def find_dataset(group: h5py.Group, path: Path, name: str) -> h5py.Dataset:
     """The dataset ``name``, which must have its values in this very file.
 
-    Links and virtual datasets whose source is missing read as zeros without a word.
+    Links and virtual datasets whose source is missing read as zeros without a word, and so do parts that were never written,
+    however large: nothing is stored compressed, so no dataset is larger than its file.
     """
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
         raise corrupt(path, f"{name} is missing or a link to another file")
     dataset = group[name]
     if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
         raise corrupt(path, f"{name} is not a dataset with its values in this file")
+    if dataset.shape is None or _stored_bytes(dataset) > path.lstat().st_size:
+        raise corrupt(path, f"{name} has shape {dataset.shape}, which is more than the file holds")
     return dataset
+
+
+def _stored_bytes(dataset: h5py.Dataset) -> int:
+    # Not dataset.size, which overflows.
+    return int(math.prod(dataset.shape) * dataset.id.get_type().get_size())
 
 
 def check_digest(path: Path, known: FileRecord) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ctrak_lightning.errors import StoreError
+from ctrak_lightning.traces.files import open_file, reading, refuse_linked_folder
 
 TEMPORARY_SUFFIX = ".ctrak-tmp"
 
@@ -28,7 +30,7 @@ class FileRecord:
     @classmethod
     def of(cls, path: Path) -> FileRecord:
         """That of the file at ``path`` as it is."""
-        return cls(sha256=sha256_of(path), bytes=path.stat().st_size)
+        return cls(sha256=sha256_of(path), bytes=path.lstat().st_size)
 
 
 def write_atomically(path: Path, fill: Callable[[Path], None]) -> FileRecord:
@@ -36,7 +38,7 @@ def write_atomically(path: Path, fill: Callable[[Path], None]) -> FileRecord:
 
     Args:
         path: Where the file is to be; replaced if it exists.
-        fill: Writes the whole content to the path that it is given and closes it.
+        fill: Writes the whole content to the file that it is given, which is there and empty, and closes it.
 
     Returns:
         Digest and size of what was written.
@@ -44,8 +46,10 @@ def write_atomically(path: Path, fill: Callable[[Path], None]) -> FileRecord:
     Raises:
         StoreError: The file cannot be written; whatever stood at ``path`` is untouched.
     """
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    # A name that nobody can have put a link under, and that no other process writes to.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
     try:
+        os.close(open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         fill(temporary)
         record = FileRecord.of(temporary)
         _fsync(temporary)
@@ -67,9 +71,10 @@ def make_folder(folder: Path) -> None:
     """Create ``folder`` and its parents durably; a no-op where it exists.
 
     Raises:
-        StoreError: It cannot be created, or a file has its name.
+        StoreError: It cannot be created, a file has its name, or a link that of a checkpoint's folder.
     """
     try:
+        refuse_linked_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         fsync_folder(folder.parent)
     except OSError as error:
@@ -87,8 +92,8 @@ def fsync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of the content of ``path``."""
-    with path.open("rb") as file:
+    """Hex digest of the content of the store's file at ``path``; an OSError where it cannot be read, or is a link."""
+    with reading(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.traces.atomic import FileRecord, write_atomically
+from ctrak_lightning.traces.files import CHECKPOINT_FOLDER, reading, size_of
 from ctrak_lightning.traces.schema import (
     BYTES_PER_VALUE,
     MANIFEST,
@@ -21,16 +22,15 @@ from ctrak_lightning.traces.schema import (
     is_integer,
 )
 
-_FOLDER = "checkpoint-[0-9]{8,19}"
-_FOLDER_PATTERN = re.compile(_FOLDER)
 _EDITION = "(-e[1-9][0-9]{0,8})?"
-_SHARD_PATTERN = re.compile(rf"{_FOLDER}/rank[0-9]{{1,9}}-[0-9]{{5,9}}{_EDITION}\.h5")
+_SHARD_PATTERN = re.compile(rf"{CHECKPOINT_FOLDER}/rank[0-9]{{1,9}}-[0-9]{{5,9}}{_EDITION}\.h5")
 _SAMPLES_PATTERN = re.compile(rf"samples{_EDITION}\.h5")
 _FILE_PATTERN = re.compile(
-    rf"{_SAMPLES_PATTERN.pattern}|{_SHARD_PATTERN.pattern}|{_FOLDER}/"
+    rf"{_SAMPLES_PATTERN.pattern}|{_SHARD_PATTERN.pattern}|{CHECKPOINT_FOLDER}/"
     rf"((weights|buffers)\.safetensors|function\.h5|(kernel|visits|exposures){_EDITION}\.h5)"
 )
 _SHA256_PATTERN = re.compile("[0-9a-f]{64}")
+LONGEST_MANIFEST = 2**30
 
 
 def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> None:
@@ -48,9 +48,18 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     """
     path = folder / name
     manifest = parse_manifest(read_text(path), str(path))
+    check_sizes(folder, manifest)
+    return manifest
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Compare the sizes of all recorded files.
+
+    Raises:
+        CorruptStoreError: One is missing, truncated, or a link.
+    """
     for file, known in manifest.files.items():
         _check_size(folder / file, known)
-    return manifest
 
 
 def read_text(path: Path) -> str:
@@ -58,11 +67,14 @@ def read_text(path: Path) -> str:
 
     Raises:
         StoreError: There is no store.
-        CorruptStoreError: The file is not UTF-8.
+        CorruptStoreError: The file is not UTF-8, or longer than any manifest.
     """
     folder, name = path.parent, path.name
     try:
-        return path.read_bytes().decode("utf-8")
+        with reading(path) as file:
+            if size_of(path) > LONGEST_MANIFEST:
+                raise _corrupt(f"{path}: longer than {LONGEST_MANIFEST} bytes, which no manifest is")
+            return file.readall().decode("utf-8")
     except FileNotFoundError as error:
         what = f"has no {name}" if folder.is_dir() else "does not exist"
         raise StoreError(
@@ -91,11 +103,6 @@ def parse_manifest(text: str, source: str = MANIFEST) -> Manifest:
         raise
     except (ValueError, RecursionError) as error:
         raise _corrupt(f"{source}: not valid JSON ({error})") from error
-
-
-def is_checkpoint_folder(name: str) -> bool:
-    """Whether a folder of this name is the store's own."""
-    return _FOLDER_PATTERN.fullmatch(name) is not None
 
 
 def is_sample_table(name: str) -> bool:
@@ -227,7 +234,9 @@ def _check_rows_fit(record: CheckpointRecord, manifest: Manifest, where: str) ->
 
 def _check_size(path: Path, known: FileRecord) -> None:
     try:
-        found = path.stat().st_size if path.is_file() else None
+        found: int | None = size_of(path)
+    except FileNotFoundError:
+        found = None
     except OSError as error:
         raise _corrupt(f"{path} cannot be read ({error})") from error
     if found != known.bytes:

@@ -9,10 +9,13 @@ from pathlib import Path
 
 from ctrak_lightning.errors import DatasetChangedError, StoreError, StoreMismatchError
 from ctrak_lightning.processes import Processes
-from ctrak_lightning.traces.atomic import TEMPORARY_SUFFIX, FileRecord, make_folder
+from ctrak_lightning.traces.atomic import TEMPORARY_SUFFIX, FileRecord
+from ctrak_lightning.traces.files import is_checkpoint_folder, is_there
+from ctrak_lightning.traces.lock import WriterLock
 from ctrak_lightning.traces.manifest import (
-    is_checkpoint_folder,
+    check_sizes,
     is_sample_table,
+    manifest_text,
     parse_manifest,
     read_manifest,
     read_text,
@@ -38,8 +41,9 @@ class Records:
     the constructor, :meth:`share`, :meth:`join` and :meth:`seal` together.
 
     Args:
-        root: folder of the store; created if it does not exist.
+        root: folder of the store.
         header: what all traces of the store have in common.
+        lock: of the store; see :func:`~ctrak_lightning.traces.lock.hold_folder`.
         run_id: name of a new store's run, a random one by default.
         processes: those that capture together.
 
@@ -47,9 +51,13 @@ class Records:
         StoreMismatchError, DatasetChangedError, StoreError, CorruptStoreError: as of :class:`TraceWriter`.
     """
 
-    def __init__(self, root: Path, header: StoreHeader, run_id: str | None, processes: Processes) -> None:
+    def __init__(
+        self, root: Path, lock: WriterLock, header: StoreHeader, run_id: str | None, processes: Processes
+    ) -> None:
         self.root = root
+        self._lock = lock
         self._processes = processes
+        self._text: str | None = None
         self._journal: Manifest | None = None
         opened: Manifest | None = None
         with processes.together():
@@ -68,16 +76,15 @@ class Records:
         """Replace the manifest; for the process of rank 0.
 
         Raises:
-            StoreError: Samples have been forgotten since it was read: they must not come back.
+            StoreError: It is not the one that was read or written last: another process has changed the store, or removed it;
+                or this writer was closed.
         """
+        self._lock.require()
         path = self.root / MANIFEST
-        if path.exists() and parse_manifest(read_text(path), str(path)).edition != manifest.edition:
-            raise StoreError(
-                f"{path}: samples have been forgotten from this store while a capture had it open. Nothing was changed. HINT: "
-                "take the same samples out of the data that is traced and resume the training, to go on from what the "
-                "store holds now."
-            )
+        if (found := _text_of(path)) != self._text:
+            raise StoreError(_changed(path, found, manifest))
         write_manifest(self.root, manifest)
+        self._text = manifest_text(manifest)
         self.manifest = manifest
 
     def share(self) -> None:
@@ -142,11 +149,13 @@ class Records:
         remove_unrecorded(self.root, self.manifest)
 
     def _open(self, header: StoreHeader, run_id: str | None) -> Manifest:
-        make_folder(self.root)
-        if (self.root / MANIFEST).exists():
-            return read_manifest(self.root)
-        _refuse_foreign_files(self.root)
-        return Manifest(header=header, run_id=run_id or uuid.uuid4().hex)
+        path = self.root / MANIFEST
+        self._text = _text_of(path)
+        if self._text is None:
+            return Manifest(header=header, run_id=run_id or uuid.uuid4().hex)
+        manifest = parse_manifest(self._text, str(path))
+        check_sizes(self.root, manifest)
+        return manifest
 
 
 def remove_unrecorded(root: Path, manifest: Manifest) -> None:
@@ -199,7 +208,8 @@ def recorded_files(root: Path, manifest: Manifest) -> set[str]:
 
 def _journals(root: Path, record: CheckpointRecord) -> list[str]:
     folder = root / record.folder
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    is_own = folder.is_dir() and not folder.is_symlink()
+    names = sorted(entry.name for entry in folder.iterdir()) if is_own else []
     return [f"{record.folder}/{name}" for name in names if _JOURNAL_PATTERN.fullmatch(name)]
 
 
@@ -227,10 +237,21 @@ def _check_header(stored: Manifest, given: StoreHeader, path: Path) -> None:
     )
 
 
-def _refuse_foreign_files(path: Path) -> None:
-    foreign = sorted(entry.name for entry in path.iterdir() if not entry.name.endswith(TEMPORARY_SUFFIX))
-    if foreign:
-        raise StoreError(
-            f"{path} has no {MANIFEST} but holds {len(foreign)} other files, such as {foreign[0]!r}. "
-            "HINT: give an empty folder, or one that does not exist yet."
+def _text_of(path: Path) -> str | None:
+    return read_text(path) if is_there(path) else None
+
+
+def _changed(path: Path, found: str | None, manifest: Manifest) -> str:
+    if found is None:
+        return f"{path} was removed while a capture had its store open. HINT: trace into a new folder."
+    if parse_manifest(found, str(path)).edition != manifest.edition:
+        return (
+            f"{path}: samples have been forgotten from this store while a capture had it open. Nothing was changed. HINT: "
+            "take the same samples out of the data that is traced and resume the training, to go on from what the "
+            "store holds now."
         )
+    return (
+        f"{path}: another process has changed it while a capture had its store open. Nothing was changed. HINT: one run writes to "
+        "a store at a time, on a file system whose locks hold between its machines; resume this one alone, or in a folder of its "
+        "own."
+    )

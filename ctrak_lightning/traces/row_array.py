@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.traces.arrays import corrupt, find_dataset, read_array, write_array
+from ctrak_lightning.traces.files import reading
 
 CHECKSUMS = "checksum"
 
@@ -66,7 +67,7 @@ class RowArray:
         )
         start_byte = self.offset + start * k * self.dtype.itemsize
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with reading(self.path) as file:
                 file.seek(start_byte)
                 rest = values.view(np.uint8).data
                 while len(rest):
@@ -89,7 +90,8 @@ class RowArray:
             CorruptStoreError: They cannot be read.
         """
         try:
-            mapped = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+            with reading(self.path) as file:
+                mapped = np.memmap(file, self.dtype, "r", self.offset, self.shape)
             return torch.from_numpy(np.array(mapped[rows, start:stop]))
         except (OSError, ValueError) as error:
             raise corrupt(self.path, f"cannot be read ({error})") from error

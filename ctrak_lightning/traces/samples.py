@@ -21,6 +21,7 @@ from ctrak_lightning.traces.arrays import (
     find_dataset,
     open_for_reading,
     open_for_writing,
+    read_strings,
     write_array,
 )
 
@@ -191,11 +192,12 @@ def read_samples(path: Path, positions: Sequence[int] | None = None) -> SampleTa
     """
     rows = ... if positions is None else list(positions)
     with open_for_reading(path) as file:
-        ids = _read_strings(file, path, "sample_id", rows)
-        group = file["metadata"]
-        columns = {unquote(name): _read_strings(group, path, name, rows) for name in group}
-        content = _read_strings(file, path, "content_sha256", rows)
-        thumbnails = _read_thumbnails(file, path, rows) if "thumbnails" in file else None
+        n = _count(file, path)
+        ids = read_strings(file, path, "sample_id", n, rows)
+        group = _metadata(file, path)
+        columns = {unquote(name): read_strings(group, path, name, n, rows) for name in group}
+        content = read_strings(file, path, "content_sha256", n, rows)
+        thumbnails = _read_thumbnails(file, path, n, rows) if "thumbnails" in file else None
     try:
         return SampleTable(ids, content, columns, thumbnails)
     except StoreError as error:
@@ -209,30 +211,35 @@ def column_names(path: Path) -> list[str]:
         CorruptStoreError: The file is damaged.
     """
     with open_for_reading(path) as file:
-        return sorted(unquote(name) for name in file["metadata"])
+        return sorted(unquote(name) for name in _metadata(file, path))
 
 
 def count_samples(path: Path) -> int:
     """Number of samples in the table at ``path``, without reading it."""
     with open_for_reading(path) as file:
-        shape = find_dataset(file, path, "sample_id").shape
-        if len(shape) != 1:
-            raise corrupt(path, f"sample_id has shape {shape}, expected one dimension")
-        return int(shape[0])
+        return _count(file, path)
+
+
+def _count(file: h5py.File, path: Path) -> int:
+    shape = find_dataset(file, path, "sample_id").shape
+    if len(shape) != 1:
+        raise corrupt(path, f"sample_id has shape {shape}, expected one dimension")
+    return int(shape[0])
+
+
+def _metadata(file: h5py.File, path: Path) -> h5py.Group:
+    group = file["metadata"] if isinstance(file.get("metadata", getlink=True), h5py.HardLink) else None
+    if not isinstance(group, h5py.Group):
+        raise corrupt(path, "metadata is not a group in this file")
+    return group
 
 
 def _write_strings(group: h5py.Group, name: str, values: list[str]) -> None:
     group.create_dataset(name, data=values, dtype=h5py.string_dtype("utf-8"), track_times=False)
 
 
-def _read_strings(group: h5py.Group, path: Path, name: str, rows: Any) -> list[str]:
-    values: list[str] = find_dataset(group, path, name).asstr()[rows].tolist()
-    return values
-
-
-def _read_thumbnails(file: h5py.File, path: Path, rows: Any) -> Tensor:
+def _read_thumbnails(file: h5py.File, path: Path, n: int, rows: Any) -> Tensor:
     images = find_dataset(file, path, "thumbnails")
-    n = file["sample_id"].shape[0]
     if len(images.shape) != 4 or images.shape[0] != n or images.dtype != "uint8":
         raise corrupt(path, f"thumbnails is {images.dtype} {images.shape}, expected uint8 [{n}, h, w, 3]")
     return torch.from_numpy(images[rows])

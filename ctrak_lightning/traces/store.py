@@ -255,6 +255,7 @@ def read_weights(path: Path, known: FileRecord) -> dict[str, Tensor]:
     Raises:
         CorruptStoreError: It is another one.
     """
+    # From the file's own descriptor, so that what safetensors maps by its path is no link and has this content.
     check_digest(path, known)
     try:
         return load_file(path)

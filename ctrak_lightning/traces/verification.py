@@ -12,6 +12,7 @@ from ctrak_lightning.traces.schema import (
     LEDGER_LOCK,
     LEDGER_SIGNATURE,
     MANIFEST,
+    WRITER_LOCK,
     Manifest,
     edition_name,
 )
@@ -24,15 +25,22 @@ def altered_files(root: Path, manifest: Manifest) -> list[str]:
 
 
 def unrecorded_files(root: Path, manifest: Manifest) -> list[str]:
-    """One line per file that is in no record.
+    """One line per file that is in no record, and per link, be it to a folder.
 
     Raises:
         CorruptStoreError: A journal of an interrupted capture is damaged.
     """
     ledger = {LEDGER, LEDGER_LOCK, LEDGER_SIGNATURE, edition_name(COMMITMENTS, manifest.edition)}
-    recorded = {MANIFEST, *ledger, *recorded_files(root, manifest)}
-    present = (entry.relative_to(root).as_posix() for entry in root.rglob("*") if not entry.is_dir())
-    return [f"{name}: not recorded in the manifest" for name in sorted(present) if name not in recorded]
+    recorded = {MANIFEST, WRITER_LOCK, *ledger, *recorded_files(root, manifest)}
+    present = [entry for entry in sorted(root.rglob("*")) if entry.is_symlink() or not entry.is_dir()]
+    problems = []
+    for entry in present:
+        name = entry.relative_to(root).as_posix()
+        if entry.is_symlink() and name not in manifest.files:  # of those, altered_files tells
+            problems.append(f"{name}: is a link, and nothing of a store is read or written through one")
+        elif name not in recorded:
+            problems.append(f"{name}: not recorded in the manifest")
+    return problems
 
 
 def _problem(root: Path, name: str, known: FileRecord) -> str | None:

@@ -6,6 +6,8 @@ import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,6 +17,7 @@ from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.traces.arrays import check_digest
 from ctrak_lightning.traces.atomic import make_folder, write_atomically
 from ctrak_lightning.traces.checkpoint_writer import CheckpointWriter
+from ctrak_lightning.traces.lock import WriterLock, hold_folder
 from ctrak_lightning.traces.records import Records
 from ctrak_lightning.traces.samples import SampleTable, check_unchanged, read_samples, write_samples
 from ctrak_lightning.traces.schema import (
@@ -32,9 +35,10 @@ _SHARD_BYTES = 2**25
 class TraceWriter:
     """Creates the store at ``path``, or continues the one that is there.
 
-    A store has one writer at a time: opening it removes what a killed run left unfinished. A file is first
-    written beside its place, then renamed, then recorded in the manifest, so a crash costs the shard in
-    progress and no more.
+    A store has one writer at a time, which holds it until :meth:`close`, until it is no longer used, or until its process ends,
+    however it ends; as a context manager it closes on leaving. Opening a store removes what a killed run left unfinished. A file
+    is first written beside its place, then renamed, then recorded in the manifest, so a crash costs the shard in progress and no
+    more.
 
     Args:
         path: Folder of the store; created if it does not exist.
@@ -45,8 +49,11 @@ class TraceWriter:
         queue_shards: Shards that may wait to be written, before a capture waits for the disk.
         processes: Those that capture together, each a share of the samples, into one folder that all of them see. They make
             their writers, and call its methods, together.
+        lock: of :func:`~ctrak_lightning.traces.lock.hold_folder`, where it is held already; the writer releases it. By default it
+            is taken here.
 
     Raises:
+        StoreLockedError: Another writer has the store; the message names its host and process.
         StoreMismatchError: The store that is there has another header; names each field that differs.
         DatasetChangedError: It describes another dataset.
         StoreError: The folder cannot be written, or holds files that are not a store's.
@@ -77,6 +84,7 @@ class TraceWriter:
         shard_rows: int | None = None,
         queue_shards: int = 2,
         processes: Processes = ALONE,
+        lock: WriterLock | None = None,
     ) -> None:
         for name, value in (("shard_rows", shard_rows), ("queue_shards", queue_shards)):
             if value is not None and (not is_integer(value) or value < 1):
@@ -89,7 +97,12 @@ class TraceWriter:
         self._processes = processes
         self._table: SampleTable | None = None
         self._current: CheckpointWriter | None = None
-        self._records = Records(self.path, header, run_id, processes)
+        self._lock = hold_folder(self.path, processes) if lock is None else lock
+        try:
+            self._records = Records(self.path, self._lock, header, run_id, processes)
+        except BaseException:
+            self._lock.release()
+            raise
 
     @property
     def header(self) -> StoreHeader:
@@ -193,6 +206,29 @@ class TraceWriter:
                 self._records.remove_unrecorded()
         self._records.share()
         return steps
+
+    def close(self) -> None:
+        """Close the checkpoint that is open, and let others write to the store; idempotent.
+
+        Raises:
+            StoreError: As :meth:`CheckpointWriter.close`; the store is let go all the same.
+        """
+        current, self._current = self._current, None
+        try:
+            if current is not None:
+                current.close()
+        finally:
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # What ends the capture is told, not what it leaves undone.
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(StoreError):
+            self.close()
 
     def _write_samples(self, table: SampleTable) -> None:
         name = self._records.manifest.samples

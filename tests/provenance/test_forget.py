@@ -16,19 +16,22 @@ import pytest
 import torch
 
 from ctrak_lightning import Concept, TraceStore
-from ctrak_lightning.errors import CorruptStoreError, DatasetChangedError, StoreError
+from ctrak_lightning.errors import CorruptStoreError, DatasetChangedError, StoreError, StoreLockedError
 from ctrak_lightning.provenance import Ledger, LedgerWarning, forget, forgetting, recording, verify
 from ctrak_lightning.provenance.commitments import commit
 from ctrak_lightning.provenance.forgetting import finish
 from ctrak_lightning.provenance.query_log import QueryLog, result_digest
 from ctrak_lightning.provenance.recording import record_run, sync
+from ctrak_lightning.provenance.signature import sign
 from ctrak_lightning.traces import SampleTable, TraceWriter, Visits
 from ctrak_lightning.traces.atomic import FileRecord, write_atomically
 from ctrak_lightning.traces.manifest import read_manifest, write_manifest
 from ctrak_lightning.traces.samples import write_samples
+from ctrak_lightning.traces.schema import WRITER_LOCK
 
 from ..traces.store_builder import Capture, make_table, read_bytes
 from .builder import recorded, run_facts
+from .keys import write_keys
 
 GONE = ["image/003.png", "image/008.png"]
 STAY = [0, 1, 2, 4, 5, 6, 7, 9]
@@ -320,9 +323,9 @@ def test_strange_ids_are_forgotten_like_others(tmp_path: Path) -> None:
     strange = ["../../x", "ünï/\U0001f600", "-rf", "a\nb", "'\"; DROP", "é" * 5000, "plain"]
     path = tmp_path / "store"
     capture = Capture(n=7, steps=(300,))
-    writer = capture.open(path)
-    writer.write_samples(SampleTable(strange, [""] * 7))
-    capture.run_checkpoint(writer, 300)
+    with capture.open(path) as writer:
+        writer.write_samples(SampleTable(strange, [""] * 7))
+        capture.run_checkpoint(writer, 300)
     record_run(path, run_facts(path), resumed=False)
     for sample_id in strange[:-1]:
         forget(path, [sample_id])
@@ -385,31 +388,61 @@ def test_a_run_that_goes_on_without_the_sample_continues_the_store(store: Path) 
     assert len(TraceStore(store).checkpoints[2].features()) == 7
 
 
-def test_a_capture_that_is_under_way_does_not_bring_the_sample_back(store: Path) -> None:
+def test_forgetting_and_signing_are_refused_while_a_run_has_the_store(store: Path, tmp_path: Path) -> None:
     capture = Partial(visits=True)
-    writer = TraceWriter(store, capture.header(), shard_rows=4)
-    features, loss = capture.traces(900)
+    private, public = write_keys(tmp_path)
+    with TraceWriter(store, capture.header(), shard_rows=4) as writer:
+        before = read_bytes(store)
+        for change in (lambda: forget(store, GONE), lambda: finish(store), lambda: sign(store, private)):
+            with pytest.raises(StoreLockedError, match=rf"process \({os.getpid()} on .*traces into it"):
+                change()
+        assert read_bytes(store) == before
+        # What the run records itself, and what it is asked meanwhile, goes on.
+        Capture.run_checkpoint(capture, writer, 900)
+        assert [entry.kind for entry in sync(store)] == ["checkpoint"]
+        QueryLog(store, 0, None).note(
+            [{}], [0], [(["a"], [1.0])], dampings=[None], methods=[{}], steps=[900], samples="all"
+        )
+    sign(store, private)
+    assert verify(store, public_key=public) == []
+    forget(store, GONE)
+    with pytest.raises(StoreError, match="its writer was closed"):
+        writer.begin_checkpoint(1200, epoch=9)
+    assert [entry.kind for entry in Ledger(store).entries()][-3:] == ["checkpoint", "query", "forget"]
+
+
+def test_a_capture_that_is_under_way_does_not_bring_the_sample_back(store: Path) -> None:
+    """Where the lock does not hold: on some network file systems, or once somebody has deleted its file."""
+    writer = TraceWriter(store, Partial(visits=True).header(), shard_rows=4)
+    (store / WRITER_LOCK).unlink()
     forget(store, GONE)
     with pytest.raises(StoreError, match="forgotten from this store while a capture had it open.*HINT"):
         writer.begin_checkpoint(900, epoch=9)
-    assert len(features) == len(loss) == 10
     assert verify(store) == []
 
 
-def test_a_capture_that_writes_meanwhile_ends_the_forgetting(
-    store: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("locks_hold", [True, False])
+def test_a_capture_that_begins_meanwhile_is_refused_or_ends_the_forgetting(
+    store: Path, monkeypatch: pytest.MonkeyPatch, locks_hold: bool
 ) -> None:
     real = forgetting.rewrite_without
 
     def interfering(*args: Any) -> Any:
         after = real(*args)
+        if not locks_hold:
+            (store / WRITER_LOCK).unlink()
         Partial(visits=True, steps=(900,)).run(store)
         return after
 
     monkeypatch.setattr(forgetting, "rewrite_without", interfering)
-    with pytest.raises(StoreError, match=r"another process has written to the store meanwhile.*HINT"):
+    message = (
+        "which forgets samples since" if locks_hold else "another process has written to the store meanwhile"
+    )
+    with pytest.raises(StoreError, match=f"{message}.*HINT") as caught:
         forget(store, GONE)
-    assert [c.step for c in TraceStore(store).checkpoints] == [300, 600, 900]
+    assert isinstance(caught.value, StoreLockedError) == locks_hold
+    steps = [300, 600] if locks_hold else [300, 600, 900]
+    assert [c.step for c in TraceStore(store).checkpoints] == steps
     sync(store)
     finish(store)
     assert verify(store) == []

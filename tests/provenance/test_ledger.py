@@ -13,7 +13,7 @@ import pytest
 from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.provenance import Ledger
 from ctrak_lightning.provenance import ledger as ledger_module
-from ctrak_lightning.provenance.lock import exclusive
+from ctrak_lightning.traces.lock import ledger_lock
 
 
 def make(root: Path, n: int = 3) -> Ledger:
@@ -197,19 +197,19 @@ def test_two_processes_add_in_turn(tmp_path: Path) -> None:
 def test_a_lock_that_another_process_holds_is_waited_for_and_told(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     if (child := os.fork()) == 0:
-        with exclusive(tmp_path):
+        with ledger_lock(tmp_path):
             ready.touch()
             time.sleep(60)
         os._exit(0)
     try:
         while not ready.exists():
             time.sleep(0.01)
-        with pytest.raises(StoreError, match=r"another process is writing.*HINT"), exclusive(tmp_path, 0.2):
+        with pytest.raises(StoreError, match=r"another process is writing.*HINT"), ledger_lock(tmp_path, 0.2):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    with exclusive(tmp_path, 0.2):  # a killed process gives it back
+    with ledger_lock(tmp_path, 0.2):  # a killed process gives it back
         pass
 
 

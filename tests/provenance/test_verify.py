@@ -341,6 +341,7 @@ def test_the_ledger_vouches_for_every_file(store: Path) -> None:
         "manifest.json",
         "ledger.jsonl",
         "ledger.lock",
+        "writer.lock",
     }
     with h5py.File(store / "commitments.h5") as file:
         assert torch.from_numpy(file["salts"][:]).unique(dim=0).shape == (10, 32)

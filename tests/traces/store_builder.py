@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.traces import SampleTable, StoreHeader, TraceWriter
+from ctrak_lightning.traces.schema import WRITER_LOCK
 
 
 def make_header(**changes: Any) -> StoreHeader:
@@ -68,11 +69,11 @@ class Capture:
 
     def run(self, path: Path, batch: int = 3) -> Path:
         """Create the store at ``path``, or continue it until it is complete."""
-        writer = self.open(path)
-        writer.write_samples(make_table(self.n))
-        for step in self.steps:
-            if step not in writer.sealed_steps:
-                self.run_checkpoint(writer, step, batch)
+        with self.open(path) as writer:
+            writer.write_samples(make_table(self.n))
+            for step in self.steps:
+                if step not in writer.sealed_steps:
+                    self.run_checkpoint(writer, step, batch)
         return path
 
     def run_checkpoint(self, writer: TraceWriter, step: int, batch: int = 3, stop: int | None = None) -> None:
@@ -87,5 +88,6 @@ class Capture:
 
 
 def read_bytes(path: Path) -> dict[str, bytes]:
-    """Every file below ``path``, by relative name."""
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    """Every file below ``path``, by relative name, but the one that says who has the store open now."""
+    files = (file for file in path.rglob("*") if file.is_file() and file.name != WRITER_LOCK)
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}

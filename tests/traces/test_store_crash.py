@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,8 +38,10 @@ def test_capture_that_stopped_goes_on_where_its_shards_end(
     writer = capture.open(tmp_path / "stopped")
     writer.write_samples(make_table())
     capture.run_checkpoint(writer, 300, batch, stop=stop)
+    writer.close()
     options = {"epoch": 3, "learning_rate": 0.1, "weights": capture.weights(300)}
-    assert capture.open(tmp_path / "stopped").begin_checkpoint(300, **options).rows_done == (stop // 4 * 4)
+    with capture.open(tmp_path / "stopped") as again:
+        assert again.begin_checkpoint(300, **options).rows_done == (stop // 4 * 4)
     assert read_bytes(capture.run(tmp_path / "stopped", batch)) == whole
 
 
@@ -82,11 +85,11 @@ def test_leftovers_of_a_killed_run_are_removed_and_other_files_are_not(
 
 
 def test_samples_renamed_but_not_recorded_are_written_again(tmp_path: Path, capture: Capture) -> None:
-    writer = capture.open(tmp_path)
+    capture.open(tmp_path).close()
     (tmp_path / "samples.h5").write_text("half a table")
-    capture.open(tmp_path)
-    assert not (tmp_path / "samples.h5").exists()
-    writer.write_samples(make_table())
+    with capture.open(tmp_path) as writer:
+        assert not (tmp_path / "samples.h5").exists()
+        writer.write_samples(make_table())
     assert TraceStore(capture.run(tmp_path)).verify() == []
 
 
@@ -116,6 +119,7 @@ def test_disk_that_fails_once_loses_and_doubles_nothing(
     assert isinstance(caught.value.__cause__, OSError)
     checkpoint.append(order[8:], features[order[8:]], loss[order[8:]])
     checkpoint.seal()
+    writer.close()
     assert read_bytes(capture.run(tmp_path / "failed")) == whole
 
 
@@ -130,7 +134,8 @@ def test_content_and_names_are_durable_before_the_manifest_says_so(
     replace = os.replace
 
     def note_fsync(descriptor: int) -> None:
-        events.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        events.append(f"fsync {re.sub('[.][0-9]+-[0-9a-f]{16}[.]ctrak-tmp$', ' aside', name)}")
 
     def note_replace(source: Path, target: Path) -> None:
         replace(source, target)
@@ -142,10 +147,10 @@ def test_content_and_names_are_durable_before_the_manifest_says_so(
     checkpoint.append(torch.arange(4), features[:4], loss[:4])
     checkpoint.flush()
     assert events == [
-        "fsync rank0-00000.h5.ctrak-tmp",
+        "fsync rank0-00000.h5 aside",
         "replace rank0-00000.h5",
         "fsync checkpoint-00000300",
-        "fsync manifest.json.ctrak-tmp",
+        "fsync manifest.json aside",
         "replace manifest.json",
         f"fsync {tmp_path.name}",
     ]
@@ -161,6 +166,7 @@ def test_other_weights_begin_the_checkpoint_anew(tmp_path: Path, capture: Captur
     other = {name: value + 1 for name, value in capture.weights(300).items()}
     with writer.begin_checkpoint(300, **options, weights=other) as checkpoint:
         checkpoint.append(torch.arange(10), features + 1, loss)
-    again = capture.open(tmp_path / "cut").begin_checkpoint(300, **options, weights=capture.weights(300))
-    assert again.rows_done == 0
+    writer.close()
+    with capture.open(tmp_path / "cut") as again:
+        assert again.begin_checkpoint(300, **options, weights=capture.weights(300)).rows_done == 0
     assert read_bytes(capture.run(tmp_path / "cut")) == whole

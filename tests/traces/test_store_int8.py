@@ -76,6 +76,7 @@ def test_interrupted_int8_captures_are_byte_identical(tmp_path: Path, stop: int,
     writer = capture.open(tmp_path / "stopped")
     writer.write_samples(make_table())
     capture.run_checkpoint(writer, 300, batch, stop=stop)
+    writer.close()
     assert read_bytes(capture.run(tmp_path / "stopped", batch)) == whole
 
 

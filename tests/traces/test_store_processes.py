@@ -1,12 +1,14 @@
 """Several processes capture one checkpoint: the store is the one that a single process writes."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from store_builder import make_header, make_table, make_traces
+from store_builder import make_header, make_table, make_traces, read_bytes
 
 from ctrak_lightning.errors import CorruptStoreError, StoreError, StoreMismatchError
 from ctrak_lightning.processes import ALONE, Processes
@@ -38,7 +40,7 @@ def capture(
     )
     writer.write_samples(make_table(N))
     checkpoint = writer.begin_checkpoint(1, epoch=0, weights={"w": torch.tensor([weights])})
-    with checkpoint:
+    with closing_on_error(writer), checkpoint:
         own = torch.arange(N)[processes.rank :: processes.count]
         if done is not None:
             done[processes.rank] = checkpoint.rows_done
@@ -52,10 +54,14 @@ def capture(
     return writer
 
 
-def files(path: Path) -> dict[str, bytes]:
-    return {
-        entry.relative_to(path).as_posix(): entry.read_bytes() for entry in path.rglob("*") if entry.is_file()
-    }
+@contextmanager
+def closing_on_error(writer: TraceWriter) -> Iterator[None]:
+    """As the end of a process does; here what was raised keeps the writer alive."""
+    try:
+        yield
+    except BaseException:
+        writer.close()
+        raise
 
 
 @pytest.mark.parametrize("k", [6, 40], ids=["primal", "dual"])
@@ -92,7 +98,7 @@ def test_an_interrupted_capture_goes_on_and_ends_in_the_same_bytes(tmp_path: Pat
     together(2, lambda processes: capture(tmp_path / "cut", processes, done=done))
     assert done == [9, 6]
     together(2, lambda processes: capture(tmp_path / "whole", processes))
-    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert read_bytes(tmp_path / "cut") == read_bytes(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("count", "weights"), [(2, 2.0), (3, 1.0), (1, 1.0)], ids=["weights", "more", "one"])
@@ -108,7 +114,7 @@ def test_other_weights_or_another_number_of_processes_begin_anew(
     assert [error for error in ended if isinstance(error, Exception)] == []
     assert done == [0] * count
     together(count, lambda processes: capture(tmp_path / "whole", processes, weights=weights))
-    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert read_bytes(tmp_path / "cut") == read_bytes(tmp_path / "whole")
 
 
 def seal(path: Path, processes: Processes, own: torch.Tensor) -> None:
@@ -163,7 +169,7 @@ def test_a_shard_that_cannot_be_written_by_one_stops_all_and_is_made_up_for(
     broken[0] = False
     together(2, lambda processes: capture(tmp_path / "cut", processes))
     together(2, lambda processes: capture(tmp_path / "whole", processes))
-    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert read_bytes(tmp_path / "cut") == read_bytes(tmp_path / "whole")
 
 
 def test_journals_that_a_crash_left_after_sealing_are_removed(tmp_path: Path) -> None:

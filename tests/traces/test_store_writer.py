@@ -48,6 +48,7 @@ def writer(tmp_path: Path) -> TraceWriter:
 def test_other_header_names_each_field_with_both_values(
     writer: TraceWriter, changes: dict[str, Any], message: str
 ) -> None:
+    writer.close()
     before = read_bytes(writer.path)
     with pytest.raises(StoreMismatchError, match=message) as caught:
         TraceWriter(writer.path, make_header(**changes))
@@ -56,6 +57,7 @@ def test_other_header_names_each_field_with_both_values(
 
 
 def test_other_dataset_in_the_header(writer: TraceWriter) -> None:
+    writer.close()
     with pytest.raises(DatasetChangedError, match=r"dataset\.size: the store has 10, this run 11"):
         TraceWriter(writer.path, make_header(dataset={"size": 11}))
 
@@ -136,6 +138,7 @@ def test_options_are_checked_before_a_folder_is_made(tmp_path: Path, options: di
 
 def test_changed_samples_are_named(writer: TraceWriter) -> None:
     ids, digests = make_table().sample_ids, make_table().content_sha256
+    writer.close()
     again = TraceWriter(writer.path, make_header())
     again.write_samples(make_table(metadata={}, thumbnails=None))
     assert read_samples(writer.path / "samples.h5").metadata == make_table().metadata
@@ -299,10 +302,12 @@ def test_discard_after_removes_later_checkpoints_and_their_files(tmp_path: Path,
         "checkpoint-00000300",
         "manifest.json",
         "samples.h5",
+        "writer.lock",
     ]
     assert TraceStore(tmp_path / "store").verify() == []
+    writer.close()
     assert read_bytes(three.run(tmp_path / "store")) == whole
-    assert writer.discard_after(-1) == [300]
+    assert three.open(tmp_path / "store").discard_after(-1) == [300, 600, 900]
 
 
 def test_a_step_captured_out_of_order_is_listed_in_order(writer: TraceWriter) -> None:
