@@ -2,8 +2,10 @@
 
 python -m tests.stress.inputs --cases 10000
 
-Each must end in one of the library's typed errors or in a result (what was altered with all its hashes cannot be told from what was
-written so; a table of samples must come back as it was given). Counted apart: other exceptions, crashes of the process,
+Each must end in one of the library's typed errors; or in being told, by `TraceStore.verify` or `ctrak verify`; or in a result that is
+the sound store's: the same ranking, scores, owners, shares and steps, of a ledger the same entries, and a table of samples as
+it was given. (What was altered with all its hashes cannot be told from what was written so, but by the ledger; such a store is
+told, and may answer otherwise.) Counted apart: other answers, other exceptions, crashes of the process,
 hangs (over ten seconds), allocations beyond a gigabyte, writes outside the store's folder, and anything that would run code from
 a file (unpickling, ``exec``, a subprocess, a socket, an import that only a hostile store brings about), which Python's audit hooks tell.
 
@@ -68,7 +70,10 @@ class Workplace:
         self.outside = root / "outside"
         self.outside.mkdir()
         self.store = root / "store"
+        self.told: list[str] = []
         self.watch = Watch(self)
+        self.entries = Ledger(self.sound).entries()
+        self.expected = self._answer(TraceStore(self.sound))
 
     def fresh(self) -> Path:
         """A copy of the sound store."""
@@ -98,9 +103,13 @@ class Workplace:
         return sorted(str(path.relative_to(self.sound)) for path in self.sound.rglob(f"*{suffix}"))
 
     def use(self) -> None:
-        """Everything that is done with a store."""
+        """Everything that is done with a store.
+
+        Raises:
+            AssertionError: nothing is told of it, and it answers otherwise than the sound store.
+        """
         store = TraceStore(self.store)
-        store.verify()
+        self.told = store.verify()
         for checkpoint in store.checkpoints:
             (
                 checkpoint.features(),
@@ -109,14 +118,24 @@ class Workplace:
                 checkpoint.kernel(),
                 checkpoint.weights(),
             )
-        verify(self.store)
+        self.told += verify(self.store)
+        found = self._answer(store)
+        if found != self.expected and not self.told:
+            raise AssertionError(f"answered {found}, expected {self.expected}")
+        self.told += ["other scores"] if found != self.expected else []
+
+    def _answer(self, store: TraceStore) -> list[Any]:
+        """The whole ranking and the streamed top of one question, with owners and shares."""
         attributor = Attributor(store, self.module, sampler=Sampler(steps=2), record=False)
         concept = Concept(
             "c", present={"colour": COLOURS[0], "shape": SHAPES[0]}, absent={"shape": SHAPES[0]}
         )
         query = attributor.query([concept])
-        attributor.score(query)[0].top(3)
-        attributor.top(query, 3)
+        result = attributor.score(query)[0]
+        ranking = [(each.sample_id, round(each.score, 5), each.metadata) for each in result.top(100)]
+        best = [(each.sample_id, round(each.score, 5)) for each in attributor.top(query, 3)[0]]
+        shares = [(each.group, round(each.share, 5)) for each in result.by_group("owner", resamples=10)]
+        return [ranking, best, shares, result.steps]
 
 
 def spot(value: Any, draw: random.Random) -> tuple[Any, Any]:
@@ -254,8 +273,9 @@ def ledger_lines(work: Workplace, draw: random.Random) -> None:
         path.write_bytes(b"".join(lines))
     else:
         path.write_bytes(altered_bytes(path.read_bytes(), draw))
-    verify(work.store)
-    Ledger(work.store).entries()
+    work.told = verify(work.store)
+    if Ledger(work.store).entries() != work.entries and not work.told:
+        raise AssertionError("the ledger says something else, and `verify` nothing")
 
 
 def sample_ids(work: Workplace, draw: random.Random) -> None:
@@ -376,17 +396,19 @@ class Watch:
 def case(work: Workplace, kind: str, seed: int) -> tuple[str, str]:
     """The outcome of one case, and what there is to say of it."""
     draw, watch = random.Random(f"{kind}/{seed}"), work.watch
-    watch.seen = []
+    watch.seen, work.told = [], []
     signal.alarm(SECONDS)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     watch.on = True
     try:
         KINDS[kind](work, draw)
-        outcome, said = "result", ""
+        outcome, said = ("told", str(work.told)) if work.told else ("result", "")
     except (*TYPED, *EXPECTED.get(kind, ())) as error:
         outcome, said = "typed error", type(error).__name__
     except Hang:
         outcome, said = "hang", traceback.format_exc()[-800:]
+    except AssertionError as error:
+        outcome, said = "other answer", str(error)[-3000:]
     except BaseException:
         outcome, said = "other error", traceback.format_exc()[-1500:]
     finally:
@@ -445,12 +467,13 @@ def stress(root: Path, cases: int, seed: int, kinds: Sequence[str]) -> dict[str,
     work = Workplace(root)
     every = [(kinds[i % len(kinds)], seed + i) for i in range(cases)]
     outcomes: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
-    bad = []
+    bad, others = [], 0
     for start in range(0, cases, BATCH):
         part = every[start : start + BATCH]
         for (kind, number), (outcome, said) in zip(part, batch(work, part), strict=True):
             outcomes[kind][outcome] += 1
-            if outcome not in ("typed error", "result"):
+            others += outcome == "told" and "other scores" in said
+            if outcome not in ("typed error", "told", "result"):
                 bad.append({"kind": kind, "seed": number, "outcome": outcome, "said": said})
                 print(kind, number, outcome, said, flush=True)
         if start % 1000 == 0:
@@ -460,6 +483,7 @@ def stress(root: Path, cases: int, seed: int, kinds: Sequence[str]) -> dict[str,
         "cases": cases,
         "seed": seed,
         "outcomes": dict(total),
+        "told_with_other_scores": others,
         "by_kind": {kind: dict(found) for kind, found in outcomes.items()},
         "bad": bad,
     }
