@@ -2,9 +2,10 @@ import json
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from torch import Tensor
 
-from ctrak_lightning import Method, methods
+from ctrak_lightning import FlowSchedule, Method, methods
 from ctrak_lightning.errors import StoreMismatchError, TrialError
 from ctrak_lightning.objective import (
     ChannelProbe,
@@ -139,3 +140,19 @@ def test_a_method_that_a_store_cannot_describe_is_refused_at_the_trial() -> None
             refuse_undescribed(method)
     for name in methods.PRESETS:
         refuse_undescribed(methods.by_name(name))
+
+
+def test_the_probes_of_the_default_are_different_ones() -> None:
+    """Two probes of one seed would be one probe that weighs double."""
+    clean = torch.zeros(1, 8, 2, 2)
+    e = torch.linspace(-1, 1, 32).view_as(clean)
+    prediction = Prediction(clean, torch.zeros(1), clean, e, e, None, FlowSchedule())
+    method = methods.concept_trak()
+    sides = [method.training, *(term.objective for term in method.query)]
+    assert len(sides) == 3
+    for objective in sides:
+        cotangents = torch.stack([part.cotangent(prediction).flatten() for part in objective.parts])
+        assert len(cotangents) == 4
+        assert torch.linalg.matrix_rank(cotangents) == 4
+        cosines = torch.corrcoef(cotangents[1:])[~torch.eye(3, dtype=torch.bool)]
+        assert float(cosines.abs().max()) < 0.9

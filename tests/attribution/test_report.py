@@ -83,6 +83,19 @@ def test_pictures_are_the_stores_own(tmp_path: Path) -> None:
     assert len(page_of(tmp_path, same).data["thumbnails"]) == 1
 
 
+def test_a_card_shows_the_image_of_the_sample_that_it_names(tmp_path: Path) -> None:
+    result = random_result(40)
+    assert result.samples.thumbnails is not None
+    cards = [a for a in page_of(tmp_path, result).all("img") if (a["alt"] or "").startswith("Training image")]
+    assert len(cards) == 18
+    for card in cards:
+        assert card["src"] is not None
+        picture = Image.open(io.BytesIO(base64.b64decode(card["src"].partition(",")[2])))
+        shown = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(4, 4, 3)
+        position = result.samples.sample_ids.index(str(card["alt"]).removeprefix("Training image "))
+        assert torch.equal(shown, result.samples.thumbnails[position])
+
+
 def test_shares_are_those_of_by_group_with_the_interval(tmp_path: Path) -> None:
     result = random_result(30)
     text = page_of(tmp_path, result).text

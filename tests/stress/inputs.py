@@ -40,6 +40,7 @@ from ctrak_lightning.cli.question import load_module, parse_spec
 from ctrak_lightning.errors import BatchError, ConceptError, GradientError, StoreError, TaskError
 from ctrak_lightning.provenance import Ledger, verify
 from ctrak_lightning.traces import SampleTable, TraceWriter
+from ctrak_lightning.traces.manifest import manifest_text, parse_manifest
 from tests.stress.figures import RESULTS, keep
 from tests.stress.subject import fine_tune
 from tests.toy import COLOURS, SHAPES
@@ -97,7 +98,9 @@ class Workplace:
             return
         content = (self.store / name).read_bytes()
         manifest["files"][name] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        (self.store / "manifest.json").write_text(json.dumps(manifest))
+        # As the library writes it, so that nothing but what was altered is told.
+        text = json.dumps(manifest)
+        (self.store / "manifest.json").write_text(manifest_text(parse_manifest(text, "manifest.json")))
 
     def files(self, suffix: str) -> list[str]:
         return sorted(str(path.relative_to(self.sound)) for path in self.sound.rglob(f"*{suffix}"))

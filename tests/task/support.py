@@ -86,7 +86,9 @@ def block() -> str:
     """What stands between the markers in README."""
     return (
         f"{BEGIN}\n**Tiny networks with random weights, on a CPU**: what is tested of each pipeline, every cell by a test that has "
-        'the table as its list (`tests/task/support.py`); "-" is not tested. No published checkpoint was loaded, and 16-bit '
+        'the table as its list (`tests/task/support.py`); "-" is not tested. "Traced and asked" is a fine-tune with the default method '
+        "(without conditions, which is without concepts: D-TRAK), two timesteps: a stored row is that of its sample traced alone, and "
+        "the scores are the stored rows' own, computed anew. No published checkpoint was loaded, and 16-bit "
         f"floats (fp16) need a GPU, which no test had.\n\n{table()}\n{END}"
     )
 

@@ -89,9 +89,10 @@ def test_flux(name: str, true_cfg: float, negative: str | None) -> None:
     assert_same(pipeline._pack_latents(found, 2, 4, SIZE, SIZE), theirs)
 
 
+@pytest.mark.parametrize("name", pipelines_of("generation", among=("dit",)))
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_dit(guidance: float) -> None:
-    task = evaluated("dit")
+def test_dit(name: str, guidance: float) -> None:
+    task = evaluated(name)
     generator = torch.Generator().manual_seed(3)  # the pipeline takes no latents; this is the seed of noise()
     theirs = task.pipeline(
         class_labels=[207, 207],
@@ -104,8 +105,9 @@ def test_dit(guidance: float) -> None:
     assert_same(task.decode(ours(task, noise(), {"class": "golden retriever"}, guidance)), theirs)
 
 
-def test_unconditional_unet() -> None:
-    task = evaluated("ddpm")
+@pytest.mark.parametrize("name", pipelines_of("generation", among=("ddpm",)))
+def test_unconditional_unet(name: str) -> None:
+    task = evaluated(name)
     generator = torch.Generator().manual_seed(3)
     theirs = task.pipeline(
         batch_size=2, num_inference_steps=STEPS, generator=generator, output_type="pt", return_dict=False
@@ -115,8 +117,9 @@ def test_unconditional_unet() -> None:
     assert_same(found, torch.as_tensor(theirs[0]))
 
 
-def test_class_conditional_unet() -> None:
-    task = evaluated("ddpm-classes", null_class=3)
+@pytest.mark.parametrize("name", pipelines_of("generation", among=("ddpm-classes",)))
+def test_class_conditional_unet(name: str) -> None:
+    task = evaluated(name, null_class=3)
     scheduler, unet = task.pipeline.scheduler, task.pipeline.unet
     scheduler.set_timesteps(STEPS)
     x = noise(3, 2 * SIZE)
