@@ -35,7 +35,7 @@ from ctrak_lightning.task import Encoded, encode, task_modules
 from ctrak_lightning.traces import CheckpointWriter, SampleTable, StoreHeader, TraceStore, TraceWriter
 from ctrak_lightning.traces.lock import WriterLock
 from ctrak_lightning.traces.manifest import read_manifest
-from ctrak_lightning.tracing import trace_batch
+from ctrak_lightning.tracing import check_batch, trace_batch
 from ctrak_lightning.trained import Trained
 from ctrak_lightning.trial import SAMPLES, Question, Trial, first_samples, named, try_questions, try_samples
 
@@ -120,6 +120,7 @@ class Capture:
             None if self._processes.from_first(has_sealed(path)) else self._try(thumbnails, questions)
         )
         """What the trial found; None where there was none."""
+        self._is_partly_seen = self.trial is not None and self.trial.blocks < self.trial.all_blocks
         surveyed = self._survey(thumbnails)
         table, latent_shape = _table(surveyed)
         sizes = [len(batch.sample_ids) for batch in surveyed]
@@ -186,6 +187,7 @@ class Capture:
                 position = self._position(number, encoded)
                 done = min(max(checkpoint.rows_done - taken, 0), rows)
                 if done < rows:
+                    self._look_at_unseen(encoded)
                     # The whole batch, also where a part of it is stored: a forward pass of other rows rounds otherwise.
                     trace = trace_batch(
                         self.task, self.tracer, self.method, encoded, self.seed, self._row_limit
@@ -232,6 +234,23 @@ class Capture:
                 trial = try_samples(self.task, self.tracer, self.method, samples, self.seed, limit)
                 try_questions(self.task, self.tracer, self.method, samples, questions, self.seed)
         return None if trial is None else replace(trial, seconds=time.monotonic() - started)
+
+    def _look_at_unseen(self, encoded: Encoded) -> None:
+        """Compares two samples with a pass for each once more, where layers had no gradient at the trial: those behind a last layer
+        of zeros, or LoRA's first matrices.
+
+        Raises:
+            GradientError: they differ; names the layers.
+        """
+        if self._is_partly_seen:
+            limit = RowLimit(min(SAMPLES, self._row_limit.rows or SAMPLES))
+            limit.run(
+                min(SAMPLES, len(encoded.latents)),
+                lambda start, stop: check_batch(
+                    self.task, self.tracer, self.method, encoded.rows(start, stop), self.seed
+                ),
+            )
+            self._is_partly_seen = False
 
     def _tried_batches(self, thumbnails: bool) -> Iterator[Encoded]:
         if isinstance(self.batches, Iterator):

@@ -136,7 +136,7 @@ class Method:
 
         Raises:
             StoreMismatchError: there is none of that name, or several.
-            ValueError: an argument is unknown here (a store of a newer version, or an altered one).
+            ValueError: an argument is unknown here, or a class is no name (a store of a newer version, or an altered one).
         """
         try:
             training = facts["training"]
@@ -168,6 +168,8 @@ def _built(known: dict[str, Any], facts: dict[str, Any]) -> Any:
 
 def _own(base: type, name: str) -> Any:
     """A user's class: the one subclass of that name that is imported. Nothing is imported for a store's sake."""
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise ValueError(f"Method.from_dict: unknown class {name!r}, which is no name of one.")
     # By place, since @dataclass(slots=True) and a notebook's cell that is run again leave earlier ones behind.
     found = {(cls.__module__, cls.__qualname__): cls for cls in _subclasses(base) if cls.__name__ == name}
     if len(found) == 1:

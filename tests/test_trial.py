@@ -47,7 +47,7 @@ class Images(Dataset[dict[str, Any]]):
 class Network(nn.Module):
     """Two convolutions and a table of words; told, with its samples mixed, or with a layer that sees them second."""
 
-    def __init__(self, mixes: bool = False) -> None:
+    def __init__(self, mixes: str = "") -> None:
         super().__init__()
         self.first, self.words, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(5, 4), nn.Conv2d(4, 3, 1)
         self.mixes = mixes
@@ -56,17 +56,17 @@ class Network(nn.Module):
         h = self.first(x)
         if words is not None:
             h = h + self.words(words)[:, :, None, None]
-        if self.mixes:
+        if self.mixes == "in both passes":
             h = h - h.mean(0)
+        if self.mixes == "in the backward pass":
+            h = h + (h - h.detach()).mean(0)
         return self.last(torch.tanh(h))  # type: ignore[no-any-return]
 
 
 class Task(DiffusionTask, nn.Module):
     """Its members raise what ``faults`` has under their names."""
 
-    def __init__(
-        self, faults: dict[str, Exception] | None = None, has_words: bool = True, mixes: bool = False
-    ):
+    def __init__(self, faults: dict[str, Exception] | None = None, has_words: bool = True, mixes: str = ""):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -172,9 +172,9 @@ def test_a_network_that_mixes_the_samples_of_a_batch_is_refused_by_layer(
     """Also where there is one sample to try; not where batches are of one sample."""
     batches = DataLoader(Images(samples), 3)
     with pytest.raises(TrialError, match=r"differ from the per-sample.*'first'.*HINT") as found:
-        capture(tmp_path, Task(mixes=True), batches)
+        capture(tmp_path, Task(mixes="in both passes"), batches)
     assert isinstance(found.value.__cause__, GradientError)
-    assert capture(tmp_path, Task(mixes=True), batches, rows_at_once=1).trial is not None
+    assert capture(tmp_path, Task(mixes="in both passes"), batches, rows_at_once=1).trial is not None
 
 
 def test_two_samples_are_taken_from_batches_of_one(tmp_path: Path) -> None:
@@ -190,6 +190,18 @@ def test_layers_without_a_gradient_are_not_said_to_be_right(tmp_path: Path) -> N
     found = capture(tmp_path, task).trial
     assert found is not None
     assert (found.blocks, found.all_blocks) == (1, 3)
+
+
+def test_layers_without_a_gradient_are_looked_at_by_the_first_capture(tmp_path: Path) -> None:
+    task = Task(mixes="in the backward pass")
+    last = task.denoiser.last.weight
+    trained = last.detach().clone()
+    nn.init.zeros_(last)
+    made = capture(tmp_path, task)
+    last.data.copy_(trained)
+    with pytest.raises(GradientError, match=r"differ from the per-sample.*\['first', 'words'\]"):
+        made.run(3, epoch=0)
+    assert made.writer.sealed_steps == []
 
 
 def test_a_gradient_that_is_not_finite_names_the_sample(tmp_path: Path) -> None:
