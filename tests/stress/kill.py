@@ -42,8 +42,8 @@ from ctrak_lightning.traces.manifest import read_manifest
 from tests.stress.figures import RESULTS, keep
 from tests.stress.subject import Subject, SubjectData, fine_tune
 
-OF_THE_RUN = ("ledger.jsonl", "commitments.h5")
-"""The ledger tells of the interruption, and its commitments have random salts."""
+OF_THE_RUN = ("ledger.jsonl", "commitments.h5", "writer.lock")
+"""The ledger tells of the interruption, its commitments have random salts, and the lock names the process."""
 UNRECORDED = ": not recorded in the manifest"
 SHARD_ROWS = 5
 """Of twelve samples in batches of four: a checkpoint has several shards, and all but the last end inside a batch."""
