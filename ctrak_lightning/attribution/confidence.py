@@ -1,7 +1,7 @@
 """How far one answer can be trusted, and when it says nothing: what a page, the command line and a monitor tell first.
 
-No label is needed. The thresholds are those that ``recipes/benchmarks/learnt.py`` chose on one training and tried on others
-(``recipes/benchmarks/results/learnt.md``).
+No label is needed. The thresholds lie in the gaps between what ``recipes/benchmarks/learnt.py`` measured; what they miss stands in
+``docs/report.md`` and ``recipes/benchmarks/results/learnt.md``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,46 @@
+"""The table of which signal tells a learnt concept from another."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.benchmarks import learnt_table
+
+SOUND = {
+    **dict.fromkeys(learnt_table.SIGNALS, 0.5),
+    **{"strength": 0.1, "self_check": 1.0, "stability": 0.9, "loss": 0.05, "moved": 0.1},
+    **{"worth": 0.05, "worth_z": 5.0, "r_precision": 1.0},
+}
+
+
+def run_of(*rows: dict[str, Any]) -> dict[str, Any]:
+    facts = {"subject": "s", "seed": 0, "steps": 3, "machine": "m", "packages": {"torch": "1"}}
+    return {**facts, "rows": [SOUND | row for row in rows]}
+
+
+def test_what_is_learnt_and_what_is_doubted_are_counted() -> None:
+    still = {"worth": 0.0, "moved": 0.0}
+    missed = {"worth": 0.05, "worth_z": 1.9}  # not sure enough
+    text = learnt_table.page([run_of({}, {"strength": 1e-5}, still, still, missed)], "command")
+    assert "| s, seed 0 | 3 | 2 of 5 | 2 of 3 | 1 of 2 |" in text
+    assert "| losses moved by < 0.001 | 2 of 3 | 0 of 2 |" in text
+    assert learnt_table.learnt(SOUND | {"worth_z": None})
+
+
+def test_a_signal_that_separates_has_an_area_of_one() -> None:
+    rows = run_of({"gain": 0.9}, {"gain": 0.8}, {"gain": 0.1, "worth": -0.1})["rows"]
+    assert learnt_table.separations(rows)["gain"] == pytest.approx(1)
+    assert learnt_table.separations(rows)["strength"] == pytest.approx(0.5)
+
+
+def test_the_committed_table_is_that_of_the_committed_figures() -> None:
+    text = (learnt_table.RESULTS / "learnt.md").read_text("utf-8")
+    runs = json.loads((learnt_table.RESULTS / "learnt.json").read_text("utf-8"))
+    command = re.match("`(.*?)`", text)
+    assert command is not None
+    assert learnt_table.page(runs, command[1]) == text
+    docs = (Path(__file__).parents[2] / "docs" / "report.md").read_text("utf-8")
+    assert "recipes/benchmarks/results/learnt.md" in docs
