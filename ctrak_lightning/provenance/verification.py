@@ -161,7 +161,7 @@ def _files_of_ledger(root: Path, history: History) -> list[str]:
 
 
 def _salt(root: Path, history: History) -> bytes | None:
-    """That of the edition that the ledger ends with; None where it cannot be read, which is told with the commitments."""
+    """That of the edition that the ledger ends with; None where it cannot be read."""
     if history.dataset is None:
         return None
     try:
@@ -171,7 +171,13 @@ def _salt(root: Path, history: History) -> bytes | None:
 
 
 def _against_ledger(root: Path, manifest: Manifest, history: History) -> list[str]:
-    problems = disagreements(manifest, history, _salt(root, history))
+    salt = _salt(root, history)
+    problems = disagreements(manifest, history, salt)
+    if history.dataset is not None and salt is None:
+        name = edition_name(COMMITMENTS, history.edition)
+        problems.append(
+            f"{name}: its salt cannot be read, without which no file can be held against the ledger"
+        )
     if history.dataset is None and manifest.samples in manifest.files:
         problems.append(f"{LEDGER}: has no entry of the samples")
     if is_pending(manifest, history):

@@ -293,6 +293,16 @@ def test_a_ledger_that_was_deleted_after_a_forgetting_leaves_a_trace_too(store: 
     named_problem(store, "ledger.jsonl: is missing", "commitments-e1.h5")
 
 
+def test_samples_that_are_gone_with_their_commitments_are_missed(tmp_path: Path) -> None:
+    """From a store that has no checkpoint yet, whose manifest says nothing of them any more."""
+    store = recorded(tmp_path / "store", Capture(steps=()))
+    assert verify(store) == []
+    for name in ("samples.h5", "commitments.h5"):
+        (store / name).unlink()
+    write_text(store, json.loads((store / "manifest.json").read_text()) | {"files": {}})
+    named_problem(store, "commitments.h5", "no file can be held against the ledger")
+
+
 def test_with_the_manifest_gone_the_ledger_still_speaks_of_the_files(store: Path) -> None:
     (store / "manifest.json").write_text("{")
     (store / SHARD).write_bytes(b"x")
