@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 
 from ctrak_lightning import methods
 from ctrak_lightning.cli import main
-from ctrak_lightning.errors import BatchError
+from ctrak_lightning.errors import BatchError, GradientError
 from ctrak_lightning.gradients import Projection
 from ctrak_lightning.selfcheck import Check, selfcheck
 
@@ -64,19 +64,6 @@ class Counting(Small):
         return output
 
 
-class Transposed(Small):
-    """Puts positions first and samples second, which a hook takes for samples first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = nn.Linear(CHANNELS, CHANNELS)
-
-    def after(self, output: Tensor) -> Tensor:
-        rows, channels, height, width = output.shape
-        flat = output.permute(2, 3, 0, 1).reshape(-1, channels)
-        return self.mix(flat).view(height, width, rows, channels).permute(2, 3, 0, 1)
-
-
 class Broken(Small):
     def after(self, output: Tensor) -> Tensor:
         return output / torch.zeros_like(output)
@@ -105,10 +92,8 @@ def test_a_sound_model_passes() -> None:
 @pytest.mark.parametrize(
     ("denoiser", "name"),
     [
-        (Mixing, "a sample alone equals it in a batch"),
         (Restless, "traced twice, the same to the bit"),
         (Counting, "the model and the random generators are as before"),
-        (Transposed, "gradients equal a plain loop over the samples"),
         (Broken, "every trace is finite and not zero"),
     ],
 )
@@ -117,6 +102,11 @@ def test_what_is_wrong_is_found(denoiser: type[nn.Module], name: str) -> None:
     assert name in found
     if denoiser is Counting:
         assert found == {name}
+
+
+def test_samples_that_depend_on_each_other_are_refused() -> None:
+    with pytest.raises(GradientError, match=r"depends on the other samples.*conv_in, conv_out, text.*HINT"):
+        checked(Mixing())
 
 
 def test_layers_that_are_left_out_are_told() -> None:

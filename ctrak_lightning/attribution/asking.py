@@ -15,7 +15,7 @@ from ctrak_lightning.attribution.parts import concatenated
 from ctrak_lightning.attribution.pictures import weights_of
 from ctrak_lightning.attribution.query import Query, spec_key
 from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreMismatchError
-from ctrak_lightning.gradients import Engine, GradientTracer, Projection
+from ctrak_lightning.gradients import GradientTracer, Projection
 from ctrak_lightning.inversion import inverted
 from ctrak_lightning.memory import RowLimit
 from ctrak_lightning.method import Method
@@ -226,9 +226,10 @@ class Asker:
             projection, layers = described(
                 self.store, "projection", lambda: (Projection(**facts["projection"]), facts["layers"])
             )
+            made = partial(GradientTracer, self.task.denoiser, projection, layers=layers)
             # Stores of training steps hold what has a hook and nothing else.
-            engine: Engine = "auto" if facts.get("parameters_without_hook") else "hooks"
-            self._tracer = GradientTracer(self.task.denoiser, projection, layers=layers, engine=engine)
+            by_hooks = None if facts.get("parameters_without_hook") else made(engine="hooks")
+            self._tracer = by_hooks if by_hooks and by_hooks.leaves_out else made(engine="auto")
             refuse_differences("projection", facts, self._tracer.describe())
         return self._tracer
 

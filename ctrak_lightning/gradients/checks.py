@@ -58,11 +58,14 @@ def run_cotangent(cotangent: Cotangent, output: Tensor, rows: Tensor) -> Tensor:
 
 
 def pull_back(
-    output: Tensor, inputs: Sequence[Tensor] | Sequence[GradientEdge], v: Tensor, keep_graph: bool
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor] | Sequence[GradientEdge],
+    vs: Sequence[Tensor],
+    keep_graph: bool,
 ) -> list[Tensor | None]:
-    """`torch.autograd.grad` of an output with respect to tensors or graph edges; an unused one gives None."""
+    """`torch.autograd.grad` of outputs with respect to tensors or graph edges; an unused one gives None."""
     with explained_errors():
-        return list(torch.autograd.grad(output, inputs, v, retain_graph=keep_graph, allow_unused=True))
+        return list(torch.autograd.grad(outputs, inputs, vs, retain_graph=keep_graph, allow_unused=True))
 
 
 def require_contribution(has_any: bool) -> None:

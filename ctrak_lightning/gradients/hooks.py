@@ -3,15 +3,15 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import Node
 
 from ctrak_lightning.errors import GradientError
+from ctrak_lightning.gradients.calls import Call, record
 from ctrak_lightning.gradients.checks import (
     Cotangent,
     Forward,
@@ -21,7 +21,7 @@ from ctrak_lightning.gradients.checks import (
     run_forward,
 )
 from ctrak_lightning.gradients.layers import Layer
-from ctrak_lightning.gradients.modes import full_precision
+from ctrak_lightning.gradients.layouts import Layouts
 from ctrak_lightning.gradients.projection import BlockProjector
 
 REENTRANT = "CheckpointFunctionBackward"
@@ -31,6 +31,7 @@ REENTRANT = "CheckpointFunctionBackward"
 def hooked_vjps(
     layers: Sequence[Layer],
     projector: BlockProjector,
+    layouts: Layouts,
     forward: Forward,
     cotangents: Sequence[Cotangent],
     rows: Tensor,
@@ -40,6 +41,7 @@ def hooked_vjps(
     Args:
         layers: the traced layers.
         projector: their projections.
+        layouts: what has been seen of their layouts; calls that are new are looked at.
         forward: rows [B] -> e [B, ...], calling the traced module.
         cotangents: each (e, rows) -> v of e's shape.
         rows: the sample indices [B].
@@ -49,38 +51,34 @@ def hooked_vjps(
 
     Raises:
         GradientError: a layer's gradient would not be exact.
+        NotBySampleError: the rows of some layers belong to no sample alone.
     """
-    recorder = _Recorder(layers, projector, len(rows))
+    recorder = _Recorder(layers, projector, layouts, len(rows))
     with recorder.hooked():
         with recorder.recording():
             output = run_forward(forward, rows)
         recorder.check(output)
+        has_silent = recorder.look(output)
         edges = [call.edge for call in recorder.calls]
         results = []
         for position, cotangent in enumerate(cotangents, start=1):
             v = run_cotangent(cotangent, output, rows)
-            results.append(
-                recorder.blocks(pull_back(output, edges, v, keep_graph=position < len(cotangents)))
-            )
+            gradients = pull_back([output], edges, [v], keep_graph=has_silent or position < len(cotangents))
+            if has_silent:
+                recorder.look_again(output, gradients)
+            results.append(recorder.blocks(gradients))
     return results
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One recorded call of a layer: where its output's cotangent will arrive, and its projected input."""
-
-    layer: Layer
-    edge: GradientEdge
-    input_shape: tuple[int, ...]
-    kept: Tensor | None
-    version: int
-
-
 class _Recorder:
-    def __init__(self, layers: Sequence[Layer], projector: BlockProjector, batch_size: int) -> None:
-        self.calls: list[_Call] = []
+    def __init__(
+        self, layers: Sequence[Layer], projector: BlockProjector, layouts: Layouts, batch_size: int
+    ) -> None:
+        self.calls: list[Call] = []
         self._layers = layers
         self._projector = projector
+        self._layouts = layouts
+        self._counts: Counter[str] = Counter()
         self._batch_size = batch_size
         self._is_recording = False
         self._without_graph: set[str] = set()
@@ -110,7 +108,7 @@ class _Recorder:
 
     def check(self, output: Tensor) -> None:
         """Refuses layers whose parameters influence the output in another way than by the recorded calls."""
-        called = {call.layer.name for call in self.calls}
+        called = {call.name for call in self.calls}
         if without_graph := sorted(self._without_graph - called):
             raise GradientError(
                 f"These traced layers ran without a graph (`torch.no_grad()` or reentrant checkpointing): {without_graph}. "
@@ -123,7 +121,7 @@ class _Recorder:
                 "The network uses reentrant checkpointing, which gives no gradients but in a training step. Expected a graph that "
                 "can be asked for gradients. HINT: use checkpointing with `use_reentrant=False`."
             )
-        reached = Counter(call.layer.name for call in self.calls if call.edge.node in nodes)
+        reached = Counter(call.name for call in self.calls if call.edge.node in nodes)
         for layer in self._layers:
             for name, parameter in layer.parameters.items():
                 if uses[parameter] > reached[layer.name]:
@@ -135,29 +133,28 @@ class _Recorder:
                     )
         require_contribution(bool(reached))
 
+    def look(self, output: Tensor) -> bool:
+        """Learns the layouts of calls that are new; whether there are any whose layout did not show."""
+        if self._layouts.fresh(self.calls, self._batch_size):
+            self._layouts.learn([output], self.calls, self._batch_size)
+        self._layouts.require(self.calls, self._batch_size)
+        return bool(self._layouts.silent(self.calls, self._batch_size))
+
+    def look_again(self, output: Tensor, gradients: Sequence[Tensor | None]) -> None:
+        """Learns the layouts of calls that showed none, once a cotangent other than zero has come to them."""
+        silent = (gradients[i] for i in self._layouts.silent(self.calls, self._batch_size))
+        present = [gradient.count_nonzero() for gradient in silent if gradient is not None]
+        if present and torch.stack(present).any():
+            self._layouts.learn([output], self.calls, self._batch_size)
+
     def blocks(self, gradients: list[Tensor | None]) -> dict[str, Tensor]:
         """Blocks from the cotangents of the recorded calls' outputs; consumes the list to free them early."""
         parts: dict[str, list[Tensor]] = defaultdict(list)
         for position, call in enumerate(self.calls):
             gradient, gradients[position] = gradients[position], None
-            if gradient is None:
-                continue
-            if call.kept is None:
-                raise GradientError(
-                    f"Layer {call.layer.name!r} saw an input of shape {call.input_shape} in a batch of "
-                    f"{self._batch_size} samples, expected a leading dimension divisible by {self._batch_size}. HINT: "
-                    "give the network one row per sample of every input (also of the timesteps), or exclude the layer."
-                )
-            if call.kept._version != call.version:
-                raise GradientError(
-                    f"The input of layer {call.layer.name!r} was overwritten in place after the layer used it, expected it "
-                    "unchanged. HINT: exclude the layer with `layers=`, or make the operation after it not in-place."
-                )
-            left, right = self._projector.matrices(call.layer.name, gradient.device)
-            with full_precision(gradient.device):
-                parts[call.layer.name].append(
-                    call.layer.contract(call.kept, gradient, left, right).flatten(1)
-                )
+            layout = self._layouts.find(call, self._batch_size)
+            if gradient is not None and layout is not None:
+                parts[call.name].append(call.block(gradient, layout, self._projector))
         return {name: torch.stack(several).sum(0) for name, several in parts.items()}
 
     def _hook(self, layer: Layer) -> Any:
@@ -176,33 +173,12 @@ class _Recorder:
                 # Recomputation under checkpointing must do the same, or it would save other tensors than the first pass.
                 output = replaced = output.detach().requires_grad_().clone()
             if self._is_recording:
-                self._record(layer, args[0] if args else next(iter(kwargs.values())), output)
+                call = record(layer, self._counts[layer.name], args, kwargs, output, self._projector)
+                self._counts[layer.name] += 1
+                self.calls.append(call)
             return replaced
 
         return hook
-
-    def _record(self, layer: Layer, x: Tensor, output: Tensor) -> None:
-        x = x.detach()
-        leading = x.shape[0] if x.dim() > layer.event_dims(x) else 1
-        kept = None
-        if leading % self._batch_size == 0:
-            _, right = self._projector.matrices(layer.name, x.device)
-            with full_precision(x.device):
-                kept = layer.keep(x, output, right, self._batch_size)
-        edge = get_gradient_edge(anchor(output))
-        self.calls.append(_Call(layer, edge, tuple(x.shape), kept, 0 if kept is None else kept._version))
-
-
-def anchor(output: Tensor) -> Tensor:
-    """The tensor at whose graph node the output's cotangent is taken.
-
-    A Linear with a bias returns a view of a matrix. An in-place operation on that view gives it a new node, which would
-    bypass the old one, but still leads to the node of the matrix.
-    """
-    base = output._base
-    if base is None or base.grad_fn is None or base.numel() != output.numel():
-        return output
-    return base if base.is_contiguous() and output.is_contiguous() else output
 
 
 def walk(output: Tensor) -> tuple[set[Node], Counter[Tensor]]:

@@ -1,20 +1,25 @@
 """Per-sample gradients from a training step's own forward and backward pass."""
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from ctrak_lightning.errors import GradientError
-from ctrak_lightning.gradients.hooks import anchor, walk
+from ctrak_lightning.gradients.calls import Call, record
+from ctrak_lightning.gradients.hooks import REENTRANT, walk
 from ctrak_lightning.gradients.layers import Layer
+from ctrak_lightning.gradients.layouts import Layout, Layouts, NotBySampleError
 from ctrak_lightning.gradients.modes import full_precision
 from ctrak_lightning.gradients.projection import BlockProjector
+
+_LOOKS = 8
+"""Steps in which layers without a gradient so far are looked at; after them in steps of every power of two."""
 
 
 class StepRecorder:
@@ -25,17 +30,26 @@ class StepRecorder:
     pass, :meth:`before_backward`, the backward pass, :meth:`rows`.
 
     Args:
+        module: the network, whose output shows how its layers lay out the samples.
         layers: the traced layers.
         projector: their projections.
+        layouts: what has been seen of their layouts.
     """
 
-    def __init__(self, layers: Sequence[Layer], projector: BlockProjector) -> None:
+    def __init__(
+        self, module: nn.Module, layers: Sequence[Layer], projector: BlockProjector, layouts: Layouts
+    ) -> None:
+        self._module = module
         self._layers = layers
         self._projector = projector
+        self._layouts = layouts
         self._batch_size = 0
         self._is_recording = False
         self._is_pulling = False
-        self._edges: list[tuple[Layer, GradientEdge]] = []
+        self._calls: list[Call] = []
+        self._outputs: list[Tensor] = []
+        self._counts: Counter[str] = Counter()
+        self._steps = 0
         self._without_graph: set[str] = set()
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
         self._handles: list[RemovableHandle] = []
@@ -45,12 +59,13 @@ class StepRecorder:
         self._counting: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        """Puts the hooks on the layers; :meth:`detach` takes them off. Idempotent."""
+        """Puts the hooks on the layers and the network; :meth:`detach` takes them off. Idempotent."""
         if not self._handles:
             self._handles = [
                 layer.module.register_forward_hook(self._hook(layer), with_kwargs=True, prepend=True)
                 for layer in self._layers
             ]
+            self._handles.append(self._module.register_forward_hook(self._note_output))
 
     def detach(self) -> None:
         """Takes the hooks off; idempotent."""
@@ -78,10 +93,11 @@ class StepRecorder:
             check: walk the loss's graph (some milliseconds) and refuse what could not be recorded.
 
         Raises:
-            GradientError: a traced layer ran without a graph, or its parameters enter the loss in another way too.
+            GradientError: a traced layer ran without a graph, its parameters enter the loss in another way too, or samples
+                share the rows of its input.
         """
         self._is_recording = False
-        called = {layer.name for layer, _ in self._edges}
+        called = {call.name for call in self._calls}
         if without_graph := sorted(self._without_graph - called):
             raise GradientError(
                 f"These traced layers ran without a graph (`torch.no_grad()` or reentrant checkpointing): {without_graph}. "
@@ -90,7 +106,8 @@ class StepRecorder:
             )
         if check:
             self._check(loss)
-        self._edges = []
+        self._look()
+        self._calls, self._outputs = [], []
         self._is_pulling = True
 
     def rows(self) -> Tensor:
@@ -116,7 +133,8 @@ class StepRecorder:
 
     def _forget(self) -> None:
         self._is_recording = self._is_pulling = False
-        self._edges = []
+        self._calls, self._outputs = [], []
+        self._counts = Counter()
         self._without_graph = set()
         self._parts = defaultdict(list)
         for handle in self._counting:
@@ -131,47 +149,74 @@ class StepRecorder:
             if not self._is_recording or get_ident() != self._thread:
                 return
             if torch.is_grad_enabled() and output.requires_grad:
-                self._record(layer, args[0] if args else next(iter(kwargs.values())), output)
+                self._record(layer, args, kwargs, output)
             else:
                 self._without_graph.add(layer.name)
 
         return hook
 
-    def _record(self, layer: Layer, x: Tensor, output: Tensor) -> None:
-        x = x.detach()
-        leading = x.shape[0] if x.dim() > layer.event_dims(x) else 1
-        if leading % self._batch_size:
-            raise GradientError(
-                f"Layer {layer.name!r} saw an input of shape {tuple(x.shape)} in a training batch of {self._batch_size} "
-                f"samples, expected a leading dimension divisible by {self._batch_size}. HINT: give the network one row per "
-                "sample of every input (also of the timesteps), or exclude the layer with `layers=`."
-            )
-        left, right = self._projector.matrices(layer.name, x.device)
-        with full_precision(x.device):
-            kept = layer.keep(x, output, right, self._batch_size)
-        version = kept._version
-        edge = get_gradient_edge(anchor(output))
-        self._edges.append((layer, edge))
+    def _note_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._is_recording:
+            # The first alone: what comes beside the prediction need not be of samples.
+            self._outputs += [one for one in _tensors(output) if one.requires_grad][:1]
+
+    def _record(self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        call = record(layer, self._counts[layer.name], args, kwargs, output, self._projector)
+        self._counts[layer.name] += 1
+        self._calls.append(call)
 
         # On the node, not the tensor: it gets the cotangent of the output as it was, whatever is done to it in place.
         def pull(cotangents: tuple[Tensor | None, ...]) -> None:
-            cotangent = cotangents[edge.output_nr]
-            if cotangent is None or not self._is_pulling:
-                return
-            if kept._version != version:
-                raise GradientError(
-                    f"The input of layer {layer.name!r} was overwritten in place after the layer used it, expected it "
-                    "unchanged. HINT: exclude the layer with `layers=`, or make the operation after it not in-place."
-                )
-            with full_precision(cotangent.device):
-                part = layer.contract(kept, cotangent.detach(), left, right).flatten(1)
-            self._parts[layer.name].append(part)
+            cotangent = cotangents[call.edge.output_nr]
+            if cotangent is not None and self._is_pulling:
+                self._parts[layer.name].append(call.block(cotangent, self._layout(call), self._projector))
 
-        edge.node.register_prehook(pull)
+        call.edge.node.register_prehook(pull)
+
+    def _look(self) -> None:
+        """Sees how the layers lay out the samples, where that has not been seen."""
+        calls, batch_size = self._calls, self._batch_size
+        self._steps += 1
+        often = self._steps <= _LOOKS or self._steps & (self._steps - 1) == 0
+        try:
+            self._layouts.require(calls, batch_size)
+            if self._layouts.fresh(calls, batch_size) or (often and self._layouts.silent(calls, batch_size)):
+                outputs = self._sorted_outputs()
+                if any(node.name() == REENTRANT for output in outputs for node in walk(output)[0]):
+                    self._layouts.learn_by_shape(calls, batch_size)
+                else:
+                    self._layouts.learn(outputs, calls, batch_size)
+        except NotBySampleError as error:
+            raise GradientError(
+                f"The rows of these layers' inputs belong to no sample of the training batch of {batch_size} alone: {error.names}. "
+                "Expected a row or more of each sample's own in every input, in a regular order. HINT: give the network one row "
+                "per sample of every input (also of the timesteps and of position ids), use no reentrant checkpointing, exclude these "
+                'layers with `layers=`, or use mode="capture", which traces them by a pass per sample.'
+            ) from error
+
+    def _sorted_outputs(self) -> list[Tensor]:
+        wrong = [tuple(output.shape) for output in self._outputs if output.shape[:1] != (self._batch_size,)]
+        if wrong or not self._outputs:
+            given = f"an output of shape {wrong[0]}" if wrong else "no output with a graph"
+            raise GradientError(
+                f"The network gave {given} in a training batch of {self._batch_size} samples, expected [{self._batch_size}, ...]. "
+                'HINT: let the network return its samples first; mode="capture" traces any training step.'
+            )
+        return self._outputs
+
+    def _layout(self, call: Call) -> Layout:
+        layout = self._layouts.find(call, self._batch_size)
+        if layout is None:
+            raise GradientError(
+                f"Layer {call.name!r} saw {math.prod(call.leading)} rows in a training batch of {self._batch_size} samples, expected "
+                f"a number divisible by {self._batch_size}. HINT: give the network one row per sample of every input, or exclude "
+                "the layer with `layers=`."
+            )
+        return layout
 
     def _check(self, loss: Tensor) -> None:
         nodes, uses = walk(loss)
-        reached = Counter(layer.name for layer, edge in self._edges if edge.node in nodes)
+        reached = Counter(call.name for call in self._calls if call.edge.node in nodes)
         self._reached = reached
         for layer in self._layers:
             for name, parameter in layer.parameters.items():
@@ -206,3 +251,14 @@ class StepRecorder:
                         f"{type(layer.module).__name__} runs without being recorded: reentrant checkpointing. Expected all calls in "
                         "the loss's own graph. HINT: use checkpointing with `use_reentrant=False`, or exclude the layer with `layers=`."
                     )
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors of a network's output, whatever holds them."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for one in output:
+            yield from _tensors(one)
+    elif isinstance(output, Mapping) or hasattr(output, "__dict__"):
+        yield from _tensors(list(dict(output if isinstance(output, Mapping) else vars(output)).values()))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctrak_lightning.errors import GradientError
+from ctrak_lightning.gradients.layouts import Layout
 
 
 class Block:
@@ -68,11 +69,18 @@ class Layer(Block):
         """How many trailing dimensions of an input ``x`` belong to one position or image; the others are batch."""
         raise NotImplementedError
 
-    def keep(self, x: Tensor, output: Tensor, right: Tensor, batch_size: int) -> Tensor:
-        """What must be kept of an input until its cotangent arrives, given P_in ``right`` [cols, p_in]."""
+    def leading(self, x: Tensor) -> tuple[int, ...]:
+        """The sizes of an input's batch dimensions; () of one position or image alone."""
+        return tuple(x.shape[: max(x.dim() - self.event_dims(x), 0)])
+
+    def keep(self, x: Tensor, output: Tensor, right: Tensor) -> Tensor:
+        """What must be kept of an input until its cotangent arrives, given P_in ``right`` [cols, p_in]: one entry for each of
+        its rows (position or image), R of them."""
         raise NotImplementedError
 
-    def contract(self, kept: Tensor, cotangent: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    def contract(
+        self, kept: Tensor, cotangent: Tensor, left: Tensor, right: Tensor, layout: Layout
+    ) -> Tensor:
         """Projected gradient [B, p_out, p_in] from what was kept and the output's cotangent."""
         raise NotImplementedError
 
@@ -92,20 +100,20 @@ class LinearLayer(Layer):
     def event_dims(self, x: Tensor) -> int:
         return 1
 
-    def keep(self, x: Tensor, output: Tensor, right: Tensor, batch_size: int) -> Tensor:
-        positions = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)  # [B * T, in]
+    def keep(self, x: Tensor, output: Tensor, right: Tensor) -> Tensor:
+        positions = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)  # [R, in]
         weight, bias = self._split(right)
         if weight is None:
-            projected = right.expand(len(positions), 1)
-        elif bias is None:
-            projected = _sided(positions.float(), weight)
-        else:
-            projected = torch.addmm(bias, positions.float(), weight)
-        return projected.reshape(batch_size, -1, right.shape[1])  # [B, T, p_in]
+            return right.expand(len(positions), 1)
+        if bias is None:
+            return _sided(positions.float(), weight)
+        return torch.addmm(bias, positions.float(), weight)  # [R, p_in]
 
-    def contract(self, kept: Tensor, cotangent: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        g = _sided(cotangent.reshape(len(kept), -1, self.rows).float(), left)  # [B, T, p_out]
-        return g.mT @ kept
+    def contract(
+        self, kept: Tensor, cotangent: Tensor, left: Tensor, right: Tensor, layout: Layout
+    ) -> Tensor:
+        g = _sided(cotangent.reshape(len(kept), self.rows).float(), left)  # [R, p_out]
+        return layout.by_sample(g).mT @ layout.by_sample(kept)  # [B, p_out, T] x [B, T, p_in]
 
     def _split(self, right: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The rows of P_in for the weight's columns, and the one for the bias."""
@@ -123,28 +131,28 @@ class ConvLayer(LinearLayer):
     def event_dims(self, x: Tensor) -> int:
         return len(self.layer.kernel_size) + 1
 
-    def keep(self, x: Tensor, output: Tensor, right: Tensor, batch_size: int) -> Tensor:
+    def keep(self, x: Tensor, output: Tensor, right: Tensor) -> Tensor:
         groups, p_in = self.layer.groups, right.shape[1]
         positions = output.shape[-len(self.layer.kernel_size) :].numel()
         weight, bias = self._split(right)
         if weight is None:
-            images = output.numel() // (self.rows * positions)
-            return right.expand(batch_size, images // batch_size, groups, 1, positions)
+            return right.expand(output.numel() // (self.rows * positions), groups, 1, positions)
         kernel = weight.mT.reshape(p_in, *self.layer.weight.shape[1:])
         kernel = kernel.repeat(groups, *[1] * (kernel.dim() - 1))
         # The layer's own method honours its stride, padding and padding mode.
         patches: Tensor = self.layer._conv_forward(
             x.float(), kernel, None if bias is None else bias.repeat(groups)
         )
-        return patches.reshape(batch_size, -1, groups, p_in, positions)
+        return patches.reshape(-1, groups, p_in, positions)
 
-    def contract(self, kept: Tensor, cotangent: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        batch_size, images, groups, _, positions = kept.shape
-        g = cotangent.reshape(batch_size * images, groups, self.rows // groups, positions).float()
-        sides = left.reshape(groups, self.rows // groups, -1).mT.expand(len(g), -1, -1, -1)
-        g = (sides @ g).reshape(batch_size, images, groups, -1, positions)  # [B, F, groups, p_out, L]
-        # Images and groups are further positions to sum over.
-        return _join_positions(g) @ _join_positions(kept).mT
+    def contract(
+        self, kept: Tensor, cotangent: Tensor, left: Tensor, right: Tensor, layout: Layout
+    ) -> Tensor:
+        images, groups, _, positions = kept.shape
+        g = cotangent.reshape(images, groups, self.rows // groups, positions).float()
+        sides = left.reshape(groups, self.rows // groups, -1).mT.expand(images, -1, -1, -1)
+        # Images and groups are further positions to sum over: [B, F, groups, p_out, L].
+        return _join_positions(layout.by_sample(sides @ g)) @ _join_positions(layout.by_sample(kept)).mT
 
 
 class EmbeddingLayer(LinearLayer):
@@ -166,9 +174,9 @@ class EmbeddingLayer(LinearLayer):
     def event_dims(self, x: Tensor) -> int:
         return 0
 
-    def keep(self, x: Tensor, output: Tensor, right: Tensor, batch_size: int) -> Tensor:
-        ids = x.reshape(batch_size, -1)
-        projected = right[ids]  # [B, T, p_in]
+    def keep(self, x: Tensor, output: Tensor, right: Tensor) -> Tensor:
+        ids = x.flatten()
+        projected = right[ids]  # [R, p_in]
         if self.layer.padding_idx is None:
             return projected
         return projected * ids.ne(self.layer.padding_idx).unsqueeze(-1)
@@ -186,15 +194,17 @@ class NormLayer(Layer):
         parts = [gradients[own].flatten(1) for own in ("weight", "bias") if own in self.own_names]
         return torch.cat(parts, dim=1).unsqueeze(1)
 
-    def keep(self, x: Tensor, output: Tensor, right: Tensor, batch_size: int) -> Tensor:
-        return x.unflatten(0, (batch_size, -1)) if x.dim() > self.event_dims(x) else x[None, None]
+    def keep(self, x: Tensor, output: Tensor, right: Tensor) -> Tensor:
+        return x.reshape(-1, *x.shape[len(self.leading(x)) :])  # [R, *event]
 
-    def contract(self, kept: Tensor, cotangent: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        x, g = kept.flatten(0, 1), cotangent.float()
-        products = [g.reshape(x.shape) * self.normalise(x)] if self.has_weight else []
+    def contract(
+        self, kept: Tensor, cotangent: Tensor, left: Tensor, right: Tensor, layout: Layout
+    ) -> Tensor:
+        g = cotangent.reshape(kept.shape).float()
+        products = [g * self.normalise(kept)] if self.has_weight else []
         if self.has_bias:
-            products.append(g.reshape(x.shape))
-        sums = [self.sum_positions(part.reshape(kept.shape)) for part in products]
+            products.append(g)
+        sums = [self.sum_positions(layout.by_sample(part)) for part in products]
         return (torch.cat(sums, dim=1) @ right).unsqueeze(1) * left
 
     def normalise(self, x: Tensor) -> Tensor:
@@ -251,10 +261,14 @@ class GroupNormLayer(NormLayer):
 
 
 def layer_kind(module: nn.Module) -> type[Layer] | None:
-    """The kind that traces a module exactly, or None. A subclass with a forward of its own is another layer."""
+    """The kind that traces a module exactly, or None. A class, or an instance, that computes in its own way is another layer."""
     kind = type(module)
+    if any(name in vars(module) for name in _COMPUTING):
+        return None
     for base, layer in _KINDS.items():
-        if isinstance(module, base) and kind.forward is base.forward:
+        if isinstance(module, base) and all(
+            getattr(kind, name, None) is getattr(base, name, None) for name in _COMPUTING
+        ):
             return layer
     return _KINDS_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
 
@@ -269,6 +283,7 @@ def _join_positions(maps: Tensor) -> Tensor:
     return maps.permute(0, 3, 1, 2, 4).flatten(2)
 
 
+_COMPUTING = ("forward", "_conv_forward", "__call__")
 _KINDS: dict[type[nn.Module], type[Layer]] = {
     nn.Linear: LinearLayer,
     nn.Conv1d: ConvLayer,

@@ -93,7 +93,8 @@ def _layer(name: str, module: nn.Module, own_names: list[str], called: bool) -> 
     if not called:
         return None, "used inside nn.MultiheadAttention without a call of its layer"
     if kind is None:
-        return None, f"{type(module).__name__} is not a known layer kind"
+        own = " with a `forward` of its own" if "forward" in vars(module) else ""
+        return None, f"{type(module).__name__}{own} is not a known layer kind"
     known = [own for own in own_names if own in ("weight", "bias")]
     if not known:
         return None, f"not the weight or bias of its {type(module).__name__}"

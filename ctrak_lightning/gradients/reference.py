@@ -42,7 +42,7 @@ def looped_vjps(
             for position, cotangent in enumerate(cotangents, start=1):
                 v = run_cotangent(cotangent, output, row)
                 gradients = pull_back(
-                    output, list(parameters.values()), v, keep_graph=position < len(cotangents)
+                    [output], list(parameters.values()), [v], keep_graph=position < len(cotangents)
                 )
                 require_contribution(not required or any(gradient is not None for gradient in gradients))
                 named = {

@@ -16,6 +16,7 @@ from ctrak_lightning.gradients.groups import layer_group
 from ctrak_lightning.gradients.hooks import hooked_vjps
 from ctrak_lightning.gradients.inline import StepRecorder
 from ctrak_lightning.gradients.layers import Block
+from ctrak_lightning.gradients.layouts import Layouts, NotBySampleError
 from ctrak_lightning.gradients.modes import tracing_mode
 from ctrak_lightning.gradients.plan import plan_blocks
 from ctrak_lightning.gradients.projection import BlockProjector, Projection
@@ -23,6 +24,7 @@ from ctrak_lightning.gradients.reference import functional_vjps, looped_vjps
 from ctrak_lightning.gradients.sharding import refuse_sharded
 
 Engine = Literal["hooks", "auto", "loop", "functional"]
+CHECK_TOLERANCE = 1e-3
 CHECK_TOLERANCE = 1e-3
 TF32_TOLERANCE = 2e-2
 HALF_TOLERANCE = 0.1
@@ -34,7 +36,8 @@ class UntracedParameterWarning(UserWarning):
 
 
 class SlowParameterWarning(UserWarning):
-    """Parameters without a hook, which are traced by a pass per sample; the message names them all."""
+    """Parameters without a hook, or of layers whose input samples share, which are traced by a pass per sample; the message
+    names them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +52,16 @@ class Checked:
 class GradientTracer:
     """Projected per-sample gradients J^T v of a network's output over its trainable parameters.
 
-    The network must treat its samples independently and lay them out batch first: a layer that sees [B * F, ...] is taken
-    to see F positions of the first sample, then F of the second. :meth:`check` compares that with the per-sample loop.
+    The network must treat its samples independently. How a layer lays them out (batch first, positions first, frames beside
+    samples) is seen from the gradients, by some backward passes when a shape first occurs. :meth:`check` compares with the
+    per-sample loop.
 
     Args:
         module: the network. Which of its parameters require a gradient is read once, here.
         projection: rank, length and seed of the features.
         layers: `fnmatch` patterns for the names of the modules whose parameters are traced; None traces all.
-        engine: "hooks"; "auto", which also traces the parameters that have no hook, such as DoRA's magnitudes, by a pass per
-            sample; or, as references, "loop" (a pass per sample for all) and "functional" (`torch.func`).
+        engine: "hooks"; "auto", which also traces the parameters that have no hook, such as DoRA's magnitudes, and the layers
+            whose input samples share, such as a table of positions, by a pass per sample; or, as references, "loop" (a pass per sample for all) and "functional" (`torch.func`).
         trained: names of the module's parameters that training changes; None takes those that require a gradient.
 
     Raises:
@@ -65,7 +69,8 @@ class GradientTracer:
 
     Warns:
         UntracedParameterWarning: the hook engine cannot trace some of the parameters.
-        SlowParameterWarning: engine "auto" traces some by a pass per sample.
+        SlowParameterWarning: engine "auto" traces some by a pass per sample. Of layers whose input samples share, :meth:`vjps`
+            warns.
 
     Example:
         >>> network = nn.Linear(4, 4)
@@ -107,6 +112,9 @@ class GradientTracer:
         self._layers = plan.layers
         self._bare: list[Block] = [] if engine == "hooks" else [block for block, _ in plan.bare]
         self._blocks: list[Block] = [*plan.layers, *self._bare]
+        self._leaves_out = engine == "hooks" and bool(plan.bare)
+        self._layouts = Layouts()
+        self._shared: set[str] = set()
         named = "; ".join(f"{block.name} ({reason})" for block, reason in plan.bare)
         if engine == "hooks" and plan.bare:
             if not plan.layers:
@@ -135,6 +143,11 @@ class GradientTracer:
     def dim(self) -> int:
         """Length k of a feature row."""
         return self._projector.dim
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether some of the parameters that were asked for have no block."""
+        return self._leaves_out
 
     @property
     def block_names(self) -> list[str]:
@@ -205,7 +218,7 @@ class GradientTracer:
             raise GradientError(
                 f'`GradientTracer(engine={self.engine!r}).step_recorder()`: expected the engine "hooks".'
             )
-        return StepRecorder(self._layers, self._projector)
+        return StepRecorder(self.module, self._layers, self._projector, self._layouts)
 
     def vjps(
         self, forward: Forward, cotangents: Sequence[Cotangent], batch_size: int, *, sketch: bool = True
@@ -235,7 +248,8 @@ class GradientTracer:
         return [self._projector.sketch(each) for each in joined] if sketch else joined
 
     def check(self, forward: Forward, cotangents: Sequence[Cotangent], batch_size: int) -> Checked:
-        """Compares the first and last row of a batch with the per-sample loop, which assumes nothing about the layout.
+        """Compares the first and last row of a batch with the per-sample loop, which assumes nothing about the layout; and of a
+        batch of more than two these in a batch of their own, the other way round, for what fits one size by chance.
 
         Args:
             forward: as in :meth:`vjps`.
@@ -246,41 +260,47 @@ class GradientTracer:
             the rows of the batch, and the blocks that a gradient reached.
 
         Raises:
-            GradientError: they differ by more than a thousandth of the row's norm (more in lower precision, where the kernels'
-                rounding depends on the batch); names the layers.
+            GradientError: a layer's rows differ by more than a thousandth of their norm (more in lower precision, where the
+                kernels' rounding depends on the batch); names the layers.
         """
         rows = self._rows(batch_size)
-        tolerance = self._tolerance(rows.device)
-        reached: set[str] = set()
         # Rows add up to the batch's gradient, so of two the first cannot be wrong alone.
-        ends = rows[-1:] if batch_size == 2 else torch.unique(rows[[0, -1]])
+        ends = rows[-1:] if batch_size == 2 else torch.unique(rows[[0, -1]]).flip(0)
         batched = self._run(forward, cotangents, rows)
         with tracing_mode(self.module):
             looped = looped_vjps(self._blocks, self._projector, forward, cotangents, ends)
-        for ours, theirs in zip(batched, looped, strict=True):
-            norms = torch.stack([block.norm(dim=1) for block in theirs.values()]).norm(dim=0)  # [2]
-            wrong = [
-                name
-                for name, block in theirs.items()
-                if ((ours[name][ends] if name in ours else 0 * block) - block)
-                .norm(dim=1)
-                .gt(tolerance * norms)
-                .any()
-            ]
-            if wrong:
-                raise GradientError(
-                    f"Features of a batch of {batch_size} differ from the per-sample ones in {len(wrong)} layers: {wrong}. "
-                    "Expected samples to be independent and batch first in every layer. HINT: exclude these layers with "
-                    '`layers=`, trace with a batch of 1, or use `engine="loop"`.'
-                )
-            reached.update(name for name, block in theirs.items() if block.any())
+        tried = [([{name: block[ends] for name, block in ours.items()} for ours in batched], batch_size)]
+        if batch_size > 2:
+            tried.append((self._run(forward, cotangents, ends), len(ends)))
+        for each, size in tried:
+            for ours, theirs in zip(each, looped, strict=True):
+                self._compare(ours, theirs, size)
+        reached = {name for theirs in looped for name, block in theirs.items() if block.any()}
         return Checked([self._projector.join(blocks, batch_size, rows.device) for blocks in batched], reached)
 
-    def _tolerance(self, device: torch.device) -> float:
-        dtypes = {p.dtype for block in self._blocks for p in block.parameters.values()}
-        if dtypes & {torch.bfloat16, torch.float16}:
+    def _compare(self, ours: dict[str, Tensor], theirs: dict[str, Tensor], batch_size: int) -> None:
+        tolerance = self._tolerance()
+        total = torch.stack([block.norm(dim=1) for block in theirs.values()]).norm(dim=0)
+        wrong = []
+        for name, block in theirs.items():
+            difference = (ours.get(name, 0 * block) - block).norm(dim=1)
+            # What is next to nothing beside the other layers may be rounding alone.
+            scale = torch.maximum(block.norm(dim=1), tolerance**0.5 * total)
+            if difference.gt(tolerance * scale).any():
+                error = (difference / scale.clamp(min=torch.finfo(scale.dtype).tiny)).max()
+                wrong.append(f"{name or type(self.module).__name__} ({float(error):.1e})")
+        if wrong:
+            raise GradientError(
+                f"Features of a batch of {batch_size} differ from the per-sample ones in {len(wrong)} layers: "
+                f"{', '.join(wrong)} (relative difference). Expected samples to be independent and the output to be batch "
+                'first. HINT: exclude these layers with `layers=`, trace with a batch of 1, or use `engine="loop"`.'
+            )
+
+    def _tolerance(self) -> float:
+        parameters = [p for block in self._blocks for p in block.parameters.values()]
+        if {p.dtype for p in parameters} & {torch.bfloat16, torch.float16}:
             return HALF_TOLERANCE
-        is_reduced = device.type == "cuda" and (
+        is_reduced = any(p.is_cuda for p in parameters) and (
             torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
         )
         return TF32_TOLERANCE if is_reduced else CHECK_TOLERANCE
@@ -289,26 +309,61 @@ class GradientTracer:
         self, forward: Forward, cotangents: Sequence[Cotangent], rows: Tensor
     ) -> list[dict[str, Tensor]]:
         with tracing_mode(self.module):
-            if self.engine == "hooks":
-                return hooked_vjps(self._layers, self._projector, forward, cotangents, rows)
-            if self.engine == "auto":
-                return self._hooked_and_looped(forward, cotangents, rows)
             if self.engine == "loop":
                 return looped_vjps(self._blocks, self._projector, forward, cotangents, rows)
-            return functional_vjps(self._blocks, self._projector, self.module, forward, cotangents, rows)
+            if self.engine == "functional":
+                return functional_vjps(self._blocks, self._projector, self.module, forward, cotangents, rows)
+            try:
+                return self._hooked_and_looped(forward, cotangents, rows)
+            except NotBySampleError as error:
+                self._require_independence(forward, rows, error)
+                self._loop_over(error)
+            return self._hooked_and_looped(forward, cotangents, rows)
 
     def _hooked_and_looped(
         self, forward: Forward, cotangents: Sequence[Cotangent], rows: Tensor
     ) -> list[dict[str, Tensor]]:
+        hooked = [layer for layer in self._layers if layer.name not in self._shared]
+        slow = [*self._bare, *(layer for layer in self._layers if layer.name in self._shared)]
         results: list[dict[str, Tensor]] = [{} for _ in cotangents]
-        if self._layers:
-            results = hooked_vjps(self._layers, self._projector, forward, cotangents, rows)
-        if self._bare:
+        if hooked:
+            results = hooked_vjps(hooked, self._projector, self._layouts, forward, cotangents, rows)
+        if slow:
             # Not every state need reach them; the hooks refuse a pass that reaches nothing.
-            required = not self._layers
-            looped = looped_vjps(self._bare, self._projector, forward, cotangents, rows, required=required)
+            looped = looped_vjps(slow, self._projector, forward, cotangents, rows, required=not hooked)
             results = [ours | theirs for ours, theirs in zip(results, looped, strict=True)]
         return results
+
+    def _require_independence(self, forward: Forward, rows: Tensor, found: NotBySampleError) -> None:
+        """Refuses a network whose output for a sample depends on the others, where no gradient is one sample's."""
+        with torch.no_grad():
+            together, alone = forward(rows)[-1].float(), forward(rows[-1:])[0].float()
+        difference = float((together - alone).norm() / alone.norm().clamp(min=torch.finfo(alone.dtype).tiny))
+        if difference > self._tolerance():
+            raise GradientError(
+                f"A sample's output depends on the other samples of its batch: alone it differs by {difference:.1e}, and the rows of "
+                f"these layers belong to no sample alone: {', '.join(found.names)}. Expected a network that treats its samples "
+                "independently. HINT: look for statistics over the batch, such as a mean, in what comes after these layers."
+            ) from found
+
+    def _loop_over(self, error: NotBySampleError) -> None:
+        """From here on traces these layers by a pass per sample, if the engine has one."""
+        found = f"The rows of these layers' inputs belong to no sample alone: {', '.join(error.names)}."
+        hint = (
+            "HINT: give such a layer one row per sample (`position_ids.expand(batch, -1)`, also of the timesteps); or freeze it, "
+            "or leave it out with `layers=`, if it does not matter"
+        )
+        if self.engine == "hooks":
+            raise GradientError(
+                f"{found} Expected rows of one sample each, in a regular order. {hint}; "
+                '`engine="auto"` traces it by a pass per sample.'
+            ) from error
+        self._shared.update(error.names)
+        warnings.warn(
+            f"{found} They are traced by a pass per sample, which is slow. {hint}.",
+            SlowParameterWarning,
+            stacklevel=2,
+        )
 
     def _rows(self, batch_size: int) -> Tensor:
         if batch_size < 1:

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from ctrak_lightning.gradients import GradientTracer, Projection
+from ctrak_lightning.errors import GradientError
+from ctrak_lightning.gradients import GradientTracer, Projection, SlowParameterWarning
 from tests.gradients.zoo import (
     LARGE,
     PROJECTION,
     SAMPLES,
+    SHARED,
     SMALL,
     TOLERANCE,
     ZOO,
@@ -27,6 +29,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 def test_hooks_equal_loop(name: str) -> None:
     case = build(name)
     assert row_error(features(case), features(case, "loop")) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_layers_that_samples_share_go_through_the_loop_and_are_named(name: str) -> None:
+    case = build(name)
+    with pytest.raises(GradientError, match='no sample alone: (layer|expert).*HINT.*engine="auto"'):
+        features(case)
+    tracer = GradientTracer(case.module, PROJECTION, engine="auto")
+    with pytest.warns(SlowParameterWarning, match="no sample alone: (layer|expert).*a pass per sample.*HINT"):
+        [ours] = tracer.vjps(case.forward, [weighted], SAMPLES)
+    assert row_error(ours, features(case, "loop")) < TOLERANCE
+    for rows in (slice(0, 1), slice(2, 5)):  # known by now, and told once
+        some = torch.arange(SAMPLES)[rows]
+        [again] = tracer.vjps(lambda r, some=some: case.forward(some[r]), [weighted], len(some))
+        assert row_error(again, ours[rows]) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ZOO)

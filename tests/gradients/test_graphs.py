@@ -271,10 +271,10 @@ def test_what_is_kept_of_an_input_is_its_projection() -> None:
     conv, linear = nn.Conv2d(8, 5, 3, padding=1), nn.Linear(8, 5)
     projection = torch.randn(8 * 9 + 1, 4), torch.randn(9, 4)
     x = torch.randn(SAMPLES, 8, 7, 7)
-    kept = ConvLayer("conv", conv, ["weight", "bias"]).keep(x, conv(x), projection[0], SAMPLES)
+    kept = ConvLayer("conv", conv, ["weight", "bias"]).keep(x, conv(x), projection[0])
     assert kept.numel() == SAMPLES * 4 * 7 * 7
     x = torch.randn(SAMPLES, 3, 8)
-    kept = LinearLayer("linear", linear, ["weight", "bias"]).keep(x, linear(x), projection[1], SAMPLES)
+    kept = LinearLayer("linear", linear, ["weight", "bias"]).keep(x, linear(x), projection[1])
     assert kept.numel() == SAMPLES * 4 * 3
 
 

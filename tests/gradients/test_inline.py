@@ -11,9 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from ctrak_lightning.errors import GradientError
 from ctrak_lightning.gradients import GradientTracer
 from tests.gradients.test_graphs import Checkpointed, InPlace
+from tests.gradients.test_tracer import Gated, counted_passes
 from tests.gradients.zoo import (
     PROJECTION,
     SAMPLES,
+    SHARED,
     TOLERANCE,
     ZOO,
     Case,
@@ -223,14 +225,71 @@ def test_a_penalty_on_weights_is_refused() -> None:
     recorder.detach()
 
 
-def test_a_batch_that_is_no_multiple_of_the_samples_is_refused() -> None:
+def test_a_batch_of_other_samples_is_refused() -> None:
     case = build("linear_2d")
     recorder = GradientTracer(case.module, PROJECTION).step_recorder()
     recorder.attach()
     recorder.begin(SAMPLES - 1)
-    with pytest.raises(GradientError, match=f"batch of {SAMPLES - 1} samples.*HINT"):
-        loss_of(case)
+    with pytest.raises(
+        GradientError, match=rf"output of shape \(6, 6\).*batch of {SAMPLES - 1} samples.*HINT"
+    ):
+        recorder.before_backward(loss_of(case))
     recorder.detach()
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_layers_that_samples_share_are_refused(name: str) -> None:
+    with pytest.raises(
+        GradientError, match=r"no sample of the training batch of 6 alone: \['(layer|expert).*capture"
+    ):
+        inline_rows(build(name))
+
+
+def test_a_layer_without_gradient_is_looked_at_again_and_the_rest_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = Case(Gated(), (torch.randn(SAMPLES, SAMPLES, 4),))
+    recorder = GradientTracer(case.module, PROJECTION).step_recorder()
+    recorder.attach()
+    passes = counted_passes(monkeypatch)
+    counts = []
+    for gate in (0.0, 0.0, 1.0, 2.0, 2.0):
+        case.module.gate = gate  # type: ignore[assignment]
+        passes.clear()
+        recorder.begin(SAMPLES)
+        loss = loss_of(case)
+        recorder.before_backward(loss)
+        loss.backward()
+        counts.append(len(passes))
+        assert row_error(recorder.rows() * SAMPLES, features(case, "loop")) < TOLERANCE
+    recorder.detach()
+    assert counts == [4, 4, 4, 0, 0]
+
+
+def test_the_steps_gradients_stay_under_checkpointing_with_dropout() -> None:
+    """Looking for layouts runs the checkpointed part again; the step's own recomputation must draw the same numbers."""
+
+    class Dropping(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            def part(h: Tensor) -> Tensor:
+                return torch.nn.functional.dropout(self.first(h), 0.5)
+
+            return self.last(checkpoint(part, x, use_reentrant=False))
+
+    case = Case(Dropping().train(), (torch.randn(SAMPLES, 4),))
+    twin = Case(copy.deepcopy(case.module), case.inputs)
+    torch.manual_seed(1)
+    loss_of(twin).backward()
+    drawn = torch.rand(())
+    torch.manual_seed(1)
+    inline_rows(case)
+    assert torch.equal(torch.rand(()), drawn)
+    plain, followed = gradients(twin), gradients(case)
+    assert all(torch.equal(plain[each], followed[each]) for each in plain)
 
 
 def test_a_backward_pass_elsewhere_is_refused() -> None:

@@ -150,6 +150,17 @@ def test_layers_with_a_forward_of_their_own_are_not_traced() -> None:
 
     with pytest.raises(GradientError, match="Other is not a known layer kind"):
         GradientTracer(Other(3, 3))
+    scaled = nn.Linear(3, 3)
+    scaled.forward = lambda x: nn.functional.linear(x, 3 * scaled.weight)  # type: ignore[method-assign]
+    with pytest.raises(GradientError, match="Linear with a `forward` of its own is not a known layer kind"):
+        GradientTracer(scaled)
+
+    class Standardised(nn.Conv2d):
+        def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(x, weight - weight.mean(), bias)
+
+    with pytest.raises(GradientError, match="Standardised is not a known layer kind"):
+        GradientTracer(Standardised(3, 3, 1))
 
 
 def test_attention_of_torch_is_not_traced() -> None:
@@ -290,15 +301,54 @@ def test_empty_batches_are_refused() -> None:
         GradientTracer(nn.Linear(2, 2)).vjps(lambda rows: rows, [], 0)
 
 
-def test_an_input_shared_by_the_batch_is_refused() -> None:
+def test_a_shared_input_that_does_not_matter_is_passed_over() -> None:
     module = nn.ModuleDict({"time": nn.Linear(3, 4), "main": nn.Linear(4, 4)})
-    t = torch.randn(1, 3)
-    case = Case(module, (torch.randn(SAMPLES, 4),), lambda m, x: m["main"](x + m["time"](t)))
-    with pytest.raises(GradientError, match=r"'time' saw an input of shape \(1, 3\) in a batch of 6.*HINT"):
-        features(case)
-    assert row_error(features(case.rows(0, 1)), features(case.rows(0, 1), "loop")) < TOLERANCE
-    unused = Case(module, case.inputs, lambda m, x: m["main"](x + m["time"](t).detach()))
+    t, x = torch.randn(1, 3), torch.randn(SAMPLES, 4)
+    unused = Case(module, (x,), lambda m, x: m["main"](x + m["time"](t).detach()))
     assert row_error(features(unused), features(unused, "loop")) < TOLERANCE
+
+
+class Gated(nn.Module):
+    """A layer on [T, B, C] that has no gradient while its gate is shut, as a LoRA before its first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.gate = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + self.gate * self.inner(x.transpose(0, 1)).transpose(0, 1))
+
+
+def counted_passes(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows with every call of `torch.autograd.grad`."""
+    passes: list[None] = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (passes.append(None), grad(*a, **k))[1])
+    return passes
+
+
+def test_a_layer_without_gradient_is_looked_at_again() -> None:
+    torch.manual_seed(0)
+    case = Case(Gated(), (torch.randn(SAMPLES, SAMPLES, 4),))
+    tracer, loop = (GradientTracer(case.module, PROJECTION, engine=engine) for engine in ("hooks", "loop"))
+    for gate in (0.0, 0.0, 1.0, 2.0):
+        case.module.gate = gate  # type: ignore[assignment]
+        ours, theirs = (each.vjps(case.forward, [weighted], SAMPLES)[0] for each in (tracer, loop))
+        assert row_error(ours, theirs) < TOLERANCE
+        assert (ours[:, :16] == 0).all() == (gate == 0)
+
+
+def test_layouts_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = build("frames_first")
+    tracer = GradientTracer(case.module, PROJECTION)
+    passes = counted_passes(monkeypatch)
+    counts = []
+    for batch_size in (SAMPLES, SAMPLES, SAMPLES - 1, SAMPLES, SAMPLES - 1, 1):
+        passes.clear()
+        tracer.vjps(case.forward, [weighted, weighted], batch_size)
+        counts.append(len(passes))
+    assert counts == [6, 2, 6, 2, 2, 2]
 
 
 @pytest.mark.parametrize("name", ["conditional_unet", "folded_batch", "called_twice"])
@@ -308,13 +358,35 @@ def test_check_passes(name: str) -> None:
         GradientTracer(case.module, PROJECTION).check(case.forward, [weighted], batch_size)
 
 
-def test_check_finds_layouts_that_are_not_batch_first() -> None:
-    def guided(module: nn.Module, x: Tensor) -> Tensor:
-        both = module(torch.cat([x, 2 * x]))
-        return both[: len(x)] + both[len(x) :] * 0.5
+def test_check_names_layers_whose_samples_are_not_independent() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = nn.Linear(4, 4), nn.Linear(4, 4)
 
-    case = Case(nn.Linear(4, 4), (torch.randn(SAMPLES, 4),), guided)
-    with pytest.raises(GradientError, match=r"batch of 6 differ.*1 layers: \[''\].*batch first.*HINT"):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(x / x.norm()) + 10 * self.before(x)
+
+    case = Case(Normed(), (torch.randn(SAMPLES, 4),))
+    with pytest.raises(GradientError, match=r"batch of 6 differ.*1 layers: after \(.*batch first.*HINT"):
+        GradientTracer(case.module, PROJECTION).check(
+            case.forward, [lambda e, rows: torch.ones_like(e)], SAMPLES
+        )
+
+
+def test_check_tries_another_batch_size_and_order() -> None:
+    class InPairs(nn.Module):
+        """Right for six samples, wrong for two."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x if len(x) != 2 else x.flip(0))
+
+    case = Case(InPairs(), (torch.randn(SAMPLES, 4),))
+    with pytest.raises(GradientError, match=r"batch of 2 differ.*layer"):
         GradientTracer(case.module, PROJECTION).check(case.forward, [weighted], SAMPLES)
 
 

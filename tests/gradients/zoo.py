@@ -177,6 +177,71 @@ class Frames(nn.Module):
         return h.unflatten(0, x.shape[:2])
 
 
+class FramesFirst(Frames):
+    """Folds it with the frames before the samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
+class BatchInside(nn.Module):
+    """A layer whose input has the batch between two dimensions, and one that sees every sample twice, as under guidance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.twice = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x.transpose(0, 1)).tanh().transpose(0, 1)  # x: [B, F, T, 5]
+        with_, without = self.twice(torch.cat([h, 2 * h])).chunk(2)
+        return without + 3 * with_.tanh()
+
+
+class PositionsFirst(nn.Module):
+    """torch's own transformer layer, which has positions before samples by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0)
+        self.layer.self_attn.requires_grad_(False)  # has no layer kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+
+def positions_first(length: int) -> Callable[[], Case]:
+    return lambda: Case(randomized(PositionsFirst()), (torch.randn(SAMPLES, length, 8),))
+
+
+class Shared(nn.Module):
+    """A layer whose input is the same for all samples, beside one of their own."""
+
+    def __init__(self, layer: nn.Module, given: Tensor) -> None:
+        super().__init__()
+        self.layer, self.own = layer, nn.Linear(5, 5)
+        self.register_buffer("given", given)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own((x + self.layer(self.given)).tanh())
+
+
+def shared(layer: nn.Module, given: Tensor) -> Callable[[], Case]:
+    return lambda: Case(randomized(Shared(layer, given)), (torch.randn(SAMPLES, 6, 5),))
+
+
+class Routed(nn.Module):
+    """A layer that sees the positions that a router sends to it, more of one sample than of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert, self.last = nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.flatten(0, -2)
+        chosen = h[:, :1].gt(0.1).squeeze(1).nonzero().squeeze(1)
+        return self.last(h.index_add(0, chosen, self.expert(h[chosen])).reshape(x.shape))
+
+
 def norms() -> Case:
     from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 
@@ -242,7 +307,27 @@ SMALL: dict[str, Callable[[], Case]] = {
     "called_twice": lambda: Case(TwiceCalled(), (torch.randn(SAMPLES, 4, 6),)),
     "folded_batch": lambda: Case(randomized(Frames()), (torch.randn(SAMPLES, 3, 4, 5, 5),)),
 }
-ZOO = LARGE | SMALL
+REORDERED: dict[str, Callable[[], Case]] = {
+    "positions_first": positions_first(5),
+    "as_many_positions_as_samples": positions_first(SAMPLES),
+    "twice_as_many_positions": positions_first(2 * SAMPLES),
+    "frames_first": lambda: Case(randomized(FramesFirst()), (torch.randn(SAMPLES, 3, 4, 5, 5),)),
+    "as_many_frames_as_samples": lambda: Case(
+        randomized(FramesFirst()), (torch.randn(SAMPLES, SAMPLES, 4, 5, 5),)
+    ),
+    "batch_inside": lambda: Case(randomized(BatchInside()), (torch.randn(SAMPLES, SAMPLES, 2, 5),)),
+}
+"""Inputs of layers that are not batch first."""
+SHARED: dict[str, Callable[[], Case]] = {
+    "position_ids": shared(nn.Embedding(6, 5), torch.arange(6)),
+    "position_ids_of_one_row": shared(nn.Embedding(6, 5), torch.arange(6)[None]),
+    "constant_tokens": shared(nn.Linear(4, 5), torch.randn(6, 4)),
+    "one_time": shared(nn.Linear(4, 5), torch.randn(4)),
+    "learned_queries": shared(nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5)), torch.randn(1, 6, 4)),
+    "routed": lambda: Case(randomized(Routed()), (torch.randn(SAMPLES, 4, 5),)),
+}
+"""Layers with rows that are no sample's own, or in no order: these go through a pass per sample."""
+ZOO = LARGE | SMALL | REORDERED
 
 
 def build(name: str) -> Case:
@@ -250,4 +335,4 @@ def build(name: str) -> Case:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        return ZOO[name]()
+        return (ZOO | SHARED)[name]()

@@ -1,0 +1,227 @@
+"""Which rows of a layer's input belong to which sample: seen from the gradients, not guessed from shapes.
+
+A row belongs to the sample whose output its cotangent comes from. One backward pass for each of a few samples shows that for
+all layers at once, whatever the order of dimensions: [B, T, C], [T, B, C], [F * B, C, H, W], or a table that all samples share.
+"""
+
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from ctrak_lightning.gradients.checks import pull_back
+
+LOOKED_AT = 3
+"""Samples that get a backward pass of their own; the others share one."""
+
+
+class RecordedCall(Protocol):
+    """What is asked of a call of a layer (:class:`~ctrak_lightning.gradients.calls.Call`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def position(self) -> int: ...
+    @property
+    def edge(self) -> GradientEdge: ...
+    @property
+    def leading(self) -> tuple[int, ...]: ...
+
+
+class NotBySampleError(Exception):
+    """Layers whose rows no layout sorts by sample, since samples share them or they come in no regular order."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(", ".join(names))
+        self.names = list(names)
+
+
+class Layouts:
+    """The layouts of layers' calls, as far as they have been seen.
+
+    A layout holds for a call of a layer, by its number in a pass, with rows of one shape in a batch of one size; so each is
+    looked for once. A call without gradient (a LoRA before its first step) shows nothing, and is looked at again when it has one.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Hashable, Layout | None] = {}
+        self._silent: set[Hashable] = set()
+
+    def find(self, call: RecordedCall, batch_size: int) -> "Layout | None":
+        """The layout of a call; where it has not shown, for want of a gradient, batch first, or None if that cannot be."""
+        seen = self._seen.get(_key(call, batch_size))
+        inner, remainder = divmod(math.prod(call.leading), batch_size)
+        return seen or (None if remainder else Layout(outer=1, batch_size=batch_size, inner=inner))
+
+    def fresh(self, calls: Sequence[RecordedCall], batch_size: int) -> bool:
+        """Whether any of these calls was never looked at."""
+        keys = [_key(call, batch_size) for call in calls]
+        return batch_size > 1 and any(key not in self._seen and key not in self._silent for key in keys)
+
+    def silent(self, calls: Sequence[RecordedCall], batch_size: int) -> list[int]:
+        """Which of these calls were looked at without result."""
+        if batch_size == 1 or not self._silent:
+            return []
+        return [i for i, call in enumerate(calls) if _key(call, batch_size) in self._silent]
+
+    def learn(self, outputs: Sequence[Tensor], calls: Sequence[RecordedCall], batch_size: int) -> None:
+        """Looks at all calls of a pass, whose graph stays.
+
+        Args:
+            outputs: of the pass, each [B, ...].
+            calls: those recorded in it.
+            batch_size: B.
+
+        Raises:
+            NotBySampleError: no layout sorts the rows of some layers; names them all.
+        """
+        for call, reached in zip(calls, _reached(outputs, calls, batch_size), strict=True):
+            key = _key(call, batch_size)
+            if not reached.any():
+                if key not in self._seen:
+                    self._silent.add(key)
+                continue
+            self._silent.discard(key)
+            self._seen[key] = _layout(call.leading, batch_size, reached)
+        self.require(calls, batch_size)
+
+    def learn_by_shape(self, calls: Sequence[RecordedCall], batch_size: int) -> None:
+        """Takes the layouts of calls that shapes leave one possibility, where gradients cannot be asked for.
+
+        Raises:
+            NotBySampleError: shapes leave none, or several.
+        """
+        for call in calls:
+            candidates = _candidates(call.leading, batch_size)
+            self._silent.discard(_key(call, batch_size))
+            self._seen[_key(call, batch_size)] = candidates[0] if len(candidates) == 1 else None
+        self.require(calls, batch_size)
+
+    def require(self, calls: Sequence[RecordedCall], batch_size: int) -> None:
+        """Raises NotBySampleError for calls that are known to have no layout."""
+        keys = {_key(call, batch_size): call.name for call in calls}
+        names = {name for key, name in keys.items() if key in self._seen and self._seen[key] is None}
+        if batch_size > 1 and names:
+            raise NotBySampleError(sorted(names))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Rows in the order [outer, B, inner]: batch first where ``outer`` is 1, batch last where ``inner`` is."""
+
+    outer: int
+    batch_size: int
+    inner: int
+
+    def by_sample(self, rows: Tensor) -> Tensor:
+        """Rows [outer * B * inner, ...] as [B, outer * inner, ...]; a view where the batch comes first."""
+        split = rows.reshape(self.outer, self.batch_size, self.inner, *rows.shape[1:])
+        return split.movedim(1, 0).flatten(1, 2)
+
+    def owners(self) -> Tensor:
+        """The sample of each row [outer * B * inner]."""
+        rows = torch.arange(self.outer * self.batch_size * self.inner)
+        return rows.div(self.inner, rounding_mode="floor") % self.batch_size
+
+
+def _key(call: RecordedCall, batch_size: int) -> Hashable:
+    return call.name, call.position, call.leading, batch_size
+
+
+def _layout(leading: Sequence[int], batch_size: int, reached: Tensor) -> Layout | None:
+    """The only layout under which each row is reached by its own sample alone, given [groups, rows]."""
+    if reached.sum(0).gt(1).any():
+        return None
+    known, group = reached.any(0), reached.int().argmax(0)
+    fitting = [
+        layout
+        for layout in _candidates(leading, batch_size)
+        if layout.owners().clamp(max=LOOKED_AT)[known].equal(group[known])
+    ]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _candidates(leading: Sequence[int], batch_size: int) -> list[Layout]:
+    """The layouts that put the batch into one dimension, alone or beside frames or positions."""
+    found = []
+    for dim, size in enumerate(leading):
+        rest, remainder = divmod(size, batch_size)
+        if remainder:
+            continue
+        before, after = math.prod(leading[:dim]), math.prod(leading[dim + 1 :])
+        outers = (outer for outer in range(1, rest + 1) if rest % outer == 0)
+        found += [Layout(before * outer, batch_size, rest // outer * after) for outer in outers]
+    return list(dict.fromkeys(found))
+
+
+def _reached(outputs: Sequence[Tensor], calls: Sequence[RecordedCall], batch_size: int) -> list[Tensor]:
+    """For each call which rows the cotangents of which samples reach: bool [groups, rows], on the CPU.
+
+    The groups are the first LOOKED_AT samples, each alone, and all others together.
+    """
+    groups = [range(i, i + 1) for i in range(min(LOOKED_AT, batch_size))]
+    if batch_size > LOOKED_AT:
+        groups.append(range(LOOKED_AT, batch_size))
+    found: list[list[Tensor | None]] = [[None] * len(groups) for _ in calls]
+    present = 0
+
+    def note(i: int, cotangent: Tensor | None) -> None:
+        if cotangent is not None:
+            rows = cotangent.reshape(math.prod(calls[i].leading), -1)
+            # What is not finite says nothing: zero times infinity is not zero.
+            found[i][present] = (rows.ne(0) & rows.isfinite()).any(1)
+
+    handles = [
+        call.edge.node.register_prehook(
+            lambda cotangents, i=i, nr=call.edge.output_nr: note(i, cotangents[nr])
+        )
+        for i, call in enumerate(calls)
+    ]
+    deepest = _deepest([call.edge.node for call in calls])
+    edges = [calls[i].edge for i in deepest]
+    try:
+        for present, samples in enumerate(groups):  # noqa: B007, as `note` reads it
+            v = [_cotangent(output, samples) for output in outputs]
+            # Asked for are the deepest alone, so that not all cotangents are held at once; the others pass by their hooks.
+            for i, cotangent in zip(deepest, pull_back(outputs, edges, v, keep_graph=True), strict=True):
+                note(i, cotangent)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [_stacked(each, math.prod(call.leading)) for each, call in zip(found, calls, strict=True)]
+
+
+def _stacked(rows: Sequence[Tensor | None], count: int) -> Tensor:
+    return torch.stack([torch.zeros(count, dtype=torch.bool) if row is None else row.cpu() for row in rows])
+
+
+def _cotangent(output: Tensor, samples: range) -> Tensor:
+    """Numbers without a pattern for some samples, zero for the others: of ones, a norm's gradient would vanish."""
+    numbers = torch.arange(output[0].numel(), device=output.device, dtype=torch.float32).mul(0.7).cos()
+    v = torch.zeros_like(output)
+    v[samples.start : samples.stop] = numbers.reshape(output[0].shape).to(output.dtype)
+    return v
+
+
+def _deepest(nodes: Sequence[Node]) -> list[int]:
+    """The positions of those nodes from which no other is reached."""
+    wanted = set(nodes)
+    reaches: dict[Node, bool] = {}
+    for start in nodes:
+        stack = [start]
+        while stack:
+            following = list(_next(stack[-1]))
+            open_ones = [node for node in following if node not in reaches]
+            if open_ones:
+                stack += open_ones
+            else:
+                reaches[stack.pop()] = any(node in wanted or reaches[node] for node in following)
+    return [i for i, node in enumerate(nodes) if not reaches[node]]
+
+
+def _next(node: Node) -> Iterator[Node]:
+    return (following for following, _ in node.next_functions if following is not None)
