@@ -66,7 +66,5 @@ def test_inline_refuses_a_table_that_samples_share(tmp_path: Path) -> None:
     tracer = ConceptTracer(
         str(tmp_path), methods.inline_trak(), mode="inline", rank=4, dim=64, every_n_epochs=1
     )
-    with pytest.raises(
-        MisconfigurationException, match=r"no sample of the training batch of 4 alone: \['position'\].*HINT"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"no sample alone: position.*HINT"):
         fit(module(), [tracer], max_epochs=1)
