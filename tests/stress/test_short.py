@@ -43,3 +43,9 @@ def test_shortages_cost_their_own_checkpoint_only(tmp_path: Path) -> None:
     ran = [each for both in found.values() for each in both.values() if "skipped" not in each]
     assert len(ran) >= 6
     assert all(each["as_promised"] for each in ran), found
+
+
+def test_of_two_runs_started_into_one_folder_one_trains_and_the_other_is_told(tmp_path: Path) -> None:
+    found = run(tmp_path, "double_start", "--starts", "4")
+    assert found["with_problems"] == 0, found["problems"]
+    assert found["by_delay"] == {"0.0 s": 1, "0.6 s": 1, "1.1 s": 1, "random": 1}
