@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm import tqdm
 
+from ctrak_lightning.content import changed_samples, content_hashes
 from ctrak_lightning.errors import (
     DatasetChangedError,
     GradientError,
@@ -24,13 +25,15 @@ from ctrak_lightning.errors import (
     TrainingChangedError,
     TrialError,
 )
-from ctrak_lightning.fingerprint import content_hashes, model_fingerprint
+from ctrak_lightning.exposures import BatchIds, Exposures
+from ctrak_lightning.fingerprint import model_fingerprint
 from ctrak_lightning.gradients import GradientTracer, UntracedParameterWarning, tracing_mode
 from ctrak_lightning.memory import RowLimit
 from ctrak_lightning.method import Method
-from ctrak_lightning.numbering import numbered
+from ctrak_lightning.numbering import numbered, reloaded
 from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.rng import isolated_rng
+from ctrak_lightning.surveying import NO_AUGMENTATION, Once, bounded
 from ctrak_lightning.task import Encoded, encode, task_modules
 from ctrak_lightning.traces import CheckpointWriter, SampleTable, StoreHeader, TraceStore, TraceWriter
 from ctrak_lightning.traces.lock import WriterLock
@@ -64,8 +67,8 @@ class Capture:
         path: the store's folder.
         owner: the module whose trained parameters are stored (a LightningModule, or the denoiser itself).
         task: its DiffusionTask.
-        batches: the samples to trace: an iterable of batches that gives the same samples in the same order each time. Where
-            they have no ids, a DataLoader's samples are numbered as in its data set.
+        batches: the samples to trace: an iterable of batches that gives the same samples, each once, in the same order each time,
+            and that ends. Where they have no ids, a DataLoader's samples are numbered as in its data set. A batch may be None.
         method: what to trace.
         tracer: the gradient tracer of ``task.denoiser``.
         optimizers: of the run, where they are known: what requires grad but is in none of them does not train.
@@ -83,6 +86,8 @@ class Capture:
         StoreLockedError: another writer has the store.
         TrialError: data, task, network and method do not fit together; names the member or the layers, and says what to do.
         StoreMismatchError: the folder holds traces of another method, projection, model or data set.
+        BatchError: a sample comes twice, or there is no end of batches.
+        DatasetChangedError: the first batch is another one the second time.
 
     Warns:
         UntracedParameterWarning: the owner trains parameters outside the denoiser.
@@ -123,8 +128,12 @@ class Capture:
         self._is_partly_seen = self.trial is not None and self.trial.blocks < self.trial.all_blocks
         surveyed = self._survey(thumbnails)
         table, latent_shape = _table(surveyed)
-        sizes = [len(batch.sample_ids) for batch in surveyed]
-        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        starts = itertools.accumulate((len(batch.sample_ids) for batch in surveyed), initial=0)
+        self._starts = {batch.number: start for batch, start in zip(surveyed, starts, strict=False)}
+        self.sample_ids, self._content = table.sample_ids, table.content_sha256
+        self.exposures = Exposures(self.sample_ids, processes)
+        """How often each sample has entered an optimizer step of the run."""
+        self._batch_ids = self._look_again()
         header = StoreHeader(
             method=method.to_dict(),
             projection=tracer.describe(),
@@ -133,28 +142,79 @@ class Capture:
             dim=tracer.dim,
             dtype=dtype,
         )
-        self.sample_ids = table.sample_ids
         self.writer = TraceWriter(path, header, processes=processes, lock=lock)
         try:
             self.writer.write_samples(table)
         except BaseException:
             self.writer.close()
             raise
+        if self.writer.sealed_steps:
+            self.exposures.unknown = (
+                "the store was begun by an earlier run, and Capture.resume(step) was not called"
+            )
 
     def close(self) -> None:
         """Lets others write to the store; idempotent."""
         self.writer.close()
 
+    def note_step(self, *batches: Any) -> None:
+        """After an optimizer step of a raw loop: counts the samples of the batches whose gradients it took (several, where they
+        were accumulated). All processes call it together. Without it a store does not know how often samples were trained on.
+
+        Raises:
+            BatchError: the samples' ids cannot be read from a batch.
+        """
+        for batch in batches:
+            self.exposures.draw(self.training_ids(batch))
+        self.exposures.step()
+        self.exposures.share()
+
+    def resume(self, step: int, state: Mapping[str, Any] | None = None) -> None:
+        """Goes on counting exposures where a run is resumed.
+
+        Args:
+            step: optimizer steps taken before.
+            state: what ``exposures.state_dict()`` was then; without it, the counts of the store's checkpoint of this step.
+        """
+        if step == 0:
+            self.exposures.unknown = None
+        elif state is None or not self.exposures.load_state_dict(state):
+            counts = self._exposures_at(step)
+            if counts is None:
+                self.exposures.unknown = (
+                    f"the run goes on from step {step}, and what it saw before was not kept"
+                )
+            else:
+                self.exposures.continue_from(counts)
+
+    def training_ids(self, batch: Any) -> list[str]:
+        """The ids of a training batch's samples.
+
+        Raises:
+            BatchError: they cannot be read.
+        """
+        return self._batch_ids.of(batch)
+
+    def _exposures_at(self, step: int) -> Tensor | None:
+        if step not in self.writer.sealed_steps:
+            return None
+        [checkpoint] = (one for one in TraceStore(self.writer.path).checkpoints if one.step == step)
+        return checkpoint.exposures()
+
     def run(self, step: int, *, epoch: int, learning_rate: float | None = None) -> None:
         """Traces all samples with the present weights and seals the checkpoint.
 
         Raises:
-            DatasetChangedError: the batches no longer hold the samples of the store.
+            DatasetChangedError: the batches no longer hold the samples of the store, or their content has changed.
             TrainingChangedError: other parameters train than when the capture was made.
             GradientError: a sample's gradient is zero or not finite; the message names the samples.
         """
         checkpoint = self.writer.begin_checkpoint(
-            step, epoch=epoch, learning_rate=learning_rate, weights=self._trained.now()
+            step,
+            epoch=epoch,
+            learning_rate=learning_rate,
+            weights=self._trained.now(),
+            exposures=self.exposures.counts(),
         )
         with checkpoint:
             with self._processes.together(), isolated_rng(self.seed), self._tracing():
@@ -184,7 +244,7 @@ class Capture:
             for number, batch in self._own_batches():
                 encoded = self._encode(batch)
                 rows = len(encoded.sample_ids)
-                position = self._position(number, encoded)
+                position = self._position(number, batch, encoded)
                 done = min(max(checkpoint.rows_done - taken, 0), rows)
                 if done < rows:
                     self._look_at_unseen(encoded)
@@ -205,11 +265,15 @@ class Capture:
         return self.progress and self._processes.is_first
 
     def _own_batches(self) -> Iterator[tuple[int, Any]]:
-        """The batches that are this process's, with their numbers."""
+        """The batches that are this process's, with their numbers. A batch that is None, all of whose samples a ``collate_fn`` has
+        left out, is passed over."""
         rank, count = self._processes.rank, self._processes.count
+        own: Iterator[tuple[int, Any]]
         if count > 1 and (part := _every(self.batches, rank, count)) is not None:
-            return zip(itertools.count(rank, count), part, strict=False)
-        return itertools.islice(enumerate(self.batches), rank, None, count)
+            own = zip(itertools.count(rank, count), part, strict=False)
+        else:
+            own = itertools.islice(enumerate(bounded(self.batches)), rank, None, count)
+        return ((number, batch) for number, batch in own if batch is not None)
 
     def _warn_of_parameters_outside(self) -> None:
         inside = {id(parameter) for parameter in self.tracer.module.parameters()}
@@ -279,6 +343,7 @@ class Capture:
     def _survey(self, thumbnails: bool) -> list[_Surveyed]:
         """One pass over the data without the network: who the samples are, batch by batch."""
         own = []
+        once = Once()
         with self._processes.together(), isolated_rng(self.seed), self._tracing(), torch.no_grad():
             for number, batch in tqdm(
                 self._own_batches(),
@@ -288,6 +353,7 @@ class Capture:
                 disable=not self._shows_progress,
             ):
                 encoded = self._encode(batch)
+                once.add(encoded.sample_ids)
                 images = self._pictures(batch, encoded) if thumbnails else None
                 own.append(
                     _Surveyed(
@@ -302,6 +368,19 @@ class Capture:
         each = self._processes.gather(own)
         return sorted((batch for batches in each for batch in batches), key=lambda batch: batch.number)
 
+    def _look_again(self) -> BatchIds:
+        """Loads and encodes the first batch once more: a data set that augments by a generator of its own is told before anything
+        has been traced. Finds where a batch's ids are."""
+        found = BatchIds(self.task, None, [])  # of a process that has no batches
+        with self._processes.together(), isolated_rng(self.seed), self._tracing(), torch.no_grad():
+            for number, batch in self._own_batches():
+                encoded = self._encode(batch)
+                self._position(number, batch, encoded)
+                found = BatchIds(self.task, batch, encoded.sample_ids)
+                break
+        found.field = self._processes.from_first(found.field)
+        return found
+
     def _pictures(self, batch: Any, encoded: Encoded) -> Tensor | None:
         """What a person may be shown of a batch: its own images where the task has them, for decoding is dear and inexact."""
         own: Tensor | None = self.task.pictures(batch) if hasattr(self.task, "pictures") else None
@@ -312,15 +391,21 @@ class Capture:
     def _encode(self, batch: Any) -> Encoded:
         return encode(self.task, _to(batch, self.device))
 
-    def _position(self, number: int, encoded: Encoded) -> int:
+    def _position(self, number: int, batch: Any, encoded: Encoded) -> int:
         """Where in the sample table the ``number``-th batch begins, which must be the one that was surveyed."""
-        position = self._starts[number] if number < len(self._starts) else len(self.sample_ids)
-        expected = self.sample_ids[position : position + len(encoded.sample_ids)]
+        position = self._starts.get(number, len(self.sample_ids))
+        part = slice(position, position + len(encoded.sample_ids))
+        expected = self.sample_ids[part]
         if expected != encoded.sample_ids:
             changed = sorted(set(encoded.sample_ids) - set(expected))[:5] or encoded.sample_ids[:5]
             raise DatasetChangedError(
                 f"Samples from position {position} on differ from those the store began with, for example {changed}. "
                 "Expected the same samples in the same order at every capture. HINT: no shuffling in trace_dataloader()."
+            )
+        if altered := changed_samples(expected, self._content[part], content_hashes(batch, encoded)):
+            raise DatasetChangedError(
+                f"{len(altered)} of {len(expected)} samples are not what they were when the store began, for example {altered[:5]}. "
+                f"Expected the same content at every capture. {NO_AUGMENTATION}"
             )
         return position
 
@@ -372,14 +457,7 @@ def _every(batches: Iterable[Any], rank: int, count: int) -> DataLoader[Any] | N
         return None
     if batches.batch_sampler is None:
         return None
-    return DataLoader(
-        batches.dataset,
-        batch_sampler=list(batches.batch_sampler)[rank::count],
-        collate_fn=batches.collate_fn,
-        num_workers=batches.num_workers,
-        pin_memory=batches.pin_memory,
-        worker_init_fn=batches.worker_init_fn,
-    )
+    return reloaded(batches, batches.dataset, batch_sampler=list(batches.batch_sampler)[rank::count])
 
 
 def _to(batch: Any, device: torch.device) -> Any:

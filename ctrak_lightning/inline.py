@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from ctrak_lightning.capture import Capture
-from ctrak_lightning.errors import GradientError
+from ctrak_lightning.errors import BatchError, GradientError
 from ctrak_lightning.method import Method
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.running import RunningTraces
@@ -171,13 +171,19 @@ class InlineCapture(Capture):
         """Seals what the training steps so far gave, beside the present weights.
 
         Raises:
-            StoreError: some samples have been in no training step yet; names them.
+            StoreError: some samples have been in no training step yet, and it is not known (:meth:`note_step`) that nothing was
+                trained on them; names them.
             GradientError: a sample's gradients add up to zero; names the samples.
         """
         self._take_in()
-        self._running.require_all()
+        exposures = self.exposures.counts()
+        self._running.require_all(exposures)
         checkpoint = self.writer.begin_checkpoint(
-            step, epoch=epoch, learning_rate=learning_rate, weights=self._trained.now()
+            step,
+            epoch=epoch,
+            learning_rate=learning_rate,
+            weights=self._trained.now(),
+            exposures=exposures,
         )
         with checkpoint:
             checkpoint.write_visits(self._running.visits())
@@ -186,6 +192,13 @@ class InlineCapture(Capture):
             checkpoint.seal()
         self._running.begin_window()
         self._is_checked = False
+
+    @override
+    def training_ids(self, batch: Any) -> list[str]:
+        try:
+            return super().training_ids(batch)
+        except BatchError:
+            return self._sample_ids(batch)
 
     def _take_in(self) -> None:
         """Adds the steps that are still on the device; not after every step, since a GPU must be waited for."""

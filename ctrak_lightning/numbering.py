@@ -3,7 +3,13 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ctrak_lightning.errors import BatchError
+from ctrak_lightning.task.ids import plain_id
+
+_SHOWN = 5
 
 
 def numbered(batches: Iterable[Any], column: str) -> Iterable[Any]:
@@ -13,19 +19,38 @@ def numbered(batches: Iterable[Any], column: str) -> Iterable[Any]:
         batches: a DataLoader; of anything else, and of a data set that is a stream, positions are not known, and it is returned as
             it is.
         column: the name of the ids in a batch. A batch that is a tuple becomes a mapping with the keys ``"0"``, ``"1"``, ...
+
+    Raises:
+        BatchError: by the batches, where a ``collate_fn`` leaves samples out and it cannot be known which. Samples that are None
+            are known to be left out.
     """
     if not isinstance(batches, DataLoader) or isinstance(batches.dataset, IterableDataset):
         return batches
-    collate = _Collate(batches.collate_fn, column)
-    options: dict[str, Any] = {
-        "num_workers": batches.num_workers,
-        "pin_memory": batches.pin_memory,
-        "worker_init_fn": batches.worker_init_fn,
-    }
     if batches.batch_sampler is None:
         return batches
+    collate = _Collate(batches.collate_fn, column)
+    return reloaded(
+        batches, _Positions(batches.dataset), batch_sampler=batches.batch_sampler, collate_fn=collate
+    )
+
+
+def reloaded(loader: DataLoader[Any], dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+    """A DataLoader that loads as ``loader`` does, by as many workers of the same kind, but another selection of samples.
+
+    It has no generator of its own: whoever goes through it seeds torch's, so that every pass is the same.
+    """
+    if loader.num_workers > 0:
+        options |= {
+            "prefetch_factor": loader.prefetch_factor,
+            "timeout": loader.timeout,
+            "multiprocessing_context": loader.multiprocessing_context,
+        }
     return DataLoader(
-        _Positions(batches.dataset), batch_sampler=batches.batch_sampler, collate_fn=collate, **options
+        dataset,
+        **{"collate_fn": loader.collate_fn} | options,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
     )
 
 
@@ -54,4 +79,24 @@ class _Collate:
             batch = {str(i): values for i, values in enumerate(batch)}
         if not isinstance(batch, Mapping) or self.column in batch:
             return batch
-        return {**batch, self.column: [str(position) for position, _ in rows]}
+        return {**batch, self.column: self._positions(rows, batch)}
+
+    def _positions(self, rows: list[tuple[Any, Any]], batch: Mapping[Any, Any]) -> list[str]:
+        every = [plain_id(position) for position, _ in rows]
+        kept = [name for name, (_, sample) in zip(every, rows, strict=True) if sample is not None]
+        lengths = _lengths(batch)
+        # A batch without a column that can be counted is left to `encode`, which compares lengths.
+        if not lengths or len(kept) in lengths:
+            return kept
+        raise BatchError(
+            f"The collate_fn made a batch of {sorted(lengths)} rows of the {len(rows)} samples at positions {every[:_SHOWN]}"
+            f"{'...' if len(every) > _SHOWN else ''} of the data set, of which {len(rows) - len(kept)} are None. Samples are "
+            "numbered by these positions, and which of them are in the batch cannot be known. HINT: let the data set return None "
+            f"for a sample that is to be left out, or give every sample an id of its own in the column {self.column!r}."
+        )
+
+
+def _lengths(batch: Mapping[Any, Any]) -> set[int]:
+    """How many rows the columns of a batch have: its tensors, or where it has none, its lists."""
+    tensors = {len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim > 0}
+    return tensors or {len(value) for value in batch.values() if isinstance(value, (list, tuple))}

@@ -51,9 +51,11 @@ class RunningTraces:
         steps = torch.full_like(positions, step)
         self._seen.append((positions, timesteps.float(), steps, self._window))
 
-    def require_all(self) -> None:
-        """Raises a StoreError that names samples which no training step has seen yet."""
-        unseen = (self._counts == 0).nonzero().flatten().tolist()
+    def require_all(self, exposures: Tensor | None = None) -> None:
+        """Raises a StoreError that names samples which no training step has seen yet, but for those whose ``exposures`` [N] are
+        known to be 0: nothing was trained on them."""
+        missing = self._counts == 0
+        unseen = (missing if exposures is None else missing & (exposures > 0)).nonzero().flatten().tolist()
         if unseen:
             shown = ", ".join(repr(self._sample_ids[i]) for i in unseen[:_SHOWN])
             more = f" and {len(unseen) - _SHOWN} more" if len(unseen) > _SHOWN else ""
@@ -64,8 +66,9 @@ class RunningTraces:
             )
 
     def means(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean rows [b, k] of samples, and the mean loss [b] of the batches that they were in."""
-        counts = self._counts[positions].float()
+        """The mean rows [b, k] of samples, and the mean loss [b] of the batches that they were in; zeros for samples that were in
+        none."""
+        counts = self._counts[positions].clamp(min=1).float()
         return self._sums[positions] / counts.unsqueeze(1), self._losses[positions] / counts
 
     def visits(self) -> Visits:

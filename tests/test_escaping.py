@@ -90,7 +90,8 @@ def test_rankings_are_written_without_formulas_and_read_back(tmp_path: Path) -> 
     result = answer(owner=owners, score=["9"] * 5, rank=["=0"] * 5, **{"=column": [""] * 5})
     result.to_csv(tmp_path / "one.csv")
     rows = rows_of(tmp_path / "one.csv")
-    heads = ["verdict", "rank", "score", "sample_id", "'=column", "owner", "metadata.rank", "metadata.score"]
+    heads = ["verdict", "rank", "score", "sample_id", "exposures", "remark"]
+    heads += ["'=column", "owner", "metadata.rank", "metadata.score"]
     assert list(rows[0]) == heads
     for row, record in zip(rows, result.top(5), strict=True):
         assert (int(row["rank"]), float(row["score"])) == (record.rank, record.score)

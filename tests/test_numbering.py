@@ -3,9 +3,11 @@
 from collections import namedtuple
 from typing import Any
 
+import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
+from ctrak_lightning.errors import BatchError
 from ctrak_lightning.numbering import numbered
 
 ROWS = [{"x": torch.tensor(float(i))} for i in range(5)]
@@ -55,3 +57,20 @@ def test_what_has_no_positions_is_left_as_it_is() -> None:
     Pair = namedtuple("Pair", ["x"])
     [batch] = numbered(DataLoader([Pair(1)], 1), "sample_id")  # type: ignore[list-item]
     assert batch.x.tolist() == [1]
+
+
+def some(rows: list[Any]) -> Any:
+    kept = [row for row in rows if row is not None and row["x"] != 2]
+    return default_collate(kept) if kept else None
+
+
+def test_samples_that_a_collate_function_leaves_out_do_not_shift_the_numbers() -> None:
+    broken = [ROWS[0], None, ROWS[3], None, None, None, ROWS[4]]
+    batches = list(numbered(DataLoader(broken, 3, collate_fn=some), "sample_id"))  # type: ignore[arg-type]
+    assert [batch and batch["sample_id"] for batch in batches] == [["0", "2"], None, ["6"]]
+    assert batches[0]["x"].tolist() == [0.0, 3.0]
+    with pytest.raises(
+        BatchError,
+        match=r"\[2\] rows of the 3 samples at positions \['0', '1', '2'\].*HINT: let the data set return None",
+    ):
+        list(numbered(DataLoader(ROWS, 3, collate_fn=some), "sample_id"))  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from ctrak_lightning.attribution.solve import (
     AGREEMENT_GRID,
     LONE_DAMPING,
     chosen_scores,
+    exposures_at,
 )
 from ctrak_lightning.attribution.together import Attributions, cosines_of, warn_of_alike
 from ctrak_lightning.attribution.top import Shortlist, top_scores
@@ -137,6 +138,7 @@ class Attributor(Questions):
             query.features, self.store.checkpoints, self._grid(used.damping), residual=used.residual
         )
         weights = self._learning_rates() if used.ensemble == "learning_rate" else None
+        exposures = exposures_at(self.store.checkpoints)
         each = (
             Attribution(
                 concept=concept,
@@ -150,6 +152,7 @@ class Attributor(Questions):
                 damping=dampings[i],
                 weights=weights,
                 parts=self._parts(query, i, scores[:, i], dampings[i], used, weights),
+                exposures=exposures,
                 store=self.store,
             )
             for i, concept in enumerate(query.concepts)
@@ -200,13 +203,22 @@ class Attributor(Questions):
         )
         # Of a large store the table of all samples takes more memory than the search.
         samples = self.store.samples_of(found.positions)
+        exposures = self.store.checkpoints[-1].exposures()
         _, where = torch.unique(found.positions, return_inverse=True)
         results = [
             [
-                Record(samples.sample_ids[i], score, rank, samples.metadata_of(i))
-                for rank, (i, score) in enumerate(zip(rows, scores, strict=True), start=1)
+                Record(
+                    samples.sample_ids[i],
+                    score,
+                    rank,
+                    samples.metadata_of(i),
+                    None if exposures is None else int(exposures[position]),
+                )
+                for rank, (i, position, score) in enumerate(zip(rows, places, scores, strict=True), start=1)
             ]
-            for rows, scores in zip(where.tolist(), found.scores.tolist(), strict=True)
+            for rows, places, scores in zip(
+                where.tolist(), found.positions.tolist(), found.scores.tolist(), strict=True
+            )
         ]
         if processes.is_first:
             answers = [([one.sample_id for one in rows], [one.score for one in rows]) for rows in results]

@@ -26,20 +26,31 @@ class Moments:
     """Sums over the samples of the scores of M checkpoints and of their products, in float64."""
 
     def __init__(self) -> None:
-        self.count = 0
-        """Samples taken in."""
+        self.count: int | Tensor = 0
+        """Samples taken in; of each checkpoint [M], where some were passed over."""
         self._shift: Tensor | None = None
         self._sums = torch.zeros(())
         self._products = torch.zeros(())
 
-    def add(self, scores: Tensor) -> None:
-        """Take in the scores [..., M, b] of b samples more."""
+    def add(self, scores: Tensor, exposed: Tensor | None = None) -> None:
+        """Take in the scores [..., M, b] of b samples more.
+
+        Args:
+            scores: of all checkpoints.
+            exposed: bool [M, b]; scores where it is False are passed over. Means and deviations alone can be asked of such sums.
+        """
+        if not scores.shape[-1]:
+            return
         wide = scores.double()
         if self._shift is None:
             # Sums of squares cancel where the mean is far from zero: all are taken around the first block's mean.
             self._shift = wide.mean(-1, keepdim=True)
         wide = wide - self._shift
-        self.count += wide.shape[-1]
+        if exposed is None:
+            self.count = self.count + wide.shape[-1]
+        else:
+            self.count = self.count + exposed.sum(-1)
+            wide = wide * exposed
         self._sums = self._sums + wide.sum(-1)
         self._products = self._products + wide @ wide.mT  # [..., M, b] x [..., b, M] -> [..., M, M]
 
@@ -79,10 +90,15 @@ class Moments:
         d = (other._shift - self._shift).squeeze(-1)
         cross = other._sums.unsqueeze(-1) * d.unsqueeze(-2)
         outer = d.unsqueeze(-1) * d.unsqueeze(-2)
-        self._products = self._products + other._products + cross + cross.mT + other.count * outer
+        self._products = self._products + other._products + cross + cross.mT + _rows(other.count) * outer
         self._sums = self._sums + other._sums + other.count * d
-        self.count += other.count
+        self.count = self.count + other.count
 
     def _covariances(self) -> Tensor:
         means = self._sums / self.count
-        return self._products / self.count - means.unsqueeze(-1) * means.unsqueeze(-2)
+        return self._products / _rows(self.count) - means.unsqueeze(-1) * means.unsqueeze(-2)
+
+
+def _rows(count: int | Tensor) -> int | Tensor:
+    """Counts [M] for the rows of matrices [..., M, M]."""
+    return count.unsqueeze(-1) if isinstance(count, Tensor) else count

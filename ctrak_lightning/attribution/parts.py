@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctrak_lightning.attribution.solve import chosen_scores, spreads
+from ctrak_lightning.attribution.solve import chosen_scores, exposed_at, spreads
 from ctrak_lightning.traces import Checkpoint
 from ctrak_lightning.tracing import FeatureParts
 
@@ -59,7 +59,7 @@ def score_parts(
     split, _ = chosen_scores(rows, checkpoints, (damping,), residual=residual)  # [M, S + G, N]
     # The checkpoints' units are those of the whole: a part in units of its own would not add up.
     if weights is None:
-        units = 1 / spreads(scores.double()) / len(checkpoints)  # [M, 1]
+        units = 1 / spreads(scores.double(), exposed_at(checkpoints)) / len(checkpoints)  # [M, 1]
     else:
         units = torch.tensor(weights, dtype=torch.float64).unsqueeze(1)
     joined = (split * units.unsqueeze(1)).sum(0).float()

@@ -18,17 +18,21 @@ from ctrak_lightning.attribution.solve import drawn_ensemble, ensemble, soft_thr
 from ctrak_lightning.escaping import csv_cell, metadata_heads
 from ctrak_lightning.traces import SampleTable, TraceStore
 
-RESERVED = ("verdict", "rank", "score", "sample_id")
+RESERVED = ("verdict", "rank", "score", "sample_id", "exposures", "remark")
+NEVER = "never trained on up to this checkpoint"
+"""What is said of a sample that had entered no optimizer step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One training sample in a ranking; rank 1 taught the concept most."""
+    """One training sample in a ranking; rank 1 taught the concept most. ``exposures``: how often it had entered an optimizer step at
+    the last checkpoint; None where that is not known."""
 
     sample_id: str
     score: float
     rank: int
     metadata: dict[str, str]
+    exposures: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,8 @@ class Attribution:
             kernel.
         weights: of the checkpoints, where the method adds them with weights of their own (learning rates); else None.
         parts: the scores split by timestep and by group of layers, where that was asked for.
+        exposures: how often each sample had entered an optimizer step at each checkpoint, int64 [M, N]; -1 at one where that is not
+            known, None where it is at none. A sample with 0 scores 0 at that checkpoint.
         store: the traces that were asked, where they are at hand; a report takes self-check and provenance from them.
     """
 
@@ -73,13 +79,31 @@ class Attribution:
     damping: float | None = None
     weights: list[float] | None = None
     parts: Parts | None = None
+    exposures: Tensor | None = None
     store: TraceStore | None = field(default=None, repr=False, compare=False)
 
     @property
     def scores(self) -> Tensor:
-        """Checkpoint-ensembled scores [N], float32: each checkpoint in units of its own standard deviation, averaged; or
-        the sum with the method's own weights."""
-        return ensemble(self.checkpoint_scores.double(), self.weights).float()
+        """Checkpoint-ensembled scores [N], float32: each checkpoint in units of its own standard deviation (over the samples that had
+        been trained on), averaged; or the sum with the method's own weights."""
+        return ensemble(self.checkpoint_scores.double(), self.weights, self._exposed).float()
+
+    @property
+    def untrained(self) -> Tensor:
+        """Which samples had entered no optimizer step at the last checkpoint, as far as is known, bool [N]."""
+        if self.exposures is None:
+            return torch.zeros(len(self.samples), dtype=torch.bool)
+        return self.exposures[-1] == 0
+
+    @property
+    def _exposed(self) -> Tensor | None:
+        """Which samples had been trained on at each checkpoint, bool [M, N]; None where all had, as far as is known."""
+        return None if self.exposures is None or bool(self.exposures.all()) else self.exposures != 0
+
+    def _trained(self) -> Tensor | None:
+        """Which samples had been trained on at the last checkpoint, bool [N]; None where all had, as far as is known."""
+        untrained = self.untrained
+        return ~untrained if bool(untrained.any()) else None
 
     @cached_property
     def confidence(self) -> Confidence:
@@ -105,7 +129,7 @@ class Attribution:
         Raises:
             ValueError: ``threshold`` is negative.
         """
-        return soft_thresholded(self.scores.double(), _checked(threshold)).float()
+        return soft_thresholded(self.scores.double(), _checked(threshold), self._trained()).float()
 
     def effective_contributors(self, threshold: float = 2.0) -> float:
         """How many samples the concept is spread over: the inverse Simpson index ``1 / sum(p^2)`` of the shares ``p`` of the
@@ -122,22 +146,30 @@ class Attribution:
         return float(total.square() / positive.square().sum()) if total > 0 else 0.0
 
     def order(self) -> Tensor:
-        """The positions of all samples [N], int64, best first (ties by position in the data set)."""
-        return torch.argsort(self.scores, descending=True, stable=True)
+        """The positions of all samples [N], int64, best first (ties by position in the data set); those that were never trained on
+        are the last."""
+        scores = self.scores.masked_fill(self.untrained, -torch.inf)
+        return torch.argsort(scores, descending=True, stable=True)
+
+    def ranked(self) -> Tensor:
+        """The positions of the samples that were trained on, int64, best first."""
+        order = self.order()
+        return order[: len(order) - int(self.untrained.sum())]
 
     def timeline(self) -> Tensor:
         """The scores of each checkpoint [M, N], float32, each in units of its own standard deviation."""
-        return standardised(self.checkpoint_scores.double()).float()
+        return standardised(self.checkpoint_scores.double(), self._exposed).float()
 
     def top(self, n: int = 10) -> list[Record]:
-        """The ``n`` samples that taught the concept most, best first (ties by position in the data set).
+        """The ``n`` samples that taught the concept most, best first (ties by position in the data set); none that was never
+        trained on.
 
         Raises:
             ValueError: ``n`` is below 1.
         """
         if n < 1:
             raise ValueError(f"top({n}): expected at least 1.")
-        return self._records(slice(n))
+        return self._records(self.ranked()[:n])
 
     def bottom(self, n: int = 10) -> list[Record]:
         """The ``n`` samples with the lowest scores, the opponents of the concept, lowest first; ranks are those of :meth:`top`.
@@ -147,14 +179,22 @@ class Attribution:
         """
         if n < 1:
             raise ValueError(f"bottom({n}): expected at least 1.")
-        return self._records(slice(-n, None))[::-1]
+        return self._records(self.ranked()[-n:], last=True)[::-1]
 
-    def _records(self, places: slice) -> list[Record]:
-        scores, order = self.scores, self.order()
-        ranks = range(1, len(order) + 1)[places]
+    def _records(self, positions: Tensor, last: bool = False) -> list[Record]:
+        """Records of consecutive places of the ranking: its first ones, or the last ones of those that were trained on."""
+        scores = self.scores
+        before = len(self.ranked()) - len(positions) if last else 0
+        exposures = None if self.exposures is None else self.exposures[-1]
         return [
-            Record(self.samples.sample_ids[i], float(scores[i]), rank, self.samples.metadata_of(i))
-            for rank, i in zip(ranks, order[places].tolist(), strict=True)
+            Record(
+                self.samples.sample_ids[i],
+                float(scores[i]),
+                rank,
+                self.samples.metadata_of(i),
+                None if exposures is None or exposures[i] < 0 else int(exposures[i]),
+            )
+            for rank, i in enumerate(positions.tolist(), start=before + 1)
         ]
 
     def by_group(
@@ -222,14 +262,15 @@ class Attribution:
 
     def _positive(self, drawn: Tensor, threshold: float | None) -> Tensor:
         """What each sample adds to a share [N], float64, from checkpoints that were drawn so many times each [M]."""
-        scores = drawn_ensemble(self.checkpoint_scores.double(), drawn, self.weights)
+        scores = drawn_ensemble(self.checkpoint_scores.double(), drawn, self.weights, self._exposed)
         if threshold is not None:
-            scores = soft_thresholded(scores, _checked(threshold))
+            scores = soft_thresholded(scores, _checked(threshold), self._trained())
         return scores.clamp(min=0)
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes the whole ranking: verdict (empty, or in every row the sentence that the ranking says nothing), rank, score, sample_id
-        and the metadata columns, one row per sample.
+        """Writes the whole ranking, one row per sample: verdict (empty, or in every row the sentence that the ranking says nothing), rank,
+        score, sample_id, how often the sample had entered an optimizer step (empty where that is not known), a remark where it never
+        had, and the metadata columns.
 
         Text that a spreadsheet would compute gets an apostrophe before it (:func:`ctrak_lightning.escaping.csv_cell`); a metadata
         column of the name of one of ours becomes ``metadata.score``, say.
@@ -238,11 +279,11 @@ class Attribution:
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow([*RESERVED, *map(csv_cell, metadata_heads(columns, RESERVED))])
-            for record in self.top(len(self.samples.sample_ids)):
-                texts = [record.sample_id, *(record.metadata[column] for column in columns)]
-                writer.writerow(
-                    [self.confidence.verdict, record.rank, repr(record.score), *map(csv_cell, texts)]
-                )
+            for record in self._records(self.order()):
+                known = "" if record.exposures is None else record.exposures
+                facts = [csv_cell(record.sample_id), known, NEVER if record.exposures == 0 else ""]
+                texts = [csv_cell(record.metadata[column]) for column in columns]
+                writer.writerow([self.confidence.verdict, record.rank, repr(record.score), *facts, *texts])
 
     def to_json(self, path: str | Path) -> None:
         """Writes whether the ranking says anything and why not, the question, the method, the ranking and the scores per checkpoint."""
@@ -261,10 +302,11 @@ class Attribution:
                     "rank": record.rank,
                     "score": record.score,
                     "sample_id": record.sample_id,
+                    "exposures": record.exposures,
                     "timeline": timeline[:, positions[record.sample_id]].tolist(),
                     "metadata": record.metadata,
                 }
-                for record in self.top(len(self.samples.sample_ids))
+                for record in self._records(self.order())
             ],
         }
         Path(path).write_text(

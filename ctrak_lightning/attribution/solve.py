@@ -49,7 +49,8 @@ def chosen_scores(
     *,
     residual: bool = False,
 ) -> tuple[Tensor, list[float | None]]:
-    """Scores [M, Q, N] of queries [M, Q, k] at every checkpoint, and the damping used for each query.
+    """Scores [M, Q, N] of queries [M, Q, k] at every checkpoint, and the damping used for each query. A sample that had not been
+    trained on at a checkpoint scores 0 there.
 
     Args:
         queries: projected gradients of the queries, for each of the M checkpoints.
@@ -58,26 +59,59 @@ def chosen_scores(
         residual: multiply the scores, once the damping is chosen, by the samples' losses (DAS).
     """
     parts, chosen = [], []
+    exposed = exposed_at(checkpoints)
     room = max(1, SCORES_AT_ONCE // (len(grid) * len(checkpoints) * checkpoints[0].rows))
     for part in queries.split(room, 1):
         each = [scores_by_damping(rows, c, grid) for rows, c in zip(part, checkpoints, strict=True)]
         scores = torch.stack(each, 1)  # [D, M, Q, N]
         best = torch.zeros(part.shape[1], dtype=torch.long)
         if len(grid) > 1:
-            best = torch.stack([agreement(at_one) for at_one in scores]).argmax(0)
+            best = torch.stack([agreement(at_one, exposed) for at_one in scores]).argmax(0)
         parts.append(torch.stack([scores[d, :, i] for i, d in enumerate(best.tolist())], 1))
         chosen += [grid[d] for d in best.tolist()]
     scores = torch.cat(parts, 1)
     if residual:
         scores = scores * torch.stack([c.losses().double() for c in checkpoints]).unsqueeze(1)
+    if exposed is not None:  # the dual form leaves what rounding makes of 0
+        scores = scores * exposed.unsqueeze(1)
     return scores, chosen
 
 
-def agreement(scores: Tensor) -> Tensor:
+def exposed_at(checkpoints: Sequence[Checkpoint]) -> Tensor | None:
+    """Which samples had been trained on at each checkpoint, bool [M, N]; None where all had, as far as is known."""
+    each = [checkpoint.exposed() for checkpoint in checkpoints]
+    if all(one is None for one in each):
+        return None
+    every = torch.ones(checkpoints[0].rows, dtype=torch.bool)
+    return torch.stack([every if one is None else one for one in each])
+
+
+def exposures_at(checkpoints: Sequence[Checkpoint]) -> Tensor | None:
+    """How often each sample had entered an optimizer step at each checkpoint, int64 [M, N]; -1 at one where that is not known,
+    None where it is at none."""
+    each = [checkpoint.exposures() for checkpoint in checkpoints]
+    if all(one is None for one in each):
+        return None
+    unknown = torch.full((checkpoints[0].rows,), -1, dtype=torch.int64)
+    return torch.stack([unknown if one is None else one for one in each])
+
+
+def compared(exposed: Tensor) -> Tensor:
+    """Over which samples checkpoints are compared, bool [N]: those that had been trained on at all of them, ``exposed`` [M, N]; all
+    samples, if there are not two of these."""
+    both = exposed.all(0)
+    return both if int(both.sum()) > 1 else torch.ones_like(both)
+
+
+def agreement(scores: Tensor, exposed: Tensor | None = None) -> Tensor:
     """How much checkpoints agree: the mean Pearson correlation over pairs of them, of scores [M, ..., N] over the samples [...].
 
     It needs no label. What a concept owes its samples is the same at every checkpoint of a run that has learnt it; the noise
     that a kernel's inverse amplifies is not. Checkpoints whose scores are equal up to rounding agree with nothing (0).
+
+    Args:
+        scores: of the checkpoints.
+        exposed: as :func:`exposed_at` gives it; the samples that are :func:`compared` count.
 
     Raises:
         ValueError: fewer than two checkpoints.
@@ -86,48 +120,71 @@ def agreement(scores: Tensor) -> Tensor:
     if count < 2:
         raise ValueError(f"agreement(scores {list(scores.shape)}): expected two checkpoints or more.")
     moments = Moments()
-    moments.add(scores.movedim(0, -2))
+    moments.add((scores if exposed is None else scores[..., compared(exposed)]).movedim(0, -2))
     return moments.agreement()
 
 
-def ensemble(per_checkpoint: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+def ensemble(
+    per_checkpoint: Tensor, weights: Sequence[float] | None = None, exposed: Tensor | None = None
+) -> Tensor:
     """Checkpoints' scores [M, ..., N] as one [..., N].
 
     Without weights, the mean of the checkpoints, each scaled by its own standard deviation over the samples first.
     (Gradients shrink as training proceeds; without the scaling the first checkpoint would decide alone.) With weights, the
-    weighted sum of the scores as they are.
+    weighted sum of the scores as they are. ``exposed`` [M, N]: whose scores count for the deviations.
     """
     if weights is None:
-        return standardised(per_checkpoint).mean(0)
+        return standardised(per_checkpoint, exposed).mean(0)
     return sum(
         (w * scores for w, scores in zip(weights, per_checkpoint, strict=True)), per_checkpoint.new_zeros(())
     )
 
 
-def drawn_ensemble(per_checkpoint: Tensor, drawn: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+def drawn_ensemble(
+    per_checkpoint: Tensor,
+    drawn: Tensor,
+    weights: Sequence[float] | None = None,
+    exposed: Tensor | None = None,
+) -> Tensor:
     """:func:`ensemble` of checkpoints' scores [M, N] of which each was drawn so many times [M], as in a bootstrap over
     checkpoints."""
     if weights is None:
-        return (drawn.unsqueeze(1) * standardised(per_checkpoint)).sum(0) / drawn.sum()
+        return (drawn.unsqueeze(1) * standardised(per_checkpoint, exposed)).sum(0) / drawn.sum()
     return ((drawn * torch.tensor(weights, dtype=drawn.dtype)).unsqueeze(1) * per_checkpoint).sum(0)
 
 
-def standardised(scores: Tensor) -> Tensor:
-    """Scores [..., N] in units of their own standard deviation over the samples; not centred, so signs keep their meaning."""
-    return scores / spreads(scores)
+def standardised(scores: Tensor, exposed: Tensor | None = None) -> Tensor:
+    """Scores [..., N] in units of their own standard deviation over the samples (:func:`spreads`); not centred, so signs keep their
+    meaning."""
+    return scores / spreads(scores, exposed)
 
 
-def spreads(scores: Tensor) -> Tensor:
+def spreads(scores: Tensor, exposed: Tensor | None = None) -> Tensor:
     """The standard deviation over the samples of scores [..., N], as [..., 1]; where they are equal up to rounding, their size
-    (:func:`~ctrak_lightning.attribution.moments.units`)."""
-    return units(scores.std(-1, keepdim=True, correction=0), scores.mean(-1, keepdim=True))
+    (:func:`~ctrak_lightning.attribution.moments.units`). ``exposed`` [M, N] leaves samples out of scores [M, ..., N]."""
+    if exposed is None:
+        return units(scores.std(-1, keepdim=True, correction=0), scores.mean(-1, keepdim=True))
+    while exposed.dim() < scores.dim():  # [M, N] of scores [M, ..., N]
+        exposed = exposed.unsqueeze(-2)
+    count = exposed.sum(-1, keepdim=True).clamp(min=1)
+    mean = (scores * exposed).sum(-1, keepdim=True) / count
+    deviation = (((scores - mean) * exposed).square().sum(-1, keepdim=True) / count).sqrt()
+    return units(deviation, mean)
 
 
-def soft_thresholded(scores: Tensor, threshold: float) -> Tensor:
+def soft_thresholded(scores: Tensor, threshold: float, exposed: Tensor | None = None) -> Tensor:
     """Scores [..., N] in units of their own standard deviation around their median, moved towards zero by ``threshold``; what
-    lies within it becomes zero. (TRAK, arXiv 2303.14186, sec. 3.2, sparsifies so too.)"""
-    centred = scores - scores.median(-1, keepdim=True).values
-    shifted = centred / spreads(scores)
+    lies within it becomes zero. (TRAK, arXiv 2303.14186, sec. 3.2, sparsifies so too.)
+
+    Args:
+        scores: of the samples.
+        threshold: in standard deviations.
+        exposed: bool [N]; median and deviation are over these samples, and the others become zero.
+    """
+    known = scores if exposed is None else scores[..., exposed]
+    shifted = (scores - known.median(-1, keepdim=True).values) / spreads(known)
+    if exposed is not None:
+        shifted = shifted * exposed
     return shifted.sign() * (shifted.abs() - threshold).clamp(min=0)
 
 

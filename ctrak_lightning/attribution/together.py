@@ -172,7 +172,7 @@ class Attributions(list[Attribution]):
             raise ValueError(f"{type(self).__name__}: the top {n}; expected at least 1.")
         names, ranks = self.names, self._ranks()
         scores = [result.scores for result in self]
-        leading = sorted({int(i) for result in self for i in result.order()[:n]})
+        leading = sorted({int(i) for result in self for i in result.ranked()[:n]})
         samples = self[0].samples if self else None
         return [
             Taught(

@@ -9,7 +9,7 @@ from torch import Tensor
 from ctrak_lightning.attribution.best import MOST_SAMPLES, Best
 from ctrak_lightning.attribution.dots import Dots
 from ctrak_lightning.attribution.moments import Moments, units
-from ctrak_lightning.attribution.solve import chosen_scores, ensemble
+from ctrak_lightning.attribution.solve import chosen_scores, compared, ensemble, exposed_at
 from ctrak_lightning.errors import CorruptStoreError
 from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.traces import Checkpoint
@@ -71,7 +71,7 @@ def top_scores(
     shortlist: Shortlist | None = None,
     processes: Processes = ALONE,
 ) -> TopScores:
-    """The ``n`` best samples for each question, as sorting all :func:`~ctrak_lightning.attribution.solve.ensemble` scores
+    """The ``n`` best samples for each question, of those that were trained on, as sorting all :func:`~ctrak_lightning.attribution.solve.ensemble` scores
     would give them (ties by position in the data set).
 
     With no more features than samples, memory does not grow with the samples (but for one bit each). The store is read
@@ -140,6 +140,7 @@ class _Question:
         self._checkpoints = checkpoints
         self._processes = processes
         self._residual = residual
+        self._exposed = exposed_at(checkpoints)
         solved, known = [], []
         for rows, checkpoint in zip(queries, checkpoints, strict=True):
             kernel = checkpoint.kernel()
@@ -196,7 +197,7 @@ class _Question:
                     product(rows) * rows.loss.double() if self._residual else product(rows)
                     for product, rows in zip(dots, block, strict=True)
                 ]
-                best.add(torch.stack(scores).sum(0), block[0].index)
+                _add_trained(best, torch.stack(scores).sum(0), block[0].index, self._exposed)
                 seen += len(block[0])
         self._require_all(seen, samples)
         return best.over(self._processes).sorted()
@@ -212,17 +213,21 @@ class _Question:
     def _moments(self, directions: Tensor) -> tuple[Moments, Moments]:
         """Moments [D, Q, M] of the scores of directions [M, D, Q, k]: without the residual, and as they are scored."""
         raw = Moments()
-        scored = Moments() if self._residual else raw
+        scored = Moments() if self._residual or self._exposed is not None else raw
+        known = None if self._exposed is None else compared(self._exposed)
         dots = [Dots(some.flatten(0, 1)) for some in directions]
         with self._processes.together():
             for block in self._blocks():
                 products = [product(rows) for product, rows in zip(dots, block, strict=True)]
                 scores = torch.stack(products, 1).unflatten(0, directions.shape[1:3])  # [D, Q, M, b]
-                raw.add(scores)
+                index = block[0].index
+                raw.add(scores if known is None else scores[..., known[index]])
                 if self._residual:
-                    scored.add(scores * torch.stack([rows.loss.double() for rows in block]))
+                    scores = scores * torch.stack([rows.loss.double() for rows in block])
+                if scored is not raw:
+                    scored.add(scores, None if self._exposed is None else self._exposed[:, index])
         whole = raw.over(self._processes)
-        return whole, scored.over(self._processes) if self._residual else whole
+        return whole, whole if scored is raw else scored.over(self._processes)
 
 
 def joint_blocks(
@@ -261,6 +266,15 @@ def _dense(
     residual: bool,
 ) -> tuple[Tensor, Tensor, list[float | None]]:
     scores, dampings = chosen_scores(queries, checkpoints, grid, residual=residual)
-    best = Best(n)
-    best.add(ensemble(scores, weights), torch.arange(checkpoints[0].rows))
+    best, exposed = Best(n), exposed_at(checkpoints)
+    _add_trained(best, ensemble(scores, weights, exposed), torch.arange(checkpoints[0].rows), exposed)
     return (*best.sorted(), dampings)
+
+
+def _add_trained(best: Best, scores: Tensor, positions: Tensor, exposed: Tensor | None) -> None:
+    """Takes in scores [Q, b] of the samples at ``positions`` [b] that were trained on at the last checkpoint of ``exposed`` [M, N]."""
+    if exposed is not None:
+        trained = exposed[-1, positions]
+        scores, positions = scores[:, trained], positions[trained]
+    if len(positions):
+        best.add(scores, positions)

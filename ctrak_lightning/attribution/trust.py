@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctrak_lightning.attribution.solve import SCORES_AT_ONCE, chosen_scores, ensemble
+from ctrak_lightning.attribution.solve import SCORES_AT_ONCE, chosen_scores, compared, ensemble, exposed_at
 from ctrak_lightning.metrics.functional import spearman
 from ctrak_lightning.traces import Checkpoint
 
@@ -41,19 +41,21 @@ def self_check(
         damping: of the kernel; None leaves it out.
         residual: as in :func:`~ctrak_lightning.attribution.solve.chosen_scores`.
         weights: of the checkpoints, as in :func:`~ctrak_lightning.attribution.solve.ensemble`.
-        asked: how many samples to take, evenly spaced over the data set.
+        asked: how many samples to take, evenly spaced over those that were trained on.
 
     Raises:
         CorruptStoreError: The store is damaged.
     """
     total = checkpoints[0].rows
-    count = min(asked, total)
-    samples = torch.tensor([i * total // count for i in range(count)])
+    exposed = exposed_at(checkpoints)
+    usable = torch.arange(total) if exposed is None else compared(exposed).nonzero().flatten()
+    count = min(asked, len(usable))
+    samples = usable[[i * len(usable) // count for i in range(count)]]
     first = 0
     for part in samples.split(max(1, SCORES_AT_ONCE // (len(checkpoints) * total))):
         queries = torch.stack([checkpoint.rows_of(part).features() for checkpoint in checkpoints])
         scores, _ = chosen_scores(queries, checkpoints, (damping,), residual=residual)  # [M, Q, N]
-        joined = ensemble(scores, weights)  # [Q, N]
+        joined = ensemble(scores, weights, exposed)  # [Q, N]
         own = joined[torch.arange(len(part)), part].unsqueeze(1)
         first += int((joined <= own).all(1).sum())
     return SelfCheck(first=first, asked=count)

@@ -14,15 +14,16 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import model_helpers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from ctrak_lightning import methods
+from ctrak_lightning.callbacks.exposures import ExposureCounter
 from ctrak_lightning.callbacks.inline import (
     grad_scaler,
     loss_scale,
     refuse_what_inline_cannot_trace,
 )
+from ctrak_lightning.callbacks.loaders import TrainingLoader
 from ctrak_lightning.callbacks.steps import StepCounter
 from ctrak_lightning.capture import Capture
 from ctrak_lightning.errors import ProcessLostError, StoreLockedError, TaskError, TrialError
@@ -45,8 +46,9 @@ class ConceptTracer(Callback):
     """Traces the training samples at checkpoints of a run, into a store that
     :class:`~ctrak_lightning.Attributor` reads afterwards.
 
-    The samples are those of ``trace_dataloader()`` of the DataModule or module where it exists (augmentation off), else the
-    training set in its own order. Under DDP every process traces a share of them, into one folder that all must see.
+    The samples are those of ``trace_dataloader()`` of the DataModule or module where it exists (augmentation off), else those
+    that the training loader can draw, in the data set's order. Under DDP every process traces a share of them, into one folder that
+    all must see.
     Training is not changed: the callback draws from random generators of its own, never
     calls ``backward()``, and restores every module's training flag. Weights are those being trained; at the end of
     training, after a weight-averaging callback that stands before this one, they are the averaged ones.
@@ -81,6 +83,8 @@ class ConceptTracer(Callback):
             at once and all steps without a trace when training ends, and the next checkpoint is tried again. ``"raise"`` stops
             training with the error, where a gap in the record is worse than a lost run. What was sealed before stays either
             way. What does not fit when training starts always raises, and so does the loss of another process.
+        loader: where the Trainer has several training loaders (a dict or list of them, a CombinedLoader), the name or the position
+            of the one whose samples are traced.
 
     Raises:
         MisconfigurationException: an argument out of range; a module that is no DiffusionTask; a sharded strategy; a folder
@@ -117,6 +121,7 @@ class ConceptTracer(Callback):
         thumbnails: bool = True,
         seed: int = 0,
         on_error: OnError = "warn",
+        loader: str | int | None = None,
     ) -> None:
         super().__init__()
         for name, value in {
@@ -169,6 +174,7 @@ class ConceptTracer(Callback):
         self.thumbnails = thumbnails
         self.seed = seed
         self.on_error = on_error
+        self.loader = loader
         self._untraced: dict[int, int] = {}  # step: epoch
         self._has_told_dropped = False
         self.untraced_steps: list[int] = []
@@ -178,6 +184,8 @@ class ConceptTracer(Callback):
         self._last_step = 0
         self._steps: StepCounter | None = None
         self._unseen_steps = 0
+        self._exposures: ExposureCounter | None = None
+        self._exposure_state: dict[str, Any] | None = None
         self._run_id: str | None = None
         self._resumed = False
         self._listeners: list[Callable[[L.Trainer], None]] = []
@@ -242,6 +250,7 @@ class ConceptTracer(Callback):
         self._steps = StepCounter(trainer, pl_module, self._unseen_steps)
         self._last_step = self._steps.now
         self._untraced, self.untraced_steps = {}, []
+        self._loader = TrainingLoader(trainer, self.loader)
         self._has_told_dropped = False
         processes = self._processes(trainer)
         self._lock = self._hold(processes)
@@ -249,6 +258,7 @@ class ConceptTracer(Callback):
             self._capture = self._open(trainer, pl_module, self._steps, processes)
         except TrialError as error:
             raise MisconfigurationException(f"`ConceptTracer(dirpath={self.dirpath!r})`: {error}") from error
+        self._exposures = ExposureCounter(trainer, pl_module, self._capture, self._loader)
         if self._capture.trial is not None:
             self.trial_seconds = self._capture.trial.seconds
             rank_zero_info(f"ConceptTracer(dirpath={self.dirpath!r}): {self._capture.trial}")
@@ -259,13 +269,17 @@ class ConceptTracer(Callback):
     ) -> None:
         if isinstance(self._capture, InlineCapture):
             with self._following(self._capture, trainer):
-                self._capture.begin_step(batch)
+                self._capture.begin_step(self._loader.part(batch))
+        if self._exposures is not None:
+            self._exposures.begin(batch)
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         if isinstance(self._capture, InlineCapture):
             with self._following(self._capture, trainer):
                 self._capture.before_backward(loss)
+        if self._exposures is not None:
+            self._exposures.backward()
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -281,6 +295,8 @@ class ConceptTracer(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._exposures is not None:
+            self._exposures.end()
         # Under gradient accumulation this hook fires per micro-batch; only a finished optimizer step counts.
         if self._steps is None or self._steps.now == self._last_step:
             return
@@ -315,23 +331,33 @@ class ConceptTracer(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         unseen = self._unseen_steps if self._steps is None else self._steps.unseen
-        return {"run_id": self._run_id, "unseen_steps": unseen}
+        return {"run_id": self._run_id, "unseen_steps": unseen, "exposures": self._exposures_now()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._run_id = state_dict["run_id"]
         self._unseen_steps = state_dict.get("unseen_steps", 0)
+        self._exposure_state = state_dict.get("exposures")
         self._resumed = True
 
     def _close(self) -> None:
         if isinstance(self._capture, InlineCapture):
             self._capture.detach()
+        self._exposure_state = self._exposures_now()
+        if self._exposures is not None:
+            self._exposures.detach()
         if self._steps is not None:
             self._steps.detach()
             self._unseen_steps = self._steps.unseen
         if self._lock is not None:
             self._lock.release()
-        self._capture, self._steps, self._lock = None, None, None
+        self._capture, self._steps, self._exposures, self._lock = None, None, None, None
+
+    def _exposures_now(self) -> dict[str, Any] | None:
+        """The exposures up to the last step, which is noted beside them."""
+        if self._capture is None:
+            return self._exposure_state
+        return self._capture.exposures.state_dict() | {"step": self._last_step}
 
     def _trace(self, trainer: L.Trainer) -> None:
         if self._capture is None or self._steps is None:
@@ -360,6 +386,8 @@ class ConceptTracer(Callback):
         learning_rate = float(optimizers[0].param_groups[0]["lr"]) if optimizers else None
         # When training ends the epoch counts one more; a second attempt at a step goes on with the first one's rows.
         epoch = self._untraced.get(step, trainer.current_epoch)
+        if self._exposures is not None:
+            self._exposures.tell()
         started = time.monotonic()
         capture.run(step, epoch=epoch, learning_rate=learning_rate)
         self.last_seconds = time.monotonic() - started
@@ -432,13 +460,15 @@ class ConceptTracer(Callback):
             dtype=self.dtype,
             thumbnails=self.thumbnails,
             device=pl_module.device,
-            rows_at_once=self.batch_size or _half_batch(trainer),
+            rows_at_once=self.batch_size or self._half_batch(),
             progress=trainer.progress_bar_callback is not None,
             processes=processes,
             questions=self._questions,
             lock=self._lock,
         )
         self._reconcile(capture, steps.now)
+        state = self._exposure_state
+        capture.resume(steps.now, state if state and state["step"] == steps.now else None)
         if isinstance(capture, InlineCapture):
             capture.attach()
         self._run_id = capture.writer.run_id
@@ -482,26 +512,17 @@ class ConceptTracer(Callback):
             )
             writer.discard_after(step)
 
+    def _half_batch(self) -> int | None:
+        """Half of the training loader's batch size, where it is known."""
+        size = self._loader.batch_size
+        return None if size is None else max(1, size // 2)
+
     def _trace_batches(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
         owners: tuple[Any, ...] = (getattr(trainer, "datamodule", None), pl_module)
         for owner in owners:
             if owner is not None and hasattr(owner, "trace_dataloader"):
                 return owner.trace_dataloader()
-        loader = trainer.train_dataloader
-        if not isinstance(loader, DataLoader):
-            raise MisconfigurationException(
-                f"`ConceptTracer`: the training data is {type(loader).__name__}, expected one DataLoader. HINT: define "
-                "`trace_dataloader()` on the DataModule or module: the samples to trace, in a fixed order."
-            )
-        return DataLoader(
-            loader.dataset, batch_size=self.batch_size or loader.batch_size or 1, collate_fn=loader.collate_fn
-        )
-
-
-def _half_batch(trainer: L.Trainer) -> int | None:
-    """Half of the training loader's batch size, where there is one loader that has one."""
-    size = getattr(trainer.train_dataloader, "batch_size", None)
-    return max(1, size // 2) if isinstance(size, int) else None
+        return self._loader.batches(self.batch_size)
 
 
 def _skipped(trainer: L.Trainer) -> bool:

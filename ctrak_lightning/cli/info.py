@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 
 from ctrak_lightning.cli.printing import say
-from ctrak_lightning.traces import TraceStore
+from ctrak_lightning.traces import Checkpoint, TraceStore
 
 
 def run(argv: Sequence[str]) -> None:
@@ -21,7 +21,8 @@ def run(argv: Sequence[str]) -> None:
     say(f"traces     {header.dim} x {header.dtype}, projection {header.projection}")
     for checkpoint in store.checkpoints:
         say(
-            f"checkpoint step {checkpoint.step}, epoch {checkpoint.epoch}, mean loss {checkpoint.losses().mean():.4f}"
+            f"checkpoint step {checkpoint.step}, epoch {checkpoint.epoch}, mean loss {checkpoint.losses().mean():.4f}, "
+            f"{_exposures(checkpoint)}"
         )
     for name, value in header.model.items():
         say(f"model      {name} {value[:16]}")
@@ -30,3 +31,12 @@ def run(argv: Sequence[str]) -> None:
         say(*problems or ["verified: every file is as it was sealed"])
         if problems:
             raise SystemExit(1)
+
+
+def _exposures(checkpoint: Checkpoint) -> str:
+    counts = checkpoint.exposures()
+    if counts is None:
+        return "exposures not known"
+    never = int((counts == 0).sum())
+    told = f", {never} samples never trained on" if never else ""
+    return f"exposures {int(counts.min())} to {int(counts.max())}{told}"

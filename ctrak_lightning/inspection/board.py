@@ -61,6 +61,7 @@ class Board:
         for i, answer in enumerate(answers):
             self._write_concept(i, answer, step)
         norms = checkpoint.norms().double()
+        norms = norms[norms > 0]  # of the samples that were trained on
         for q in QUANTILES:
             self._scalar(f"trace_norm/q{round(100 * q)}", float(np.quantile(norms.numpy(), q)), step)
 

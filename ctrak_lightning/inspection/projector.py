@@ -51,7 +51,7 @@ def embedding(
     values = [
         [samples.sample_ids[i] for i in chosen],
         *([samples.metadata[name][i] for i in chosen] for name in columns),
-        [f"{norm:.4g}" for norm in rows.norm.tolist()],
+        [f"{norm:.4g}" for norm in checkpoint.norms()[positions].tolist()],
         *([f"{score:.4f}" for score in result.scores[positions].tolist()] for result in results),
     ]
     thumbnails = samples.thumbnails
@@ -83,8 +83,8 @@ def _chosen(n: int, results: Sequence[Attribution], most: int) -> Tensor:
     each = min(_EXTREMES, most // (2 * max(1, len(results))))
     kept: set[int] = set()
     for result in results:
-        order = result.order()
-        kept.update(order[:each].tolist() + order[n - each :].tolist())
+        order = result.ranked().tolist()
+        kept.update(order[:each] + order[-each:])
     drawn = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
     rest = [i for i in drawn if i not in kept][: most - len(kept)]
     return torch.tensor(sorted([*kept, *rest]))

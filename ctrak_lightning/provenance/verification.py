@@ -19,6 +19,7 @@ from ctrak_lightning.provenance.history import History, replay
 from ctrak_lightning.provenance.ledger import Chain, Ledger
 from ctrak_lightning.provenance.signature import signature_problems
 from ctrak_lightning.traces.atomic import sha256_of
+from ctrak_lightning.traces.exposures import read_exposures
 from ctrak_lightning.traces.files import is_there
 from ctrak_lightning.traces.kernel import Kernel, read_kernel
 from ctrak_lightning.traces.manifest import manifest_text, parse_manifest, read_text
@@ -243,6 +244,8 @@ def _checkpoint(
             problems.append(f"{record.kernel}: is not the kernel of the traces in the shards")
         if record.visits in manifest.files:
             read_visits(root / record.visits, n)
+        if record.exposures in manifest.files:
+            read_exposures(root / record.exposures, n)
         if record.weights in manifest.files:
             found = weights_digest(read_weights(root / record.weights, manifest.files[record.weights]))
             recorded = history.checkpoints.get(record.step, {"weights": found})["weights"]

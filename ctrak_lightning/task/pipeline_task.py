@@ -12,6 +12,7 @@ from ctrak_lightning.errors import TaskError
 from ctrak_lightning.gradients.modes import evaluation
 from ctrak_lightning.parameterization import NoiseSchedule
 from ctrak_lightning.schedule import Schedule
+from ctrak_lightning.task.ids import plain_ids
 from ctrak_lightning.task.protocol import Condition, DiffusionTask, Encoded
 
 FIELDS = ("image", "latents", "sample_id")
@@ -99,7 +100,7 @@ class PipelineTask(DiffusionTask, nn.Module):
 
     def sample_ids(self, batch: Batch) -> list[str]:
         """The ids of a batch's samples."""
-        return list(map(str, self.column(batch, "sample_id")))
+        return plain_ids(self.column(batch, "sample_id"))
 
     def metadata(self, batch: Batch) -> dict[str, list[str]]:
         """The columns of strings of a batch, but for the ids."""

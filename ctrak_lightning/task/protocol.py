@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ctrak_lightning.errors import BatchError, TaskError
 from ctrak_lightning.schedule import Schedule
+from ctrak_lightning.task.ids import plain_ids
 
 Condition = dict[str, Tensor]
 Spec = Mapping[str, str] | str
@@ -22,11 +23,11 @@ class Encoded:
     Args:
         latents: clean latents x0 [B, ...].
         condition: the network's keyword arguments, each [B, ...].
-        sample_ids: the dataset's own ids, one per row.
+        sample_ids: the dataset's own ids, one per row; whole numbers, a tensor of them too, become text.
         metadata: columns of facts for reports (owner, licence, caption, ...), each of length B.
 
     Raises:
-        BatchError: the parts have different lengths.
+        BatchError: the parts have different lengths, or an id is neither text nor a whole number.
     """
 
     latents: Tensor
@@ -35,6 +36,7 @@ class Encoded:
     metadata: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sample_ids", plain_ids(self.sample_ids))
         rows = len(self.latents)
         lengths = {f"condition[{name!r}]": len(value) for name, value in self.condition.items()}
         lengths |= {f"metadata[{name!r}]": len(value) for name, value in self.metadata.items()}
@@ -159,7 +161,7 @@ def named_samples(task: Any, batch: Any) -> list[str]:
         BatchError: a field is missing.
     """
     try:
-        return list(task.sample_ids(batch))
+        return plain_ids(task.sample_ids(batch))
     except KeyError as error:
         raise _missing_field(task, "sample_ids", batch, error) from error
 

@@ -48,7 +48,9 @@ class CheckpointWriter:
         queue_shards: int,
         records: Records,
         processes: Processes,
+        untrained: Tensor | None = None,
     ) -> None:
+        self._untrained = torch.zeros(len(sample_ids), dtype=torch.bool) if untrained is None else untrained
         self._root = root
         self._record = record
         self._header = header
@@ -107,9 +109,11 @@ class CheckpointWriter:
             return
         indices, features, loss = indices.cpu(), features.detach().cpu(), loss.detach().cpu()
         self._check_indices(indices)
+        untrained = self._untrained[indices]
+        features = features.masked_fill(untrained[:, None], 0.0)
         self._refuse_rows(indices, ~features.isfinite().all(dim=1), "features that are not finite")
         self._refuse_rows(indices, ~loss.isfinite(), "a loss that is not finite")
-        self._refuse_rows(indices, (features == 0).all(dim=1), "features that are all zero")
+        self._refuse_rows(indices, (features == 0).all(dim=1) & ~untrained, "features that are all zero")
         self._buffer.append(self._unit_rows(indices, features, loss))
         self._seen[indices] = True
         while sum(map(len, self._buffer)) >= self._shard_rows:
@@ -240,7 +244,9 @@ class CheckpointWriter:
     def _unit_rows(self, indices: Tensor, features: Tensor, loss: Tensor) -> Rows:
         # float64, because squares of float32 gradients under- and overflow float32.
         wide = features.double()
+        # Rows of zeros are those of samples that were not trained on; they have the norm 1, for no stored norm is 0.
         norm = wide.norm(dim=1).float()
+        norm = torch.where(self._untrained[indices], torch.ones_like(norm), norm)
         self._refuse_rows(indices, ~norm.isfinite(), "features whose norm is beyond float32")
         unit, scale = stored_unit(wide / norm.double()[:, None], self._header.dtype)
         return Rows(index=indices.clone(), unit=unit, scale=scale, norm=norm, loss=loss.clone())

@@ -41,6 +41,8 @@ class Kernel:
     """Trace of the float64 Gram matrix: the sum of the squared norms of all traces."""
     mean: Tensor
     """Mean of the traces over the samples, float64 [k]."""
+    exposed: int | None = None
+    """Samples that had been trained on, where the traces of the others are zeros; None: all of them."""
 
     def gram(self) -> Tensor:
         """The Gram matrix, float64 [m, m], put together again."""
@@ -49,21 +51,25 @@ class Kernel:
         return (matrix + matrix.T) / 2
 
     def solve(self, rows: Tensor, dampings: Sequence[float | None]) -> Tensor:
-        """Rows [q, m] times ``(gram + damping * trace / m * I)^-1``, float64 [d, q, m]; as they are where a damping is None."""
+        """Rows [q, m] times ``(gram + damping * trace / m * I)^-1``, float64 [d, q, m]; as they are where a damping is None.
+
+        The damping is relative to the mean eigenvalue ``trace / m`` of the kernel of the samples that had been trained on.
+        """
         vectors, values = self.eigenvectors.double(), self.eigenvalues.clamp(min=0)
-        along, mean = rows.double() @ vectors, self.trace / len(values)
+        along, mean = rows.double() @ vectors, self.trace / min(self.exposed or self.n, self.k)
         return torch.stack(
             [rows.double() if d is None else along / (values + d * mean) @ vectors.T for d in dampings]
         )
 
     def score_moments(self, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean [c] and standard deviation [c] over the n samples of the scores ``Phi d`` of directions d [c, k], float64.
+        """Mean [c] and standard deviation [c], over the samples that had been trained on, of the scores ``Phi d`` of directions d [c, k], float64.
 
         ``sum_i (phi_i d)^2 = d^T Phi^T Phi d``, so no trace need be read. For the primal side only.
         """
-        mean = directions.double() @ self.mean
+        count = self.exposed or self.n
+        mean = directions.double() @ self.mean * (self.n / count)
         along = directions.double() @ self.eigenvectors.double()
-        square = (along.square() * self.eigenvalues.clamp(min=0)).sum(1) / self.n
+        square = (along.square() * self.eigenvalues.clamp(min=0)).sum(1) / count
         return mean, (square - mean.square()).clamp(min=0).sqrt()
 
     def predictor(self, directions: Tensor, dims: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.traces.atomic import FileRecord, write_atomically
+from ctrak_lightning.traces.exposures import read_exposures, write_exposures
 from ctrak_lightning.traces.kernel import Kernel, gram_of_rows, kernel_of_columns, write_kernel
 from ctrak_lightning.traces.samples import SampleTable, write_samples
 from ctrak_lightning.traces.schema import CheckpointRecord, Manifest, StoreHeader, edition_name
@@ -77,6 +78,11 @@ def _rewrite_checkpoint(
         visits = _visits_of(read_visits(root / record.visits, len(stays)), stays)
         files[written.visits] = write_atomically(
             root / written.visits, lambda path: write_visits(path, visits)
+        )
+    if record.exposures in manifest.files:
+        exposures = read_exposures(root / record.exposures, len(stays))[stays]
+        files[written.exposures] = write_atomically(
+            root / written.exposures, lambda path: write_exposures(path, exposures)
         )
     # A companion that has the same name in every edition has nothing of the samples in it: weights, buffers, outputs.
     kept = record.companions & written.companions & manifest.files.keys()

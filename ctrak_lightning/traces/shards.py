@@ -33,7 +33,7 @@ class Rows:
     scale: Tensor
     """What a stored row is multiplied by to have unit norm, float32 [n]; 1 unless the store is int8."""
     norm: Tensor
-    """Norm of the features, float32 [n]."""
+    """Norm of the features, float32 [n]; 1 over a row of zeros, which a sample has that was not trained on yet."""
     loss: Tensor
     """Loss, float32 [n]."""
 
@@ -80,6 +80,7 @@ def stored_unit(unit: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     if dtype != "int8":
         return unit.to(getattr(torch, dtype)), torch.ones(len(unit))
     scale = (unit.abs().amax(1) / _INT8_MAX).float()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # of rows of zeros
     rounded = (unit / scale.to(unit.dtype)[:, None]).round().clamp(-_INT8_MAX, _INT8_MAX)
     return rounded.to(torch.int8), scale
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.traces.arrays import check_digest, corrupt
 from ctrak_lightning.traces.atomic import FileRecord
+from ctrak_lightning.traces.exposures import read_exposures
 from ctrak_lightning.traces.kernel import Kernel, read_kernel
 from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.traces.samples import SampleTable, count_samples, read_samples
@@ -143,6 +145,7 @@ class Checkpoint:
         self._record = record
         self._manifest = manifest
         self._size = size
+        self._exposures: Tensor | None = None
         self._stored = StoredRows(root, record.folder, record.shards, manifest.header, size, rows=size)
 
     def shards(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -196,12 +199,13 @@ class Checkpoint:
         return self._column("loss")
 
     def norms(self) -> Tensor:
-        """Norm of each sample's features, float32 [N], in the order of the sample table.
+        """Norm of each sample's features, float32 [N], in the order of the sample table; 0 if it had not been trained on.
 
         Raises:
             CorruptStoreError: As :meth:`shards`.
         """
-        return self._column("norm")
+        norms, exposed = self._column("norm"), self.exposed()
+        return norms if exposed is None else norms * exposed
 
     @property
     def has_weights(self) -> bool:
@@ -228,7 +232,30 @@ class Checkpoint:
         Raises:
             CorruptStoreError: The file is damaged.
         """
-        return read_kernel(self._root / self._record.kernel, self._size, self._manifest.header.dim)
+        kernel = read_kernel(self._root / self._record.kernel, self._size, self._manifest.header.dim)
+        exposed = self.exposed()
+        return kernel if exposed is None else replace(kernel, exposed=int(exposed.sum()))
+
+    def exposures(self) -> Tensor | None:
+        """How often each sample had entered an optimizer step, int64 [N], in the order of the sample table; None where that is not
+        known. The traces of samples with 0 are zeros.
+
+        Raises:
+            CorruptStoreError: The file is damaged.
+        """
+        if self._exposures is None and (name := self._record.exposures) in self._manifest.files:
+            check_digest(self._root / name, self._manifest.files[name])
+            self._exposures = read_exposures(self._root / name, self._size)
+        return self._exposures
+
+    def exposed(self) -> Tensor | None:
+        """Which samples had entered an optimizer step, bool [N]; None where all had, or that is not known.
+
+        Raises:
+            CorruptStoreError: As :meth:`exposures`.
+        """
+        exposures = self.exposures()
+        return None if exposures is None or bool(exposures.all()) else exposures > 0
 
     def visits(self) -> Visits | None:
         """In which training steps each sample was seen, where those steps left the traces; else None.

@@ -17,6 +17,7 @@ from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.traces.arrays import check_digest
 from ctrak_lightning.traces.atomic import make_folder, write_atomically
 from ctrak_lightning.traces.checkpoint_writer import CheckpointWriter
+from ctrak_lightning.traces.exposures import write_exposures
 from ctrak_lightning.traces.lock import WriterLock, hold_folder
 from ctrak_lightning.traces.records import Records
 from ctrak_lightning.traces.samples import SampleTable, check_unchanged, read_samples, write_samples
@@ -140,19 +141,23 @@ class TraceWriter:
         epoch: int,
         learning_rate: float | None = None,
         weights: Mapping[str, Tensor] | None = None,
+        exposures: Tensor | None = None,
     ) -> CheckpointWriter:
         """Open the checkpoint of ``step``, or continue it where an interrupted capture left it.
 
-        A checkpoint that is still open is closed first. One that was begun with other weights is begun anew: traces of
-        two models do not mix.
+        A checkpoint that is still open is closed first. One that was begun with other weights or exposures is begun anew:
+        traces of two models do not mix.
 
         Args:
             step: Optimizer steps taken.
             epoch: Epoch of the capture.
             learning_rate: Learning rate at the capture, or None.
             weights: The traced parameters by name, stored beside the traces; None stores none.
+            exposures: How often each sample has entered an optimizer step, int64 [N]; None where that is not known. The trace of
+                a sample with 0 is stored as zeros, whatever is appended: the model has learnt nothing from it.
 
         Raises:
+            ValueError: The exposures are of another number of samples.
             StoreError: It is sealed, was begun with another epoch or learning rate, or there are no samples; or a shard of
                 the checkpoint that is still open cannot be written.
         """
@@ -166,12 +171,16 @@ class TraceWriter:
             raise StoreError(
                 "TraceWriter.begin_checkpoint(): the store has no samples. HINT: call write_samples() first."
             )
+        if exposures is not None and len(exposures) != len(self._stored_table()):
+            raise ValueError(
+                f"TraceWriter.begin_checkpoint(exposures of {len(exposures)} samples): expected {len(self._stored_table())}."
+            )
         with self._processes.together():
             if self._current is not None:
                 self._current.close()
         with self._processes.together():
             if self._processes.is_first:
-                self._prepare(given, weights)
+                self._prepare(given, weights, exposures)
         self._records.share()
         with self._processes.together():
             self._current = CheckpointWriter(
@@ -183,6 +192,7 @@ class TraceWriter:
                 queue_shards=self._queue_shards,
                 records=self._records,
                 processes=self._processes,
+                untrained=None if exposures is None else exposures == 0,
             )
         return self._current
 
@@ -238,9 +248,11 @@ class TraceWriter:
         known = write_atomically(self.path / name, lambda path: write_samples(path, table))
         self._records.save(self._records.manifest.with_files({name: known}))
 
-    def _prepare(self, given: CheckpointRecord, weights: Mapping[str, Tensor] | None) -> None:
-        """Record the checkpoint, and write its weights: without shards, unless as many processes with the same weights gave
-        them."""
+    def _prepare(
+        self, given: CheckpointRecord, weights: Mapping[str, Tensor] | None, exposures: Tensor | None
+    ) -> None:
+        """Record the checkpoint, and write its weights and exposures: without shards, unless as many processes with the same ones
+        gave them."""
         record = self._records.manifest.find(given.step)
         if record is not None:
             _check_continues(record, given)
@@ -252,9 +264,15 @@ class TraceWriter:
             files[given.weights] = write_atomically(
                 self.path / given.weights, lambda path: save_file(plain, path)
             )
+        if exposures is not None:
+            make_folder(self.path / given.folder)
+            files[given.exposures] = write_atomically(
+                self.path / given.exposures, lambda path: write_exposures(path, exposures)
+            )
         if record is not None:
-            known = self._records.manifest.files.get(given.weights)
-            if known == files.get(given.weights) and record.processes == given.processes:
+            known = self._records.manifest.files
+            same = all(known.get(name) == files.get(name) for name in (given.weights, given.exposures))
+            if same and record.processes == given.processes:
                 return
         self._records.restart(given, files)
 

@@ -247,34 +247,45 @@ def trace_all(self: Any) -> DataLoader[dict[str, Any]]:
     return DataLoader(self.toys, 4)
 
 
-@pytest.mark.filterwarnings("ignore:.*have no trace, because")
-def test_a_sample_that_no_step_saw_keeps_the_mean_of_the_last_window_that_did(
+def test_a_sample_that_no_step_saw_has_no_trace_or_keeps_that_of_the_last_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ToyData, "trace_dataloader", trace_all, raising=False)
-    with pytest.warns(
-        UserWarning, match=r"step 2 has no trace: 2 of 12 .* no training step yet: 'blue-box-10'"
-    ):
-        fit(ToyDiffusion(), [inline(tmp_path)], data=Dropping(), max_epochs=3)
+    fit(ToyDiffusion(), [inline(tmp_path)], data=Dropping(), max_epochs=3)
     store = TraceStore(tmp_path / "traces")
-    assert [at.step for at in store.checkpoints] == [4, 6]
-    first, second = (at.visits() for at in store.checkpoints)
-    assert first is not None
-    assert second is not None
-    # The window of step 4 began at step 0: nothing could be sealed at step 2. Rows 2 and 3 are left out of the last epoch.
-    assert first.counts.tolist() == [1, 1] + [2] * 8 + [1, 1]
-    assert [second.of(i)[1].tolist() for i in (1, 2, 3, 4)] == [[5], [0, 2], [0, 2], [4]]
+    assert [at.step for at in store.checkpoints] == [2, 4, 6]
+    # Rows 10 and 11 are left out of the first epoch, 0 and 1 of the second, 2 and 3 of the third.
+    exposures = [at.exposures() for at in store.checkpoints]
+    assert [None if at is None else at.tolist() for at in exposures] == [
+        [1] * 10 + [0, 0],
+        [1, 1] + [2] * 8 + [1, 1],
+        [2] * 4 + [3] * 6 + [2, 2],
+    ]
+    visits = [at.visits() for at in store.checkpoints]
+    assert [None if at is None else at.counts.tolist() for at in visits] == [
+        [1] * 10 + [0, 0],
+        [1] * 12,
+        [1] * 12,
+    ]
+    assert visits[2] is not None
+    assert [visits[2].of(i)[1].tolist() for i in (1, 2, 3, 4)] == [[5], [2], [2], [4]]
     features = [at.features() for at in store.checkpoints]
-    assert torch.equal(features[0][2:4], features[1][2:4])
-    assert not torch.isclose(features[0][4:], features[1][4:]).all(1).any()
+    assert [(at == 0).all(1).nonzero().flatten().tolist() for at in features] == [[10, 11], [], []]
+    assert torch.equal(features[0][:2], features[1][:2])
+    assert torch.equal(features[1][2:4], features[2][2:4])
+    assert not torch.isclose(features[1][4:], features[2][4:]).all(1).any()
 
 
-def test_an_unseen_sample_stops_training_where_that_is_asked(
+def test_samples_that_training_batches_never_have_stop_it_where_that_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ToyData, "trace_dataloader", trace_all, raising=False)
-    with pytest.raises(StoreError, match="2 of 12 samples.*HINT.*every_n_epochs"):
-        fit(ToyDiffusion(), [inline(tmp_path, on_error="raise")], data=Dropping())
+    def renamed(self: ToyData) -> DataLoader[Any]:
+        rows = [row | {"sample_id": f"other {i}"} for i, row in enumerate(self.toys)]  # type: ignore[arg-type]
+        return DataLoader(rows, 4)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ToyData, "trace_dataloader", renamed, raising=False)
+    with pytest.raises(StoreError, match="12 of 12 samples.*HINT.*every_n_epochs"):
+        fit(ToyDiffusion(), [inline(tmp_path, on_error="raise")], max_epochs=1)
 
 
 def test_samples_that_are_not_traced_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

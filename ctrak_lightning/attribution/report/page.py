@@ -165,6 +165,8 @@ def _render(attributions: Sequence[Attribution], columns: Columns) -> str:
         prompt=spec_text(_sides(first.concept).present),
         seed=first.seed,
         samples=len(first.samples),
+        untrained=int(first.untrained.sum()),
+        knows_exposures=first.exposures is not None,
         steps=first.steps,
         method=first.method,
         thresholds={"faint": FAINT, "blind": BLIND, "still": STILL, "unstable": UNSTABLE, "untold": UNTOLD},
@@ -205,7 +207,9 @@ def _section(attribution: Attribution, rows: Ranking, columns: Columns, thumbnai
 
     held = range(len(rows.samples))
     best = [row for row in held[:CARDS] if scores[rows.samples[row]] > 0]
-    lowest = [row for row in held[: -OPPONENTS - 1 : -1] if scores[rows.samples[row]] < 0]
+    untrained = attribution.untrained
+    trained = [row for row in held if not untrained[rows.samples[row]]]
+    lowest = [row for row in trained[: -OPPONENTS - 1 : -1] if scores[rows.samples[row]] < 0]
     positive = bool((scores > 0).any())
     # What a page shows is paid by: a share that says nothing is withheld rather than struck out, for numbers get copied.
     nothing = attribution.confidence.says_nothing

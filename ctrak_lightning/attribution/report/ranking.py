@@ -11,7 +11,7 @@ import torch
 from ctrak_lightning.attribution.report.columns import Columns
 from ctrak_lightning.attribution.report.pictures import Thumbnails
 from ctrak_lightning.attribution.report.text import link, shown
-from ctrak_lightning.attribution.result import Attribution
+from ctrak_lightning.attribution.result import NEVER, Attribution
 from ctrak_lightning.escaping import metadata_heads
 from ctrak_lightning.traces import SampleTable
 
@@ -20,7 +20,7 @@ BEST, LOWEST = 9000, 1000
 PICTURED_BEST, PICTURED_LOWEST = 300, 30
 """Rows of each concept with thumbnail, timeline and parts."""
 
-_OURS = ("rank", "score", "sample", "image")
+_OURS = ("rank", "score", "sample", "image", "exposures")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,8 @@ def page_data(
         "columns": [
             _column(table, name, head, used, name in columns.links)
             for name, head in zip(columns.names, metadata_heads(columns.names, _OURS), strict=True)
-        ],
+        ]
+        + _exposures(attributions[0], used),
         "group": columns.group and columns.names.index(columns.group),
         "licence": columns.licence and columns.names.index(columns.licence),
         "caption": columns.caption and columns.names.index(columns.caption),
@@ -79,8 +80,21 @@ def page_data(
 
 
 def _column(table: SampleTable, name: str, head: str, used: Sequence[int], links: bool) -> dict[str, Any]:
-    """A metadata column under its ``head``, equal values once; ``links`` says which of them may become one."""
-    values = [table.metadata[name][sample] for sample in used]
+    """A metadata column under its ``head``; ``links`` says which of its values may become one."""
+    return _coded(head, [table.metadata[name][sample] for sample in used], links)
+
+
+def _exposures(attribution: Attribution, used: Sequence[int]) -> list[dict[str, Any]]:
+    """How often each sample had entered an optimizer step, as a column, if that is known."""
+    if attribution.exposures is None:
+        return []
+    counts = attribution.exposures[-1][list(used)].tolist()
+    texts = [NEVER if count == 0 else "" if count < 0 else str(count) for count in counts]
+    return [_coded("exposures", texts, False)]
+
+
+def _coded(head: str, values: Sequence[str], links: bool) -> dict[str, Any]:
+    """A column, equal values once."""
     codes = {value: code for code, value in enumerate(dict.fromkeys(values))}
     return {
         "name": shown(head),

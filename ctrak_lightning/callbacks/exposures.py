@@ -1,0 +1,96 @@
+"""Counts, while a Trainer trains, how often each sample enters an optimizer step."""
+
+import weakref
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ctrak_lightning.callbacks.loaders import TrainingLoader
+from ctrak_lightning.capture import Capture
+
+
+class ExposureCounter:
+    """Tells a capture's :class:`~ctrak_lightning.exposures.Exposures` which batches enter which steps.
+
+    A batch is counted once, in the step that follows its backward pass; not where ``training_step`` returned None, nor where a
+    GradScaler left the step out. (Under manual optimization without ``manual_backward`` every batch is taken to go backward.) It reads the batch's ids and nothing else, so training stays as it is.
+
+    Args:
+        trainer: of the run.
+        pl_module: an optimizer that holds parameters of it is one of the run.
+        capture: whose samples are counted.
+        loader: the samples' part of a training batch.
+    """
+
+    def __init__(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, capture: Capture, loader: TrainingLoader
+    ) -> None:
+        self._trainer, self._capture, self._loader = trainer, capture, loader
+        self._parameters = {id(parameter) for parameter in pl_module.parameters()}
+        self._is_manual = not pl_module.automatic_optimization
+        self._is_ours: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+        self._handle = register_optimizer_step_post_hook(self._stepped)
+        self._batch: Any = None
+        self._is_drawn = self._has_stepped = self._sees_backward = self._is_told = False
+        self._last_step = int(trainer.global_step)
+
+    def begin(self, batch: Any) -> None:
+        """Before ``training_step``."""
+        self._batch, self._is_drawn, self._has_stepped = batch, False, False
+
+    def backward(self) -> None:
+        """Where Lightning goes backward from a loss of the batch."""
+        self._sees_backward = True
+        self._draw()
+
+    def _draw(self) -> None:
+        """Notes that the batch goes into the next step."""
+        exposures = self._capture.exposures
+        if self._is_drawn or exposures.unknown is not None:
+            return
+        self._is_drawn = True
+        try:
+            exposures.draw(self._capture.training_ids(self._loader.part(self._batch)))
+        except Exception as error:  # of the user's `sample_ids`: no reason to end a training
+            exposures.unknown = f"the ids of a training batch cannot be read: {error}"
+
+    def end(self) -> None:
+        """After a batch, in all processes."""
+        step = int(self._trainer.global_step)
+        if self._is_manual and not self._sees_backward:
+            self._draw()  # a loss's own `backward()` is not seen
+        if step != self._last_step and not self._has_stepped:
+            self._capture.exposures.drop()
+        if step != self._last_step or self._has_stepped:
+            self._capture.exposures.share()
+        self._last_step, self._batch = step, None
+
+    def tell(self) -> None:
+        """Says once, where a checkpoint is due, why exposures are not known."""
+        why = self._capture.exposures.why_unknown
+        if why is not None and not self._is_told:
+            self._is_told = True
+            rank_zero_info(
+                f"`ConceptTracer`: how often each sample entered an optimizer step is not known, and not stored: {why}. HINT: let "
+                "every batch have the samples' ids, or define `sample_ids(batch)`."
+            )
+
+    def detach(self) -> None:
+        """Stops counting; idempotent."""
+        self._handle.remove()
+
+    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if optimizer not in self._is_ours:
+            held = (value for group in optimizer.param_groups for value in group["params"])
+            self._is_ours[optimizer] = any(id(value) in self._parameters for value in held)
+        # Fused optimizers are called by a GradScaler also where they are to leave the step out.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if not self._is_ours[optimizer] or (found_inf is not None and float(found_inf) > 0):
+            return
+        if self._is_manual and not self._sees_backward and self._batch is not None:
+            self._draw()
+        self._has_stepped = True
+        self._capture.exposures.step()

@@ -1,0 +1,144 @@
+"""How often each sample has entered an optimizer step: what a run has trained on, which no gradient can tell afterwards."""
+
+import contextlib
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctrak_lightning.errors import BatchError
+from ctrak_lightning.processes import ALONE, Processes
+from ctrak_lightning.task import named_samples
+from ctrak_lightning.task.ids import plain_ids
+
+
+class Exposures:
+    """Counts, for every sample of a table, the training batches that it was in and that entered an optimizer step.
+
+    A batch is noted when its gradient is computed (:meth:`draw`) and counted when an optimizer steps (:meth:`step`), so the
+    micro-batches of an accumulated step count with it, and what is dropped before a step (:meth:`drop`) does not count. A sample that
+    a batch has twice counts twice. Samples of batches that are not in the table are passed over.
+
+    Args:
+        sample_ids: the table's.
+        processes: those that train together; all call :meth:`share` together.
+    """
+
+    def __init__(self, sample_ids: Sequence[str], processes: Processes = ALONE) -> None:
+        self._index = {sample_id: i for i, sample_id in enumerate(sample_ids)}
+        self._counts = torch.zeros(len(sample_ids), dtype=torch.int64)
+        self._digest = hashlib.sha256("\0".join(sample_ids).encode()).hexdigest()
+        self._processes = processes
+        self._drawn: list[str] = []
+        self._stepped: list[int] = []
+        self._stranger: str | None = None
+        self.unknown: str | None = None
+        """Why the counts are not known, if they are not."""
+
+    def draw(self, sample_ids: Sequence[str]) -> None:
+        """Notes a batch whose gradient is computed for the next optimizer step."""
+        self._drawn += sample_ids
+
+    def drop(self) -> None:
+        """Forgets the batches since the last step, whose gradients an optimizer will not see."""
+        self._drawn = []
+
+    def step(self) -> None:
+        """Counts the batches since the last step: an optimizer has taken one."""
+        for sample_id in self._drawn:
+            position = self._index.get(sample_id)
+            if position is None:
+                self._stranger = sample_id
+            else:
+                self._stepped.append(position)
+        self._drawn = []
+
+    def share(self) -> None:
+        """Adds up what the processes have counted; they call it together, after the same steps."""
+        n = len(self._counts)
+        for positions, stranger, unknown in self._processes.gather(
+            (self._stepped, self._stranger, self.unknown)
+        ):
+            self._counts += torch.bincount(torch.tensor(positions, dtype=torch.int64), minlength=n)
+            self._stranger, self.unknown = self._stranger or stranger, self.unknown or unknown
+        self._stepped = []
+
+    @property
+    def why_unknown(self) -> str | None:
+        """Why :meth:`counts` gives None, if it does."""
+        if self.unknown is not None or bool(self._counts.any()):
+            return self.unknown
+        if self._stranger is None:
+            return "no optimizer step of a training batch was seen"
+        return f"no training batch has a sample that is traced; the ids of training batches are like {self._stranger!r}"
+
+    def counts(self) -> Tensor | None:
+        """How often each sample was in a step that all processes know of, int64 [N]; None where that is not known, or there was
+        no such step."""
+        return self._counts.clone() if self.why_unknown is None else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts so far, with a digest of the samples' ids."""
+        return {"samples": self._digest, "counts": None if self.unknown is not None else self._counts.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> bool:
+        """Goes on from the counts of an interrupted run; whether they are of these samples, and were known."""
+        if state["samples"] != self._digest or state["counts"] is None:
+            return False
+        self.continue_from(state["counts"])
+        return True
+
+    def continue_from(self, counts: Tensor) -> None:
+        """Goes on from these counts, int64 [N]."""
+        self._counts, self.unknown = counts.clone(), None
+
+
+class BatchIds:
+    """Reads the ids of a training batch's samples without encoding it.
+
+    Args:
+        task: a DiffusionTask, whose ``sample_ids`` is asked, if it has one.
+        batch: one that was traced; else the field of it that holds its ids is looked up in training batches.
+        sample_ids: its samples'.
+    """
+
+    def __init__(self, task: Any, batch: Any, sample_ids: Sequence[str]) -> None:
+        self._task = task
+        self.field = None if hasattr(task, "sample_ids") else _field_of(batch, sample_ids)
+        """Its key or position in a batch, or None."""
+
+    def of(self, batch: Any) -> list[str]:
+        """The ids of a training batch.
+
+        Raises:
+            BatchError: they cannot be read.
+        """
+        if batch is None:
+            return []
+        if hasattr(self._task, "sample_ids"):
+            return named_samples(self._task, batch)
+        if self.field is None:
+            raise BatchError("no field of a batch holds the samples' ids as they are in the store")
+        try:
+            return plain_ids(batch[self.field])
+        except (KeyError, IndexError, TypeError) as error:
+            raise BatchError(f"the batch has no field {self.field!r}") from error
+
+
+def _field_of(batch: Any, sample_ids: Sequence[str]) -> Any:
+    """The key or position of the field of a batch that is its samples' ids, or None."""
+    if isinstance(batch, Mapping):
+        fields = list(batch.items())
+    else:
+        fields = list(enumerate(batch)) if isinstance(batch, (list, tuple)) else []
+    for name, values in fields:
+        has_rows = isinstance(values, (list, tuple)) or (
+            isinstance(values, (Tensor, np.ndarray)) and values.ndim == 1
+        )
+        with contextlib.suppress(BatchError):
+            if has_rows and len(values) == len(sample_ids) and plain_ids(values) == list(sample_ids):
+                return name
+    return None

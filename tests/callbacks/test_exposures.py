@@ -1,0 +1,257 @@
+"""Exposures: how often each sample entered an optimizer step, compared with what the module itself saw."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, WeightedRandomSampler
+
+from ctrak_lightning import DiffusionTask, Encoded, NoiseSchedule, TraceStore
+from ctrak_lightning.callbacks import ConceptTracer
+from ctrak_lightning.traces import Checkpoint
+
+from ..toy import CHANNELS, Toys, scheduler
+from .test_concept_tracer import fit, tracer
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(CHANNELS, 4, 1)
+        self.last = nn.Conv2d(4, CHANNELS, 1)
+
+    def forward(self, x: Tensor, t: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        return (self.last(self.first(x).relu()),)
+
+
+class Small(DiffusionTask, L.LightningModule):
+    """Keeps the ids of the batches that a step is made of, and counts them when its optimizer steps."""
+
+    manual: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.denoiser = Net()
+        self.noise_schedule = NoiseSchedule.from_scheduler(scheduler())
+        self.automatic_optimization = self.manual is None
+        self.waiting: list[str] = []
+        self.seen: dict[str, int] = {}
+
+    def encode(self, batch: dict[str, Any]) -> Encoded:
+        return Encoded(latents=batch["image"], condition={}, sample_ids=batch["sample_id"])
+
+    def condition(self, spec: Any, n: int) -> dict[str, Tensor]:
+        return {}
+
+    def skips(self, batch_idx: int) -> bool:
+        return False
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
+        if self.skips(batch_idx):
+            return None
+        noise = torch.randn_like(batch["image"])
+        t = torch.randint(0, 100, (len(noise),))
+        noised = self.noise_schedule.add_noise(batch["image"], noise, t)
+        loss: Tensor = (self.predict(noised, t, {}) - noise).square().mean()
+        self.waiting += batch["sample_id"]
+        if self.manual is None:
+            return loss
+        optimizer: Any = self.optimizers(use_pl_optimizer=self.manual != "raw")
+        self.manual_backward(loss) if self.manual == "lightning" else loss.backward()
+        if batch_idx % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+            self.note()
+        return None
+
+    def note(self) -> None:
+        for name in self.waiting:
+            self.seen[name] = self.seen.get(name, 0) + 1
+        self.waiting = []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.note()
+
+
+class Data(L.LightningDataModule):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = {"batch_size": 5, "shuffle": True} | options
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Toys(), **self.options)
+
+
+class Skipping(Small):
+    def skips(self, batch_idx: int) -> bool:
+        return batch_idx == 1
+
+
+class Manual(Small):
+    manual = "lightning"
+
+
+class Plain(Small):
+    manual = "plain"
+
+
+class Raw(Small):
+    manual = "raw"
+
+
+def known(checkpoint: Checkpoint) -> list[int]:
+    counts = checkpoint.exposures()
+    assert counts is not None
+    return counts.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize(
+    ("kind", "options", "trainer"),
+    [
+        (Small, {}, {}),
+        (Small, {"drop_last": True}, {"max_epochs": 1}),
+        (Small, {"batch_size": 2}, {"accumulate_grad_batches": 4}),
+        (Small, {"shuffle": None, "sampler": WeightedRandomSampler([9.0, 1, *[0] * 10], 15)}, {}),
+        (Small, {}, {"limit_train_batches": 1, "max_epochs": 1}),
+        (Skipping, {}, {"max_epochs": 1}),
+        (Manual, {"batch_size": 2}, {}),
+        (Plain, {"batch_size": 2}, {}),
+    ],
+)
+def test_they_are_what_the_module_itself_counts(
+    tmp_path: Path, kind: type[Small], options: dict[str, Any], trainer: dict[str, Any]
+) -> None:
+    weights = []
+    for callbacks in ([tracer(tmp_path, every_n_epochs=1)], []):
+        L.seed_everything(4, verbose=False)
+        module = kind()
+        fit(module, callbacks, data=Data(**options), **trainer)
+        weights.append([value.clone() for value in module.parameters()])
+    store = TraceStore(tmp_path / "traces")
+    last = store.checkpoints[-1]
+    assert known(last) == [module.seen.get(name, 0) for name in store.samples.sample_ids]
+    assert any(known(last))
+    # Nothing was learnt from a sample that was in no step, and its trace says so.
+    zeros = torch.tensor(known(last)) == 0
+    assert torch.equal((last.features() == 0).all(1), zeros)
+    assert torch.equal(last.norms() == 0, zeros)
+    assert store.verify() == []
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+class Skips(torch.amp.GradScaler):
+    """Finds something that is not finite in every other step."""
+
+    calls = 0
+
+    def spoil(self, optimizer: torch.optim.Optimizer) -> None:
+        self.calls += 1
+        if self.calls % 2 == 0:
+            optimizer.param_groups[0]["params"][0].grad.fill_(float("inf"))
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        self.spoil(optimizer)
+        super().unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if optimizer.defaults["fused"]:  # which unscales by itself
+            self.spoil(optimizer)
+        return super().step(optimizer, *args, **kwargs)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_grad_scaler_leaves_out_do_not_count(tmp_path: Path, fused: bool) -> None:
+    class Recorded(Small):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-2, fused=fused)
+
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            before = [value.clone() for value in self.parameters()]
+            L.LightningModule.optimizer_step(self, *args, **kwargs)
+            if any(not torch.equal(a, b) for a, b in zip(before, self.parameters(), strict=True)):
+                self.note()
+            self.waiting = []
+
+    precision = MixedPrecision("bf16-mixed", "cpu")
+    precision.scaler = Skips("cpu", init_scale=2.0)
+    module = Recorded()
+    fit(module, [tracer(tmp_path)], data=Data(), plugins=[precision])
+    store = TraceStore(tmp_path / "traces")
+    assert known(store.checkpoints[-1]) == [module.seen.get(name, 0) for name in store.samples.sample_ids]
+    assert 0 < sum(module.seen.values()) < 24
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:.*training resumes at step 4")
+def test_a_resumed_run_counts_as_one_that_was_not_interrupted(tmp_path: Path) -> None:
+    """From the middle of an epoch; and what was counted before is not guessed where it is not known."""
+    order: dict[str, Any] = {"shuffle": False, "batch_size": 2}
+    module = Small()
+    saver = ModelCheckpoint(tmp_path / "weights", filename="middle", every_n_train_steps=4, save_top_k=-1)
+    fit(module, [tracer(tmp_path / "a", every_n_epochs=None), saver], data=Data(**order), max_epochs=1)
+    [whole] = TraceStore(tmp_path / "a" / "traces").checkpoints
+    assert known(whole) == [1] * 12
+    resumed = str(tmp_path / "weights" / "middle.ckpt")
+    state = torch.load(resumed, weights_only=True)["callbacks"]
+    [counted] = [each["exposures"] for name, each in state.items() if "ConceptTracer" in name]
+    assert counted["step"] == 4
+    assert counted["counts"].tolist() == [1] * 8 + [0] * 4
+
+    again = Small()
+    at = tracer(tmp_path / "a", every_n_epochs=None)
+    fit(again, [at], data=Data(**order), max_epochs=1, ckpt_path=resumed)
+    [checkpoint] = TraceStore(tmp_path / "a" / "traces").checkpoints
+    assert sum(known(checkpoint)) == 8 + sum(again.seen.values())
+
+    fresh = ConceptTracer(str(tmp_path / "b"), "d_trak", rank=4, dim=16)
+    fit(Small(), [fresh], data=Data(**order), max_epochs=1, ckpt_path=resumed)
+    [checkpoint] = TraceStore(tmp_path / "b").checkpoints
+    assert checkpoint.exposures() is None
+
+
+def test_they_are_unknown_rather_than_zero(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where training batches have no ids, or others than the samples that are traced."""
+
+    class Hidden(Small):
+        def encode(self, batch: dict[str, Any]) -> Encoded:
+            names = [f"image {name}" for name in batch["sample_id"]]
+            return Encoded(latents=batch["image"], condition={}, sample_ids=names)
+
+    class Others(Data):
+        def trace_dataloader(self) -> Any:
+            rows = [row | {"sample_id": f"other {i}"} for i, row in enumerate(Toys())]  # type: ignore[arg-type]
+            return DataLoader(rows, 6)  # type: ignore[arg-type]
+
+    for module, data, match in (
+        (Hidden(), Data(), "no field of a batch holds the samples' ids"),
+        (
+            Small(),
+            Others(),
+            "no training batch has a sample that is traced; the ids of training batches are like '",
+        ),
+    ):
+        path = tmp_path / type(module).__name__
+        with caplog.at_level(logging.INFO, logger="lightning"):
+            fit(module, [tracer(path)], data=data, max_epochs=2)
+        assert [at.exposures() for at in TraceStore(path / "traces").checkpoints] == [None, None]
+        told = [
+            record.message
+            for record in caplog.records
+            if "entered an optimizer step is not known" in record.message
+        ]
+        assert len(told) == 1
+        assert match in told[0]
+        caplog.clear()
