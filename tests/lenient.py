@@ -7,11 +7,13 @@ import pytest
 
 from ctrak_lightning.attribution import confidence
 
+OFF = {"BLIND": float("inf"), "STILL": 0.0, "UNTOLD": 0.0, "UNSTABLE": -1.0, "SMOOTH": 1.0}
+
 
 @contextmanager
 def lenient() -> Iterator[None]:
     """Every check but that of the strength finds every answer sound."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"BLIND": float("inf"), "STILL": 0.0, "UNTOLD": 0.0, "UNSTABLE": -1.0}.items():
+        for name, value in OFF.items():
             patch.setattr(confidence, name, value)
         yield

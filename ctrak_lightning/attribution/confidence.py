@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
+from ctrak_lightning.attribution.noise import beside
 from ctrak_lightning.attribution.trust import SelfCheck, self_check, stability
 from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.tracing import FAINT
@@ -28,6 +30,9 @@ BLIND = 0.5
 """A mean denoising loss ``mean((e - eps)^2)`` of the training images above this: predicting nothing at all has 1."""
 STILL = 1e-3
 """Losses that changed by less than this share between the first checkpoint and the last: nothing was learnt in between."""
+SMOOTH, NOISY = 0.2, 0.5
+"""Where neighbouring pixels of nearly all training images correlate by more than the first, an image with less than this share of
+that correlation is noise."""
 NOT_LEARNT = "This model has not learnt this concept; the ranking says nothing."
 NOT_SHOWN = "Nothing here shows that this model has learnt this concept; the ranking says nothing."
 
@@ -95,7 +100,7 @@ def confidence_of(attribution: Attribution) -> Confidence:
         self_check=check,
         loss=loss,
         moved=moved,
-        unlearnt=_unlearnt(strength, loss),
+        unlearnt=[*_unlearnt(strength, loss), *_noise(attribution)],
         unshown=_unshown(moved, check, halves),
         cautions=_cautions(attribution),
     )
@@ -113,6 +118,22 @@ def _unlearnt(strength: float | None, loss: float | None) -> list[str]:
             "nothing has 1."
         )
     return found
+
+
+def _noise(attribution: Attribution) -> list[str]:
+    """Says so where the generated image is noise; a given one does not show what the model has learnt."""
+    image, thumbnails = attribution.image, attribution.samples.thumbnails
+    if image is None or isinstance(attribution.concept.image, Tensor) or thumbnails is None:
+        return []
+    if not len(thumbnails) or min(thumbnails.shape[1:3]) < 2:
+        return []
+    own, lowest = beside(image, thumbnails)
+    if not (lowest > SMOOTH and own < NOISY * lowest):
+        return []
+    return [
+        f"The generated image is noise: its neighbouring pixels correlate by {own:.2f}, those of the training images by at least "
+        f"{lowest:.2f} (in 99 % of them)."
+    ]
 
 
 def _unshown(moved: float | None, check: SelfCheck | None, halves: float | None) -> list[str]:

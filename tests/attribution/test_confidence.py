@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from jsonargparse import Namespace
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from ctrak_lightning.attribution.confidence import (
     UNSTABLE,
     UNTOLD,
 )
+from ctrak_lightning.attribution.noise import neighbours
 from ctrak_lightning.attribution.together import Attributions
 from ctrak_lightning.attribution.trust import SelfCheck
 from ctrak_lightning.cli.attribute import _print_result
@@ -28,7 +30,7 @@ from ctrak_lightning.traces import TraceWriter
 from ctrak_lightning.tracing import FAINT
 
 from ..traces.store_builder import make_header, make_table
-from .reporting import INK, random_result, result_of, table_of
+from .reporting import INK, THING, random_result, result_of, table_of
 
 N, K = 10, 12
 LOSSES = torch.linspace(0.1, 0.3, N)
@@ -88,6 +90,46 @@ def test_the_share_of_the_self_check_and_the_agreement_have_thresholds_of_their_
         assert bool(confidence._unshown(None, SelfCheck(first, asked), None)) is doubted
     assert confidence._unshown(None, None, UNSTABLE - 1e-6)
     assert not confidence._unshown(None, None, UNSTABLE)
+
+
+def drawn(n: int, seed: int) -> Tensor:
+    """Images [n, 3, 16, 16] in [0, 1] of smooth blobs."""
+    coarse = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(coarse, (16, 16), mode="bilinear")
+
+
+def test_an_image_of_noise_is_told_beside_the_training_images() -> None:
+    n = 40
+    noise = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    smooth = F.interpolate(drawn(1, 7), (32, 32), mode="bilinear")[0]
+    table = table_of(n)
+    of_blobs = replace(table, thumbnails=(drawn(n, 1).permute(0, 2, 3, 1) * 255).byte())
+    random = torch.randint(256, (n, 16, 16, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    scores = torch.randn(n, generator=torch.Generator().manual_seed(1)).expand(2, n)
+    found = result_of(scores, of_blobs, image=noise).confidence
+    assert found.verdict == NOT_LEARNT
+    assert "The generated image is noise" in found.reasons[0]
+    sound = [
+        result_of(scores, of_blobs, image=smooth),
+        result_of(
+            scores, of_blobs, image=torch.ones(3, 32, 32)
+        ),  # flat: nothing is learnt, but it is no noise
+        result_of(scores, of_blobs, image=None),
+        result_of(scores, replace(table, thumbnails=random), image=noise),  # as the training images are
+        result_of(scores, replace(table, thumbnails=None), image=noise),
+        result_of(scores, of_blobs, image=noise, concept=replace(THING, image=noise)),  # not the model's
+    ]
+    assert [each.confidence.verdict for each in sound] == [""] * len(sound)
+
+
+def test_neighbours_are_numpys_correlation() -> None:
+    image = torch.rand(1, 1, 9, 7, generator=torch.Generator().manual_seed(3)) + torch.arange(7.0)
+    found = float(neighbours(image))
+    pixels = image[0, 0].double().numpy() - image.double().mean().item()
+    pairs = [(pixels[:, :-1], pixels[:, 1:]), (pixels[:-1], pixels[1:])]
+    sizes = sum(((a**2).sum() + (b**2).sum()) / 2 for a, b in pairs)
+    assert found == pytest.approx(sum((a * b).sum() for a, b in pairs) / sizes)
+    assert float(neighbours(torch.ones(1, 3, 4, 4))) == 1.0
 
 
 def test_losses_of_training_steps_are_not_held_against_the_scale_of_others(tmp_path: Path) -> None:
