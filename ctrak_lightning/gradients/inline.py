@@ -3,6 +3,7 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
 
@@ -26,7 +27,8 @@ class StepRecorder:
     """Follows training steps: projects what the traced layers are given in the forward pass, and contracts it with the
     cotangents that arrive in the backward pass.
 
-    It changes nothing in the step: no tensor, no graph, no ``.grad``, no random state. One step is :meth:`begin`, the forward
+    It changes nothing in the step: no tensor, no graph, no ``.grad``, no random state; what its hooks meet inside the two passes is
+    raised after them. One step is :meth:`begin`, the forward
     pass, :meth:`before_backward`, the backward pass, :meth:`rows`.
 
     Args:
@@ -53,6 +55,7 @@ class StepRecorder:
         self._without_graph: set[str] = set()
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
         self._handles: list[RemovableHandle] = []
+        self._problem: Exception | None = None
         self._thread = get_ident()
         self._arrivals: Counter[Tensor] = Counter()
         self._reached: Counter[str] = Counter()
@@ -97,6 +100,7 @@ class StepRecorder:
                 share the rows of its input.
         """
         self._is_recording = False
+        self._raise_problem()
         called = {call.name for call in self._calls}
         if without_graph := sorted(self._without_graph - called):
             raise GradientError(
@@ -118,6 +122,7 @@ class StepRecorder:
             GradientError: no cotangent arrived at any layer, or more gradients at a parameter than were recorded.
         """
         self._is_pulling = False
+        self._raise_problem()
         self._check_arrivals()
         if not self._parts:
             raise GradientError(
@@ -133,6 +138,7 @@ class StepRecorder:
 
     def _forget(self) -> None:
         self._is_recording = self._is_pulling = False
+        self._problem = None
         self._calls, self._outputs = [], []
         self._counts = Counter()
         self._without_graph = set()
@@ -149,11 +155,23 @@ class StepRecorder:
             if not self._is_recording or get_ident() != self._thread:
                 return
             if torch.is_grad_enabled() and output.requires_grad:
-                self._record(layer, args, kwargs, output)
+                with self._keeping_problem():
+                    self._record(layer, args, kwargs, output)
             else:
                 self._without_graph.add(layer.name)
 
         return hook
+
+    @contextmanager
+    def _keeping_problem(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the training step is not ours to stop
+            self._problem = self._problem or error
+
+    def _raise_problem(self) -> None:
+        if self._problem is not None:
+            raise self._problem
 
     def _note_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._is_recording:
@@ -169,7 +187,9 @@ class StepRecorder:
         def pull(cotangents: tuple[Tensor | None, ...]) -> None:
             cotangent = cotangents[call.edge.output_nr]
             if cotangent is not None and self._is_pulling:
-                self._parts[layer.name].append(call.block(cotangent, self._layout(call), self._projector))
+                with self._keeping_problem():
+                    block = call.block(cotangent, self._layout(call), self._projector)
+                    self._parts[layer.name].append(block)
 
         call.edge.node.register_prehook(pull)
 

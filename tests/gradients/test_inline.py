@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -301,3 +302,36 @@ def test_a_backward_pass_elsewhere_is_refused() -> None:
     loss.backward()
     with pytest.raises(GradientError, match="reached no traced layer.*torch.compile"):
         recorder.rows()
+
+
+def test_what_a_hook_meets_is_raised_after_the_pass_and_does_not_stop_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError("no room for a block")
+
+    case = build("linear_4d")
+    recorder = GradientTracer(case.module, PROJECTION).step_recorder()
+    recorder.attach()
+    for place, after in (("inline.record", "forward"), ("calls.Call.block", "backward")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"ctrak_lightning.gradients.{place}", failing)
+            recorder.begin(SAMPLES)
+            loss = loss_of(case)
+            if after == "forward":
+                with pytest.raises(MemoryError, match="no room"):
+                    recorder.before_backward(loss)
+            else:
+                recorder.before_backward(loss)
+                loss.backward()
+                with pytest.raises(MemoryError, match="no room"):
+                    recorder.rows()
+        assert any(parameter.grad is not None for parameter in case.module.parameters()) == (
+            after == "backward"
+        )
+    recorder.begin(SAMPLES)
+    loss = loss_of(case)
+    recorder.before_backward(loss)
+    loss.backward()
+    assert recorder.rows().isfinite().all()
+    recorder.detach()
