@@ -1,6 +1,6 @@
 """DiffusersTask: a diffusers model, whole or in parts that a module already has, as a DiffusionTask."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -105,6 +105,13 @@ class DiffusersTask:
                 f"DiffusersTask: the denoiser is no submodule of {type(module).__name__}, so its parameters are not among those "
                 "that train. HINT: make it an attribute of the module itself, as in `self.unet = pipeline.unet`."
             )
+        control = [name for name, part in _submodules(module) if "ControlNet" in type(part).__name__]
+        if control:
+            raise TaskError(
+                f"DiffusersTask: {type(module).__name__}.{control[0]} is a ControlNet, whose images this task does not give it. Expected "
+                "a module that trains the denoiser on text, classes or nothing. HINT: write a DiffusionTask whose predict(x_t, t, "
+                "condition) calls both, with a `denoiser` that holds what is traced."
+            )
         kind = pipeline_class(self.pipeline or family_name(denoiser, parts))
         accepted = accepted_by(kind)
         parts = {name: part for name, part in parts.items() if name in self.paths or name in accepted}
@@ -161,3 +168,11 @@ class DiffusersTask:
             TaskError: parts are missing or unknown; the message names them.
         """
         return DiffusersTask.from_pipeline(pipeline_of(pipeline_class, parts, complete=True), **options)
+
+
+def _submodules(module: Any) -> Iterator[tuple[str, Any]]:
+    """The parts of a module, or of a mapping, with their names."""
+    if isinstance(module, nn.Module):
+        yield from module.named_modules()
+    elif isinstance(module, Mapping):
+        yield from module.items()

@@ -1,5 +1,6 @@
 """DiT."""
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,15 @@ class DiTTask(ClassTask):
 
     def label_count(self) -> int:
         return int(self.denoiser.config.num_embeds_ada_norm)
+
+    def expected_config(self, pipeline: Any) -> Mapping[str, Collection[Any]]:
+        expected = super().expected_config(pipeline)
+        return {
+            **expected,
+            # Of variances, if the network predicts them too, nothing is made.
+            "out_channels": [n * channels for channels in expected["in_channels"] for n in (1, 2)],
+            "norm_type": ("ada_norm_zero",),
+        }
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         output: Tensor = self.denoiser(x_t, timestep=t, return_dict=False, **condition)[0]

@@ -1,5 +1,6 @@
 """Flux."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -42,6 +43,14 @@ class FluxTask(PromptTask):
         flow = cast(FlowSchedule, NoiseSchedule.from_scheduler(self.pipeline.scheduler, tokens=tokens))
         # The pipeline brings steps of its own, from 1 to 1 / steps, unless the scheduler's are asked for.
         return flow if self.pipeline.scheduler.config.get("use_flow_sigmas") else replace(flow, ends=None)
+
+    def expected_config(self, pipeline: Any) -> Mapping[str, Collection[Any]]:
+        # Latents are packed, four positions into one; without a VAE the network's own numbers are all that is known.
+        packed = 1 if getattr(pipeline, "vae", None) is None else 4
+        return {
+            name: [packed * channels for channels in allowed]
+            for name, allowed in super().expected_config(pipeline).items()
+        }
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         batch, channels, height, width = x_t.shape

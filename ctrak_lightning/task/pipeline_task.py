@@ -12,6 +12,7 @@ from ctrak_lightning.errors import TaskError
 from ctrak_lightning.gradients.modes import evaluation
 from ctrak_lightning.parameterization import NoiseSchedule
 from ctrak_lightning.schedule import Schedule
+from ctrak_lightning.task.configs import require_config, require_vae
 from ctrak_lightning.task.ids import plain_ids
 from ctrak_lightning.task.protocol import Condition, DiffusionTask, Encoded
 
@@ -81,6 +82,15 @@ class PipelineTask(DiffusionTask, nn.Module):
     def schedule(self) -> Schedule:
         """The noise schedule of the pipeline's scheduler."""
         return NoiseSchedule.from_scheduler(self.pipeline.scheduler)
+
+    def expected_config(self, pipeline: Any) -> Mapping[str, Collection[Any]]:
+        """What entries of the network's configuration may be, for it to take what this family gives it and no more; None may be
+        any."""
+        config = getattr(pipeline, self.denoiser_part).config
+        vae = getattr(pipeline, "vae", None)
+        channels = config.get("out_channels") if vae is None else vae.config.get("latent_channels")
+        allowed = [channels or config.get("in_channels")]
+        return {"in_channels": allowed, "out_channels": allowed}
 
     def encode(self, batch: Batch) -> Encoded:
         """A batch as the network sees it; the latents are the mean of the VAE's distribution, not a draw."""
@@ -268,12 +278,12 @@ class PipelineTask(DiffusionTask, nn.Module):
                 "all its parts, or give them to DiffusersTask.from_parts; for batches that were encoded before, say so: "
                 "batch={'my_latents': 'latents', 'my_embeddings': 'prompt_embeds'}."
             )
-        vae: Any = getattr(pipeline, "vae", None)
-        if vae is not None and vae.config.get("latents_mean") is not None:
-            raise TaskError(
-                f"{type(self).__name__}({type(pipeline).__name__}): the VAE has `latents_mean`, expected one with a scaling and a "
-                "shift factor only. HINT: write a DiffusionTask with encode(batch) and decode(latents) of its own."
-            )
+        vae = getattr(pipeline, "vae", None)
+        if vae is not None:
+            require_vae(type(self).__name__, vae)
+        require_config(
+            type(self).__name__, getattr(pipeline, self.denoiser_part), self.expected_config(pipeline)
+        )
 
     def _vae_factors(self) -> tuple[float, float]:
         vae: Any = self.vae

@@ -1,10 +1,12 @@
 """PixArt."""
 
-from typing import ClassVar
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ctrak_lightning.task.configs import text_width
 from ctrak_lightning.task.pipeline_task import FIELDS
 from ctrak_lightning.task.prompts import Given, PromptTask
 from ctrak_lightning.task.protocol import Condition
@@ -18,6 +20,16 @@ class PixArtTask(PromptTask):
     frozen_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "prompt_attention_mask")
     fields: ClassVar[tuple[str, ...]] = (*FIELDS, "caption", "tokens", *embeddings)
+
+    def expected_config(self, pipeline: Any) -> Mapping[str, Collection[Any]]:
+        expected = super().expected_config(pipeline)
+        return {
+            **expected,
+            # Of variances, if the network predicts them too, nothing is made.
+            "out_channels": [n * channels for channels in expected["in_channels"] for n in (1, 2)],
+            "caption_channels": text_width(pipeline, "text_encoder"),
+            "norm_type": ("ada_norm_single",),
+        }
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         output: Tensor = self.denoiser(

@@ -1,10 +1,11 @@
 """Stable Diffusion 1.x and 2.x."""
 
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ctrak_lightning.errors import TaskError
+from ctrak_lightning.task.configs import UNET_EXPECTED, text_width
 from ctrak_lightning.task.prompts import Given, PromptTask
 from ctrak_lightning.task.protocol import Condition
 
@@ -13,19 +14,17 @@ class StableDiffusionTask(PromptTask):
     """``StableDiffusionPipeline``: noise or v prediction, as the scheduler says. Arguments: :class:`PromptTask`.
 
     Raises:
-        TaskError: the network takes the guidance scale as an input (distilled consistency models).
+        TaskError: the network takes other inputs than the text: it is an inpainting, editing, image-conditioned or distilled one.
     """
 
     denoiser_part: ClassVar[str] = "unet"
     frozen_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
 
-    def __init__(self, pipeline: Any, **options: Any) -> None:
-        super().__init__(pipeline, **options)
-        if self.denoiser.config.get("time_cond_proj_dim") is not None:
-            raise TaskError(
-                f"{type(self).__name__}({type(pipeline).__name__}): the network takes the guidance scale as an input "
-                "(`time_cond_proj_dim`), which is not supported for UNets. HINT: trace the model that it was distilled from."
-            )
+    def expected_config(self, pipeline: Any) -> Mapping[str, Collection[Any]]:
+        width = {"cross_attention_dim": text_width(pipeline, "text_encoder")}
+        # A projection of the text, if there is one, takes the encoder's width.
+        width = {} if pipeline.unet.config.get("encoder_hid_dim_type") else width
+        return {**super().expected_config(pipeline), **UNET_EXPECTED, **width}
 
     def embed(self, prompts: list[str]) -> Given:
         embeddings, _ = self.pipeline.encode_prompt(

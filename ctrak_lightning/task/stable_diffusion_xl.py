@@ -1,10 +1,12 @@
 """Stable Diffusion XL."""
 
-from typing import ClassVar
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ctrak_lightning.task.configs import text_width
 from ctrak_lightning.task.pipeline_task import Batch
 from ctrak_lightning.task.prompts import Given
 from ctrak_lightning.task.protocol import Condition
@@ -28,6 +30,18 @@ class StableDiffusionXLTask(StableDiffusionTask):
         "original_size",
         "crop_top_left",
     )
+
+    def expected_config(self, pipeline: Any) -> Mapping[str, Collection[Any]]:
+        config = pipeline.unet.config
+        expected = dict(super().expected_config(pipeline))
+        expected["addition_embed_type"] = ("text_time",)
+        expected["cross_attention_dim"] = text_width(pipeline, "text_encoder", "text_encoder_2")
+        pooled = getattr(getattr(pipeline.text_encoder_2, "config", None), "projection_dim", None)
+        if pooled is not None:
+            # Six numbers: the original size, the corner of the crop, the target size.
+            given = 6 * config.get("addition_time_embed_dim") + pooled
+            expected["projection_class_embeddings_input_dim"] = (given,)
+        return expected
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         added = {name: condition[name] for name in ("text_embeds", "time_ids")}

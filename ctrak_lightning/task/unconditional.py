@@ -1,6 +1,7 @@
 """UNet2DModel without a condition."""
 
-from typing import ClassVar
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ class UnconditionalTask(PipelineTask):
 
     denoiser_part: ClassVar[str] = "unet"
     frozen_parts: ClassVar[tuple[str, ...]] = ()
+
+    def expected_config(self, pipeline: Any) -> Mapping[str, Collection[Any]]:
+        return {**super().expected_config(pipeline), "class_embed_type": (None,)}
 
     def batch_condition(self, batch: Batch) -> Condition:
         return {}

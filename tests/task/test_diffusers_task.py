@@ -363,3 +363,54 @@ def test_what_is_no_supported_pipeline_is_refused() -> None:
     pipeline.unet.register_to_config(time_cond_proj_dim=4)
     with pytest.raises(TaskError, match="time_cond_proj_dim.*HINT"):
         DiffusersTask.from_pipeline(pipeline)
+
+
+UNET = {"class_embed_type": "projection", "num_class_embeds": 7, "encoder_hid_dim_type": "ip_image_proj"}
+UNET |= {"in_channels": 9, "out_channels": 8, "time_cond_proj_dim": 4, "attention_type": "gated"}
+OF_OTHER_PIPELINES: dict[str, dict[str, Any]] = {
+    "sd1": UNET | {"addition_embed_type": "image", "cross_attention_dim": 99},
+    "sdxl": UNET | {"addition_embed_type": "text_image", "projection_class_embeddings_input_dim": 99},
+    "sd3": {"in_channels": 33, "out_channels": 2},
+    "flux": {"in_channels": 384, "out_channels": 2},
+    "pixart": {"in_channels": 9, "out_channels": 99, "caption_channels": 99},
+    "dit": {"in_channels": 9, "norm_type": "layer_norm"},
+    "ddpm": {"in_channels": 6, "class_embed_type": "timestep"},
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHER_PIPELINES)
+def test_networks_of_other_pipelines_are_refused_by_their_configuration(name: str) -> None:
+    pipeline = build(name)
+    network = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+    for entry, value in OF_OTHER_PIPELINES[name].items():
+        own = network.config.get(entry)
+        network.register_to_config(**{entry: value})
+        with pytest.raises(
+            TaskError, match=rf"{type(network).__name__} has {entry}={value!r}.*expected.*HINT.*predict"
+        ):
+            DiffusersTask.from_pipeline(pipeline)
+        network.register_to_config(**{entry: own})
+    DiffusersTask.from_pipeline(pipeline)
+    network.register_to_config(in_channels=None)  # nothing is known of it
+    DiffusersTask.from_pipeline(pipeline)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderTiny", "VQModel"])
+def test_other_vaes_are_refused(kind: str) -> None:
+    pipeline = build("sd1")
+    pipeline.register_modules(vae=getattr(diffusers, kind)())
+    with pytest.raises(TaskError, match=f"VAE is a {kind}, expected an AutoencoderKL.*HINT"):
+        DiffusersTask.from_pipeline(pipeline)
+
+
+def test_a_module_with_a_control_net_is_refused() -> None:
+    class ControlNetModel(torch.nn.Module):
+        pass
+
+    module = torch.nn.Module()
+    for part, value in build("sd1").components.items():
+        setattr(module, part, value)
+    assert DiffusersTask().bind(module).denoiser is module.unet
+    module.control = ControlNetModel()
+    with pytest.raises(TaskError, match=r"Module\.control is a ControlNet.*HINT"):
+        DiffusersTask().bind(module)
