@@ -45,7 +45,9 @@ CHECKS: dict[str, Callable[[dict[str, Any]], bool]] = {
 
 
 def learnt(row: dict[str, Any]) -> bool:
-    return bool(row["worth"] >= WORTH and (row["worth_z"] is None or row["worth_z"] >= SURE))
+    """Without a training step nothing is, even where random weights happen to lower a loss."""
+    sure = row["worth_z"] is None or row["worth_z"] >= SURE
+    return bool(row["steps"] > 0 and row["worth"] >= WORTH and sure)
 
 
 def table(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -131,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in args.out.glob("*.json")]
+    for run in runs:
+        run["rows"] = [{"steps": run["steps"], **row} for row in run["rows"]]
     runs.sort(key=lambda run: (run["subject"], run["seed"], run["steps"]))
     text = page(runs, "python -m recipes.benchmarks.learnt; python -m recipes.benchmarks.learnt_table")
     (args.results / "learnt.json").write_text(json.dumps(runs, allow_nan=False) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from recipes.benchmarks import learnt_table
 SOUND = {
     **dict.fromkeys(learnt_table.SIGNALS, 0.5),
     **{"strength": 0.1, "self_check": 1.0, "stability": 0.9, "loss": 0.05, "moved": 0.1},
-    **{"worth": 0.05, "worth_z": 5.0, "r_precision": 1.0},
+    **{"steps": 3, "worth": 0.05, "worth_z": 5.0, "r_precision": 1.0},
 }
 
 
@@ -28,6 +28,7 @@ def test_what_is_learnt_and_what_is_doubted_are_counted() -> None:
     assert "| s, seed 0 | 3 | 2 of 5 | 2 of 3 | 1 of 2 |" in text
     assert "| losses moved by < 0.001 | 2 of 3 | 0 of 2 |" in text
     assert learnt_table.learnt(SOUND | {"worth_z": None})
+    assert not learnt_table.learnt(SOUND | {"steps": 0})
 
 
 def test_a_signal_that_separates_has_an_area_of_one() -> None:
