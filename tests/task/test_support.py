@@ -26,11 +26,11 @@ def run_by_tests() -> dict[str, set[str]]:
             ]
             marks = getattr(getattr(module, node.name), "pytestmark", [])
             names = {
-                each.values[0]
+                values[0]
                 for mark in marks
                 if mark.name == "parametrize"
                 for each in mark.args[1]
-                if hasattr(each, "values") and each.values[0] in PIPELINES
+                if isinstance(values := getattr(each, "values", None), tuple) and values[0] in PIPELINES
             }
             for check in checks:
                 found[check].append(names)
