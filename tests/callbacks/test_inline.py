@@ -315,7 +315,7 @@ def test_sample_ids_go_before_encode(tmp_path: Path) -> None:
 
     module = Dear()
     fit(module, [inline(tmp_path)], max_epochs=2)
-    assert module.encoded == 4  # the trial's and the survey's
+    assert module.encoded == 5  # the trial's two, which are compared, and the survey's
     assert len(TraceStore(tmp_path / "traces").checkpoints) == 2
 
     class Wanting(ToyDiffusion):
