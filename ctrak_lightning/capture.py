@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,15 +19,8 @@ from torch.utils.data import DataLoader, SequentialSampler
 from tqdm import tqdm
 
 from ctrak_lightning.content import changed_samples, content_hashes
-from ctrak_lightning.errors import (
-    DatasetChangedError,
-    GradientError,
-    StoreError,
-    TrainingChangedError,
-    TrialError,
-)
+from ctrak_lightning.errors import DatasetChangedError, GradientError, StoreError, TrialError
 from ctrak_lightning.exposures import BatchIds, Exposures
-from ctrak_lightning.fingerprint import model_fingerprint
 from ctrak_lightning.gradients import GradientTracer, UntracedParameterWarning, tracing_mode
 from ctrak_lightning.memory import RowLimit
 from ctrak_lightning.method import Method
@@ -35,11 +29,11 @@ from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.surveying import NO_AUGMENTATION, Once, bounded
 from ctrak_lightning.task import Encoded, encode, task_modules
+from ctrak_lightning.traced_model import TracedModel, Weights
 from ctrak_lightning.traces import CheckpointWriter, SampleTable, StoreHeader, TraceStore, TraceWriter
 from ctrak_lightning.traces.lock import WriterLock
 from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.tracing import check_batch, trace_batch
-from ctrak_lightning.trained import Trained
 from ctrak_lightning.trial import SAMPLES, Question, Trial, first_samples, named, try_questions, try_samples
 
 THUMBNAIL = 64
@@ -72,6 +66,8 @@ class Capture:
         method: what to trace.
         tracer: the gradient tracer of ``task.denoiser``.
         optimizers: of the run, where they are known: what requires grad but is in none of them does not train.
+        weights: for the record, what the owner's weights are at every :meth:`run`: ``"raw"``, those that train, or ``"ema"``, their
+            average.
         seed: of the trajectories' noise and of whatever is random in ``batches``.
         dtype: of the stored rows, ``"float32"``, ``"float16"`` or ``"int8"`` (each row also has a float32 norm and scale).
         thumbnails: store small images for reports, where the task has ``pictures`` or can decode.
@@ -104,6 +100,7 @@ class Capture:
         method: Method,
         tracer: GradientTracer,
         optimizers: Sequence[Optimizer] = (),
+        weights: Weights = "raw",
         seed: int = 0,
         dtype: Literal["float32", "float16", "int8"] = "float32",
         thumbnails: bool = True,
@@ -119,8 +116,9 @@ class Capture:
         self.seed, self.device, self.progress = seed, torch.device(device), progress
         self._row_limit = RowLimit(rows_at_once)
         self._processes = processes
-        self._trained = Trained(owner, optimizers)
+        self._model = TracedModel(owner, task, optimizers, weights=weights, processes=processes)
         self._warn_of_parameters_outside()
+        self._encodes_first: Callable[[], Encoded] | None = None
         self.trial = (
             None if self._processes.from_first(has_sealed(path)) else self._try(thumbnails, questions)
         )
@@ -134,10 +132,12 @@ class Capture:
         self.exposures = Exposures(self.sample_ids, processes)
         """How often each sample has entered an optimizer step of the run."""
         self._batch_ids = self._look_again()
+        with isolated_rng(seed), self._tracing(), torch.no_grad():
+            model = self._model.observe(self._encodes_first, latent_shape)
         header = StoreHeader(
             method=method.to_dict(),
             projection=tracer.describe(),
-            model=model_fingerprint(owner, self._trained.names, task.noise_schedule),
+            model=model,
             dataset=table.facts() | {"latent_shape": list(latent_shape)},
             dim=tracer.dim,
             dtype=dtype,
@@ -213,10 +213,11 @@ class Capture:
             step,
             epoch=epoch,
             learning_rate=learning_rate,
-            weights=self._trained.now(),
             exposures=self.exposures.counts(),
+            **self._model.state(),
         )
-        with checkpoint:
+        with checkpoint, self._model.alike():
+            self._model.write_function(checkpoint)
             with self._processes.together(), isolated_rng(self.seed), self._tracing():
                 self._trace(checkpoint)
             checkpoint.seal()
@@ -224,12 +225,7 @@ class Capture:
     def require_unchanged_since(self, step: int) -> None:
         """Raises a TrainingChangedError where the weights are not those that were sealed at ``step``, which is the present step."""
         stored = next(one for one in TraceStore(self.writer.path).checkpoints if one.step == step).weights()
-        changed = [n for n, value in self._trained.now().items() if not torch.equal(stored[n], value.cpu())]
-        if changed:
-            raise TrainingChangedError(
-                f"Step {step} has traces already, and since then {len(changed)} parameters have changed, such as {changed[0]!r}, "
-                "without an optimizer step that could be counted. HINT: step a torch.optim.Optimizer."
-            )
+        self._model.require_as_stored(stored, step)
 
     def _trace(self, checkpoint: CheckpointWriter) -> None:
         """Traces the samples that are this process's and not in ``checkpoint`` yet."""
@@ -277,7 +273,7 @@ class Capture:
 
     def _warn_of_parameters_outside(self) -> None:
         inside = {id(parameter) for parameter in self.tracer.module.parameters()}
-        outside = sorted(name for name, value in self._trained.now().items() if id(value) not in inside)
+        outside = sorted(name for name, value in self._model.trained.now().items() if id(value) not in inside)
         if outside:
             warnings.warn(
                 f"These trained parameters are outside the denoiser and are not traced: {', '.join(outside)}. What samples "
@@ -354,6 +350,8 @@ class Capture:
             ):
                 encoded = self._encode(batch)
                 once.add(encoded.sample_ids)
+                if self._encodes_first is None:
+                    self._encodes_first = partial(self._encode, batch)
                 images = self._pictures(batch, encoded) if thumbnails else None
                 own.append(
                     _Surveyed(

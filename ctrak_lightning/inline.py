@@ -182,10 +182,11 @@ class InlineCapture(Capture):
             step,
             epoch=epoch,
             learning_rate=learning_rate,
-            weights=self._trained.now(),
             exposures=exposures,
+            **self._model.state(),
         )
         with checkpoint:
+            self._model.write_function(checkpoint)
             checkpoint.write_visits(self._running.visits())
             for indices in torch.arange(len(self.sample_ids))[checkpoint.rows_done :].split(1024):
                 checkpoint.append(indices, *self._running.means(indices))

@@ -436,16 +436,19 @@ def test_mistakes_end_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixt
     main([])
     assert "usage: ctrak" in capsys.readouterr().out
     (tmp_path / "x.yaml").write_text("trainer: {}\n")
-    with pytest.raises(ValueError, match="class_path"):
+    with pytest.raises(ValueError, match=r"class_path.*HINT.*--model package\.module\.MyModule"):
         load_module(tmp_path / "x.yaml")
 
 
 def test_a_config_builds_the_module_of_the_run(tmp_path: Path) -> None:
     from .toy import ToyDiffusion
 
-    module = load_module(write_config(tmp_path))
+    # As a LightningCLI that was given its class saves it, too.
+    (tmp_path / "bare.yaml").write_text("model: {seed: 3, dropout: 0.0}\ntrainer: {}\nnote: x\n")
+    bare = load_module(tmp_path / "bare.yaml", "tests.toy.ToyDiffusion")
     expected = ToyDiffusion(seed=3).state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
+    for module in (load_module(write_config(tmp_path)), bare):
+        assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
 
 
 def test_specs() -> None:

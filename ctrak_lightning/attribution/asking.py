@@ -1,5 +1,6 @@
 """The model's side of an attribution: images are generated, and questions become gradients."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,12 +16,15 @@ from ctrak_lightning.attribution.parts import concatenated
 from ctrak_lightning.attribution.pictures import weights_of
 from ctrak_lightning.attribution.query import Query, spec_key
 from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreMismatchError
+from ctrak_lightning.fingerprint import model_fingerprint
+from ctrak_lightning.function import refuse_another_function
 from ctrak_lightning.gradients import GradientTracer, Projection
 from ctrak_lightning.inversion import inverted
 from ctrak_lightning.memory import RowLimit
 from ctrak_lightning.method import Method
 from ctrak_lightning.objective import Side
 from ctrak_lightning.rng import isolated_rng
+from ctrak_lightning.schedule import Schedule
 from ctrak_lightning.task import Condition, Spec
 from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.traces.schema import differences
@@ -77,6 +81,7 @@ class Asker:
         self.model = LentModel(owner, store.checkpoints, task)
         self._row_limit = RowLimit(batch_size)
         self._tracer: GradientTracer | None = None
+        self._compared: set[int] = set()
 
     def generate(self, specs: Sequence[Spec], seeds: Sequence[int]) -> Generation:
         """Generates one image per (spec, seed) with the last checkpoint's weights; the same seed gives the same noise.
@@ -131,7 +136,7 @@ class Asker:
             return made
 
         with self.model.borrowed(), torch.no_grad(), bar:
-            self.model.load(-1)
+            self._take_on(len(self.store.checkpoints) - 1)
             parts = self._row_limit.run(len(specs), sampled)
         states = [_joined([part.states[i] for part in parts]) for i in range(len(parts[0].states))]
         return Generation(states, torch.cat([part.latents for part in parts]))
@@ -195,7 +200,7 @@ class Asker:
         method: Method,
         with_parts: bool,
     ) -> list[QueryTrace]:
-        self.model.load(index)
+        self._take_on(index)
         tracer = self.tracer()
 
         def traced(start: int, stop: int) -> QueryTrace:
@@ -213,6 +218,18 @@ class Asker:
             )
 
         return self._row_limit.run(len(concepts), traced)
+
+    def _take_on(self, index: int) -> None:
+        """Gives the model the weights of a checkpoint, and at the first time looks whether it is then the one that was traced."""
+        self.model.load(index)
+        if index in self._compared:
+            return
+        checkpoint = self.store.checkpoints[index]
+        stored = checkpoint.function()
+        if stored is not None:
+            shape = self.store.header.dataset["latent_shape"]
+            refuse_another_function(stored, self.task, shape, checkpoint.step)
+        self._compared.add(index)
 
     def tracer(self) -> GradientTracer:
         """The store's own, for this model.
@@ -269,6 +286,17 @@ def _joined(states: Sequence[State]) -> State:
         torch.cat([state.t for state in states]),
         torch.cat(clean) if clean else None,
     )
+
+
+def model_facts(
+    store: TraceStore, owner: nn.Module, trained: Sequence[str], schedule: Schedule
+) -> tuple[dict[str, str], dict[str, str]]:
+    """What the store's header says of its model, as far as another one can be compared with it, and the same of ``owner``."""
+    stored = {name: fact for name, fact in store.header.model.items() if name != "weights"}
+    parts = described(
+        store, "model", lambda: json.loads(stored["frozen_parts"]) if "frozen_parts" in stored else None
+    )
+    return stored, model_fingerprint(owner, trained, schedule, parts)
 
 
 def refuse_differences(where: str, stored: Any, mine: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from ctrak_lightning.attribution.asking import Asker, described, refuse_differences
+from ctrak_lightning.attribution.asking import Asker, described, model_facts, refuse_differences
 from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.attribution.parts import Parts, score_parts
 from ctrak_lightning.attribution.query import Query
@@ -25,7 +25,6 @@ from ctrak_lightning.attribution.solve import (
 from ctrak_lightning.attribution.together import Attributions, cosines_of, warn_of_alike
 from ctrak_lightning.attribution.top import Shortlist, top_scores
 from ctrak_lightning.errors import StoreMismatchError
-from ctrak_lightning.fingerprint import model_fingerprint
 from ctrak_lightning.method import Damping, Method
 from ctrak_lightning.processes import processes_of
 from ctrak_lightning.provenance.query_log import QueryLog
@@ -86,8 +85,7 @@ class Attributor(Questions):
         super().__init__(store, task, method=method, sampler=sampler, given=given, asker=questioner)
         self._log = QueryLog(store.path, store.edition, asker) if record else None
         refuse_differences("method.training", store.header.method["training"], method.training_dict())
-        mine = model_fingerprint(owner, questioner.model.trained, task.noise_schedule)
-        refuse_differences("model", store.header.model, mine)
+        refuse_differences("model", *model_facts(store, owner, questioner.model.trained, task.noise_schedule))
 
     def attribute(self, concept: Concept, seed: int = 0, *, parts: bool = False) -> Attribution:
         """Scores every training sample for the concept, in the image that ``seed`` makes of it, in an image that exists, or in none

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
-from ctrak_lightning.errors import CorruptStoreError
+from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.gradients import tracing_mode
+from ctrak_lightning.lending import restored, take_on, tensors_of
 from ctrak_lightning.task import task_modules
 from ctrak_lightning.traces.store import Checkpoint
 
@@ -28,6 +28,7 @@ class LentModel:
         self.checkpoints = checkpoints
         self.trained = sorted(checkpoints[0].weights())
         """Names of the parameters that a checkpoint holds."""
+        self._taken = {*self.trained, *checkpoints[0].buffers()}
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -40,16 +41,12 @@ class LentModel:
         """Lends the module, in evaluation mode: afterwards its weights and flags are what they were."""
         parameters = dict(self.module.named_parameters())
         flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
-        values = {name: parameters[name].detach().clone() for name in self.trained}
         try:
             for name, parameter in parameters.items():
                 parameter.requires_grad_(name in self.trained)
-            with self.evaluating():
+            with restored(self.module, self._taken), self.evaluating():
                 yield
         finally:
-            with torch.no_grad():
-                for name, value in values.items():
-                    parameters[name].copy_(value)
             for name, parameter in parameters.items():
                 parameter.requires_grad_(flags[name])
 
@@ -57,19 +54,21 @@ class LentModel:
         """Takes on the weights of a checkpoint; only while borrowed.
 
         Raises:
-            CorruptStoreError: they are not those of the other checkpoints, or not of the model's shapes.
+            StoreMismatchError: they are not those of the first checkpoint, or not of the model's shapes.
         """
-        parameters = dict(self.module.named_parameters())
-        weights = self.checkpoints[index].weights()
-        wrong = sorted(weights.keys() ^ set(self.trained))
-        wrong += [
-            name for name in self.trained if name in weights and weights[name].shape != parameters[name].shape
-        ]
+        own, checkpoint = tensors_of(self.module), self.checkpoints[index]
+        values = checkpoint.weights() | checkpoint.buffers()
+        wrong = sorted(values.keys() ^ self._taken)
         if wrong:
-            raise CorruptStoreError(
-                f"The weights of step {self.checkpoints[index].step} do not fit the model: {wrong[:5]} are missing, too many, or of "
-                "another shape. Expected those that the run trained. HINT: the file was altered; restore it from a copy."
+            raise StoreMismatchError(
+                f"What was trained at step {checkpoint.step} is not what was at step {self.checkpoints[0].step}: {wrong[:5]} are in one "
+                "checkpoint only. Traces of the two cannot be asked together. HINT: parameters were frozen or unfrozen in that run; "
+                "trace each part of it into a store of its own."
             )
-        with torch.no_grad():
-            for name, value in weights.items():
-                parameters[name].copy_(value)
+        wrong = [name for name, value in values.items() if name not in own or own[name].shape != value.shape]
+        if wrong:
+            raise StoreMismatchError(
+                f"The weights of step {checkpoint.step} do not fit the model: {wrong[:5]} are missing in it, or of another shape. HINT: "
+                "build the module as in the traced run."
+            )
+        take_on(self.module, values)

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ctrak_lightning import methods
+from ctrak_lightning.callbacks import averaging
 from ctrak_lightning.callbacks.exposures import ExposureCounter
 from ctrak_lightning.callbacks.inline import (
     grad_scaler,
@@ -32,6 +33,7 @@ from ctrak_lightning.inline import InlineCapture
 from ctrak_lightning.method import Method
 from ctrak_lightning.processes import Processes, processes_of
 from ctrak_lightning.task import DiffusersTask, DiffusionTask, resolve_task
+from ctrak_lightning.traced_model import Weights
 from ctrak_lightning.traces.atomic import TEMPORARY_SUFFIX
 from ctrak_lightning.traces.lock import WriterLock, hold_folder
 from ctrak_lightning.trained import trained_parameters
@@ -50,8 +52,8 @@ class ConceptTracer(Callback):
     that the training loader can draw, in the data set's order. Under DDP every process traces a share of them, into one folder that
     all must see.
     Training is not changed: the callback draws from random generators of its own, never
-    calls ``backward()``, and restores every module's training flag. Weights are those being trained; at the end of
-    training, after a weight-averaging callback that stands before this one, they are the averaged ones.
+    calls ``backward()``, and restores every module's training flag. What trains is what requires grad and is in an optimizer; where
+    that changes during a run (unfreezing, another adapter), traces end there, and ``on_error`` says what becomes of training.
 
     Before the first step two samples are traced on trial, as a capture will (``docs/attach.md``): what does not fit is told
     then, and not at the first checkpoint.
@@ -65,6 +67,9 @@ class ConceptTracer(Callback):
         mode: ``"capture"`` traces all samples at a checkpoint, with passes through the network of its own, by any method.
             ``"inline"`` keeps the per-sample gradients that the training steps compute anyway, at the timesteps that they
             happened to draw, and seals the means at a checkpoint; see ``docs/inline.md`` for what it can and cannot do.
+        weights: whose traces: ``"raw"``, of the weights that train, also where a weight-averaging callback of Lightning's has put their
+            average into the module when training ends; or ``"ema"``, of that callback's average, at every checkpoint. The store
+            says which, and holds these weights.
         every_n_epochs: trace at the end of every n-th epoch.
         every_n_train_steps: trace after every n-th optimizer step.
         at_end: trace when training ends, if that step has no trace yet.
@@ -110,6 +115,7 @@ class ConceptTracer(Callback):
         *,
         task: DiffusersTask | DiffusionTask | None = None,
         mode: Mode = "capture",
+        weights: Weights = "raw",
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
         at_end: bool = True,
@@ -148,6 +154,11 @@ class ConceptTracer(Callback):
             raise MisconfigurationException(
                 f"`ConceptTracer(mode={mode!r})`: expected one of {get_args(Mode)}. HINT: 'capture' is the default."
             )
+        if weights not in get_args(Weights) or (weights == "ema" and mode == "inline"):
+            raise MisconfigurationException(
+                f"`ConceptTracer(weights={weights!r}, mode={mode!r})`: expected one of {get_args(Weights)}, and 'raw' in mode "
+                "'inline', whose traces are of the training steps themselves. HINT: mode='capture' traces averaged weights."
+            )
         if method is None:
             method = "inline_trak" if mode == "inline" else "concept_trak"
         try:
@@ -164,6 +175,7 @@ class ConceptTracer(Callback):
             )
         self.task = task
         self.mode = mode
+        self.weights = weights
         self.dirpath = str(dirpath)
         self.every_n_epochs = every_n_epochs
         self.every_n_train_steps = every_n_train_steps
@@ -183,6 +195,7 @@ class ConceptTracer(Callback):
         self._lock: WriterLock | None = None
         self._last_step = 0
         self._steps: StepCounter | None = None
+        self._order: list[Callback] = []
         self._unseen_steps = 0
         self._exposures: ExposureCounter | None = None
         self._exposure_state: dict[str, Any] | None = None
@@ -223,13 +236,13 @@ class ConceptTracer(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or _skipped(trainer):
             return
-        if trainer.current_epoch == 0:  # else the same Trainer goes on
-            self._unseen_steps = 0
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
             raise MisconfigurationException(
                 f"`ConceptTracer` cannot trace under {type(trainer.strategy).__name__}: no process holds the whole of a "
                 "layer. HINT: use DDP or a single device; LoRA makes most models fit."
             )
+        if trainer.current_epoch == 0:  # else the same Trainer goes on
+            self._unseen_steps = 0
         # A module may build its networks in its own `setup` or `configure_model`, which come after this.
         if not any(model_helpers.is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
             self._task_of(pl_module)
@@ -240,6 +253,11 @@ class ConceptTracer(Callback):
         if _skipped(trainer):
             return
         task = self._task_of(pl_module)
+        if self.weights == "ema" and averaging.averaging_of(trainer) is None:
+            raise MisconfigurationException(
+                '`ConceptTracer(weights="ema")`: the Trainer has no weight-averaging callback. HINT: attach one of '
+                f"{[kind.__name__ for kind in averaging.KINDS]}; an average that the module keeps itself is not known here."
+            )
         if self.mode == "inline":
             refuse_what_inline_cannot_trace(trainer, pl_module, task.denoiser)
 
@@ -262,6 +280,7 @@ class ConceptTracer(Callback):
         if self._capture.trial is not None:
             self.trial_seconds = self._capture.trial.seconds
             rank_zero_info(f"ConceptTracer(dirpath={self.dirpath!r}): {self._capture.trial}")
+        self._order = averaging.put_first(trainer, self)
 
     @override
     def on_train_batch_start(
@@ -308,7 +327,10 @@ class ConceptTracer(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not _skipped(trainer) and self.should_trace(epoch_idx=trainer.current_epoch):
+        if _skipped(trainer):
+            return
+        is_last = self.at_end and averaging.is_last_of_raw(trainer)
+        if self.should_trace(epoch_idx=trainer.current_epoch) or is_last:
             self._trace(trainer)
 
     @override
@@ -322,11 +344,11 @@ class ConceptTracer(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         self._tell_untraced()
-        self._close()
+        self._close(trainer)
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._close()
+        self._close(trainer)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -340,7 +362,8 @@ class ConceptTracer(Callback):
         self._exposure_state = state_dict.get("exposures")
         self._resumed = True
 
-    def _close(self) -> None:
+    def _close(self, trainer: L.Trainer) -> None:
+        averaging.put_back(trainer, self, self._order)
         if isinstance(self._capture, InlineCapture):
             self._capture.detach()
         self._exposure_state = self._exposures_now()
@@ -360,7 +383,7 @@ class ConceptTracer(Callback):
         return self._capture.exposures.state_dict() | {"step": self._last_step}
 
     def _trace(self, trainer: L.Trainer) -> None:
-        if self._capture is None or self._steps is None:
+        if self._capture is None or self._steps is None or averaging.has_replaced(trainer):
             return
         step = self._steps.now
         is_sealed = step in self._capture.writer.sealed_steps
@@ -389,7 +412,8 @@ class ConceptTracer(Callback):
         if self._exposures is not None:
             self._exposures.tell()
         started = time.monotonic()
-        capture.run(step, epoch=epoch, learning_rate=learning_rate)
+        with self._weights_of(trainer):
+            capture.run(step, epoch=epoch, learning_rate=learning_rate)
         self.last_seconds = time.monotonic() - started
         self._untraced.pop(step, None)
 
@@ -456,6 +480,7 @@ class ConceptTracer(Callback):
                 trained=trained_parameters(task.denoiser, steps.optimizers),
             ),
             optimizers=steps.optimizers,
+            weights=self.weights,
             seed=self.seed,
             dtype=self.dtype,
             thumbnails=self.thumbnails,
@@ -473,6 +498,12 @@ class ConceptTracer(Callback):
             capture.attach()
         self._run_id = capture.writer.run_id
         return capture
+
+    def _weights_of(self, trainer: L.Trainer) -> AbstractContextManager[None]:
+        if self.weights == "raw" or self._steps is None:
+            return nullcontext()
+        trained = trained_parameters(trainer.lightning_module, self._steps.optimizers)
+        return averaging.averaged(trainer, trainer.lightning_module, list(trained))
 
     def _task_of(self, pl_module: L.LightningModule) -> Any:
         try:

@@ -27,6 +27,13 @@ def add_question(parser: ArgumentParser) -> None:
         "--config", type=str, required=True, help="the YAML of the run (its `model` section is used)"
     )
     parser.add_argument(
+        "--model",
+        type=str,
+        default=None,
+        help="package.module.Class of the module, where the YAML does not name it: a LightningCLI that was given the class leaves it "
+        "out of the file that it saves",
+    )
+    parser.add_argument(
         "--prompt", type=str, default=None, help="the prompt of the image; name parts of it with --concept"
     )
     parser.add_argument(
@@ -185,7 +192,7 @@ def attributor_of(args: Namespace, store: TraceStore) -> Attributor:
     sampler = Sampler(steps=args.steps, guidance=args.guidance)
     return Attributor(
         store,
-        load_module(args.config),
+        load_module(args.config, args.model),
         task=tracer_task(args.config),
         sampler=sampler,
         progress=True,
@@ -217,11 +224,15 @@ def parse_spec(words: Sequence[str] | None) -> Spec:
     return spec
 
 
-def load_module(config: str | Path) -> Any:
+def load_module(config: str | Path, class_path: str | None = None) -> Any:
     """The LightningModule that a LightningCLI YAML describes under ``model``.
 
+    Args:
+        config: the file.
+        class_path: of the module, where ``model`` holds its arguments alone.
+
     Raises:
-        ValueError: the file has no ``model`` section with a ``class_path``.
+        ValueError: the file is no such YAML, or nothing names the class.
     """
     import lightning as L
 
@@ -229,12 +240,19 @@ def load_module(config: str | Path) -> Any:
         facts = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{config}: no YAML: {error}") from error
-    if not isinstance(facts, dict) or "class_path" not in (facts.get("model") or {}):
-        raise ValueError(f"{config}: expected a LightningCLI YAML with `model: {{class_path: ...}}`.")
+    model = (facts.get("model") or {}) if isinstance(facts, dict) else None
+    if isinstance(model, dict) and "class_path" not in model and class_path is not None:
+        model = {"class_path": class_path, "init_args": model}
+    if not isinstance(model, dict) or "class_path" not in model:
+        raise ValueError(
+            f"{config}: expected a LightningCLI YAML with `model: {{class_path: ...}}`. HINT: a script that calls "
+            "LightningCLI(MyModule, ...) saves the arguments without the class; name it: --model package.module.MyModule, from where "
+            "that can be imported (values that the script links to others may have to be added to the file)."
+        )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningModule, "model")
     try:
-        return parser.instantiate(parser.parse_object({"model": facts["model"]})).model
+        return parser.instantiate(parser.parse_object({"model": model})).model
     except ArgumentError as error:
         raise ValueError(f"{config}: {error}") from error
 

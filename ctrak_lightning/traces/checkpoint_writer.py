@@ -16,6 +16,7 @@ from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreError
 from ctrak_lightning.processes import Processes
 from ctrak_lightning.traces.atomic import make_folder, write_atomically
 from ctrak_lightning.traces.background import InBackground
+from ctrak_lightning.traces.function import Function, write_function
 from ctrak_lightning.traces.kernel import Kernel, gram_of_rows, kernel_of_columns, write_kernel
 from ctrak_lightning.traces.records import Records
 from ctrak_lightning.traces.schema import CheckpointRecord, StoreHeader
@@ -145,6 +146,18 @@ class CheckpointWriter:
             self._record,
             {name: write_atomically(self._root / name, lambda path: write_visits(path, visits))},
         )
+
+    def write_function(self, function: Function) -> None:
+        """Store what the network answers to a fixed input with the checkpoint's weights; the process of rank 0 alone calls it.
+
+        Raises:
+            StoreError: This checkpoint is sealed or closed, or the file cannot be written.
+        """
+        self._require_open("write_function")
+        self.flush()
+        name = self._record.function
+        known = write_atomically(self._root / name, lambda path: write_function(path, function))
+        self._records.commit(self._record, {name: known})
 
     def seal(self) -> None:
         """Write the rows that are left and the kernel, then mark the checkpoint sealed.

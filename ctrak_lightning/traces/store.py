@@ -18,6 +18,7 @@ from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.traces.arrays import check_digest, corrupt
 from ctrak_lightning.traces.atomic import FileRecord
 from ctrak_lightning.traces.exposures import read_exposures
+from ctrak_lightning.traces.function import Function, read_function
 from ctrak_lightning.traces.kernel import Kernel, read_kernel
 from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.traces.samples import SampleTable, count_samples, read_samples
@@ -225,6 +226,27 @@ class Checkpoint:
                 "this step instead."
             )
         return read_weights(self._root / self._record.weights, self._manifest.files[self._record.weights])
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What else of the model training had changed, by name, such as running means; empty where nothing was stored.
+
+        Raises:
+            CorruptStoreError: The file is not the one that was sealed.
+        """
+        known = self._manifest.files.get(self._record.buffers)
+        return {} if known is None else read_weights(self._root / self._record.buffers, known)
+
+    def function(self) -> Function | None:
+        """What the network answered to a fixed input, or None where that was not recorded.
+
+        Raises:
+            CorruptStoreError: The file is damaged.
+        """
+        name = self._record.function
+        if name not in self._manifest.files:
+            return None
+        check_digest(self._root / name, self._manifest.files[name])
+        return read_function(self._root / name)
 
     def kernel(self) -> Kernel:
         """The eigendecomposition of the Gram matrix of :meth:`features`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -142,6 +143,7 @@ class TraceWriter:
         learning_rate: float | None = None,
         weights: Mapping[str, Tensor] | None = None,
         exposures: Tensor | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> CheckpointWriter:
         """Open the checkpoint of ``step``, or continue it where an interrupted capture left it.
 
@@ -155,6 +157,7 @@ class TraceWriter:
             weights: The traced parameters by name, stored beside the traces; None stores none.
             exposures: How often each sample has entered an optimizer step, int64 [N]; None where that is not known. The trace of
                 a sample with 0 is stored as zeros, whatever is appended: the model has learnt nothing from it.
+            buffers: What else training changes in the model, by name; none are stored where there are none.
 
         Raises:
             ValueError: The exposures are of another number of samples.
@@ -180,7 +183,7 @@ class TraceWriter:
                 self._current.close()
         with self._processes.together():
             if self._processes.is_first:
-                self._prepare(given, weights, exposures)
+                self._prepare(given, {given.weights: weights, given.buffers: buffers or None}, exposures)
         self._records.share()
         with self._processes.together():
             self._current = CheckpointWriter(
@@ -249,21 +252,23 @@ class TraceWriter:
         self._records.save(self._records.manifest.with_files({name: known}))
 
     def _prepare(
-        self, given: CheckpointRecord, weights: Mapping[str, Tensor] | None, exposures: Tensor | None
+        self,
+        given: CheckpointRecord,
+        state: Mapping[str, Mapping[str, Tensor] | None],
+        exposures: Tensor | None,
     ) -> None:
-        """Record the checkpoint, and write its weights and exposures: without shards, unless as many processes with the same ones
+        """Record the checkpoint, and write the model's state by file, and exposures: without shards, unless as many processes with the same
         gave them."""
         record = self._records.manifest.find(given.step)
         if record is not None:
             _check_continues(record, given)
         files = {}
-        if weights is not None:
-            # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
-            plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-            make_folder(self.path / given.folder)
-            files[given.weights] = write_atomically(
-                self.path / given.weights, lambda path: save_file(plain, path)
-            )
+        for name, tensors in state.items():
+            if tensors is not None:
+                # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
+                plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+                make_folder(self.path / given.folder)
+                files[name] = write_atomically(self.path / name, partial(save_file, plain))
         if exposures is not None:
             make_folder(self.path / given.folder)
             files[given.exposures] = write_atomically(
@@ -271,7 +276,7 @@ class TraceWriter:
             )
         if record is not None:
             known = self._records.manifest.files
-            same = all(known.get(name) == files.get(name) for name in (given.weights, given.exposures))
+            same = all(known.get(name) == files.get(name) for name in (*state, given.exposures))
             if same and record.processes == given.processes:
                 return
         self._records.restart(given, files)

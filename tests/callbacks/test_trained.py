@@ -99,6 +99,7 @@ def fit(
     *others: Any,
     ckpt_path: str | None = None,
     epochs: int = 2,
+    tracer_first: bool = False,
     **options: Any,
 ) -> ConceptTracer:
     given = {"method": methods.d_trak(timesteps=2), "rank": 4, "dim": 32, "every_n_epochs": 1}
@@ -109,10 +110,10 @@ def fit(
         max_epochs=epochs,
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=bool(others),
+        enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in others),
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*others, tracer],
+        callbacks=[tracer, *others] if tracer_first else [*others, tracer],
     )
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=False if ckpt_path else None)
     return tracer

@@ -1,0 +1,140 @@
+"""The model of a capture: what of it trains, what stays as it is, and the function that both make."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ctrak_lightning.errors import TrainingChangedError
+from ctrak_lightning.fingerprint import model_fingerprint
+from ctrak_lightning.frozen import Frozen, Used, changing_buffers, parts_of
+from ctrak_lightning.function import UnrecordedFunctionWarning, function_of, null_condition
+from ctrak_lightning.gradients import tracing_mode
+from ctrak_lightning.lending import lent
+from ctrak_lightning.processes import Processes
+from ctrak_lightning.task import Encoded, task_modules
+from ctrak_lightning.traces import CheckpointWriter
+from ctrak_lightning.trained import Trained
+
+Weights = Literal["raw", "ema"]
+
+
+class TracedModel:
+    """What a store records of a model, and what must stay the same from one capture to the next.
+
+    Args:
+        owner: the module whose trained parameters are stored.
+        task: its DiffusionTask.
+        optimizers: of the run, where they are known.
+        weights: what the owner's weights are at a capture, for the record.
+        processes: those that trace together; the first one hashes.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        task: Any,
+        optimizers: Sequence[Optimizer],
+        *,
+        weights: Weights,
+        processes: Processes,
+    ) -> None:
+        self.trained = Trained(owner, optimizers)
+        self._owner, self._task, self._weights, self._processes = owner, task, weights, processes
+        self._parts: list[str] = []
+        self._frozen: Frozen | None = None
+        self._latent_shape: Sequence[int] = ()
+        self._has_function = False
+
+    def observe(self, encode: Callable[[], Encoded] | None, latent_shape: Sequence[int]) -> dict[str, str]:
+        """Looks which parts of the owner the task computes with, and hashes what is frozen of them; all processes call it.
+
+        Args:
+            encode: encodes a batch, in the first process.
+            latent_shape: of one sample.
+
+        Returns:
+            the header's facts of the model.
+        """
+        self._latent_shape = latent_shape
+        facts: dict[str, str] = {}
+        with self._processes.together():
+            if encode is not None and self._processes.is_first:
+                self._parts = self._used_parts(encode)
+                self._frozen = Frozen(self._owner, self._parts, self.trained.names)
+                facts = model_fingerprint(
+                    self._owner, self.trained.names, self._task.noise_schedule, self._parts
+                )
+                facts["weights"] = self._weights
+        self._parts, self._has_function, facts = self._processes.from_first(
+            (self._parts, self._has_function, facts)
+        )
+        if not self._has_function:
+            warnings.warn(
+                f"{type(self._task).__name__}.condition({{}}, 1) gives no null condition, under which the network's outputs would be "
+                "recorded without anything of a training sample. A question will not notice another network with the same weights "
+                "(another adapter scale, say). HINT: let condition() take `{}`: what a spec does not name is dropped.",
+                UnrecordedFunctionWarning,
+                stacklevel=4,
+            )
+        return facts
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The ``weights`` and ``buffers`` to store with a checkpoint; all processes call it.
+
+        Raises:
+            TrainingChangedError: other parameters train than at the start, or what was frozen has changed.
+        """
+        with self._processes.together():
+            weights = self.trained.now()
+            if self._frozen is not None:
+                self._frozen.require_unchanged()
+        return {"weights": weights, "buffers": changing_buffers(self._owner, self._parts)}
+
+    def require_as_stored(self, weights: dict[str, Tensor], step: int) -> None:
+        """Raises a TrainingChangedError where the weights are not those that were sealed at ``step``, which is the present step."""
+        now = self.trained.now().items()
+        changed = [name for name, value in now if not torch.equal(weights[name], value.cpu())]
+        if changed:
+            raise TrainingChangedError(
+                f"Step {step} has traces already, and since then {len(changed)} parameters have changed, such as {changed[0]!r}, "
+                "without an optimizer step that could be counted. HINT: step a torch.optim.Optimizer."
+            )
+
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Gives all processes the first one's buffers: each has its own running means after a training step."""
+        buffers = {name: value.cpu() for name, value in changing_buffers(self._owner, self._parts).items()}
+        with lent(self._owner, self._processes.from_first(buffers) if self._processes.count > 1 else {}):
+            yield
+
+    def write_function(self, checkpoint: CheckpointWriter) -> None:
+        """Stores what the network answers to a fixed input with its present weights; all processes call it."""
+        with self._processes.together(), tracing_mode(self._owner, *task_modules(self._task)):
+            condition = (
+                null_condition(self._task) if self._has_function and self._processes.is_first else None
+            )
+            if condition is not None:
+                checkpoint.write_function(function_of(self._task, self._latent_shape, condition))
+
+    def _used_parts(self, encode: Callable[[], Encoded]) -> list[str]:
+        if self._task.denoiser is self._owner:
+            self._has_function = null_condition(self._task) is not None
+            return [""]
+        used = Used()
+        with used.watching():
+            encoded = encode().rows(0, 1)
+            condition = null_condition(self._task)
+            for each in (encoded.condition, condition):
+                if each is not None:
+                    function_of(self._task, self._latent_shape, each)
+            if hasattr(self._task, "decode"):
+                # What a report shows; a store without thumbnails does not need it.
+                with suppress(Exception):
+                    self._task.decode(encoded.latents)
+        self._has_function = condition is not None
+        return parts_of(self._owner, used, self.trained.names)
