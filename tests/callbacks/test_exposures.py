@@ -14,8 +14,11 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from ctrak_lightning import DiffusionTask, Encoded, NoiseSchedule, TraceStore
 from ctrak_lightning.callbacks import ConceptTracer
+from ctrak_lightning.exposures import Exposures
+from ctrak_lightning.processes import Processes
 from ctrak_lightning.traces import Checkpoint
 
+from ..threads import together
 from ..toy import CHANNELS, Toys, scheduler
 from .test_concept_tracer import fit, tracer
 
@@ -196,6 +199,7 @@ def test_steps_that_a_grad_scaler_leaves_out_do_not_count(tmp_path: Path, fused:
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.filterwarnings("ignore:.*training resumes at step 4")
+@pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint")
 def test_a_resumed_run_counts_as_one_that_was_not_interrupted(tmp_path: Path) -> None:
     """From the middle of an epoch; and what was counted before is not guessed where it is not known."""
     order: dict[str, Any] = {"shuffle": False, "batch_size": 2}
@@ -255,3 +259,23 @@ def test_they_are_unknown_rather_than_zero(tmp_path: Path, caplog: pytest.LogCap
         assert len(told) == 1
         assert match in told[0]
         caplog.clear()
+
+
+def test_processes_add_up_and_what_one_does_not_know_none_knows() -> None:
+    def each(processes: Processes) -> tuple[list[int], bool]:
+        exposures = Exposures(["a", "b", "c"], processes)
+        for batch in (["a", "b"], ["b", "other"]) if processes.is_first else (["b"],):
+            exposures.draw(batch)
+        exposures.step()
+        exposures.draw(["c"])  # of a step that is left out
+        exposures.drop()
+        exposures.step()
+        exposures.share()
+        counts = exposures.counts()
+        assert counts is not None
+        if not processes.is_first:
+            exposures.unknown = "no ids"
+        exposures.share()
+        return counts.tolist(), exposures.counts() is None
+
+    assert together(2, each) == [([1, 3, 0], True)] * 2
