@@ -53,7 +53,7 @@ def test_what_does_not_fit_ends_a_run_before_its_first_step(tmp_path: Path, mode
         fit(Odd(), [tracer(tmp_path, method=method, mode=mode)])
     assert isinstance(found.value.__cause__, TrialError)
     assert isinstance(found.value.__cause__.__cause__, RuntimeError)
-    assert not files_of(tmp_path / "traces")
+    assert set(files_of(tmp_path / "traces")) <= {"writer.lock"}
 
 
 @pytest.mark.parametrize("first", ["tracer", "monitor"])
