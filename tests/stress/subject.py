@@ -1,6 +1,7 @@
 """What is stressed: a small fine-tune whose every step depends on its number alone, so that two runs can be held against each
 other to the bit, also when one was interrupted."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,30 @@ class Subject(ToyDiffusion):
         return (self.predict(noised, t, condition) - noise).square().mean()
 
 
+class Resumable(DataLoader[dict[str, Any]]):
+    """A DataLoader that goes on where it was: Lightning begins a plain one anew within an epoch, and then other samples have been
+    trained on, which the store rightly tells."""
+
+    taken = 0
+
+    def __iter__(self) -> Any:
+        for batch in itertools.islice(super().__iter__(), self.taken, None):
+            self.taken += 1
+            yield batch
+        self.taken = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.taken = state["taken"]
+
+
 class SubjectData(ToyData):
     """The toys in their own order: Lightning does not restore the generator that shuffles."""
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return DataLoader(self.toys, self.batch_size)
+        return Resumable(self.toys, self.batch_size)
 
 
 def tracer(folder: Path, **options: Any) -> ConceptTracer:
