@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,7 +117,6 @@ class Capture:
         self._processes = processes
         self._model = TracedModel(owner, task, optimizers, weights=weights, processes=processes)
         self._warn_of_parameters_outside()
-        self._encodes_first: Callable[[], Encoded] | None = None
         self.trial = (
             None if self._processes.from_first(has_sealed(path)) else self._try(thumbnails, questions)
         )
@@ -133,7 +131,7 @@ class Capture:
         """How often each sample has entered an optimizer step of the run."""
         self._batch_ids = self._look_again()
         with isolated_rng(seed), self._tracing(), torch.no_grad():
-            model = self._model.observe(self._encodes_first, latent_shape)
+            model = self._model.observe(latent_shape)
         header = StoreHeader(
             method=method.to_dict(),
             projection=tracer.describe(),
@@ -348,10 +346,10 @@ class Capture:
                 leave=False,
                 disable=not self._shows_progress,
             ):
-                encoded = self._encode(batch)
+                with self._model.noticing():
+                    encoded = self._encode(batch)
+                self._model.notice(encoded)
                 once.add(encoded.sample_ids)
-                if self._encodes_first is None:
-                    self._encodes_first = partial(self._encode, batch)
                 images = self._pictures(batch, encoded) if thumbnails else None
                 own.append(
                     _Surveyed(

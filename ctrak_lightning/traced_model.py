@@ -1,8 +1,8 @@
 """The model of a capture: what of it trains, what stays as it is, and the function that both make."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Literal
 
 import torch
@@ -49,12 +49,22 @@ class TracedModel:
         self._frozen: Frozen | None = None
         self._latent_shape: Sequence[int] = ()
         self._has_function = False
+        self._used = Used()
+        self._first: Encoded | None = None
 
-    def observe(self, encode: Callable[[], Encoded] | None, latent_shape: Sequence[int]) -> dict[str, str]:
+    def noticing(self) -> AbstractContextManager[None]:
+        """Notices what encoding a batch computes with; once, in the first process."""
+        return self._used.watching() if self._first is None and self._processes.is_first else nullcontext()
+
+    def notice(self, encoded: Encoded) -> None:
+        """What that batch became, of which one sample is kept until :meth:`observe`."""
+        if self._first is None and self._processes.is_first:
+            self._first = encoded.rows(0, 1)
+
+    def observe(self, latent_shape: Sequence[int]) -> dict[str, str]:
         """Looks which parts of the owner the task computes with, and hashes what is frozen of them; all processes call it.
 
         Args:
-            encode: encodes a batch, in the first process.
             latent_shape: of one sample.
 
         Returns:
@@ -63,8 +73,8 @@ class TracedModel:
         self._latent_shape = latent_shape
         facts: dict[str, str] = {}
         with self._processes.together():
-            if encode is not None and self._processes.is_first:
-                self._parts = self._used_parts(encode)
+            if self._first is not None:
+                self._parts, self._first = self._used_parts(self._first), None
                 self._frozen = Frozen(self._owner, self._parts, self.trained.names)
                 facts = model_fingerprint(
                     self._owner, self.trained.names, self._task.noise_schedule, self._parts
@@ -121,13 +131,11 @@ class TracedModel:
             if condition is not None:
                 checkpoint.write_function(function_of(self._task, self._latent_shape, condition))
 
-    def _used_parts(self, encode: Callable[[], Encoded]) -> list[str]:
+    def _used_parts(self, encoded: Encoded) -> list[str]:
         if self._task.denoiser is self._owner:
             self._has_function = null_condition(self._task) is not None
             return [""]
-        used = Used()
-        with used.watching():
-            encoded = encode().rows(0, 1)
+        with self._used.watching():
             condition = null_condition(self._task)
             for each in (encoded.condition, condition):
                 if each is not None:
@@ -137,4 +145,4 @@ class TracedModel:
                 with suppress(Exception):
                     self._task.decode(encoded.latents)
         self._has_function = condition is not None
-        return parts_of(self._owner, used, self.trained.names)
+        return parts_of(self._owner, self._used, self.trained.names)
