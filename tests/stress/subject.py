@@ -69,13 +69,13 @@ class Resumable(DataLoader[dict[str, Any]]):
     taken = 0
 
     def __iter__(self) -> Any:
+        self.taken %= len(self)  # an epoch ends with its last batch, and nobody asks for one more
         for batch in itertools.islice(super().__iter__(), self.taken, None):
             self.taken += 1
             yield batch
-        self.taken = 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"taken": self.taken % len(self)}
+        return {"taken": self.taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.taken = state["taken"]
