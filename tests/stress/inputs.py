@@ -137,7 +137,10 @@ class Workplace:
         result = attributor.score(query)[0]
         ranking = [(each.sample_id, round(each.score, 5), each.metadata) for each in result.top(100)]
         best = [(each.sample_id, round(each.score, 5)) for each in attributor.top(query, 3)[0]]
-        shares = [(each.group, round(each.share, 5)) for each in result.by_group("owner", resamples=10)]
+        try:
+            shares = [(each.group, round(each.share, 5)) for each in result.by_group("owner", resamples=10)]
+        except ValueError:  # the column is gone, or there is nothing positive to share out
+            shares = []
         return [ranking, best, shares, result.steps]
 
 
