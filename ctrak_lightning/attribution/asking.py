@@ -52,6 +52,17 @@ def described(store: TraceStore, what: str, build: Callable[[], Built]) -> Built
         ) from error
 
 
+def latent_shape(store: TraceStore) -> list[int]:
+    """The shape of one sample's latents.
+
+    Raises:
+        CorruptStoreError: the manifest does not tell.
+    """
+    return described(
+        store, "shape of latents", lambda: [int(n) for n in store.header.dataset["latent_shape"]]
+    )
+
+
 class Asker:
     """Asks the model, under the weights of a store's checkpoints; afterwards its weights and flags are what they were.
 
@@ -96,7 +107,7 @@ class Asker:
             where = {i: position for position, i in enumerate(first)}
             rows = torch.tensor([where[unique[key]] for key in keys])
             return made.rows(rows)
-        shape = self.store.header.dataset["latent_shape"]
+        shape = latent_shape(self.store)
         noise = torch.stack([seeded_noise(shape, seed, 0, "generation") for seed in seeds]).to(self.like)
         return self._sampled(self.sampler, self.sampler.run, "generate", specs, noise)
 
@@ -227,7 +238,7 @@ class Asker:
         checkpoint = self.store.checkpoints[index]
         stored = checkpoint.function()
         if stored is not None:
-            shape = self.store.header.dataset["latent_shape"]
+            shape = latent_shape(self.store)
             refuse_another_function(stored, self.task, shape, checkpoint.step)
         self._compared.add(index)
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ctrak_lightning.attribution.asking import Asker
+from ctrak_lightning.attribution.asking import Asker, latent_shape
 from ctrak_lightning.attribution.concept import Concept, check_known
 from ctrak_lightning.attribution.parts import mean_parts
 from ctrak_lightning.attribution.pictures import latents_of
@@ -142,7 +142,7 @@ class Questions:
 
     @property
     def _latent_shape(self) -> list[int]:
-        return list(self.store.header.dataset["latent_shape"])
+        return latent_shape(self.store)
 
     def _latents(self, concept: Concept) -> Tensor:
         with self._asker.model.evaluating():

@@ -57,7 +57,7 @@ def open_for_reading(path: Path) -> Iterator[h5py.File]:
             yield file
     except StoreError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError) as error:
         raise corrupt(path, f"HDF5 reports: {error}") from error
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ctrak_lightning.attribution.asking import latent_shape
 from ctrak_lightning.attribution.moments import Moments, units
 from ctrak_lightning.attribution.solve import (
     agreement,
@@ -19,7 +20,7 @@ from ctrak_lightning.attribution.solve import (
     standardised,
 )
 from ctrak_lightning.attribution.top import top_scores
-from ctrak_lightning.errors import GradientError
+from ctrak_lightning.errors import CorruptStoreError, GradientError
 from ctrak_lightning.traces import SampleTable, StoreHeader, TraceStore, TraceWriter
 
 DTYPES = {"float32": 1e-5, "float16": 5e-3, "int8": 3e-2}
@@ -197,3 +198,11 @@ def test_scores_are_measured_in_their_deviation_unless_it_is_rounding() -> None:
     one = torch.zeros(10**6, dtype=torch.float64)
     one[3] = 1e6
     assert float(spreads(one)) == pytest.approx(1e3, rel=1e-3)
+
+
+@pytest.mark.parametrize("dataset", [{}, {"latent_shape": None}, {"latent_shape": ["x"]}])
+def test_a_manifest_without_the_shape_of_latents_is_damaged(tmp_path: Path, dataset: dict[str, Any]) -> None:
+    store = store_of(tmp_path, drawn(2, 3))
+    object.__setattr__(store.header, "dataset", dataset)
+    with pytest.raises(CorruptStoreError, match="describes no shape of latents.*HINT"):
+        latent_shape(store)

@@ -17,6 +17,7 @@ from store_builder import Capture, make_table
 
 from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.traces import IncompleteStoreWarning, TraceStore
+from ctrak_lightning.traces.arrays import open_for_reading
 from ctrak_lightning.traces.row_array import row_sums
 
 SHARD = "checkpoint-00000300/rank0-00001.h5"
@@ -381,3 +382,20 @@ def test_every_flipped_bit_changes_the_checksum_of_its_row_alone(width: int) -> 
 def test_the_checksum_of_a_row_is_the_sum_of_its_words_and_last_bytes() -> None:
     rows = np.array([[*(255,) * 8, 2, *(0,) * 7, 3, 4], [*(0,) * 18]], dtype=np.uint8)
     assert row_sums(rows).tolist() == [(2**64 - 1 + 2 + 3 + 4) % 2**64, 0]
+
+
+def test_an_address_in_a_file_that_is_no_address_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HDF5 asks Python for bytes at an offset that was read from the file, which need not fit a C long."""
+
+    def beyond(*_: object, **__: object) -> None:
+        raise OverflowError("Python int too large to convert to C long")
+
+    (tmp_path / "shard.h5").write_bytes(b"0")
+    monkeypatch.setattr("h5py.File", beyond)
+    with (
+        pytest.raises(CorruptStoreError, match=r"shard\.h5.*too large"),
+        open_for_reading(tmp_path / "shard.h5"),
+    ):
+        pass
