@@ -6,7 +6,7 @@ Each must end in one of the library's typed errors; or in being told, by `TraceS
 the sound store's: the same ranking, scores, owners, shares and steps, of a ledger the same entries, and a table of samples as
 it was given. (What was altered with all its hashes cannot be told from what was written so, but by the ledger; such a store is
 told, and may answer otherwise.) Counted apart: other answers, other exceptions, crashes of the process,
-hangs (over ten seconds), allocations beyond a gigabyte, writes outside the store's folder, and anything that would run code from
+hangs (over ten seconds of the processor, or two minutes), allocations beyond a gigabyte, writes outside the store's folder, and anything that would run code from
 a file (unpickling, ``exec``, a subprocess, a socket, an import that only a hostile store brings about), which Python's audit hooks tell.
 
 Files are altered as by a hostile hand: the manifest is given the sizes and hashes of what was altered.
@@ -403,7 +403,8 @@ def case(work: Workplace, kind: str, seed: int) -> tuple[str, str]:
     """The outcome of one case, and what there is to say of it."""
     draw, watch = random.Random(f"{kind}/{seed}"), work.watch
     watch.seen, work.told = [], []
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.alarm(12 * SECONDS)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     watch.on = True
     try:
@@ -419,6 +420,7 @@ def case(work: Workplace, kind: str, seed: int) -> tuple[str, str]:
         outcome, said = "other error", traceback.format_exc()[-1500:]
     finally:
         watch.on = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     if grown > BYTES or "MemoryError" in said:
@@ -440,7 +442,8 @@ def batch(work: Workplace, cases: Sequence[tuple[str, int]]) -> list[tuple[str, 
         os.close(read)
         resource.setrlimit(resource.RLIMIT_AS, (_address_space() + 3 * BYTES,) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(signal.SIGALRM, _hang)
+        for each in (signal.SIGPROF, signal.SIGALRM):
+            signal.signal(each, _hang)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
