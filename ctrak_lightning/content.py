@@ -35,7 +35,7 @@ def content_hashes(batch: Any, encoded: Encoded) -> list[str]:
                 named.append((f"condition {name}", value))
     for name, values in named:
         for digest, value in zip(hashes, values, strict=True):
-            digest.update(f"\0{name}\0".encode())
+            _part(digest, "field", name.encode())
             _feed(digest, value)
     return [digest.hexdigest() for digest in hashes]
 
@@ -118,32 +118,43 @@ def _by_name(item: tuple[Any, Any]) -> str:
 
 
 def _feed(digest: _Digest, value: Any) -> None:
+    """Every value with its kind and its length, so that no two values are fed as the same bytes."""
     if isinstance(value, Tensor):
-        digest.update(_bytes(value))
+        _part(digest, f"tensor {value.dtype} {list(value.shape)}", _bytes(value))
     elif isinstance(value, np.ndarray):
         _feed_array(digest, value)
     elif _is_image(value):
-        digest.update(f"image {value.mode} {value.size}".encode())
-        digest.update(value.tobytes())
+        # The bytes of a palette image are places in its palette.
+        seen = value.convert("RGBA") if value.mode in ("P", "PA") else value
+        transparency = getattr(value, "info", {}).get("transparency")
+        _part(digest, f"image {value.mode} {value.size} {transparency!r}", seen.tobytes())
     elif isinstance(value, Mapping):
+        _part(digest, f"mapping {len(value)}")
         for key, inner in sorted(value.items(), key=_by_name):
-            digest.update(f"\0{key}\0".encode())
+            _part(digest, "key", str(key).encode())
             _feed(digest, inner)
     elif isinstance(value, (list, tuple)):
-        digest.update(f"[{len(value)}]".encode())
+        _part(digest, f"list {len(value)}")
         for inner in value:
             _feed(digest, inner)
     elif isinstance(value, float):
-        digest.update(struct.pack("<d", value))
+        _part(digest, "float", struct.pack("<d", value))
     else:
-        digest.update(repr(value.item() if isinstance(value, np.generic) else value).encode())
+        plain = value.item() if isinstance(value, np.generic) else value
+        _part(digest, type(plain).__name__, repr(plain).encode())
 
 
 def _feed_array(digest: _Digest, value: np.ndarray[Any, Any]) -> None:
     if value.dtype.hasobject or value.dtype.kind in "US":
         _feed(digest, value.tolist())
     else:
-        digest.update(np.ascontiguousarray(value).tobytes())
+        _part(digest, f"array {value.dtype.str} {list(value.shape)}", np.ascontiguousarray(value).tobytes())
+
+
+def _part(digest: _Digest, kind: str, data: bytes = b"") -> None:
+    for text in (kind.encode(), data):
+        digest.update(struct.pack("<Q", len(text)))
+        digest.update(text)
 
 
 def _bytes(value: Tensor) -> bytes:

@@ -22,6 +22,14 @@ def picture(value: int) -> Image.Image:
     return Image.new("RGB", (4, 4), (value, 0, 0))
 
 
+def palette(*colours: int) -> Image.Image:
+    """The same places in another palette."""
+    image = Image.new("P", (2, 2))
+    image.putdata([0, 1, 1, 0])
+    image.putpalette([value for colour in colours for value in (colour, 0, 0)])
+    return image
+
+
 KINDS: dict[str, list[Any]] = {
     "tensor": [torch.arange(5.0), torch.arange(5.0) + 1],
     "array": [np.arange(5.0), np.arange(5.0) + 1],
@@ -31,6 +39,17 @@ KINDS: dict[str, list[Any]] = {
     "bytes": [b"jpeg", b"JPEG"],
     "text": ["a", "b"],
     "missing": [None, "b"],
+    "palette": [palette(10, 200), palette(200, 10)],
+    "whole numbers": [[1, 23], [12, 3]],
+    "shape": [np.arange(12).reshape(3, 4), np.arange(12).reshape(4, 3)],
+    "dtype": [np.zeros(2, dtype="float32"), np.zeros(2, dtype="int32")],
+    "shape of a tensor": [torch.arange(12).view(3, 4), torch.arange(12).view(4, 3)],
+    "dtype of a tensor": [torch.zeros(2), torch.zeros(2, dtype=torch.int32)],
+    "nested lists": [
+        [[torch.tensor([1]), torch.tensor([2])], [torch.tensor([3])]],
+        [[torch.tensor([1])], [torch.tensor([2]), torch.tensor([3])]],
+    ],
+    "kinds of value": ["1", 1],
 }
 
 
