@@ -6,7 +6,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,12 @@ from tqdm import tqdm
 from ctrak_lightning.content import changed_samples, content_hashes
 from ctrak_lightning.errors import DatasetChangedError, GradientError, StoreError, TrialError
 from ctrak_lightning.exposures import BatchIds, Exposures
-from ctrak_lightning.gradients import GradientTracer, UntracedParameterWarning, tracing_mode
+from ctrak_lightning.gradients import (
+    GradientTracer,
+    UntracedParameterWarning,
+    parameters_unmoved,
+    undisturbed,
+)
 from ctrak_lightning.memory import RowLimit
 from ctrak_lightning.method import Method
 from ctrak_lightning.numbering import numbered, reloaded
@@ -251,8 +256,10 @@ class Capture:
                 taken += rows
                 bar.update(rows * self._processes.count)
 
-    def _tracing(self) -> AbstractContextManager[None]:
-        return tracing_mode(self.owner, *task_modules(self.task))
+    @contextmanager
+    def _tracing(self) -> Iterator[None]:
+        with undisturbed(self.owner, *task_modules(self.task)), parameters_unmoved(self.owner):
+            yield
 
     @property
     def _shows_progress(self) -> bool:

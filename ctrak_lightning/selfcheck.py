@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ctrak_lightning import methods
 from ctrak_lightning.errors import BatchError
 from ctrak_lightning.fingerprint import weights_digest
-from ctrak_lightning.gradients import Engine, GradientTracer, Projection, tracing_mode
+from ctrak_lightning.gradients import Engine, GradientTracer, Projection, tracing_mode, undisturbed
 from ctrak_lightning.method import Method
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.task import Encoded, encode, resolve_task, task_modules
@@ -76,7 +76,7 @@ def selfcheck(
     used = method or methods.concept_trak()
     if isinstance(used.training_trajectory, InTraining):
         used = replace(used, training_trajectory=Noised())
-    with isolated_rng(seed), tracing_mode(owner, *task_modules(task)), torch.no_grad():
+    with isolated_rng(seed), undisturbed(owner, *task_modules(task)), torch.no_grad():
         encoded = encode(task, batch).rows(0, samples)
     if len(encoded.sample_ids) < 2:
         raise BatchError(

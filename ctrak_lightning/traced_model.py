@@ -13,7 +13,7 @@ from ctrak_lightning.errors import TrainingChangedError
 from ctrak_lightning.fingerprint import model_fingerprint
 from ctrak_lightning.frozen import Frozen, Used, changing_buffers, parts_of
 from ctrak_lightning.function import UnrecordedFunctionWarning, function_of, null_condition
-from ctrak_lightning.gradients import tracing_mode
+from ctrak_lightning.gradients import undisturbed
 from ctrak_lightning.lending import lent
 from ctrak_lightning.processes import Processes
 from ctrak_lightning.task import Encoded, task_modules
@@ -124,7 +124,7 @@ class TracedModel:
 
     def write_function(self, checkpoint: CheckpointWriter) -> None:
         """Stores what the network answers to a fixed input with its present weights; all processes call it."""
-        with self._processes.together(), tracing_mode(self._owner, *task_modules(self._task)):
+        with self._processes.together(), undisturbed(self._owner, *task_modules(self._task)):
             condition = (
                 null_condition(self._task) if self._has_function and self._processes.is_first else None
             )

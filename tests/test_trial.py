@@ -331,3 +331,49 @@ def test_a_condition_that_is_none_is_refused_with_its_side(given: Any, told: str
         conditions_of(Odd(), Question("cat", {"object": "cat"}, {}, is_guided=True))
     with pytest.raises(TrialError, match=r"Concept\('cat', null=\{\}\)"):
         conditions_of(Odd(), Question("cat", {"object": "cat"}, "a dog", is_guided=True))
+
+
+class Counting(nn.Module):
+    """Counts its calls, also in evaluation mode: in place, or by a new tensor."""
+
+    def __init__(self, inner: nn.Module, in_place: bool) -> None:
+        super().__init__()
+        self.inner, self.in_place = inner, in_place
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, words: Tensor | None) -> Tensor:
+        if self.in_place:
+            self.calls += 1
+        else:
+            self.calls = self.calls + 1
+        return self.inner(x, words)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_a_forward_pass_counts_is_as_before(tmp_path: Path, in_place: bool) -> None:
+    task = Task()
+    task.denoiser = Counting(task.denoiser, in_place)
+    calls = task.denoiser.calls
+    kept = capture(tmp_path, task)
+    kept.run(0, epoch=0)
+    assert task.denoiser.calls is calls
+    assert float(calls) == 0
+
+
+def test_a_network_that_takes_its_first_values_from_a_batch_is_refused(tmp_path: Path) -> None:
+    class ActNorm(Network):
+        def forward(self, x: Tensor, words: Tensor | None) -> Tensor:
+            if not bool(self.last.bias.isnan().any()):
+                return super().forward(x, words)
+            with torch.no_grad():
+                self.last.bias.copy_(x.mean((0, 2, 3)))
+            return super().forward(x, words)
+
+    task = Task()
+    task.denoiser = ActNorm()
+    with torch.no_grad():
+        task.denoiser.last.bias.fill_(float("nan"))
+    with pytest.raises(TrialError, match=r"changed 1 parameters, such as \['denoiser\.last\.bias'\]"):
+        capture(tmp_path, task)
+    assert not (tmp_path / "store").exists()
+    capture(tmp_path, task)  # it has seen a batch now

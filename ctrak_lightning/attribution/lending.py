@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ctrak_lightning.errors import StoreMismatchError
-from ctrak_lightning.gradients import tracing_mode
+from ctrak_lightning.gradients import undisturbed
 from ctrak_lightning.lending import restored, take_on, tensors_of
 from ctrak_lightning.task import task_modules
 from ctrak_lightning.traces.store import Checkpoint
@@ -33,7 +33,7 @@ class LentModel:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Puts everything that the task computes with into the state in which it is traced, as a capture does."""
-        with tracing_mode(self.module, *task_modules(self.task)):
+        with undisturbed(self.module, *task_modules(self.task)):
             yield
 
     @contextmanager

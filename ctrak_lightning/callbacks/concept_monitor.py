@@ -21,7 +21,7 @@ from ctrak_lightning.callbacks.concept_tracer import ConceptTracer
 from ctrak_lightning.callbacks.hparams import logged_hparams, logs_a_metric_itself
 from ctrak_lightning.errors import ConceptError, TaskError, TrialError
 from ctrak_lightning.escaping import visible
-from ctrak_lightning.gradients import tracing_mode
+from ctrak_lightning.gradients import undisturbed
 from ctrak_lightning.inspection import Answer, Board, Watch
 from ctrak_lightning.inspection.hparams import method_hparams, write_hparams
 from ctrak_lightning.rng import isolated_rng
@@ -164,7 +164,7 @@ class ConceptMonitor(Callback):
             # Also where the tracer has no trial: the concepts may be others than those of the run that is resumed.
             task = resolve_task(pl_module, self._run.tracer.task)
             try:
-                with isolated_rng(self.seed), tracing_mode(pl_module, *task_modules(task)):
+                with isolated_rng(self.seed), undisturbed(pl_module, *task_modules(task)):
                     for question in self._questions():
                         conditions_of(task, question)
             except TrialError as error:

@@ -8,6 +8,7 @@ from ctrak_lightning.gradients.tracer import (
     SlowParameterWarning,
     UntracedParameterWarning,
 )
+from ctrak_lightning.gradients.undisturbed import parameters_unmoved, undisturbed
 
 __all__ = [
     "Engine",
@@ -15,5 +16,7 @@ __all__ = [
     "Projection",
     "SlowParameterWarning",
     "UntracedParameterWarning",
+    "parameters_unmoved",
     "tracing_mode",
+    "undisturbed",
 ]

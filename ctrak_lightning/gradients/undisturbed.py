@@ -1,0 +1,65 @@
+"""A network that is run for its traces and answers, and is afterwards as it was: also what its forward pass changes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ctrak_lightning.errors import TrialError
+from ctrak_lightning.gradients.modes import tracing_mode
+
+_SHOWN = 5
+
+
+@contextmanager
+def undisturbed(module: nn.Module, *others: nn.Module) -> Iterator[None]:
+    """:func:`tracing_mode`, and buffers are as before on exit, also after an error: a counter of calls, running statistics that
+    are taken in evaluation mode too. Buffers that were replaced by other tensors are put back.
+
+    Args:
+        module: the network to be traced.
+        others: further modules that are run with it.
+    """
+    owners = {id(owner): owner for root in (module, *others) for owner in root.modules()}.values()
+    with tracing_mode(module, *others):
+        kept = [
+            (owner, name, buffer, None if buffer is None else buffer.detach().clone())
+            for owner in owners
+            for name, buffer in owner._buffers.items()
+        ]
+        try:
+            yield
+        finally:
+            for owner, name, buffer, value in kept:
+                owner._buffers[name] = buffer
+                if buffer is not None and value is not None and not _equal(buffer, value):
+                    with torch.no_grad():
+                        buffer.copy_(value)
+
+
+@contextmanager
+def parameters_unmoved(module: nn.Module) -> Iterator[None]:
+    """Refuses a network whose forward pass changes its parameters: they cannot be kept twice, and training would start from others.
+
+    Raises:
+        TrialError: so it does; names them.
+    """
+    versions = {name: value._version for name, value in module.named_parameters() if not value.is_inference()}
+    yield
+    moved = [
+        name
+        for name, value in module.named_parameters()
+        if name in versions and value._version != versions[name]
+    ]
+    if moved:
+        raise TrialError(
+            f"A pass without a training step changed {len(moved)} parameters, such as {moved[:_SHOWN]}; expected a forward pass that "
+            "leaves them alone. HINT: a layer that takes its first values from the first batch (ActNorm) must have seen one before "
+            "training starts: call the network once on a batch of yours before `fit`."
+        )
+
+
+def _equal(buffer: Tensor, value: Tensor) -> bool:
+    # NaN is no sign of a change here, and a copy costs no more than a comparison that finds one.
+    return buffer.shape == value.shape and torch.equal(buffer, value)
