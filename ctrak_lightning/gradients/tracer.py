@@ -99,7 +99,7 @@ class GradientTracer:
             raise GradientError(
                 f"`GradientTracer(engine={engine!r})`: expected one of {get_args(Engine)}. HINT: use 'hooks'."
             )
-        if isinstance(layers, str) or layers == []:
+        if layers is not None and not _is_list_of_texts(layers):
             raise GradientError(
                 f"`GradientTracer(layers={layers!r})`: expected a list of patterns, or None for all layers. HINT: ['*attn2*']."
             )
@@ -372,3 +372,7 @@ class GradientTracer:
             )
         device = next(iter(self._blocks[0].parameters.values())).device
         return torch.arange(batch_size, device=device)
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(each, str) for each in value)

@@ -418,3 +418,9 @@ def test_layers_can_weigh_the_same() -> None:
     before = joined.clone()
     tracer.sketch(joined, unit_layers=True)
     assert torch.equal(joined, before)
+
+
+@pytest.mark.parametrize("layers", [[], "*attn*", True, 3, [None], {"0": 1}])
+def test_layers_that_are_no_list_of_patterns_are_refused(layers: Any) -> None:
+    with pytest.raises(GradientError, match=r"layers=.*expected a list of patterns.*HINT"):
+        GradientTracer(nn.Linear(2, 2), layers=layers)
