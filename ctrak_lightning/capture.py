@@ -157,7 +157,8 @@ class Capture:
             )
 
     def close(self) -> None:
-        """Lets others write to the store; idempotent."""
+        """Lets others write to the store, and says how many samples of :meth:`note_step` are not in it; idempotent."""
+        self.exposures.tell_outside()
         self.writer.close()
 
     def note_step(self, *batches: Any) -> None:

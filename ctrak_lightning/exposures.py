@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,16 +16,23 @@ from ctrak_lightning.task import named_samples
 from ctrak_lightning.task.ids import plain_ids
 
 
+class UntracedSampleWarning(UserWarning):
+    """Training batches have samples that are not in the store; the message says how many."""
+
+
 class Exposures:
     """Counts, for every sample of a table, the training batches that it was in and that entered an optimizer step.
 
     A batch is noted when its gradient is computed (:meth:`draw`) and counted when an optimizer steps (:meth:`step`), so the
     micro-batches of an accumulated step count with it, and what is dropped before a step (:meth:`drop`) does not count. A sample that
-    a batch has twice counts twice. Samples of batches that are not in the table are passed over.
+    a batch has twice counts twice. Samples of batches that are not in the table have no count, and are told.
 
     Args:
         sample_ids: the table's.
         processes: those that train together; all call :meth:`share` together.
+
+    Warns:
+        UntracedSampleWarning: steps had samples of the table and others; at the first, and by :meth:`tell_outside`.
     """
 
     def __init__(self, sample_ids: Sequence[str], processes: Processes = ALONE) -> None:
@@ -35,6 +43,8 @@ class Exposures:
         self._drawn: list[str] = []
         self._stepped: list[int] = []
         self._stranger: str | None = None
+        self._outside = self._all_outside = 0
+        self._is_outside_told = False
         self.unknown: str | None = None
         """Why the counts are not known, if they are not."""
 
@@ -52,6 +62,7 @@ class Exposures:
             position = self._index.get(sample_id)
             if position is None:
                 self._stranger = sample_id
+                self._outside += 1
             else:
                 self._stepped.append(position)
         self._drawn = []
@@ -59,12 +70,37 @@ class Exposures:
     def share(self) -> None:
         """Adds up what the processes have counted; they call it together, after the same steps."""
         n = len(self._counts)
-        for positions, stranger, unknown in self._processes.gather(
-            (self._stepped, self._stranger, self.unknown)
+        for positions, outside, stranger, unknown in self._processes.gather(
+            (self._stepped, self._outside, self._stranger, self.unknown)
         ):
             self._counts += torch.bincount(torch.tensor(positions, dtype=torch.int64), minlength=n)
+            self._all_outside += outside
             self._stranger, self.unknown = self._stranger or stranger, self.unknown or unknown
-        self._stepped = []
+        self._stepped, self._outside = [], 0
+        # Where no sample at all is known, the ids are of another kind: `why_unknown`.
+        if self._all_outside and not self._is_outside_told and bool(self._counts.any()):
+            self._is_outside_told = True
+            self._warn_of_outside(
+                f"so far, such as {self._stranger!r}. The end of the run says how many in all"
+            )
+
+    def tell_outside(self) -> None:
+        """Says at the end of a run how many of its samples are not in the table, if there were any; idempotent."""
+        if self._is_outside_told and self._all_outside:
+            self._warn_of_outside(f"in all, such as {self._stranger!r}")
+            self._all_outside = 0
+
+    def _warn_of_outside(self, how_many: str) -> None:
+        if not self._processes.is_first:
+            return
+        warnings.warn(
+            f"Optimizer steps had {self._all_outside} samples that are not in the store (one that comes twice counts twice) "
+            f"{how_many}. What the model learnt from them has no trace: no score will name them, and shares are of the other samples "
+            "alone. HINT: define `trace_dataloader()` that gives all samples which the run will ever train on; a sampler or data set "
+            "that changes while it trains shows only its first ones.",
+            UntracedSampleWarning,
+            stacklevel=4,
+        )
 
     @property
     def why_unknown(self) -> str | None:

@@ -98,6 +98,7 @@ class ConceptTracer(Callback):
 
     Warns:
         UserWarning: steps have no trace, under ``on_error="warn"``.
+        UntracedSampleWarning: training batches have samples that are not in the store.
         SlowParameterWarning: parameters of no known layer, such as DoRA's magnitudes, are traced by a pass per sample; in mode
             ``"inline"`` they are not traced (UntracedParameterWarning).
 
@@ -446,6 +447,8 @@ class ConceptTracer(Callback):
         self._untraced.setdefault(step, epoch)
 
     def _tell_untraced(self) -> None:
+        if self._capture is not None:
+            self._capture.exposures.tell_outside()
         if self._untraced:
             rank_zero_warn(
                 f"ConceptTracer(dirpath={self.dirpath!r}): steps {list(self._untraced)} have no trace, because they could not be "

@@ -165,6 +165,7 @@ def test_the_store_describes_the_samples_in_their_own_order(tmp_path: Path) -> N
     assert store.verify() == []
 
 
+@pytest.mark.filterwarnings("ignore:Optimizer steps had .* not in the store")
 def test_trace_dataloader_decides_the_samples(tmp_path: Path) -> None:
     class Chosen(ToyData):
         def trace_dataloader(self) -> DataLoader[Any]:

@@ -10,11 +10,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, WeightedRandomSampler
+from torch.utils.data import DataLoader, SubsetRandomSampler, WeightedRandomSampler
 
 from ctrak_lightning import DiffusionTask, Encoded, NoiseSchedule, TraceStore
 from ctrak_lightning.callbacks import ConceptTracer
-from ctrak_lightning.exposures import Exposures
+from ctrak_lightning.exposures import Exposures, UntracedSampleWarning
 from ctrak_lightning.processes import Processes
 from ctrak_lightning.traces import Checkpoint
 
@@ -261,6 +261,28 @@ def test_they_are_unknown_rather_than_zero(tmp_path: Path, caplog: pytest.LogCap
         caplog.clear()
 
 
+def test_samples_that_are_trained_on_and_not_in_the_store_are_told(tmp_path: Path) -> None:
+    """At the first, and all of them at the end; once each."""
+    sampler = SubsetRandomSampler([0, 1, 2, 3])
+
+    class Moves(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            sampler.indices = [range(4), range(1, 5), range(4, 8)][trainer.current_epoch]
+
+    data = Data(shuffle=None, sampler=sampler, batch_size=2)
+    with pytest.warns(UntracedSampleWarning, match="HINT.*trace_dataloader") as all_told:
+        fit(Small(), [tracer(tmp_path), Moves()], data=data, max_epochs=3)
+    told = [str(one.message) for one in all_told if one.category is UntracedSampleWarning]
+    first, last = told
+    assert "had 1 samples that are not in the store" in first
+    assert "green-dot-4" in first
+    assert "so far" in first
+    assert "had 5 samples that are not in the store" in last
+    assert "in all" in last
+    store = TraceStore(tmp_path / "traces")
+    assert [sum(known(at)) for at in store.checkpoints] == [4, 7, 7]
+
+
 def test_processes_add_up_and_what_one_does_not_know_none_knows() -> None:
     def each(processes: Processes) -> tuple[list[int], bool]:
         exposures = Exposures(["a", "b", "c"], processes)
@@ -278,4 +300,6 @@ def test_processes_add_up_and_what_one_does_not_know_none_knows() -> None:
         exposures.share()
         return counts.tolist(), exposures.counts() is None
 
-    assert together(2, each) == [([1, 3, 0], True)] * 2
+    with pytest.warns(UntracedSampleWarning, match="had 1 samples .* 'other'. The end") as told:
+        assert together(2, each) == [([1, 3, 0], True)] * 2
+    assert len(told) == 1

@@ -288,6 +288,7 @@ def test_samples_that_training_batches_never_have_stop_it_where_that_is_asked(
         fit(ToyDiffusion(), [inline(tmp_path, on_error="raise")], max_epochs=1)
 
 
+@pytest.mark.filterwarnings("ignore:Optimizer steps had .* not in the store")
 def test_samples_that_are_not_traced_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def some(self: ToyData) -> DataLoader[Any]:
         return DataLoader(Subset(self.toys, [7, 2]), 2)

@@ -197,6 +197,7 @@ def test_a_store_that_was_tampered_with_is_not_recorded_on(interrupted: Path) ->
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:Optimizer steps had .* not in the store")
 def test_a_run_that_is_resumed_after_a_sample_was_forgotten(interrupted: Path) -> None:
     """With the whole data set it is refused; without the sample it goes on, and the sample does not come back."""
 
