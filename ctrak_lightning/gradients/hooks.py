@@ -135,6 +135,7 @@ class _Recorder:
 
     def look(self, output: Tensor) -> bool:
         """Learns the layouts of calls that are new; whether there are any whose layout did not show."""
+        self._layouts.follow([output], self.calls, self._batch_size)
         if self._layouts.fresh(self.calls, self._batch_size):
             self._layouts.learn([output], self.calls, self._batch_size)
         self._layouts.require(self.calls, self._batch_size)

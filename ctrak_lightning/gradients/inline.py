@@ -198,6 +198,7 @@ class StepRecorder:
         calls, batch_size = self._calls, self._batch_size
         self._steps += 1
         often = self._steps <= _LOOKS or self._steps & (self._steps - 1) == 0
+        self._layouts.follow(self._outputs, calls, batch_size)
         try:
             self._layouts.require(calls, batch_size)
             if self._layouts.fresh(calls, batch_size) or (often and self._layouts.silent(calls, batch_size)):

@@ -1,7 +1,7 @@
 """Which rows of a layer's input belong to which sample: seen from the gradients, not guessed from shapes.
 
-A row belongs to the sample whose output its cotangent comes from. One backward pass for each of a few samples shows that for
-all layers at once, whatever the order of dimensions: [B, T, C], [T, B, C], [F * B, C, H, W], or a table that all samples share.
+A row belongs to the sample whose output its cotangent comes from. Some backward passes show that for all layers at once, whatever
+the order of dimensions: [B, T, C], [T, B, C], [F * B, C, H, W], a table that all samples share, or texts without their padding.
 """
 
 import math
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from ctrak_lightning.gradients.checks import pull_back
+from ctrak_lightning.gradients.routes import routes
 
-LOOKED_AT = 3
-"""Samples that get a backward pass of their own; the others share one."""
+REMEMBERED_CUTS = 64
+"""After layouts for graphs that cut tensors at so many other places, all are forgotten, so that their number stays bounded."""
 
 
 class RecordedCall(Protocol):
@@ -43,33 +44,53 @@ class NotBySampleError(Exception):
 class Layouts:
     """The layouts of layers' calls, as far as they have been seen.
 
-    A layout holds for a call of a layer, by its number in a pass, with rows of one shape in a batch of one size; so each is
-    looked for once. A call without gradient (a LoRA before its first step) shows nothing, and is looked at again when it has one.
+    A layout holds for a call of a layer, by its number in a pass, with rows of one shape in a batch of one size, and a graph that
+    cuts tensors at the same places; so each is looked for once, but for calls whose rows an index leads to the output, which
+    are looked at in every pass. A call without gradient (a LoRA before its first step) shows nothing, and is looked at again when
+    it has one. A pass is :meth:`follow`, then all other methods.
     """
 
     def __init__(self) -> None:
         self._seen: dict[Hashable, Layout | None] = {}
         self._silent: set[Hashable] = set()
+        self._chosen: set[Hashable] = set()
+        self._cuts: Hashable = None
+        self._remembered: set[Hashable] = set()
+
+    def follow(self, outputs: Sequence[Tensor], calls: Sequence[RecordedCall], batch_size: int) -> None:
+        """Takes up a pass with these outputs and calls; forgets what need not hold in it."""
+        if batch_size == 1:
+            return
+        found = routes(outputs)
+        self._cuts = found.cuts
+        self._remembered.add(found.cuts)
+        if len(self._remembered) > REMEMBERED_CUTS:
+            self._remembered = {found.cuts}
+            self._seen, self._silent = {}, set()
+        self._chosen = {self._key(call, batch_size) for call in calls if call.edge.node in found.chosen}
+        for key in self._chosen:
+            self._seen.pop(key, None)
+            self._silent.discard(key)
 
     def find(self, call: RecordedCall, batch_size: int) -> "Layout | None":
         """The layout of a call; where it has not shown, for want of a gradient, batch first, or None if that cannot be."""
-        seen = self._seen.get(_key(call, batch_size))
+        seen = self._seen.get(self._key(call, batch_size))
         inner, remainder = divmod(math.prod(call.leading), batch_size)
         return seen or (None if remainder else Layout(outer=1, batch_size=batch_size, inner=inner))
 
     def fresh(self, calls: Sequence[RecordedCall], batch_size: int) -> bool:
-        """Whether any of these calls was never looked at."""
-        keys = [_key(call, batch_size) for call in calls]
+        """Whether any of these calls was never looked at, or has to be looked at in every pass."""
+        keys = [self._key(call, batch_size) for call in calls]
         return batch_size > 1 and any(key not in self._seen and key not in self._silent for key in keys)
 
     def silent(self, calls: Sequence[RecordedCall], batch_size: int) -> list[int]:
         """Which of these calls were looked at without result."""
         if batch_size == 1 or not self._silent:
             return []
-        return [i for i, call in enumerate(calls) if _key(call, batch_size) in self._silent]
+        return [i for i, call in enumerate(calls) if self._key(call, batch_size) in self._silent]
 
     def learn(self, outputs: Sequence[Tensor], calls: Sequence[RecordedCall], batch_size: int) -> None:
-        """Looks at all calls of a pass, whose graph stays.
+        """Looks at those calls of a pass whose layout is not known; the graph stays.
 
         Args:
             outputs: of the pass, each [B, ...].
@@ -79,34 +100,39 @@ class Layouts:
         Raises:
             NotBySampleError: no layout sorts the rows of some layers; names them all.
         """
-        for call, reached in zip(calls, _reached(outputs, calls, batch_size), strict=True):
-            key = _key(call, batch_size)
+        unknown = [call for call in calls if self._key(call, batch_size) not in self._seen]
+        groups = _groups(batch_size)
+        for call, reached in zip(unknown, _reached(outputs, unknown, groups), strict=True):
+            key = self._key(call, batch_size)
             if not reached.any():
-                if key not in self._seen:
-                    self._silent.add(key)
+                self._silent.add(key)
                 continue
             self._silent.discard(key)
-            self._seen[key] = _layout(call.leading, batch_size, reached)
+            self._seen[key] = _layout(call.leading, groups, reached)
         self.require(calls, batch_size)
 
     def learn_by_shape(self, calls: Sequence[RecordedCall], batch_size: int) -> None:
         """Takes the layouts of calls that shapes leave one possibility, where gradients cannot be asked for.
 
         Raises:
-            NotBySampleError: shapes leave none, or several.
+            NotBySampleError: shapes leave none, or several, or it is not shapes that decide.
         """
         for call in calls:
-            candidates = _candidates(call.leading, batch_size)
-            self._silent.discard(_key(call, batch_size))
-            self._seen[_key(call, batch_size)] = candidates[0] if len(candidates) == 1 else None
+            key, candidates = self._key(call, batch_size), _candidates(call.leading, batch_size)
+            self._silent.discard(key)
+            is_only = len(candidates) == 1 and key not in self._chosen
+            self._seen[key] = candidates[0] if is_only else None
         self.require(calls, batch_size)
 
     def require(self, calls: Sequence[RecordedCall], batch_size: int) -> None:
         """Raises NotBySampleError for calls that are known to have no layout."""
-        keys = {_key(call, batch_size): call.name for call in calls}
+        keys = {self._key(call, batch_size): call.name for call in calls}
         names = {name for key, name in keys.items() if key in self._seen and self._seen[key] is None}
         if batch_size > 1 and names:
             raise NotBySampleError(sorted(names))
+
+    def _key(self, call: RecordedCall, batch_size: int) -> Hashable:
+        return call.name, call.position, call.leading, batch_size, self._cuts
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,19 +154,25 @@ class Layout:
         return rows.div(self.inner, rounding_mode="floor") % self.batch_size
 
 
-def _key(call: RecordedCall, batch_size: int) -> Hashable:
-    return call.name, call.position, call.leading, batch_size
+def _groups(batch_size: int) -> Tensor:
+    """Groups of samples such that a row reached by exactly the groups of one sample is that sample's alone: bool [groups, B].
+
+    Each sample alone, or, where that takes fewer, those with a bit of their number set and those without it: what two samples
+    share is reached from both groups of a bit in which the two differ.
+    """
+    samples = torch.arange(batch_size)
+    bits = [samples.bitwise_right_shift(bit) % 2 == 1 for bit in range((batch_size - 1).bit_length())]
+    coded = torch.stack([half for bit in bits for half in (bit, ~bit)])
+    return coded if len(coded) < batch_size else torch.eye(batch_size, dtype=torch.bool)
 
 
-def _layout(leading: Sequence[int], batch_size: int, reached: Tensor) -> Layout | None:
-    """The only layout under which each row is reached by its own sample alone, given [groups, rows]."""
-    if reached.sum(0).gt(1).any():
-        return None
-    known, group = reached.any(0), reached.int().argmax(0)
+def _layout(leading: Sequence[int], groups: Tensor, reached: Tensor) -> Layout | None:
+    """The only layout under which each row is reached by its own sample alone, given groups [G, B] and [G, rows]."""
+    known = reached.any(0)
     fitting = [
         layout
-        for layout in _candidates(leading, batch_size)
-        if layout.owners().clamp(max=LOOKED_AT)[known].equal(group[known])
+        for layout in _candidates(leading, groups.shape[1])
+        if groups[:, layout.owners()[known]].equal(reached[:, known])
     ]
     return fitting[0] if len(fitting) == 1 else None
 
@@ -158,14 +190,8 @@ def _candidates(leading: Sequence[int], batch_size: int) -> list[Layout]:
     return list(dict.fromkeys(found))
 
 
-def _reached(outputs: Sequence[Tensor], calls: Sequence[RecordedCall], batch_size: int) -> list[Tensor]:
-    """For each call which rows the cotangents of which samples reach: bool [groups, rows], on the CPU.
-
-    The groups are the first LOOKED_AT samples, each alone, and all others together.
-    """
-    groups = [range(i, i + 1) for i in range(min(LOOKED_AT, batch_size))]
-    if batch_size > LOOKED_AT:
-        groups.append(range(LOOKED_AT, batch_size))
+def _reached(outputs: Sequence[Tensor], calls: Sequence[RecordedCall], groups: Tensor) -> list[Tensor]:
+    """For each call which rows the cotangents of which groups of samples [G, B] reach: bool [G, rows], on the CPU."""
     found: list[list[Tensor | None]] = [[None] * len(groups) for _ in calls]
     present = 0
 
@@ -199,11 +225,11 @@ def _stacked(rows: Sequence[Tensor | None], count: int) -> Tensor:
     return torch.stack([torch.zeros(count, dtype=torch.bool) if row is None else row.cpu() for row in rows])
 
 
-def _cotangent(output: Tensor, samples: range) -> Tensor:
+def _cotangent(output: Tensor, samples: Tensor) -> Tensor:
     """Numbers without a pattern for some samples, zero for the others: of ones, a norm's gradient would vanish."""
     numbers = torch.arange(output[0].numel(), device=output.device, dtype=torch.float32).mul(0.7).cos()
     v = torch.zeros_like(output)
-    v[samples.start : samples.stop] = numbers.reshape(output[0].shape).to(output.dtype)
+    v[samples.to(output.device)] = numbers.reshape(output[0].shape).to(output.dtype)
     return v
 
 

@@ -7,6 +7,7 @@ import torch
 from ctrak_lightning.errors import GradientError
 from ctrak_lightning.gradients import GradientTracer, Projection, SlowParameterWarning
 from tests.gradients.zoo import (
+    CHANGING,
     LARGE,
     PROJECTION,
     SAMPLES,
@@ -44,6 +45,29 @@ def test_layers_that_samples_share_go_through_the_loop_and_are_named(name: str) 
         some = torch.arange(SAMPLES)[rows]
         [again] = tracer.vjps(lambda r, some=some: case.forward(some[r]), [weighted], len(some))
         assert row_error(again, ours[rows]) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore::ctrak_lightning.gradients.SlowParameterWarning")
+@pytest.mark.parametrize("name", CHANGING)
+def test_rows_that_change_their_samples_from_batch_to_batch_are_seen_to(name: str) -> None:
+    whole = build(name)
+    batches = [
+        Case(whole.module, (whole.inputs[0][: len(last)], torch.tensor(last))) for last in CHANGING[name][1]
+    ]
+    auto, hooks = (GradientTracer(whole.module, PROJECTION, engine=engine) for engine in ("auto", "hooks"))
+    for position, case in enumerate(batches):
+        size, expected = len(case.inputs[0]), features(case, "loop")
+        assert row_error(auto.vjps(case.forward, [weighted], size)[0], expected) < TOLERANCE
+        if case.inputs[1].unique().numel() == 1 or case.inputs[1].diff().eq(1).all():
+            assert row_error(hooks.vjps(case.forward, [weighted], size)[0], expected) < TOLERANCE
+        else:
+            assert position > 0
+            for tracer in (
+                hooks,
+                GradientTracer(whole.module, PROJECTION),
+            ):  # remembering, and at first sight
+                with pytest.raises(GradientError, match="no sample alone: (text|inner).*in a regular order"):
+                    tracer.vjps(case.forward, [weighted], size)
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -14,6 +14,7 @@ from ctrak_lightning.gradients import GradientTracer
 from tests.gradients.test_graphs import Checkpointed, InPlace
 from tests.gradients.test_tracer import Gated, counted_passes
 from tests.gradients.zoo import (
+    CHANGING,
     PROJECTION,
     SAMPLES,
     SHARED,
@@ -246,6 +247,27 @@ def test_layers_that_samples_share_are_refused(name: str) -> None:
         inline_rows(build(name))
 
 
+@pytest.mark.parametrize("name", CHANGING)
+def test_rows_that_change_their_samples_from_step_to_step_are_refused(name: str) -> None:
+    case = build(name)
+    recorder = GradientTracer(case.module, PROJECTION).step_recorder()
+    recorder.attach()
+    for last in CHANGING[name][1][:2]:
+        case.inputs = (case.inputs[0], torch.tensor(last))
+        recorder.begin(SAMPLES)
+        loss = loss_of(case)
+        if last != CHANGING[name][1][0]:
+            with pytest.raises(
+                GradientError, match=r"no sample of the training batch of 6 alone: \['(text|inner)"
+            ):
+                recorder.before_backward(loss)
+            break
+        recorder.before_backward(loss)
+        loss.backward()
+        assert row_error(recorder.rows() * SAMPLES, features(case, "loop")) < TOLERANCE
+    recorder.detach()
+
+
 def test_a_layer_without_gradient_is_looked_at_again_and_the_rest_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -264,7 +286,7 @@ def test_a_layer_without_gradient_is_looked_at_again_and_the_rest_once(
         counts.append(len(passes))
         assert row_error(recorder.rows() * SAMPLES, features(case, "loop")) < TOLERANCE
     recorder.detach()
-    assert counts == [4, 4, 4, 0, 0]
+    assert counts == [6, 6, 6, 0, 0]
 
 
 def test_the_steps_gradients_stay_under_checkpointing_with_dropout() -> None:

@@ -15,7 +15,9 @@ from ctrak_lightning.gradients import (
     SlowParameterWarning,
     UntracedParameterWarning,
 )
+from ctrak_lightning.gradients.layouts import _groups
 from tests.gradients.zoo import (
+    LARGE,
     PROJECTION,
     SAMPLES,
     TOLERANCE,
@@ -348,7 +350,28 @@ def test_layouts_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
         passes.clear()
         tracer.vjps(case.forward, [weighted, weighted], batch_size)
         counts.append(len(passes))
-    assert counts == [6, 2, 6, 2, 2, 2]
+    assert counts == [8, 2, 7, 2, 2, 2]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_layouts_of_the_usual_networks_are_remembered(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = build(name)
+    tracer = GradientTracer(case.module, PROJECTION)
+    tracer.vjps(case.forward, [weighted], 2)
+    passes = counted_passes(monkeypatch)
+    tracer.vjps(case.forward, [weighted], 2)
+    assert len(passes) == 1
+
+
+def test_groups_of_samples_tell_who_shares_a_row() -> None:
+    for batch_size in range(2, 40):
+        groups = _groups(batch_size)
+        assert len(groups) == min(batch_size, 2 * (batch_size - 1).bit_length())
+        owners = {tuple(column) for column in groups.T.tolist()}
+        assert len(owners) == batch_size
+        pairs = torch.combinations(torch.arange(batch_size))
+        shared = (groups[:, pairs[:, 0]] | groups[:, pairs[:, 1]]).T.tolist()
+        assert owners.isdisjoint(map(tuple, shared))
 
 
 @pytest.mark.parametrize("name", ["conditional_unet", "folded_batch", "called_twice"])

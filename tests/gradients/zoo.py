@@ -242,6 +242,39 @@ class Routed(nn.Module):
         return self.last(h.index_add(0, chosen, self.expert(h[chosen])).reshape(x.shape))
 
 
+class Packed(nn.Module):
+    """A layer that sees texts [B, T, 5] without their padding, which a mask takes off, or cuts of the texts' lengths put back."""
+
+    def __init__(self, is_cut: bool) -> None:
+        super().__init__()
+        self.text, self.last = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.is_cut = is_cut
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        mask = torch.arange(x.shape[1]) < lengths[:, None]
+        rows = self.text(x[mask]).tanh()
+        if self.is_cut:
+            return self.last(torch.stack([part.sum(0) for part in rows.split(lengths.tolist())]))
+        return self.last(torch.zeros(len(x), 5).index_add(0, mask.nonzero()[:, 0], rows))
+
+
+def packed(is_cut: bool) -> Case:
+    lengths = torch.full((SAMPLES,), 3)
+    return Case(randomized(Packed(is_cut)), (torch.randn(SAMPLES, 5, 5), lengths))
+
+
+class Sorted(nn.Module):
+    """A layer that sees the samples in the order of a key, as packed recurrent networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, key: Tensor) -> Tensor:
+        order = key.argsort()
+        return self.last(self.inner(x[order]).tanh()[order.argsort()])
+
+
 def norms() -> Case:
     from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 
@@ -327,6 +360,16 @@ SHARED: dict[str, Callable[[], Case]] = {
     "routed": lambda: Case(randomized(Routed()), (torch.randn(SAMPLES, 4, 5),)),
 }
 """Layers with rows that are no sample's own, or in no order: these go through a pass per sample."""
+CHANGING: dict[str, tuple[Callable[[], Case], list[list[int]]]] = {
+    "packed": (lambda: packed(False), [[3, 3, 3, 3, 3, 3], [4, 3, 3, 3, 3, 2], [5, 1]]),
+    "packed_and_cut": (lambda: packed(True), [[3, 3, 3, 3, 3, 3], [3, 3, 5, 1, 3, 3], [3, 3], [5, 1]]),
+    "sorted": (
+        lambda: Case(randomized(Sorted()), (torch.randn(SAMPLES, 5), torch.arange(SAMPLES))),
+        [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 5, 4], [0, 1, 2, 4, 3]],
+    ),
+}
+"""Cases whose last input changes the rows of a layer from batch to batch, and what it is in some batches; in the first of a number of
+samples the rows may be in order, with the shape of the others."""
 ZOO = LARGE | SMALL | REORDERED
 
 
@@ -335,4 +378,4 @@ def build(name: str) -> Case:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        return (ZOO | SHARED)[name]()
+        return (ZOO | SHARED | {name: make for name, (make, _) in CHANGING.items()})[name]()
