@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -136,7 +137,7 @@ class Capture:
         """How often each sample has entered an optimizer step of the run."""
         self._batch_ids = self._look_again()
         with isolated_rng(seed), self._tracing(), torch.no_grad():
-            model = self._model.observe(latent_shape)
+            model = self._model.observe(latent_shape, _stored_parts(path))
         header = StoreHeader(
             method=method.to_dict(),
             projection=tracer.describe(),
@@ -333,7 +334,9 @@ class Capture:
             if item is None:
                 return
             _, batch = item
-            with named(f"{type(self.task).__name__}.encode(batch of {_fields(batch)})"), torch.no_grad():
+            encoding = named(f"{type(self.task).__name__}.encode(batch of {_fields(batch)})")
+            # Noticed here as well: a task may keep what it has encoded once, and not compute it again in the survey.
+            with encoding, torch.no_grad(), self._model.noticing():
                 encoded = self._encode(batch)
             if thumbnails:
                 with named("thumbnails, by `pictures(batch)` or `decode(latents)`"), torch.no_grad():
@@ -420,6 +423,15 @@ def has_sealed(path: str | Path) -> bool:
         return any(record.sealed for record in read_manifest(Path(path)).checkpoints)
     except StoreError:  # there is none, or a damaged one: its writer says so
         return False
+
+
+def _stored_parts(path: str | Path) -> list[str] | None:
+    """What the folder's store says of the model's frozen parts, if there is one: what a resumed run computes again may be less."""
+    try:
+        parts = json.loads(read_manifest(Path(path)).header.model.get("frozen_parts", "null"))
+    except ValueError:  # there is no store, or a damaged one: its writer says so
+        return None
+    return parts if isinstance(parts, list) and all(isinstance(part, str) for part in parts) else None
 
 
 def _fields(batch: Any) -> str:

@@ -61,11 +61,12 @@ class TracedModel:
         if self._first is None and self._processes.is_first:
             self._first = encoded.rows(0, 1)
 
-    def observe(self, latent_shape: Sequence[int]) -> dict[str, str]:
+    def observe(self, latent_shape: Sequence[int], parts: list[str] | None = None) -> dict[str, str]:
         """Looks which parts of the owner the task computes with, and hashes what is frozen of them; all processes call it.
 
         Args:
             latent_shape: of one sample.
+            parts: those that an earlier run has found, which are looked at instead.
 
         Returns:
             the header's facts of the model.
@@ -74,7 +75,8 @@ class TracedModel:
         facts: dict[str, str] = {}
         with self._processes.together():
             if self._first is not None:
-                self._parts, self._first = self._used_parts(self._first), None
+                used, self._first = self._used_parts(self._first), None
+                self._parts = used if parts is None else parts
                 self._frozen = Frozen(self._owner, self._parts, self.trained.names)
                 facts = model_fingerprint(
                     self._owner, self.trained.names, self._task.noise_schedule, self._parts

@@ -18,14 +18,14 @@ SHARD, BATCH = 5, 4
 
 
 class Stopped(Subject):
-    """Fails at a pass of the network; ``passes`` counts them."""
+    """Fails at a pass of the network over a whole batch; ``passes`` counts them."""
 
     fails_at = -1
     passes = 0
 
     def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        self.passes += 1
-        if self.passes - 1 == self.fails_at:
+        self.passes += len(x_t) == BATCH
+        if len(x_t) == BATCH and self.passes - 1 == self.fails_at:
             raise KeyboardInterrupt
         return super().predict(x_t, t, condition)
 

@@ -1,7 +1,7 @@
 """DiT."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -13,6 +13,8 @@ class DiTTask(ClassTask):
     """``DiTPipeline``. The null class is the label after the last; of a network that predicts variances too, only the noise
     is taken. Arguments: :class:`ClassTask`."""
 
+    may_predict_variances: ClassVar[bool] = True
+
     def __init__(self, pipeline: Any, **options: Any) -> None:
         super().__init__(pipeline, **options)
         if self.null_class is None:
@@ -22,11 +24,8 @@ class DiTTask(ClassTask):
         return int(self.denoiser.config.num_embeds_ada_norm)
 
     def expected_config(self, pipeline: Any) -> Mapping[str, Collection[Any]]:
-        expected = super().expected_config(pipeline)
         return {
-            **expected,
-            # Of variances, if the network predicts them too, nothing is made.
-            "out_channels": [n * channels for channels in expected["in_channels"] for n in (1, 2)],
+            **super().expected_config(pipeline),
             "norm_type": ("ada_norm_zero",),
         }
 

@@ -45,6 +45,8 @@ class PipelineTask(DiffusionTask, nn.Module):
 
     denoiser: Any
     denoiser_part: ClassVar[str] = "transformer"
+    may_predict_variances: ClassVar[bool] = False
+    """Whether networks of the family may have a second half of outputs, of which nothing is made."""
     frozen_parts: ClassVar[tuple[str, ...]] = ("vae",)
     optional_parts: ClassVar[tuple[str, ...]] = ()
     fields: ClassVar[tuple[str, ...]] = FIELDS
@@ -88,9 +90,13 @@ class PipelineTask(DiffusionTask, nn.Module):
         any."""
         config = getattr(pipeline, self.denoiser_part).config
         vae = getattr(pipeline, "vae", None)
-        channels = config.get("out_channels") if vae is None else vae.config.get("latent_channels")
-        allowed = [channels or config.get("in_channels")]
-        return {"in_channels": allowed, "out_channels": allowed}
+        parts = (1, 2) if self.may_predict_variances else (1,)
+        if vae is not None:
+            channels = [vae.config.get("latent_channels") or config.get("in_channels")]
+        else:  # latents that were made before: the network alone says how many channels they have
+            out = config.get("out_channels") or config.get("in_channels")
+            channels = [out // n for n in parts]
+        return {"in_channels": channels, "out_channels": [n * each for each in channels for n in parts]}
 
     def encode(self, batch: Batch) -> Encoded:
         """A batch as the network sees it; the latents are the mean of the VAE's distribution, not a draw."""

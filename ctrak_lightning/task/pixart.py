@@ -18,15 +18,13 @@ class PixArtTask(PromptTask):
     Captions are not cleaned (``clean_caption=False``). Arguments: :class:`PromptTask`."""
 
     frozen_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
+    may_predict_variances: ClassVar[bool] = True
     embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "prompt_attention_mask")
     fields: ClassVar[tuple[str, ...]] = (*FIELDS, "caption", "tokens", *embeddings)
 
     def expected_config(self, pipeline: Any) -> Mapping[str, Collection[Any]]:
-        expected = super().expected_config(pipeline)
         return {
-            **expected,
-            # Of variances, if the network predicts them too, nothing is made.
-            "out_channels": [n * channels for channels in expected["in_channels"] for n in (1, 2)],
+            **super().expected_config(pipeline),
             "caption_channels": text_width(pipeline, "text_encoder"),
             "norm_type": ("ada_norm_single",),
         }

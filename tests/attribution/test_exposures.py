@@ -189,3 +189,4 @@ def test_a_checkpoint_that_was_begun_with_other_exposures_is_begun_anew(tmp_path
             rows = torch.arange(done, done + 10)
             checkpoint.append(rows, phi[0][rows], torch.zeros(10))
             checkpoint.flush()
+        writer.close()

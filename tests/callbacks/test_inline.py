@@ -356,8 +356,7 @@ def test_a_resumed_run_knows_the_samples_of_earlier_windows(
 ) -> None:
     monkeypatch.setattr(ToyData, "trace_dataloader", trace_all, raising=False)
     keep = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", save_top_k=-1)
-    with pytest.warns(UserWarning, match="step 2 has no trace"):
-        fit(ToyDiffusion(), [inline(tmp_path), keep], data=Dropping(), max_epochs=2)
+    fit(ToyDiffusion(), [inline(tmp_path), keep], data=Dropping(), max_epochs=2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Checkpoint directory")
         fit(
@@ -367,7 +366,7 @@ def test_a_resumed_run_knows_the_samples_of_earlier_windows(
             max_epochs=3,
             ckpt_path=str(tmp_path / "ckpt" / "epoch=1.ckpt"),
         )
-    before, after = (at.features() for at in TraceStore(tmp_path / "traces").checkpoints)
+    before, after = (at.features() for at in TraceStore(tmp_path / "traces").checkpoints[-2:])
     kept = torch.isclose(before, after, rtol=1e-5).all(1)
     assert kept.tolist() == [False] * 10 + [True] * 2  # the new sampler's first epoch leaves out the last two
 

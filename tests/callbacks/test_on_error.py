@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ctrak_lightning import Encoded, TraceStore, methods
 from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.capture import Capture
-from ctrak_lightning.errors import GradientError, ProcessLostError, StoreError
+from ctrak_lightning.errors import DatasetChangedError, ProcessLostError, StoreError
 from ctrak_lightning.traces import IncompleteStoreWarning, checkpoint_writer
 from ctrak_lightning.trajectory import Inverted
 
@@ -194,12 +194,12 @@ def test_an_end_of_the_process_is_no_failure_of_a_trace(
     callback._capture.writer = SimpleNamespace(sealed_steps=[])  # type: ignore[assignment]
     callback._steps = SimpleNamespace(now=3, is_manual=False)  # type: ignore[assignment]
     with pytest.raises(error):
-        callback._trace(SimpleNamespace(global_step=3, current_epoch=1, optimizers=[]))  # type: ignore[arg-type]
+        callback._trace(SimpleNamespace(global_step=3, current_epoch=1, optimizers=[], callbacks=[]))  # type: ignore[arg-type]
 
 
 def test_on_error_raise_stops_with_whatever_it_was(tmp_path: Path) -> None:
     callback = tracer(tmp_path, method=GUIDED, every_n_epochs=None, every_n_train_steps=3, on_error="raise")
-    with pytest.raises(GradientError, match="not finite.*red-dot-0"):
+    with pytest.raises(DatasetChangedError, match="red-dot-0"):
         fit(Faulty(), [callback])
 
 

@@ -31,7 +31,7 @@ from ctrak_lightning import (
 from ctrak_lightning.callbacks import ConceptMonitor, ConceptTracer, ProvenanceRecorder
 from ctrak_lightning.cli import main
 from ctrak_lightning.cli.tracer_task import tracer_task
-from ctrak_lightning.errors import BatchError, TaskError
+from ctrak_lightning.errors import TaskError
 from ctrak_lightning.provenance import Ledger
 from ctrak_lightning.tracing import trace_batch
 from tests.gradients.zoo import TOLERANCE, row_error
@@ -335,7 +335,7 @@ def test_a_borrowed_text_encoder_is_asked_in_evaluation_mode() -> None:
 def test_inline_needs_ids(tmp_path: Path) -> None:
     """A training step's batch does not say where in the data set its samples are."""
     callback = ConceptTracer(str(tmp_path), task=NAMED, mode="inline", rank=4, dim=64)
-    with pytest.raises(BatchError, match="asked for 'sample_id'.*HINT"):
+    with pytest.raises(MisconfigurationException, match="asked for 'sample_id'.*HINT"):
         fit(TheirModule(), callback)
 
 

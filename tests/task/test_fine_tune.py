@@ -26,6 +26,7 @@ from ctrak_lightning import (
 from ctrak_lightning.attribution.solve import checkpoint_scores
 from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.errors import StoreMismatchError
+from ctrak_lightning.function import UnrecordedFunctionWarning
 from ctrak_lightning.gradients import SlowParameterWarning
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.tracing import trace_batch, trace_query
@@ -134,6 +135,9 @@ def test_every_family_is_traced_and_asked(name: str, tmp_path: Path) -> None:
     method = methods.d_trak(timesteps=2) if concept is IMAGE else methods.concept_trak(timesteps=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SlowParameterWarning)  # PixArt's tables
+        warnings.simplefilter(
+            "ignore", UnrecordedFunctionWarning
+        )  # a network of classes without a null class
         fit(module, tmp_path, method)
         attributor = Attributor(tmp_path, module, sampler=SAMPLER)
         result = attributor.attribute(concept, seed=1)
