@@ -46,6 +46,7 @@ from tests.stress.subject import fine_tune
 from tests.toy import COLOURS, SHAPES
 
 TYPED = (StoreError, ConceptError, TaskError, BatchError, GradientError)
+ROOT = Path(__file__).parent.parent.parent
 SECONDS, BYTES = 10, 2**30
 BATCH = 50
 """Cases to a process: a crash costs the rest of its batch, which is then made one by one."""
@@ -483,7 +484,8 @@ def stress(root: Path, cases: int, seed: int, kinds: Sequence[str]) -> dict[str,
             outcomes[kind][outcome] += 1
             others += outcome == "told" and "other scores" in said
             if outcome not in ("typed error", "told", "result"):
-                bad.append({"kind": kind, "seed": number, "outcome": outcome, "said": said})
+                told = said.replace(str(ROOT) + os.sep, "")
+                bad.append({"kind": kind, "seed": number, "outcome": outcome, "said": told})
                 print(kind, number, outcome, said, flush=True)
         if start % 1000 == 0:
             print(start, flush=True)
