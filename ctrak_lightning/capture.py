@@ -128,6 +128,7 @@ class Capture:
         )
         """What the trial found; None where there was none."""
         self._is_partly_seen = self.trial is not None and self.trial.blocks < self.trial.all_blocks
+        self._batch_ids = BatchIds(task)
         surveyed = self._survey(thumbnails)
         table, latent_shape = _table(surveyed)
         starts = itertools.accumulate((len(batch.sample_ids) for batch in surveyed), initial=0)
@@ -135,7 +136,7 @@ class Capture:
         self.sample_ids, self._content = table.sample_ids, table.content_sha256
         self.exposures = Exposures(self.sample_ids, processes)
         """How often each sample has entered an optimizer step of the run."""
-        self._batch_ids = self._look_again()
+        self._look_again()
         with isolated_rng(seed), self._tracing(), torch.no_grad():
             model = self._model.observe(latent_shape, _stored_parts(path))
         header = StoreHeader(
@@ -361,6 +362,7 @@ class Capture:
                     encoded = self._encode(batch)
                 self._model.notice(encoded)
                 once.add(encoded.sample_ids)
+                self._batch_ids.compare(batch, encoded.sample_ids)
                 images = self._pictures(batch, encoded) if thumbnails else None
                 own.append(
                     _Surveyed(
@@ -373,20 +375,16 @@ class Capture:
                     )
                 )
         each = self._processes.gather(own)
+        self._batch_ids.share(self._processes)
         return sorted((batch for batches in each for batch in batches), key=lambda batch: batch.number)
 
-    def _look_again(self) -> BatchIds:
+    def _look_again(self) -> None:
         """Loads and encodes the first batch once more: a data set that augments by a generator of its own is told before anything
-        has been traced. Finds where a batch's ids are."""
-        found = BatchIds(self.task, None, [])  # of a process that has no batches
+        has been traced."""
         with self._processes.together(), isolated_rng(self.seed), self._tracing(), torch.no_grad():
             for number, batch in self._own_batches():
-                encoded = self._encode(batch)
-                self._position(number, batch, encoded)
-                found = BatchIds(self.task, batch, encoded.sample_ids)
+                self._position(number, batch, self._encode(batch))
                 break
-        found.field = self._processes.from_first(found.field)
-        return found
 
     def _pictures(self, batch: Any, encoded: Encoded) -> Tensor | None:
         """What a person may be shown of a batch: its own images where the task has them, for decoding is dear and inexact."""

@@ -47,6 +47,7 @@ class Exposures:
         self._is_outside_told = False
         self.unknown: str | None = None
         """Why the counts are not known, if they are not."""
+        self._contradiction: str | None = None
 
     def draw(self, sample_ids: Sequence[str]) -> None:
         """Notes a batch whose gradient is computed for the next optimizer step."""
@@ -105,11 +106,23 @@ class Exposures:
     @property
     def why_unknown(self) -> str | None:
         """Why :meth:`counts` gives None, if it does."""
-        if self.unknown is not None or bool(self._counts.any()):
+        if self.unknown is not None:
             return self.unknown
+        if bool(self._counts.any()):
+            return self._contradiction
         if self._stranger is None:
             return "no optimizer step of a training batch was seen"
         return f"no training batch has a sample that is traced; the ids of training batches are like {self._stranger!r}"
+
+    def compare(self, visits: Tensor) -> None:
+        """Looks whether samples that training steps have visited so often [N] are in no optimizer step: as long as there are such, the
+        counts are not known."""
+        odd = ((visits > 0) & (self._counts == 0)).nonzero().flatten().tolist()
+        self._contradiction = (
+            f"{len(odd)} samples have a trace of a training step and are in no optimizer step, for example {list(self._index)[odd[0]]!r}"
+            if odd
+            else None
+        )
 
     def counts(self) -> Tensor | None:
         """How often each sample was in a step that all processes know of, int64 [N]; None where that is not known, or there was
@@ -133,18 +146,28 @@ class Exposures:
 
 
 class BatchIds:
-    """Reads the ids of a training batch's samples without encoding it.
+    """Reads the ids of a training batch's samples without encoding it: by the task's ``sample_ids``, if it has them, else from a field.
+
+    The field is the task's ``id_column``, or the only one; in either case it must hold the ids of every batch that was encoded. (In
+    one batch, a class label may equal the ids by chance.)
 
     Args:
-        task: a DiffusionTask, whose ``sample_ids`` is asked, if it has one.
-        batch: one that was traced; else the field of it that holds its ids is looked up in training batches.
-        sample_ids: its samples'.
+        task: a DiffusionTask.
     """
 
-    def __init__(self, task: Any, batch: Any, sample_ids: Sequence[str]) -> None:
+    def __init__(self, task: Any) -> None:
         self._task = task
-        self.field = None if hasattr(task, "sample_ids") else _field_of(batch, sample_ids)
-        """Its key or position in a batch, or None."""
+        self._fields: list[Any] | None = None
+
+    def compare(self, batch: Any, sample_ids: Sequence[str]) -> None:
+        """Looks which fields of an encoded batch are its samples' ids."""
+        found = _fields_of(batch, sample_ids)
+        self._fields = found if self._fields is None else [name for name in self._fields if name in found]
+
+    def share(self, processes: Processes) -> None:
+        """Keeps the fields that were right in all processes; they call it together."""
+        each = [fields for fields in processes.gather(self._fields) if fields is not None]
+        self._fields = [name for name in each[0] if all(name in fields for fields in each)] if each else None
 
     def of(self, batch: Any) -> list[str]:
         """The ids of a training batch.
@@ -156,25 +179,39 @@ class BatchIds:
             return []
         if hasattr(self._task, "sample_ids"):
             return named_samples(self._task, batch)
-        if self.field is None:
-            raise BatchError("no field of a batch holds the samples' ids as they are in the store")
+        field = self._field()
         try:
-            return plain_ids(batch[self.field])
+            return plain_ids(batch[field])
         except (KeyError, IndexError, TypeError) as error:
-            raise BatchError(f"the batch has no field {self.field!r}") from error
+            raise BatchError(f"the batch has no field {field!r}") from error
+
+    def _field(self) -> Any:
+        """Its key or position in a batch."""
+        fields, column = self._fields or [], getattr(self._task, "id_column", None)
+        if column in fields:
+            return column
+        if column is not None or not fields:
+            named = "no field of a batch holds" if column is None else f"a batch's {column!r} does not hold"
+            raise BatchError(f"{named} the samples' ids as they are in the store")
+        if len(fields) > 1:
+            raise BatchError(
+                f"the fields {fields} of a batch are all equal to the samples' ids; expected one"
+            )
+        return fields[0]
 
 
-def _field_of(batch: Any, sample_ids: Sequence[str]) -> Any:
-    """The key or position of the field of a batch that is its samples' ids, or None."""
+def _fields_of(batch: Any, sample_ids: Sequence[str]) -> list[Any]:
+    """The keys or positions of the fields of a batch that are its samples' ids."""
     if isinstance(batch, Mapping):
         fields = list(batch.items())
     else:
         fields = list(enumerate(batch)) if isinstance(batch, (list, tuple)) else []
+    found = []
     for name, values in fields:
         has_rows = isinstance(values, (list, tuple)) or (
             isinstance(values, (Tensor, np.ndarray)) and values.ndim == 1
         )
-        with contextlib.suppress(BatchError):
+        with contextlib.suppress(BatchError, TypeError):  # numpy has no bfloat16
             if has_rows and len(values) == len(sample_ids) and plain_ids(values) == list(sample_ids):
-                return name
-    return None
+                found.append(name)
+    return found

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from ctrak_lightning.capture import Capture
-from ctrak_lightning.errors import BatchError, GradientError
+from ctrak_lightning.errors import GradientError
 from ctrak_lightning.method import Method
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.running import RunningTraces
@@ -68,6 +68,7 @@ class InlineCapture(Capture):
         self._running = RunningTraces(self.sample_ids, self.tracer.dim)
         self._index = {sample_id: i for i, sample_id in enumerate(self.sample_ids)}
         self._handle: RemovableHandle | None = None
+        self._begun: tuple[Any, list[str]] = None, []
         self._positions = torch.empty(0, dtype=torch.int64)
         self._timesteps: list[Tensor] = []
         self._loss = torch.empty(0)
@@ -104,6 +105,7 @@ class InlineCapture(Capture):
             BatchError: the batch lacks a field that its sample ids need.
         """
         ids = self._sample_ids(batch)
+        self._begun = batch, ids
         self._positions = torch.tensor([self._index.get(sample_id, -1) for sample_id in ids])
         self._timesteps = []
         self._problem = None
@@ -176,6 +178,8 @@ class InlineCapture(Capture):
             GradientError: a sample's gradients add up to zero; names the samples.
         """
         self._take_in()
+        visits = self._running.visits()
+        self.exposures.compare(visits.counts)
         exposures = self.exposures.counts()
         self._running.require_all(exposures)
         checkpoint = self.writer.begin_checkpoint(
@@ -187,7 +191,7 @@ class InlineCapture(Capture):
         )
         with checkpoint:
             self._model.write_function(checkpoint)
-            checkpoint.write_visits(self._running.visits())
+            checkpoint.write_visits(visits)
             for indices in torch.arange(len(self.sample_ids))[checkpoint.rows_done :].split(1024):
                 checkpoint.append(indices, *self._running.means(indices))
             checkpoint.seal()
@@ -196,10 +200,9 @@ class InlineCapture(Capture):
 
     @override
     def training_ids(self, batch: Any) -> list[str]:
-        try:
-            return super().training_ids(batch)
-        except BatchError:
-            return self._sample_ids(batch)
+        # The ids that the rows go by, and no guess at them.
+        begun, ids = self._begun
+        return ids if batch is begun else self._sample_ids(batch)
 
     def _take_in(self) -> None:
         """Adds the steps that are still on the device; not after every step, since a GPU must be waited for."""

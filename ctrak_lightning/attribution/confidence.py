@@ -90,7 +90,7 @@ def confidence_of(attribution: Attribution) -> Confidence:
         CorruptStoreError: the store is damaged.
     """
     strength = None if math.isnan(attribution.strength) else attribution.strength
-    halves = stability(attribution.checkpoint_scores, attribution.weights)
+    halves = stability(attribution.checkpoint_scores, attribution.weights, attribution.exposed)
     check = _self_check(attribution)
     loss, moved = _losses(attribution)
     return Confidence(
@@ -184,16 +184,22 @@ def _self_check(attribution: Attribution) -> SelfCheck | None:
 
 
 def _losses(attribution: Attribution) -> tuple[float | None, float | None]:
-    """The mean loss of the training images at the last checkpoint, and the median share by which theirs changed since the first.
+    """The mean loss of the training images at the last checkpoint, and the median share by which theirs changed since the first: of
+    those that had been trained on at the last one.
 
-    None where the store is not at hand, or its losses are those of training steps, whose scale and timesteps are training's own.
+    None where the store is not at hand, no image had been trained on, or the losses are those of training steps, whose scale and
+    timesteps are training's own.
     """
     store = attribution.store
     if store is None or attribution.method["training"]["trajectory"]["class"] == "InTraining":
         return None, None
-    last = store.checkpoints[-1].losses().double()
+    exposed = store.checkpoints[-1].exposed()
+    trained = slice(None) if exposed is None else exposed
+    last = store.checkpoints[-1].losses().double()[trained]
+    if not len(last):
+        return None, None
     if len(store.checkpoints) < 2:
         return float(last.mean()), None
-    first = store.checkpoints[0].losses().double()
+    first = store.checkpoints[0].losses().double()[trained]
     change = (last - first).abs() / first.abs().clamp(min=torch.finfo(torch.float64).tiny)
     return float(last.mean()), float(change.median())

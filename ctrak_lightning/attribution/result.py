@@ -86,7 +86,7 @@ class Attribution:
     def scores(self) -> Tensor:
         """Checkpoint-ensembled scores [N], float32: each checkpoint in units of its own standard deviation (over the samples that had
         been trained on), averaged; or the sum with the method's own weights."""
-        return ensemble(self.checkpoint_scores.double(), self.weights, self._exposed).float()
+        return ensemble(self.checkpoint_scores.double(), self.weights, self.exposed).float()
 
     @property
     def untrained(self) -> Tensor:
@@ -96,7 +96,7 @@ class Attribution:
         return self.exposures[-1] == 0
 
     @property
-    def _exposed(self) -> Tensor | None:
+    def exposed(self) -> Tensor | None:
         """Which samples had been trained on at each checkpoint, bool [M, N]; None where all had, as far as is known."""
         return None if self.exposures is None or bool(self.exposures.all()) else self.exposures != 0
 
@@ -158,7 +158,7 @@ class Attribution:
 
     def timeline(self) -> Tensor:
         """The scores of each checkpoint [M, N], float32, each in units of its own standard deviation."""
-        return standardised(self.checkpoint_scores.double(), self._exposed).float()
+        return standardised(self.checkpoint_scores.double(), self.exposed).float()
 
     def top(self, n: int = 10) -> list[Record]:
         """The ``n`` samples that taught the concept most, best first (ties by position in the data set); none that was never
@@ -262,7 +262,7 @@ class Attribution:
 
     def _positive(self, drawn: Tensor, threshold: float | None) -> Tensor:
         """What each sample adds to a share [N], float64, from checkpoints that were drawn so many times each [M]."""
-        scores = drawn_ensemble(self.checkpoint_scores.double(), drawn, self.weights, self._exposed)
+        scores = drawn_ensemble(self.checkpoint_scores.double(), drawn, self.weights, self.exposed)
         if threshold is not None:
             scores = soft_thresholded(scores, _checked(threshold), self._trained())
         return scores.clamp(min=0)

@@ -61,20 +61,29 @@ def self_check(
     return SelfCheck(first=first, asked=count)
 
 
-def stability(scores: Tensor, weights: Sequence[float] | None = None) -> float | None:
+def stability(
+    scores: Tensor, weights: Sequence[float] | None = None, exposed: Tensor | None = None
+) -> float | None:
     """Spearman's correlation between the rankings of two halves of the checkpoints: every other one, and the rest.
 
     Args:
         scores: of each checkpoint [M, N].
         weights: of the checkpoints, as in :func:`~ctrak_lightning.attribution.solve.ensemble`.
+        exposed: which samples had been trained on at each checkpoint, bool [M, N]: those that had at all of them are ranked. None
+            ranks all.
 
     Returns:
-        In [-1, 1]; None of fewer than two checkpoints, or where all samples of a half score the same.
+        In [-1, 1]; None of fewer than two checkpoints or samples, or where all samples of a half score the same.
     """
-    if len(scores) < 2 or scores.shape[1] < 2:
+    ranked = torch.ones(scores.shape[1], dtype=torch.bool) if exposed is None else exposed.all(0)
+    if len(scores) < 2 or int(ranked.sum()) < 2:
         return None
     halves = [
-        ensemble(scores[start::2].double(), None if weights is None else weights[start::2])
+        ensemble(
+            scores[start::2].double(),
+            None if weights is None else weights[start::2],
+            None if exposed is None else exposed[start::2],
+        )[ranked]
         for start in (0, 1)
     ]
     if any(bool((half == half[0]).all()) for half in halves):

@@ -410,11 +410,13 @@ class ConceptTracer(Callback):
         learning_rate = float(optimizers[0].param_groups[0]["lr"]) if optimizers else None
         # When training ends the epoch counts one more; a second attempt at a step goes on with the first one's rows.
         epoch = self._untraced.get(step, trainer.current_epoch)
-        if self._exposures is not None:
-            self._exposures.tell()
         started = time.monotonic()
-        with self._weights_of(trainer):
-            capture.run(step, epoch=epoch, learning_rate=learning_rate)
+        try:
+            with self._weights_of(trainer):
+                capture.run(step, epoch=epoch, learning_rate=learning_rate)
+        finally:
+            if self._exposures is not None:
+                self._exposures.tell()
         self.last_seconds = time.monotonic() - started
         self._untraced.pop(step, None)
 

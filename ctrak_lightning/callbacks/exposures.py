@@ -1,10 +1,11 @@
 """Counts, while a Trainer trains, how often each sample enters an optimizer step."""
 
-import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -15,12 +16,14 @@ from ctrak_lightning.capture import Capture
 class ExposureCounter:
     """Tells a capture's :class:`~ctrak_lightning.exposures.Exposures` which batches enter which steps.
 
-    A batch is counted once, in the step that follows its backward pass; not where ``training_step`` returned None, nor where a
-    GradScaler left the step out. (Under manual optimization without ``manual_backward`` every batch is taken to go backward.) It reads the batch's ids and nothing else, so training stays as it is.
+    A batch is counted once, in the step that follows its backward pass; not where ``training_step`` returned None, where a
+    GradScaler left the step out, or where no traced parameter has a gradient any more. A step is that of an optimizer which holds
+    a traced parameter. (Under manual optimization without ``manual_backward`` every batch is taken to go backward that ends with a
+    gradient or a step.) It reads the batch's ids and nothing else, so training stays as it is.
 
     Args:
         trainer: of the run.
-        pl_module: an optimizer that holds parameters of it is one of the run.
+        pl_module: what trains.
         capture: whose samples are counted.
         loader: the samples' part of a training batch.
     """
@@ -29,21 +32,23 @@ class ExposureCounter:
         self, trainer: L.Trainer, pl_module: L.LightningModule, capture: Capture, loader: TrainingLoader
     ) -> None:
         self._trainer, self._capture, self._loader = trainer, capture, loader
-        self._parameters = {id(parameter) for parameter in pl_module.parameters()}
+        named = dict(capture.tracer.module.named_parameters())
+        self._traced = {id(named[name]): named[name] for name in capture.tracer.parameter_names}
         self._is_manual = not pl_module.automatic_optimization
-        self._is_ours: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         self._handle = register_optimizer_step_post_hook(self._stepped)
         self._batch: Any = None
-        self._is_drawn = self._has_stepped = self._sees_backward = self._is_told = False
+        self._is_drawn = self._is_counted = self._has_stepped = self._sees_backward = self._is_told = False
         self._last_step = int(trainer.global_step)
 
     def begin(self, batch: Any) -> None:
         """Before ``training_step``."""
-        self._batch, self._is_drawn, self._has_stepped = batch, False, False
+        self._batch, self._is_drawn, self._is_counted, self._has_stepped = batch, False, False, False
 
     def backward(self) -> None:
         """Where Lightning goes backward from a loss of the batch."""
         self._sees_backward = True
+        if not _has_gradient(self._traced.values()):  # what earlier batches had left there has been cleared
+            self._drop()
         self._draw()
 
     def _draw(self) -> None:
@@ -57,10 +62,15 @@ class ExposureCounter:
         except Exception as error:  # of the user's `sample_ids`: no reason to end a training
             exposures.unknown = f"the ids of a training batch cannot be read: {error}"
 
+    def _drop(self) -> None:
+        """Forgets the batches whose gradients have been cleared; this one may go backward once more, if it has not been counted."""
+        self._capture.exposures.drop()
+        self._is_drawn = self._is_counted
+
     def end(self) -> None:
         """After a batch, in all processes."""
         step = int(self._trainer.global_step)
-        if self._is_manual and not self._sees_backward:
+        if self._is_manual and not self._sees_backward and _has_gradient(self._traced.values()):
             self._draw()  # a loss's own `backward()` is not seen
         if step != self._last_step and not self._has_stepped:
             self._capture.exposures.drop()
@@ -83,14 +93,25 @@ class ExposureCounter:
         self._handle.remove()
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer not in self._is_ours:
-            held = (value for group in optimizer.param_groups for value in group["params"])
-            self._is_ours[optimizer] = any(id(value) in self._parameters for value in held)
+        held = [
+            value
+            for group in optimizer.param_groups
+            for value in group["params"]
+            if id(value) in self._traced
+        ]
         # Fused optimizers are called by a GradScaler also where they are to leave the step out.
         found_inf = getattr(optimizer, "found_inf", None)
-        if not self._is_ours[optimizer] or (found_inf is not None and float(found_inf) > 0):
+        if not held or (found_inf is not None and float(found_inf) > 0):
             return
         if self._is_manual and not self._sees_backward and self._batch is not None:
             self._draw()
         self._has_stepped = True
-        self._capture.exposures.step()
+        if _has_gradient(held):
+            self._capture.exposures.step()
+            self._is_counted = self._is_drawn
+        else:
+            self._drop()
+
+
+def _has_gradient(parameters: Iterable[Tensor]) -> bool:
+    return any(parameter.grad is not None for parameter in parameters)

@@ -20,8 +20,10 @@ def run(argv: Sequence[str]) -> None:
     say(f"samples    {len(store)}, metadata: {', '.join(sorted(store.samples.metadata)) or 'none'}")
     say(f"traces     {header.dim} x {header.dtype}, projection {header.projection}")
     for checkpoint in store.checkpoints:
+        exposed = checkpoint.exposed()
+        losses = checkpoint.losses() if exposed is None else checkpoint.losses()[exposed]
         say(
-            f"checkpoint step {checkpoint.step}, epoch {checkpoint.epoch}, mean loss {checkpoint.losses().mean():.4f}, "
+            f"checkpoint step {checkpoint.step}, epoch {checkpoint.epoch}, mean loss {losses.mean():.4f}, "
             f"{_exposures(checkpoint)}"
         )
     for name, value in header.model.items():

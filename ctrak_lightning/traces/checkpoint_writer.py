@@ -132,7 +132,7 @@ class CheckpointWriter:
         """Store in which training steps each sample was seen, where those steps left the traces.
 
         Raises:
-            ValueError: They are of another number of samples.
+            ValueError: They are of another number of samples, or of samples without exposure, whose rows would be lost.
             StoreError: This checkpoint is sealed or closed, or the file cannot be written.
         """
         self._require_open("write_visits")
@@ -140,6 +140,13 @@ class CheckpointWriter:
         if len(visits.counts) != len(self._seen):
             raise ValueError(
                 f"CheckpointWriter.write_visits({len(visits.counts)} samples): expected {len(self._seen)}."
+            )
+        odd = (self._untrained & (visits.counts > 0)).nonzero().flatten().tolist()
+        if odd:
+            raise ValueError(
+                f"CheckpointWriter.write_visits(): {len(odd)} samples are visited and have no exposure, for example "
+                f"{self._sample_ids[odd[0]]!r}. Expected begin_checkpoint(exposures=None) where it is not known how often each was "
+                "trained on."
             )
         name = self._record.visits
         self._records.commit(

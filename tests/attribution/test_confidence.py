@@ -25,6 +25,7 @@ from ctrak_lightning.attribution.confidence import (
 from ctrak_lightning.attribution.noise import neighbours
 from ctrak_lightning.attribution.together import Attributions
 from ctrak_lightning.attribution.trust import SelfCheck
+from ctrak_lightning.cli import info
 from ctrak_lightning.cli.attribute import _print_result
 from ctrak_lightning.traces import TraceWriter
 from ctrak_lightning.tracing import FAINT
@@ -38,12 +39,18 @@ ALIKE = torch.linspace(1, 2, N)[:, None] * torch.ones(N, K)
 """Rows of one direction: whatever is asked, the longest scores highest."""
 
 
-def asked_of(path: Path, losses: list[Tensor], rows: Tensor | None = None, **changes: Any) -> Attribution:
-    """An answer of a store with these losses [N] and rows [N, K] at its checkpoints; sound but for what is given."""
+def asked_of(
+    path: Path,
+    losses: list[Tensor],
+    rows: Tensor | None = None,
+    exposures: Tensor | None = None,
+    **changes: Any,
+) -> Attribution:
+    """An answer of a store with these losses [N], rows [N, K] and exposures [N] at its checkpoints; sound but for what is given."""
     writer = TraceWriter(path, make_header(dim=K, dataset={"size": N}), run_id="run")
     writer.write_samples(make_table(N))
     for step, loss in enumerate(losses, start=1):
-        with writer.begin_checkpoint(step, epoch=0) as checkpoint:
+        with writer.begin_checkpoint(step, epoch=0, exposures=exposures) as checkpoint:
             checkpoint.append(torch.arange(N), torch.eye(N, K) if rows is None else rows, loss)
             checkpoint.seal()
     scores = torch.randn(N, generator=torch.Generator().manual_seed(1)).expand(len(losses), N)
@@ -58,6 +65,20 @@ def test_what_is_sound_is_not_doubted(tmp_path: Path) -> None:
     assert found.self_check is not None
     assert (found.self_check.first, found.self_check.asked) == (N, N)
     assert found.stability == pytest.approx(1)
+
+
+def test_only_what_was_trained_on_is_examined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = torch.arange(N) % 2
+    losses = [torch.where(trained > 0, LOSSES, 9.0), torch.where(trained > 0, LOSSES * 0.9, 9.0)]
+    asked = asked_of(tmp_path, losses, exposures=trained)
+    scores = torch.stack([torch.linspace(1, 2, N), torch.linspace(2, 1, N)]) * trained
+    found = replace(asked, checkpoint_scores=scores, exposures=trained.expand(2, N)).confidence
+    kept = LOSSES[trained > 0] * 0.9
+    assert found.loss == pytest.approx(float(kept.mean()))
+    assert found.moved == pytest.approx(0.1)
+    assert found.stability == pytest.approx(-1)
+    info.run([str(tmp_path)])
+    assert capsys.readouterr().out.count(f"mean loss {float(kept.mean()):.4f}") == 1
 
 
 @pytest.mark.parametrize(

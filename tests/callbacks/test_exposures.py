@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -14,8 +15,9 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, WeightedRandomSamp
 
 from ctrak_lightning import DiffusionTask, Encoded, NoiseSchedule, TraceStore
 from ctrak_lightning.callbacks import ConceptTracer
-from ctrak_lightning.exposures import Exposures, UntracedSampleWarning
-from ctrak_lightning.processes import Processes
+from ctrak_lightning.errors import BatchError
+from ctrak_lightning.exposures import BatchIds, Exposures, UntracedSampleWarning
+from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.traces import Checkpoint
 
 from ..threads import together
@@ -102,6 +104,51 @@ class Skipping(Small):
         return batch_idx == 1
 
 
+class Guarded(Small):
+    """Clears the gradients of some batches, and of those that were added up with them."""
+
+    def on_after_backward(self) -> None:
+        if any(name.endswith("-3") for name in self.waiting):
+            self.zero_grad()
+            self.waiting = []
+
+
+class Adversarial(Small):
+    """Also trains a critic, on every batch; the denoiser on every other one."""
+
+    manual = "two"
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            self.critic = nn.Conv2d(CHANNELS, 1, 1)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        first, second = self.optimizers()  # type: ignore[misc]
+        drawn = self.predict(batch["image"], torch.zeros(len(batch["image"])), {})
+        for optimizer, loss in (
+            (first, self.critic(drawn.detach()).square().mean()),
+            *([(second, (drawn - 1).square().mean())] if batch_idx % 2 else []),
+        ):
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        if batch_idx % 2:
+            self.waiting += batch["sample_id"]
+            self.note()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=1e-2) for part in (self.critic, self.denoiser)]
+
+
+class Labelled(Data):
+    """In the first batch that is traced, the samples' labels are equal to their ids."""
+
+    def train_dataloader(self) -> Any:
+        rows = [{"label": str(i % 3)} | row | {"sample_id": str(i)} for i, row in enumerate(Toys())]  # type: ignore[arg-type]
+        return DataLoader(rows, **self.options)  # type: ignore[arg-type]
+
+
 class Manual(Small):
     manual = "lightning"
 
@@ -121,6 +168,7 @@ def known(checkpoint: Checkpoint) -> list[int]:
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.filterwarnings("ignore:These trained parameters are outside the denoiser")
 @pytest.mark.parametrize(
     ("kind", "options", "trainer"),
     [
@@ -131,6 +179,8 @@ def known(checkpoint: Checkpoint) -> list[int]:
         (Small, {}, {"limit_train_batches": 1, "max_epochs": 1}),
         (Skipping, {}, {"max_epochs": 1}),
         (Manual, {"batch_size": 2}, {}),
+        (Guarded, {"batch_size": 2}, {"accumulate_grad_batches": 2}),
+        (Adversarial, {"batch_size": 2}, {}),
         (Plain, {"batch_size": 2}, {}),
     ],
 )
@@ -281,6 +331,60 @@ def test_samples_that_are_trained_on_and_not_in_the_store_are_told(tmp_path: Pat
     assert "in all" in last
     store = TraceStore(tmp_path / "traces")
     assert [sum(known(at)) for at in store.checkpoints] == [4, 7, 7]
+
+
+def test_a_label_is_not_taken_for_the_id(tmp_path: Path) -> None:
+    module = Small()
+    fit(module, [tracer(tmp_path)], data=Labelled(batch_size=2), max_epochs=1)
+    [checkpoint] = TraceStore(tmp_path / "traces").checkpoints
+    assert known(checkpoint) == [1] * 12
+    assert checkpoint.features().any(1).all()
+
+
+def test_the_field_of_the_ids_is_the_only_one_that_has_them_in_all_batches() -> None:
+    batches = [
+        {
+            "label": ["0", "1"],
+            "name": ["0", "1"],
+            "n": torch.tensor([0, 1]),
+            "half": torch.ones(2).bfloat16(),
+        },
+        {
+            "label": ["2", "0"],
+            "name": ["2", "3"],
+            "n": torch.tensor([2, 3]),
+            "half": torch.ones(2).bfloat16(),
+        },
+    ]
+    training = {"label": ["1", "1"], "name": ["4", "7"], "n": torch.tensor([4, 7])}
+
+    def read(task: Any, *left_out: str) -> list[str]:
+        ids = BatchIds(task)
+        for batch in batches:
+            ids.compare({key: batch[key] for key in batch if key not in left_out}, batch["name"])  # type: ignore[arg-type]
+        ids.share(ALONE)
+        return ids.of(training)
+
+    assert read(None, "n") == read(None, "name") == read(SimpleNamespace(id_column="n")) == ["4", "7"]
+    assert read(SimpleNamespace(sample_ids=lambda batch: batch["label"])) == ["1", "1"]
+    for task, left_out, match in (
+        (None, (), r"\['name', 'n'\] of a batch are all equal"),
+        (None, ("name", "n"), "no field of a batch holds"),
+        (SimpleNamespace(id_column="label"), ("n",), "a batch's 'label' does not hold"),
+    ):
+        with pytest.raises(BatchError, match=match):
+            read(task, *left_out)
+
+
+def test_what_one_process_rules_out_is_ruled_out() -> None:
+    def each(processes: Processes) -> list[str]:
+        ids = BatchIds(None)
+        names = ["0", "1"] if processes.is_first else ["2", "3"]
+        ids.compare({"label": ["0", "1"], "name": names}, names)
+        ids.share(processes)
+        return ids.of({"label": ["0"], "name": ["5"]})
+
+    assert together(2, each) == [["5"]] * 2
 
 
 def test_processes_add_up_and_what_one_does_not_know_none_knows() -> None:

@@ -276,6 +276,29 @@ def test_a_sample_that_no_step_saw_has_no_trace_or_keeps_that_of_the_last_window
     assert not torch.isclose(features[1][4:], features[2][4:]).all(1).any()
 
 
+def test_a_row_is_not_lost_where_ids_could_be_mistaken_or_a_step_was_left_out(tmp_path: Path) -> None:
+    """Labels that are equal to ids in the first batch; then also gradients that a guard clears after they were recorded."""
+
+    class Labelled(ToyData):
+        def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+            rows = [{"label": str(i % 3)} | row | {"sample_id": str(i)} for i, row in enumerate(self.toys)]  # type: ignore[arg-type]
+            return DataLoader(rows, 2)  # type: ignore[arg-type]
+
+    class Guarded(ToyDiffusion):
+        def on_after_backward(self) -> None:
+            if self.trainer.fit_loop.batch_idx == 1:
+                self.zero_grad()
+
+    for kind in (ToyDiffusion, Guarded):
+        fit(kind(), [inline(tmp_path / kind.__name__)], data=Labelled(), max_epochs=1)
+        [at] = TraceStore(tmp_path / kind.__name__ / "traces").checkpoints
+        exposures, visits = at.exposures(), at.visits()
+        assert visits is not None
+        assert visits.counts.tolist() == [1] * 12
+        assert at.features().any(1).all()
+        assert (None if exposures is None else exposures.tolist()) == (None if kind is Guarded else [1] * 12)
+
+
 def test_samples_that_training_batches_never_have_stop_it_where_that_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

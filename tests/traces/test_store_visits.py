@@ -64,6 +64,12 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         pytest.raises(ValueError, match=r"write_visits\(3 samples\): expected 1"),
     ):
         checkpoint.write_visits(visits())
+    once = Visits(counts=torch.tensor([1]), timesteps=torch.zeros(1), steps=torch.zeros(1, dtype=torch.int64))
+    with (
+        writer.begin_checkpoint(2, epoch=0, exposures=torch.tensor([0])) as checkpoint,
+        pytest.raises(ValueError, match="1 samples are visited and have no exposure, for example 'a'"),
+    ):
+        checkpoint.write_visits(once)
 
 
 def test_an_altered_file_is_found(path: Path) -> None:
