@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctrak_lightning.adapters import adapter_facts
 from ctrak_lightning.frozen import Frozen
 
 
 def model_fingerprint(
     module: nn.Module, trained: Collection[str], schedule: Any, parts: Collection[str] | None
 ) -> dict[str, str]:
-    """Hashes (sha256, hex) of the trained parameters' names and shapes, of what is frozen, and of the schedule.
+    """Hashes (sha256, hex) of the trained parameters' names and shapes, of what is frozen, and of the schedule; and how adapters are
+    applied, where there are any.
 
     Args:
         module: the model.
@@ -32,7 +34,8 @@ def model_fingerprint(
     if parts is None:
         return facts | {"frozen_weights": _all_frozen(own, trained)}
     frozen = Frozen(module, parts, trained).digest
-    return facts | {"frozen_weights": frozen, "frozen_parts": json.dumps(sorted(parts))}
+    facts |= {"frozen_weights": frozen, "frozen_parts": json.dumps(sorted(parts))}
+    return facts | adapter_facts(module, parts)
 
 
 def _all_frozen(parameters: Mapping[str, Tensor], trained: Collection[str]) -> str:

@@ -1,5 +1,6 @@
 """The function that a network computes, told by its outputs on a fixed input: same parameters alone do not make the same model."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctrak_lightning.conditions import conditions_of
 from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.gradients import tracing_mode
 from ctrak_lightning.rng import isolated_rng, seeded_noise
@@ -21,6 +23,8 @@ parameters."""
 ELSEWHERE = 10
 """How much more is allowed in float32 where one of the two ran on another kind of device, whose kernels sum in other orders. (TF32,
 which has 10 bits, is off meanwhile.)"""
+CONDITION_TOLERANCE = 5e-2
+"""The same of conditions, which a text encoder in 16 bits may have made; those of two labels are further apart."""
 _COARSE = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -38,16 +42,38 @@ def null_condition(task: Any) -> Condition | None:
     return condition
 
 
-def function_of(task: Any, latent_shape: Sequence[int], condition: Condition) -> Function:
-    """The network's outputs for noise, at timesteps spread over the schedule, in the state in which it is traced.
+def function_of(task: Any, latent_shape: Sequence[int]) -> Function | None:
+    """What a task's network answers to fixed noise, in the state in which it is traced, and what its conditions are; None where
+    there is no null condition.
+
+    The network is asked under :func:`null_condition` and under noise of its shape, so that nothing of a training sample is recorded:
+    where the null condition is zeros, as Stable Diffusion XL's, layers that take nothing else do nothing.
 
     Args:
         task: a DiffusionTask.
         latent_shape: of one sample.
-        condition: of one sample; what is recorded is under :func:`null_condition`, so that nothing of a training sample is.
     """
+    null = null_condition(task)
+    if null is None:
+        return None
+    outputs = [outputs_under(task, latent_shape, null)]
+    synthetic = _noise_like(null)
+    if synthetic is not None:
+        outputs += _if_possible(task, latent_shape, synthetic)
+    conditions, specs = conditions_of(task)
+    return Function(
+        timesteps=torch.tensor(_timesteps(task) * len(outputs), dtype=torch.float64),
+        outputs=torch.cat(outputs),
+        dtype=_coarsest(task.denoiser),
+        on_cpu=_like(task.denoiser).device.type == "cpu",
+        conditions=conditions,
+        specs=specs,
+    )
+
+
+def outputs_under(task: Any, latent_shape: Sequence[int], condition: Condition) -> Tensor:
+    """The network's outputs for noise at timesteps spread over the schedule, float32 [S, M], under the condition of one sample."""
     schedule, like = task.noise_schedule, _like(task.denoiser)
-    timesteps = schedule.even_timesteps(min(TIMESTEPS, len(schedule)))
     outputs = []
     with (
         isolated_rng(0),
@@ -55,7 +81,7 @@ def function_of(task: Any, latent_shape: Sequence[int], condition: Condition) ->
         torch.no_grad(),
         _exact(like.device),
     ):
-        for timestep in timesteps:
+        for timestep in _timesteps(task):
             x0, noise = (
                 seeded_noise(latent_shape, 0, timestep, key)[None].to(like) for key in ("x0", "noise")
             )
@@ -63,12 +89,7 @@ def function_of(task: Any, latent_shape: Sequence[int], condition: Condition) ->
             outputs.append(
                 task.predict(schedule.add_noise(x0, noise, t), t, condition).float().cpu().flatten()
             )
-    return Function(
-        timesteps=torch.tensor(timesteps, dtype=torch.float64),
-        outputs=torch.stack(outputs),
-        dtype=_coarsest(task.denoiser),
-        on_cpu=like.device.type == "cpu",
-    )
+    return torch.stack(outputs)
 
 
 def refuse_another_function(stored: Function, task: Any, latent_shape: Sequence[int], step: int) -> None:
@@ -80,8 +101,7 @@ def refuse_another_function(stored: Function, task: Any, latent_shape: Sequence[
         latent_shape: of one sample.
         step: of the checkpoint.
     """
-    condition = null_condition(task)
-    mine = None if condition is None else function_of(task, latent_shape, condition)
+    mine = function_of(task, latent_shape)
     worst = torch.inf if mine is None else float(stored.differences(mine).max())
     coarser = max(stored.dtype, _coarsest(task.denoiser), key=_COARSE.index)
     tolerance = TOLERANCE[coarser]
@@ -95,8 +115,50 @@ def refuse_another_function(stored: Function, task: Any, latent_shape: Sequence[
             f"their size, expected at most {tolerance:g} ({coarser}): the parameters are the same and the model is not. HINT: "
             "build it as in the traced run: what may differ is an adapter's lora_alpha, scaling (use_rslora) or state (disabled, "
             "merged, another one active), a buffer that is no part of the state dict, quantisation or dtype, the null condition, or "
-            "the code of the network."
+            "the code of the network or of predict()."
         )
+    apart = 0.0 if mine is None else stored.condition_difference(mine)
+    if apart > CONDITION_TOLERANCE:
+        raise StoreMismatchError(
+            f"With the weights of step {step}, {type(task).__name__}.condition() gives other conditions than when the network was "
+            f"traced: they differ by {apart:.2g} of their size, expected at most {CONDITION_TOLERANCE:g}. HINT: use the label map, "
+            "tokenizer and text encoder of the traced run."
+        )
+
+
+def _noise_like(condition: Condition) -> Condition | None:
+    """The condition with standard normal noise in place of its numbers, but for masks and whole numbers; None if that is all."""
+    replaced = {
+        name: seeded_noise(value.shape, 0, 0, f"condition/{name}").to(value)
+        for name, value in condition.items()
+        if value.is_floating_point() and "mask" not in name
+    }
+    return condition | replaced if replaced else None
+
+
+def _if_possible(task: Any, latent_shape: Sequence[int], condition: Condition) -> list[Tensor]:
+    """The outputs, or nothing, with a warning, where they cannot be computed."""
+    try:
+        outputs = outputs_under(task, latent_shape, condition)
+        problem = None if outputs.isfinite().all() else "the output is not finite"
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem is None:
+        return [outputs]
+    warnings.warn(
+        f"{type(task).__name__}.predict() cannot be asked under noise of the null condition's shape ({problem}). A question will not "
+        "notice another network that answers alike under the null condition. HINT: let predict() take any numbers of the shape of "
+        "`condition({}, 1)`.",
+        UnrecordedFunctionWarning,
+        stacklevel=3,
+    )
+    return []
+
+
+def _timesteps(task: Any) -> list[float]:
+    schedule = task.noise_schedule
+    timesteps: list[float] = schedule.even_timesteps(min(TIMESTEPS, len(schedule)))
+    return timesteps
 
 
 def _like(denoiser: nn.Module) -> Tensor:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ctrak_lightning.errors import TrainingChangedError
 from ctrak_lightning.fingerprint import model_fingerprint
 from ctrak_lightning.frozen import Frozen, Used, changing_buffers, parts_of
-from ctrak_lightning.function import UnrecordedFunctionWarning, function_of, null_condition
+from ctrak_lightning.function import UnrecordedFunctionWarning, function_of, null_condition, outputs_under
 from ctrak_lightning.gradients import undisturbed
 from ctrak_lightning.lending import lent
 from ctrak_lightning.processes import Processes
@@ -127,11 +127,10 @@ class TracedModel:
     def write_function(self, checkpoint: CheckpointWriter) -> None:
         """Stores what the network answers to a fixed input with its present weights; all processes call it."""
         with self._processes.together(), undisturbed(self._owner, *task_modules(self._task)):
-            condition = (
-                null_condition(self._task) if self._has_function and self._processes.is_first else None
-            )
-            if condition is not None:
-                checkpoint.write_function(function_of(self._task, self._latent_shape, condition))
+            if self._has_function and self._processes.is_first:
+                function = function_of(self._task, self._latent_shape)
+                if function is not None:
+                    checkpoint.write_function(function)
 
     def _used_parts(self, encoded: Encoded) -> list[str]:
         if self._task.denoiser is self._owner:
@@ -141,7 +140,7 @@ class TracedModel:
             condition = null_condition(self._task)
             for each in (encoded.condition, condition):
                 if each is not None:
-                    function_of(self._task, self._latent_shape, each)
+                    outputs_under(self._task, self._latent_shape, each)
             if hasattr(self._task, "decode"):
                 # What a report shows; a store without thumbnails does not need it.
                 with suppress(Exception):

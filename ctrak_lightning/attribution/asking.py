@@ -307,7 +307,10 @@ def model_facts(
     parts = described(
         store, "model", lambda: json.loads(stored["frozen_parts"]) if "frozen_parts" in stored else None
     )
-    return stored, model_fingerprint(owner, trained, schedule, parts)
+    mine = model_fingerprint(owner, trained, schedule, parts)
+    if "adapters" not in stored:
+        mine.pop("adapters", None)  # recorded where there were some, and not by earlier versions
+    return stored, mine
 
 
 def refuse_differences(where: str, stored: Any, mine: Any) -> None:

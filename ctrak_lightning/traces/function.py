@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,11 @@ _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Function:
-    """A network's outputs at S timesteps, for fixed noise under the null condition: nothing of a training sample."""
+    """A network's outputs for fixed noise, and what its task makes of fixed specs: nothing of a training sample.
+
+    There are S outputs: at some timesteps under the null condition and then, where that has numbers to replace, at the same ones
+    under noise in their place.
+    """
 
     timesteps: Tensor
     """What the network was told, float64 [S]."""
@@ -32,15 +37,34 @@ class Function:
     """The coarsest floating-point format among the network's parameters."""
     on_cpu: bool
     """Whether they were computed on a CPU."""
+    conditions: Tensor | None = None
+    """Projections of the T tensors of the conditions of some specs, float32 [T, K]; None where there are none."""
+    specs: int = 0
+    """How many specs those were chosen from."""
 
     def differences(self, other: Function) -> Tensor:
-        """``||mine - theirs|| / ||mine||`` at each timestep, float64 [S]; infinite where the two cannot be compared."""
-        if self.outputs.shape != other.outputs.shape or not torch.equal(self.timesteps, other.timesteps):
+        """``||mine - theirs|| / ||mine||`` of each output, float64 [S]; infinite where the two cannot be compared. Outputs that I lack
+        are not."""
+        count = len(self.timesteps)
+        if not torch.equal(self.timesteps, other.timesteps[:count]):
             return torch.full_like(self.timesteps, torch.inf)
-        mine, theirs = self.outputs.double(), other.outputs.double()
-        error = (mine - theirs).norm(dim=1) / mine.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
-        found: Tensor = error.nan_to_num(nan=torch.inf)
-        return found
+        return _relative(self.outputs, other.outputs[:count])
+
+    def condition_difference(self, other: Function) -> float:
+        """The same of the conditions, the largest; 0 where the two are not of the same specs."""
+        if self.conditions is None or other.conditions is None or self.specs != other.specs:
+            return 0.0
+        return float(_relative(self.conditions, other.conditions).max())
+
+
+def _relative(mine: Tensor, theirs: Tensor) -> Tensor:
+    """``||mine - theirs|| / ||mine||`` by row, float64; infinite for other shapes and for what is no number."""
+    if mine.shape != theirs.shape:
+        return torch.full((len(mine),), torch.inf, dtype=torch.float64)
+    mine, theirs = mine.double(), theirs.double()
+    error = (mine - theirs).norm(dim=1) / mine.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    found: Tensor = error.nan_to_num(nan=torch.inf)
+    return found
 
 
 def write_function(path: Path, function: Function) -> None:
@@ -50,6 +74,9 @@ def write_function(path: Path, function: Function) -> None:
         write_array(file, "outputs", function.outputs, chunk_rows=1)
         write_array(file, "dtype", torch.tensor([_DTYPES.index(function.dtype)]))
         write_array(file, "on_cpu", torch.tensor([int(function.on_cpu)]))
+        if function.conditions is not None:
+            write_array(file, "conditions", function.conditions)
+            write_array(file, "specs", torch.tensor([function.specs]))
 
 
 def read_function(path: Path) -> Function:
@@ -59,18 +86,24 @@ def read_function(path: Path) -> Function:
         CorruptStoreError: The file is damaged.
     """
     with open_for_reading(path) as file:
-        shape = find_dataset(file, path, "outputs").shape
-        # Values are stored as they are: a file holds no more numbers than fit into it.
-        if len(shape) != 2 or shape[0] * shape[1] * 4 > path.stat().st_size:
-            raise corrupt(
-                path, f"outputs has the shape {shape}, which is not [S, M] or more than the file holds"
-            )
+        outputs = _table(file, path, "outputs")
+        known = "conditions" in file
         kind = int(read_array(file, path, "dtype", (1,), "int64")[0])
         if not 0 <= kind < len(_DTYPES):
             raise corrupt(path, f"dtype is {kind}, expected 0 to {len(_DTYPES) - 1}")
         return Function(
-            timesteps=read_array(file, path, "timesteps", (shape[0],), "float64"),
-            outputs=read_array(file, path, "outputs", (shape[0], shape[1]), "float32"),
+            timesteps=read_array(file, path, "timesteps", (len(outputs),), "float64"),
+            outputs=outputs,
             dtype=_DTYPES[kind],
             on_cpu=bool(read_array(file, path, "on_cpu", (1,), "int64")[0]),
+            conditions=_table(file, path, "conditions") if known else None,
+            specs=int(read_array(file, path, "specs", (1,), "int64")[0]) if known else 0,
         )
+
+
+def _table(file: Any, path: Path, name: str) -> Tensor:
+    shape = find_dataset(file, path, name).shape
+    # Values are stored as they are: a file holds no more numbers than fit into it.
+    if len(shape) != 2 or 0 in shape or shape[0] * shape[1] * 4 > path.stat().st_size:
+        raise corrupt(path, f"{name} has the shape {shape}, which is no table or more than the file holds")
+    return read_array(file, path, name, (shape[0], shape[1]), "float32")
