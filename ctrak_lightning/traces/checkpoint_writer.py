@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreError
 from ctrak_lightning.processes import Processes
-from ctrak_lightning.traces.atomic import make_folder, write_atomically
+from ctrak_lightning.traces.atomic import make_folder
 from ctrak_lightning.traces.background import InBackground
 from ctrak_lightning.traces.function import Function, write_function
 from ctrak_lightning.traces.kernel import Kernel, gram_of_rows, kernel_of_columns, write_kernel
@@ -151,7 +151,7 @@ class CheckpointWriter:
         name = self._record.visits
         self._records.commit(
             self._record,
-            {name: write_atomically(self._root / name, lambda path: write_visits(path, visits))},
+            {name: self._records.write(name, lambda path: write_visits(path, visits))},
         )
 
     def write_function(self, function: Function) -> None:
@@ -163,7 +163,7 @@ class CheckpointWriter:
         self._require_open("write_function")
         self.flush()
         name = self._record.function
-        known = write_atomically(self._root / name, lambda path: write_function(path, function))
+        known = self._records.write(name, lambda path: write_function(path, function))
         self._records.commit(self._record, {name: known})
 
     def seal(self) -> None:
@@ -185,8 +185,8 @@ class CheckpointWriter:
         kernel = self._kernel(whole)
         with self._processes.together():
             if self._processes.is_first:
-                files[whole.kernel] = write_atomically(
-                    self._root / whole.kernel, lambda path: write_kernel(path, kernel())
+                files[whole.kernel] = self._records.write(
+                    whole.kernel, lambda path: write_kernel(path, kernel())
                 )
         self._records.seal(sealed := replace(whole, sealed=True), files)
         self._record = sealed
@@ -279,7 +279,7 @@ class CheckpointWriter:
     def _write_shard(self, rows: Rows) -> None:
         """In the thread, which alone changes the record while there are shards to write."""
         name = self._record.shard(self._processes.rank)
-        known = write_atomically(self._root / name, lambda path: write_shard(path, rows))
+        known = self._records.write(name, lambda path: write_shard(path, rows))
         record = replace(
             self._record, rows=self._record.rows + len(rows), shards=(*self._record.shards, name)
         )

@@ -95,6 +95,7 @@ class WriterLock:
             gc.collect()  # a writer of this process that nobody uses any more
             if not _taken(self._lock, 0):
                 raise _held(root)
+        self._descriptor: int | None = descriptors[-1]
         self._free = weakref.finalize(self, _release, self._lock, descriptors[-1], self._pid)
         with contextlib.suppress(OSError):  # of a full disk; who is refused is told less then
             os.ftruncate(descriptors[-1], 0)
@@ -105,7 +106,8 @@ class WriterLock:
         self._free()
 
     def require(self) -> None:
-        """Raises a StoreError if it is not held any more, or by the process that this one was forked from."""
+        """Raises a StoreError if it is not held any more, or by the process that this one was forked from; a StoreLockedError if
+        another file, or none, has its name: whoever comes next may hold that one, and the store then is theirs."""
         if self._pid != os.getpid():
             raise StoreError(
                 f"{self.root} is written by process {self._pid}, of which this one, {os.getpid()}, is a copy. Nothing was changed. "
@@ -115,19 +117,38 @@ class WriterLock:
             raise StoreError(
                 f"{self.root}: its writer was closed. Nothing was changed. HINT: open the store again."
             )
+        self._require_file()
+
+    def _require_file(self) -> None:
+        path = self.root / WRITER_LOCK
+        if self._descriptor is None or _is_at(self._descriptor, path):
+            return
+        raise StoreLockedError(
+            f"{path} was removed or replaced while this run had its store open: another run may have begun here since. Nothing "
+            "was changed. HINT: end the run before its folder is removed, leave the lock where it is, and trace into a new folder."
+        )
 
 
 class NoLock(WriterLock):
-    """Of the processes that write together but for the first: that one has the lock for all."""
+    """Of the processes that write together but for the first: that one has the lock for all, once these are made."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._descriptor = None
+        # Not locked, but open: as long as it is, no other file gets its number. Other machines may see it late: then unchecked.
+        with contextlib.suppress(OSError):
+            self._descriptor = open_file(root / WRITER_LOCK)
+            self._close = weakref.finalize(self, os.close, self._descriptor)
 
     def release(self) -> None:
-        """Nothing to do."""
+        """Lets go of the file; idempotent."""
+        if self._descriptor is not None:
+            self._descriptor = None
+            self._close()
 
     def require(self) -> None:
-        """Nothing to hold."""
+        """Raises a StoreLockedError if the lock that the first process held is not there any more."""
+        self._require_file()
 
 
 def hold_folder(root: Path, processes: Processes = ALONE, work: str = "traces into it") -> WriterLock:
@@ -137,13 +158,13 @@ def hold_folder(root: Path, processes: Processes = ALONE, work: str = "traces in
         StoreLockedError: another holds it; nothing was changed.
         StoreError: the folder holds files that are not a store's, or it cannot be written.
     """
-    lock: WriterLock = NoLock(root)
+    lock: WriterLock | None = None
     with processes.together():
         if processes.is_first:
             make_folder(root)
             _refuse_foreign_files(root)
             lock = WriterLock(root, work)
-    return lock
+    return NoLock(root) if lock is None else lock
 
 
 @contextmanager
@@ -212,6 +233,17 @@ def _taken(lock: FileLock, wait_s: float) -> bool:
             "a local disk, and copy it when training has ended."
         ) from error
     return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be looked at ({error}). HINT: check the permissions of its folder."
+        ) from error
 
 
 def _release(lock: FileLock, descriptor: int, pid: int) -> None:

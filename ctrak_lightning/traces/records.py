@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from ctrak_lightning.errors import DatasetChangedError, StoreError, StoreMismatchError
 from ctrak_lightning.processes import Processes
-from ctrak_lightning.traces.atomic import TEMPORARY_SUFFIX, FileRecord
+from ctrak_lightning.traces.atomic import TEMPORARY_SUFFIX, FileRecord, make_folder, write_atomically
 from ctrak_lightning.traces.files import is_checkpoint_folder, is_there
 from ctrak_lightning.traces.lock import WriterLock
 from ctrak_lightning.traces.manifest import (
@@ -58,6 +60,7 @@ class Records:
         self._lock = lock
         self._processes = processes
         self._text: str | None = None
+        self._seen: tuple[int, ...] | None = None
         self._journal: Manifest | None = None
         opened: Manifest | None = None
         with processes.together():
@@ -80,12 +83,61 @@ class Records:
                 or this writer was closed.
         """
         self._lock.require()
-        path = self.root / MANIFEST
-        if (found := _text_of(path)) != self._text:
-            raise StoreError(_changed(path, found, manifest))
+        self._require_unchanged()
         write_manifest(self.root, manifest)
-        self._text = manifest_text(manifest)
+        self._text, self._seen = manifest_text(manifest), None
         self.manifest = manifest
+
+    def write(self, name: str, fill: Callable[[Path], None]) -> FileRecord:
+        """Write the file ``name`` of the store, as :func:`write_atomically`; :meth:`commit` and :meth:`seal` record it.
+
+        Names are fixed, so whoever lost the store would replace the files of the run that has it now. All is checked before
+        anything is written, and again before the file gets its name, as filling it may take minutes.
+
+        Raises:
+            StoreLockedError: the lock of this run was removed or replaced.
+            StoreError: as of :meth:`save`, the file is part of what is sealed, or it cannot be written.
+        """
+        self._require_writable(name)
+        path = self.root / name
+        if path.parent != self.root:
+            make_folder(path.parent)
+
+        def fill_and_check(temporary: Path) -> None:
+            fill(temporary)
+            try:
+                self._require_writable(name)
+            except StoreError:
+                temporary.unlink(missing_ok=True)
+                raise
+
+        return write_atomically(path, fill_and_check)
+
+    def _require_writable(self, name: str) -> None:
+        self._lock.require()
+        manifest = self.manifest if self._processes.is_first else None
+        path = self.root / MANIFEST
+        if manifest is not None:
+            self._require_unchanged()
+        elif is_there(
+            self.root / name
+        ):  # the first process's changes; what stands in its way is looked up there
+            manifest = parse_manifest(read_text(path), str(path))
+        if manifest is not None and _is_sealed(manifest, name):
+            raise StoreError(
+                f"{self.root / name} is part of what this store has sealed, and is not written over. Nothing was changed. HINT: "
+                "trace into a new folder."
+            )
+
+    def _require_unchanged(self) -> None:
+        """Of the manifest; of the process of rank 0."""
+        path = self.root / MANIFEST
+        now = _signature(path)
+        if now is not None and now == self._seen:
+            return
+        if (found := _text_of(path)) != self._text:
+            raise StoreError(_changed(path, found, self.manifest))
+        self._seen = now
 
     def share(self) -> None:
         """Make the first process's manifest that of all."""
@@ -93,6 +145,7 @@ class Records:
 
     def begin(self, record: CheckpointRecord) -> CheckpointRecord:
         """What this process has captured of the checkpoint ``record``, which the manifest has."""
+        self._lock.require()
         if self._processes.is_first:
             return record
         name = _journal(record, self._processes.rank)
@@ -113,6 +166,7 @@ class Records:
         else:
             assert self._journal is not None
             journal = self._journal.with_checkpoint(record).with_files(files)
+            self._lock.require()
             write_manifest(self.root, journal, _journal(record, self._processes.rank))
             self._journal = journal
 
@@ -235,6 +289,22 @@ def _check_header(stored: Manifest, given: StoreHeader, path: Path) -> None:
         f"{path} holds traces made otherwise: {fields}.{forgotten} HINT: use the settings of the store, or write to a "
         "new folder."
     )
+
+
+def _is_sealed(manifest: Manifest, name: str) -> bool:
+    folder = name.rpartition("/")[0]
+    return name in manifest.files and not any(
+        record.folder == folder and not record.sealed for record in manifest.checkpoints
+    )
+
+
+def _signature(path: Path) -> tuple[int, ...] | None:
+    """Another one where the file was replaced; read before the content, so that it is never newer than that."""
+    try:
+        found = os.lstat(path)
+    except OSError:  # told by those who read it
+        return None
+    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
 
 
 def _text_of(path: Path) -> str | None:

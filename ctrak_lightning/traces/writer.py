@@ -16,10 +16,10 @@ from torch import Tensor
 from ctrak_lightning.errors import StoreError
 from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.traces.arrays import check_digest
-from ctrak_lightning.traces.atomic import make_folder, write_atomically
 from ctrak_lightning.traces.checkpoint_writer import CheckpointWriter
 from ctrak_lightning.traces.exposures import write_exposures
 from ctrak_lightning.traces.lock import WriterLock, hold_folder
+from ctrak_lightning.traces.metadata_changes import warn_of_changed_metadata
 from ctrak_lightning.traces.records import Records
 from ctrak_lightning.traces.samples import SampleTable, check_unchanged, read_samples, write_samples
 from ctrak_lightning.traces.schema import (
@@ -128,6 +128,9 @@ class TraceWriter:
 
         Raises:
             DatasetChangedError: Ids, their order or content differ from the stored ones; names the samples.
+
+        Warns:
+            ChangedMetadataWarning: The metadata differs; names the columns. In the first process.
         """
         with self._processes.together():
             if self._processes.is_first:
@@ -247,8 +250,9 @@ class TraceWriter:
         name = self._records.manifest.samples
         if name in self._records.manifest.files:
             check_unchanged(self._stored_table(), table, self.path)
+            warn_of_changed_metadata(self._stored_table(), table, self.path)
             return
-        known = write_atomically(self.path / name, lambda path: write_samples(path, table))
+        known = self._records.write(name, lambda path: write_samples(path, table))
         self._records.save(self._records.manifest.with_files({name: known}))
 
     def _prepare(
@@ -267,12 +271,10 @@ class TraceWriter:
             if tensors is not None:
                 # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
                 plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-                make_folder(self.path / given.folder)
-                files[name] = write_atomically(self.path / name, partial(save_file, plain))
+                files[name] = self._records.write(name, partial(save_file, plain))
         if exposures is not None:
-            make_folder(self.path / given.folder)
-            files[given.exposures] = write_atomically(
-                self.path / given.exposures, lambda path: write_exposures(path, exposures)
+            files[given.exposures] = self._records.write(
+                given.exposures, lambda path: write_exposures(path, exposures)
             )
         if record is not None:
             known = self._records.manifest.files

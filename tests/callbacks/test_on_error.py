@@ -20,7 +20,7 @@ from ctrak_lightning import Encoded, TraceStore, methods
 from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.capture import Capture
 from ctrak_lightning.errors import DatasetChangedError, ProcessLostError, StoreError
-from ctrak_lightning.traces import IncompleteStoreWarning, checkpoint_writer
+from ctrak_lightning.traces import IncompleteStoreWarning, records
 from ctrak_lightning.trajectory import Inverted
 
 from ..toy import ToyDiffusion
@@ -31,16 +31,17 @@ Fill = Callable[[Path], None]
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, is_full: Callable[[Path], bool]) -> None:
     """Shards and kernels for which ``is_full`` fail half-way through, as on a full disk."""
-    real = checkpoint_writer.write_atomically
+    real = records.write_atomically
 
     def write(path: Path, fill: Fill) -> Any:
         def half(temporary: Path) -> None:
             temporary.write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        return real(path, half if is_full(path) else fill)
+        is_trace = path.suffix == ".h5" and path.stem not in {"samples", "exposures"}
+        return real(path, half if is_trace and is_full(path) else fill)
 
-    monkeypatch.setattr(checkpoint_writer, "write_atomically", write)
+    monkeypatch.setattr(records, "write_atomically", write)
 
 
 def fitted(callbacks: list[Any]) -> dict[str, torch.Tensor]:

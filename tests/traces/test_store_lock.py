@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -13,13 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from store_builder import Capture, make_header, make_table, read_bytes
 
 from ctrak_lightning.errors import StoreError, StoreLockedError, StoreMismatchError
+from ctrak_lightning.processes import Processes
 from ctrak_lightning.traces import TraceStore, TraceWriter
-from ctrak_lightning.traces.lock import WriterLock, hold_folder, ledger_lock
-from ctrak_lightning.traces.schema import WRITER_LOCK
+from ctrak_lightning.traces.lock import NoLock, WriterLock, hold_folder, ledger_lock
+from ctrak_lightning.traces.schema import MANIFEST, WRITER_LOCK
+from ctrak_lightning.traces.visits import Visits
 
 needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 
@@ -172,16 +176,21 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
         Capture().open(tmp_path)
 
 
-def test_a_manifest_that_another_has_changed_is_not_replaced(tmp_path: Path) -> None:
+def test_a_manifest_that_another_has_changed_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where locks do not hold: two writers of one store, as on some network file systems."""
     capture = Capture(steps=(300,))
     first = capture.open(tmp_path)
     first.write_samples(make_table())
-    (tmp_path / WRITER_LOCK).unlink()
+    monkeypatch.setattr("fcntl.flock", lambda *_: None)
     capture.run(tmp_path)
     sealed = read_bytes(tmp_path)
-    with pytest.raises(StoreError, match=r"manifest\.json: another process has changed it.*HINT"):
-        first.begin_checkpoint(900, epoch=9)
+    # Of the step that the other has sealed as well, whose files have the same names.
+    for step in (300, 900):
+        with pytest.raises(StoreError, match=r"manifest\.json: another process has changed it.*HINT"):
+            first.begin_checkpoint(step, epoch=9, weights={"a": torch.ones(7)}, exposures=torch.ones(10))
+        assert read_bytes(tmp_path) == sealed
     assert read_bytes(tmp_path) == sealed
     assert TraceStore(tmp_path).verify() == []
     first.close()
@@ -189,3 +198,75 @@ def test_a_manifest_that_another_has_changed_is_not_replaced(tmp_path: Path) -> 
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(StoreError, match=r"manifest\.json was removed"):
         third.begin_checkpoint(900, epoch=9)
+
+
+def remove_folder(root: Path) -> None:
+    shutil.rmtree(root)
+
+
+def remove_lock(root: Path) -> None:
+    (root / WRITER_LOCK).unlink()
+
+
+@pytest.mark.parametrize("remove", [remove_folder, remove_lock])
+def test_a_run_whose_lock_was_removed_writes_nothing(tmp_path: Path, remove: Callable[[Path], None]) -> None:
+    root, capture = tmp_path / "store", Capture(steps=(300,))
+    first = capture.open(root)
+    first.write_samples(make_table())
+    other_rank = NoLock(root)
+    begun = first.begin_checkpoint(300, epoch=3)
+    features, loss = capture.traces(300)
+    begun.append(torch.arange(3), features[:3], loss[:3])
+    remove(root)
+    for lock in (first._lock, other_rank):
+        with pytest.raises(StoreLockedError, match=r"writer\.lock was removed or replaced.*HINT"):
+            lock.require()
+    if remove is remove_folder:
+        capture.run(root)
+    else:  # the first run's checkpoint is the second's to go on with
+        with capture.open(root) as second:
+            second.discard_after(0)
+        capture.run(root)
+    theirs = read_bytes(root)
+    none = torch.zeros(10, dtype=torch.int64)
+    attempts: tuple[Callable[[], object], ...] = (
+        lambda: begun.write_visits(Visits(counts=none, timesteps=none[:0], steps=none[:0])),
+        lambda: begun.append(torch.arange(3, 10), features[3:], loss[3:]) or begun.flush(),  # type: ignore[func-returns-value]
+        lambda: first.begin_checkpoint(600, epoch=6, weights={"a": torch.ones(2)}),
+        lambda: first.discard_after(0),
+        other_rank.require,
+    )
+    for attempt in attempts:
+        with pytest.raises(StoreLockedError, match="was removed or replaced"):
+            attempt()
+        assert read_bytes(root) == theirs
+    other_rank.release()
+    assert TraceStore(root).verify() == []
+
+
+def test_a_file_is_checked_again_before_it_gets_its_name(tmp_path: Path) -> None:
+    """A kernel of a large store takes minutes, in which its folder may become another's."""
+    writer = Capture().open(tmp_path)
+    writer.write_samples(make_table())
+    name = "checkpoint-00000300/kernel.h5"
+
+    def fill(path: Path) -> None:
+        path.write_bytes(b"x")
+        remove_lock(tmp_path)
+
+    with pytest.raises(StoreLockedError):
+        writer._records.write(name, fill)
+    assert os.listdir(tmp_path / "checkpoint-00000300") == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_sealed_is_not_written_over(tmp_path: Path, rank: int) -> None:
+    root = Capture(steps=(300,)).run(tmp_path)
+    sealed = read_bytes(root)
+    writer = Capture().open(root)
+    writer._records._processes = Processes()
+    writer._records._processes.rank = rank
+    for name in [name for name in sealed if name != MANIFEST]:
+        with pytest.raises(StoreError, match="part of what this store has sealed.*HINT"):
+            writer._records.write(name, lambda path: path.write_bytes(b"x") and None)
+    assert read_bytes(root) == sealed

@@ -1,5 +1,6 @@
 """Sample ids and metadata are any text, and come back as they were."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_builder import make_table
+from store_builder import Capture, make_table, read_bytes
 
 from ctrak_lightning.errors import StoreError
-from ctrak_lightning.traces import SampleTable
+from ctrak_lightning.traces import ChangedMetadataWarning, SampleTable
 from ctrak_lightning.traces.samples import count_samples, read_samples, write_samples
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
@@ -98,3 +99,31 @@ def test_fingerprint_depends_on_ids_their_order_and_their_ends() -> None:
 def test_tables_that_cannot_be_stored(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(StoreError, match=message):
         make_table(4, **changes)
+
+
+def test_metadata_that_changed_is_told_and_not_taken(tmp_path: Path) -> None:
+    table = make_table()
+    columns: dict[str, list[str]] = {**table.metadata, "owner": ["anna"] * 10}
+    stored = SampleTable(table.sample_ids, table.content_sha256, columns)
+    with Capture().open(tmp_path) as writer:
+        writer.write_samples(stored)
+    before = read_bytes(tmp_path)
+    # Thumbnails, and the order of the columns, may be others.
+    with warnings.catch_warnings(), Capture().open(tmp_path) as writer:
+        warnings.simplefilter("error")
+        writer.write_samples(SampleTable(*table_of(table, dict(reversed(columns.items()))), table.thumbnails))
+    now = {"artist": columns["artist"], "owner": ["anna"] * 7 + ["bert\x1b"] * 3, "caption": [""] * 10}
+    told = (
+        r"\(column 'caption' is new; column 'licence/url' is not given any more; column 'owner' differs for 3 of 10 samples, "
+        r"such as 'image/007\.png': recorded 'anna', now 'bert\\x1b'\)\. The store keeps what it recorded.*HINT: .*new folder"
+    )
+    with Capture().open(tmp_path) as writer, pytest.warns(ChangedMetadataWarning, match=told) as seen:
+        writer.write_samples(SampleTable(*table_of(table, now)))
+    assert [Path(warning.filename).name for warning in seen] == [Path(__file__).name]
+    assert read_bytes(tmp_path) == before
+
+
+def table_of(
+    table: SampleTable, columns: dict[str, list[str]]
+) -> tuple[list[str], list[str], dict[str, list[str]]]:
+    return table.sample_ids, table.content_sha256, columns
