@@ -101,7 +101,8 @@ class Records:
         self._require_writable(name)
         path = self.root / name
         if path.parent != self.root:
-            make_folder(path.parent)
+            if not path.parent.is_dir():  # or its own folder would be made durable again for every file
+                make_folder(path.parent)
 
         def fill_and_check(temporary: Path) -> None:
             fill(temporary)

@@ -16,6 +16,7 @@ from ctrak_lightning.errors import (
     StoreMismatchError,
 )
 from ctrak_lightning.traces import TraceStore, TraceWriter
+from ctrak_lightning.traces.metadata_changes import ChangedMetadataWarning
 from ctrak_lightning.traces.samples import read_samples
 from ctrak_lightning.traces.schema import ABSENT
 from ctrak_lightning.traces.writer import default_shard_rows
@@ -140,7 +141,8 @@ def test_changed_samples_are_named(writer: TraceWriter) -> None:
     ids, digests = make_table().sample_ids, make_table().content_sha256
     writer.close()
     again = TraceWriter(writer.path, make_header())
-    again.write_samples(make_table(metadata={}, thumbnails=None))
+    with pytest.warns(ChangedMetadataWarning, match="'artist' is not given any more.*HINT"):
+        again.write_samples(make_table(metadata={}, thumbnails=None))
     assert read_samples(writer.path / "samples.h5").metadata == make_table().metadata
     for table, message in (
         (make_table(sample_ids=["new", *ids[1:]]), r"1 added: 'new'; 1 removed: 'image/000\.png'"),
