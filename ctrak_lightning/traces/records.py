@@ -100,9 +100,8 @@ class Records:
         """
         self._require_writable(name)
         path = self.root / name
-        if path.parent != self.root:
-            if not path.parent.is_dir():  # or its own folder would be made durable again for every file
-                make_folder(path.parent)
+        if not path.parent.is_dir():  # or the store's own folder would be made durable again with every file
+            make_folder(path.parent)
 
         def fill_and_check(temporary: Path) -> None:
             fill(temporary)
