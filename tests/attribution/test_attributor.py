@@ -504,7 +504,12 @@ def test_unknown_attributes_list_the_known_ones(tmp_path: Path) -> None:
         attributor.attribute_many([])
 
 
-def test_a_concept_the_model_has_not_learnt_is_reported(tmp_path: Path) -> None:
+def test_a_concept_the_model_has_not_learnt_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A model that was traced hearing and asked deaf is another function, and would be refused for that.
+    monkeypatch.setattr("ctrak_lightning.attribution.asking.refuse_another_function", lambda *_: None)
+
     class Deaf(ToyDiffusion):
         scale = 0.0
 

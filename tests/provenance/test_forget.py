@@ -416,7 +416,7 @@ def test_a_capture_that_is_under_way_does_not_bring_the_sample_back(store: Path)
     writer = TraceWriter(store, Partial(visits=True).header(), shard_rows=4)
     (store / WRITER_LOCK).unlink()
     forget(store, GONE)
-    with pytest.raises(StoreError, match="forgotten from this store while a capture had it open.*HINT"):
+    with pytest.raises(StoreLockedError, match="writer.lock was removed or replaced.*HINT"):
         writer.begin_checkpoint(900, epoch=9)
     assert verify(store) == []
 
