@@ -5,7 +5,7 @@ the order of dimensions: [B, T, C], [T, B, C], [F * B, C, H, W], a table that al
 """
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from ctrak_lightning.gradients.checks import pull_back
-from ctrak_lightning.gradients.routes import routes
+from ctrak_lightning.gradients.routes import following_nodes, routes
 
 REMEMBERED_CUTS = 64
 """After layouts for graphs that cut tensors at so many other places, all are forgotten, so that their number stays bounded."""
@@ -240,14 +240,10 @@ def _deepest(nodes: Sequence[Node]) -> list[int]:
     for start in nodes:
         stack = [start]
         while stack:
-            following = list(_next(stack[-1]))
+            following = following_nodes(stack[-1])
             open_ones = [node for node in following if node not in reaches]
             if open_ones:
                 stack += open_ones
             else:
                 reaches[stack.pop()] = any(node in wanted or reaches[node] for node in following)
     return [i for i, node in enumerate(nodes) if not reaches[node]]
-
-
-def _next(node: Node) -> Iterator[Node]:
-    return (following for following, _ in node.next_functions if following is not None)

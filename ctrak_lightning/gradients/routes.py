@@ -52,7 +52,7 @@ def routes(outputs: Sequence[Tensor]) -> Routes:
     for node in _reached_from([output.grad_fn for output in outputs if output.grad_fn is not None]):
         name = node.name()
         if _SELECTING.search(name):
-            chosen += _next(node)
+            chosen += following_nodes(node)
         cuts += [getattr(node, f"_saved_{one}") for one in _CUTTING.get(name, ())]
         cuts += [number for _, number in node.next_functions if number]
     return Routes(hash(tuple(cuts)), frozenset(_reached_from(chosen)))
@@ -67,8 +67,8 @@ def _reached_from(nodes: Sequence[Node]) -> Iterator[Node]:
         if node not in seen:
             seen.add(node)
             yield node
-            pending += _next(node)
+            pending += following_nodes(node)
 
 
-def _next(node: Node) -> list[Node]:
+def following_nodes(node: Node) -> list[Node]:
     return [following for following, _ in node.next_functions if following is not None]
