@@ -19,7 +19,14 @@ from torch.utils.data import DataLoader, SequentialSampler
 from tqdm import tqdm
 
 from ctrak_lightning.content import changed_samples, content_hashes
-from ctrak_lightning.errors import DatasetChangedError, GradientError, StoreError, TrialError
+from ctrak_lightning.errors import (
+    DatasetChangedError,
+    GradientError,
+    StoreError,
+    StoreMismatchError,
+    TrainingChangedError,
+    TrialError,
+)
 from ctrak_lightning.exposures import BatchIds, Exposures
 from ctrak_lightning.gradients import (
     GradientTracer,
@@ -35,7 +42,15 @@ from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.surveying import NO_AUGMENTATION, Once, bounded
 from ctrak_lightning.task import Encoded, encode, task_modules
 from ctrak_lightning.traced_model import TracedModel, Weights
-from ctrak_lightning.traces import CheckpointWriter, SampleTable, StoreHeader, TraceStore, TraceWriter
+from ctrak_lightning.traces import (
+    Checkpoint,
+    CheckpointWriter,
+    IncompleteStoreWarning,
+    SampleTable,
+    StoreHeader,
+    TraceStore,
+    TraceWriter,
+)
 from ctrak_lightning.traces.lock import WriterLock
 from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.tracing import check_batch, trace_batch
@@ -181,7 +196,13 @@ class Capture:
         Args:
             step: optimizer steps taken before.
             state: what ``exposures.state_dict()`` was then; without it, the counts of the store's checkpoint of this step.
+
+        Raises:
+            StoreMismatchError: the store has traces of this step, and they are of other weights than the owner's.
         """
+        if step in self.writer.sealed_steps:
+            with self._processes.together():
+                self._require_weights_of(step)
         if step == 0:
             self.exposures.unknown = None
         elif state is None or not self.exposures.load_state_dict(state):
@@ -202,10 +223,23 @@ class Capture:
         return self._batch_ids.of(batch)
 
     def _exposures_at(self, step: int) -> Tensor | None:
-        if step not in self.writer.sealed_steps:
-            return None
-        [checkpoint] = (one for one in TraceStore(self.writer.path).checkpoints if one.step == step)
-        return checkpoint.exposures()
+        return self._sealed(step).exposures() if step in self.writer.sealed_steps else None
+
+    def _sealed(self, step: int) -> Checkpoint:
+        with warnings.catch_warnings():
+            # Another step's, which goes on later.
+            warnings.simplefilter("ignore", IncompleteStoreWarning)
+            store = TraceStore(self.writer.path)
+        return next(one for one in store.checkpoints if one.step == step)
+
+    def _require_weights_of(self, step: int) -> None:
+        changed = self._model.changed_from(self._sealed(step).weights())
+        if changed:
+            raise StoreMismatchError(
+                f"{self.writer.path}: its traces of step {step} are of other weights than those that training goes on from: "
+                f"{len(changed)} parameters differ, such as {changed[0]!r}. Nothing was changed. HINT: go on from the weights of the "
+                "run that made the store, or name a new folder."
+            )
 
     def run(self, step: int, *, epoch: int, learning_rate: float | None = None) -> None:
         """Traces all samples with the present weights and seals the checkpoint.
@@ -230,8 +264,12 @@ class Capture:
 
     def require_unchanged_since(self, step: int) -> None:
         """Raises a TrainingChangedError where the weights are not those that were sealed at ``step``, which is the present step."""
-        stored = next(one for one in TraceStore(self.writer.path).checkpoints if one.step == step).weights()
-        self._model.require_as_stored(stored, step)
+        changed = self._model.changed_from(self._sealed(step).weights())
+        if changed:
+            raise TrainingChangedError(
+                f"Step {step} has traces already, and since then {len(changed)} parameters have changed, such as {changed[0]!r}, "
+                "without an optimizer step that could be counted. HINT: step a torch.optim.Optimizer."
+            )
 
     def _trace(self, checkpoint: CheckpointWriter) -> None:
         """Traces the samples that are this process's and not in ``checkpoint`` yet."""

@@ -1,7 +1,7 @@
 """The model of a capture: what of it trains, what stays as it is, and the function that both make."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Literal
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ctrak_lightning.errors import TrainingChangedError
 from ctrak_lightning.fingerprint import model_fingerprint
 from ctrak_lightning.frozen import Frozen, Used, changing_buffers, parts_of
 from ctrak_lightning.function import UnrecordedFunctionWarning, function_of, null_condition, outputs_under
@@ -107,15 +106,10 @@ class TracedModel:
                 self._frozen.require_unchanged()
         return {"weights": weights, "buffers": changing_buffers(self._owner, self._parts)}
 
-    def require_as_stored(self, weights: dict[str, Tensor], step: int) -> None:
-        """Raises a TrainingChangedError where the weights are not those that were sealed at ``step``, which is the present step."""
+    def changed_from(self, weights: Mapping[str, Tensor]) -> list[str]:
+        """The names of the trained parameters that are not, to the bit, these ``weights``."""
         now = self.trained.now().items()
-        changed = [name for name, value in now if not torch.equal(weights[name], value.cpu())]
-        if changed:
-            raise TrainingChangedError(
-                f"Step {step} has traces already, and since then {len(changed)} parameters have changed, such as {changed[0]!r}, "
-                "without an optimizer step that could be counted. HINT: step a torch.optim.Optimizer."
-            )
+        return [name for name, value in now if not torch.equal(weights[name], value.cpu())]
 
     @contextmanager
     def alike(self) -> Iterator[None]:

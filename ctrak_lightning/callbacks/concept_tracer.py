@@ -1,14 +1,14 @@
 """ConceptTracer: keeps a trace of every training sample while a diffusion model is fine-tuned."""
 
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning as L
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import model_helpers
@@ -18,25 +18,19 @@ from typing_extensions import override
 
 from ctrak_lightning import methods
 from ctrak_lightning.callbacks import averaging
-from ctrak_lightning.callbacks.exposures import ExposureCounter
 from ctrak_lightning.callbacks.inline import (
     grad_scaler,
     loss_scale,
     refuse_what_inline_cannot_trace,
 )
-from ctrak_lightning.callbacks.loaders import TrainingLoader
-from ctrak_lightning.callbacks.steps import StepCounter
-from ctrak_lightning.capture import Capture
-from ctrak_lightning.errors import ProcessLostError, StoreLockedError, TaskError, TrialError
-from ctrak_lightning.gradients import GradientTracer, Projection
+from ctrak_lightning.callbacks.traced_run import Memory, TracedRun
+from ctrak_lightning.errors import ProcessLostError, TaskError
+from ctrak_lightning.gradients import Projection
 from ctrak_lightning.inline import InlineCapture
 from ctrak_lightning.method import Method
-from ctrak_lightning.processes import Processes, processes_of
 from ctrak_lightning.task import DiffusersTask, DiffusionTask, resolve_task
 from ctrak_lightning.traced_model import Weights
 from ctrak_lightning.traces.atomic import TEMPORARY_SUFFIX
-from ctrak_lightning.traces.lock import WriterLock, hold_folder
-from ctrak_lightning.trained import trained_parameters
 from ctrak_lightning.trajectory import InTraining
 from ctrak_lightning.trial import Question
 
@@ -55,8 +49,9 @@ class ConceptTracer(Callback):
     calls ``backward()``, and restores every module's training flag. What trains is what requires grad and is in an optimizer; where
     that changes during a run (unfreezing, another adapter), traces end there, and ``on_error`` says what becomes of training.
 
-    Before the first step two samples are traced on trial, as a capture will (``docs/attach.md``): what does not fit is told
-    then, and not at the first checkpoint.
+    The store is opened by the first training batch, when whatever freezes or unfreezes weights as training starts has done so. Two
+    samples are then traced on trial, as a capture will (``docs/attach.md``): what does not fit is told before the first step, and
+    not at the first checkpoint.
 
     Args:
         dirpath: the store's folder.
@@ -98,6 +93,7 @@ class ConceptTracer(Callback):
 
     Warns:
         UserWarning: steps have no trace, under ``on_error="warn"``.
+        ChangedWeightsWarning: the weights that are traced are not those that the last optimizer step has left.
         UntracedSampleWarning: training batches have samples that are not in the store.
         SlowParameterWarning: parameters of no known layer, such as DoRA's magnitudes, are traced by a pass per sample; in mode
             ``"inline"`` they are not traced (UntracedParameterWarning).
@@ -188,22 +184,15 @@ class ConceptTracer(Callback):
         self.seed = seed
         self.on_error = on_error
         self.loader = loader
+        self.questions: tuple[Question, ...] = ()
+        """Those that are taken into the trial, by :meth:`will_be_asked`."""
+        self._listeners: list[Callable[[L.Trainer], None]] = []
+        self._run: TracedRun | None = None
+        self._memory = Memory()
         self._untraced: dict[int, int] = {}  # step: epoch
         self._has_told_dropped = False
         self.untraced_steps: list[int] = []
         """Steps of this run that have no trace because it could not be stored, known when training ends."""
-        self._capture: Capture | None = None
-        self._lock: WriterLock | None = None
-        self._last_step = 0
-        self._steps: StepCounter | None = None
-        self._order: list[Callback] = []
-        self._unseen_steps = 0
-        self._exposures: ExposureCounter | None = None
-        self._exposure_state: dict[str, Any] | None = None
-        self._run_id: str | None = None
-        self._resumed = False
-        self._listeners: list[Callable[[L.Trainer], None]] = []
-        self._questions: tuple[Question, ...] = ()
         self.last_seconds = 0.0
         """What the last capture took, in seconds of wall time; in mode ``"inline"`` sealing alone."""
         self.trial_seconds = 0.0
@@ -217,7 +206,7 @@ class ConceptTracer(Callback):
 
     def will_be_asked(self, questions: Sequence[Question]) -> None:
         """Takes questions into the trial when training starts, in place of those named before."""
-        self._questions = tuple(questions)
+        self.questions = tuple(questions)
 
     def should_trace(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Whether to trace now. Called with ``step_idx`` after an optimizer step (the count of steps done), and with
@@ -242,8 +231,10 @@ class ConceptTracer(Callback):
                 f"`ConceptTracer` cannot trace under {type(trainer.strategy).__name__}: no process holds the whole of a "
                 "layer. HINT: use DDP or a single device; LoRA makes most models fit."
             )
-        if trainer.current_epoch == 0:  # else the same Trainer goes on
-            self._unseen_steps = 0
+        goes_on = (
+            trainer.fit_loop.epoch_loop.batch_progress.total.ready > 0
+        )  # the same Trainer, with another `fit`
+        self._memory = replace(self._memory, is_resumed=False) if goes_on else Memory()
         # A module may build its networks in its own `setup` or `configure_model`, which come after this.
         if not any(model_helpers.is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
             self._task_of(pl_module)
@@ -266,46 +257,35 @@ class ConceptTracer(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if _skipped(trainer):
             return
-        self._steps = StepCounter(trainer, pl_module, self._unseen_steps)
-        self._last_step = self._steps.now
-        self._untraced, self.untraced_steps = {}, []
-        self._loader = TrainingLoader(trainer, self.loader)
-        self._has_told_dropped = False
-        processes = self._processes(trainer)
-        self._lock = self._hold(processes)
-        try:
-            self._capture = self._open(trainer, pl_module, self._steps, processes)
-        except TrialError as error:
-            raise MisconfigurationException(f"`ConceptTracer(dirpath={self.dirpath!r})`: {error}") from error
-        self._exposures = ExposureCounter(trainer, pl_module, self._capture, self._loader)
-        if self._capture.trial is not None:
-            self.trial_seconds = self._capture.trial.seconds
-            rank_zero_info(f"ConceptTracer(dirpath={self.dirpath!r}): {self._capture.trial}")
-        self._order = averaging.put_first(trainer, self)
+        self._untraced, self.untraced_steps, self._has_told_dropped = {}, [], False
+        self._run = TracedRun(self, trainer, pl_module, self._task_of(pl_module), self._memory)
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if isinstance(self._capture, InlineCapture):
-            with self._following(self._capture, trainer):
-                self._capture.begin_step(self._loader.part(batch))
-        if self._exposures is not None:
-            self._exposures.begin(batch)
+        if self._run is None:
+            return
+        self._begin(self._run)
+        with self._following(trainer) as inline:
+            if inline is not None:
+                inline.begin_step(self._run.loader.part(batch))
+        if self._run.exposures is not None:
+            self._run.exposures.begin(batch)
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        if isinstance(self._capture, InlineCapture):
-            with self._following(self._capture, trainer):
-                self._capture.before_backward(loss)
-        if self._exposures is not None:
-            self._exposures.backward()
+        with self._following(trainer) as inline:
+            if inline is not None:
+                inline.before_backward(loss)
+        if self._run is not None and self._run.exposures is not None:
+            self._run.exposures.backward()
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if isinstance(self._capture, InlineCapture):
-            with self._following(self._capture, trainer):
-                self._capture.after_backward(
+        with self._following(trainer) as inline:
+            if inline is not None:
+                inline.after_backward(
                     step=trainer.global_step,
                     loss_scale=loss_scale(trainer),
                     skip_not_finite=grad_scaler(trainer) is not None,
@@ -315,15 +295,12 @@ class ConceptTracer(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._exposures is not None:
-            self._exposures.end()
-        # Under gradient accumulation this hook fires per micro-batch; only a finished optimizer step counts.
-        if self._steps is None or self._steps.now == self._last_step:
+        if self._run is None:
             return
-        # Of several optimizers that step in one batch, any step may be one at which to trace.
-        taken = range(self._last_step + 1, self._steps.now + 1)
-        self._last_step = self._steps.now
-        if any(self.should_trace(step_idx=step) for step in taken):
+        if self._run.exposures is not None:
+            self._run.exposures.end()
+        # Under gradient accumulation this hook fires per micro-batch; only a finished optimizer step counts.
+        if any(self.should_trace(step_idx=step) for step in self._run.steps_taken()):
             self._trace(trainer)
 
     @override
@@ -345,56 +322,50 @@ class ConceptTracer(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         self._tell_untraced()
-        self._close(trainer)
+        self._close()
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._close(trainer)
+        self._close()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        unseen = self._unseen_steps if self._steps is None else self._steps.unseen
-        return {"run_id": self._run_id, "unseen_steps": unseen, "exposures": self._exposures_now()}
+        memory = self._memory if self._run is None else self._run.memory
+        return {
+            "run_id": memory.run_id,
+            "unseen_steps": memory.unseen_steps,
+            "exposures": memory.exposures,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._run_id = state_dict["run_id"]
-        self._unseen_steps = state_dict.get("unseen_steps", 0)
-        self._exposure_state = state_dict.get("exposures")
-        self._resumed = True
+        self._memory = Memory(
+            run_id=state_dict["run_id"],
+            unseen_steps=state_dict.get("unseen_steps", 0),
+            exposures=state_dict.get("exposures"),
+            is_resumed=True,
+        )
 
-    def _close(self, trainer: L.Trainer) -> None:
-        averaging.put_back(trainer, self, self._order)
-        if isinstance(self._capture, InlineCapture):
-            self._capture.detach()
-        self._exposure_state = self._exposures_now()
-        if self._exposures is not None:
-            self._exposures.detach()
-        if self._steps is not None:
-            self._steps.detach()
-            self._unseen_steps = self._steps.unseen
-        if self._lock is not None:
-            self._lock.release()
-        self._capture, self._steps, self._exposures, self._lock = None, None, None, None
+    def _close(self) -> None:
+        if self._run is not None:
+            self._memory = self._run.memory
+            self._run.close()
+            self._run = None
 
-    def _exposures_now(self) -> dict[str, Any] | None:
-        """The exposures up to the last step, which is noted beside them."""
-        if self._capture is None:
-            return self._exposure_state
-        return self._capture.exposures.state_dict() | {"step": self._last_step}
+    def _begin(self, run: TracedRun) -> None:
+        trial = run.begin()
+        if trial is not None:
+            self.trial_seconds = trial.seconds
 
     def _trace(self, trainer: L.Trainer) -> None:
-        if self._capture is None or self._steps is None or averaging.has_replaced(trainer):
+        if self._run is None or averaging.has_replaced(trainer):
             return
-        step = self._steps.now
-        is_sealed = step in self._capture.writer.sealed_steps
-        if is_sealed and not self._steps.is_manual:
-            return
+        self._begin(self._run)
+        step = self._run.steps.now
+        # When training ends the epoch counts one more; a second attempt at a step goes on with the first one's rows.
+        epoch = self._untraced.get(step, trainer.current_epoch)
         try:
-            if is_sealed:
-                self._capture.require_unchanged_since(step)
-                return
-            self._run(self._capture, trainer, step)
+            seconds = self._run.seal(step, epoch)
         except ProcessLostError:  # nothing can go on
             raise
         except Exception as error:  # in all processes: see Processes.together
@@ -402,29 +373,23 @@ class ConceptTracer(Callback):
                 raise
             self._note_untraced(step, trainer.current_epoch, error)
             return
+        if seconds is None:
+            return
+        self.last_seconds = seconds
+        self._untraced.pop(step, None)
         for listener in self._listeners:
             listener(trainer)
 
-    def _run(self, capture: Capture, trainer: L.Trainer, step: int) -> None:
-        optimizers = trainer.optimizers
-        learning_rate = float(optimizers[0].param_groups[0]["lr"]) if optimizers else None
-        # When training ends the epoch counts one more; a second attempt at a step goes on with the first one's rows.
-        epoch = self._untraced.get(step, trainer.current_epoch)
-        started = time.monotonic()
-        try:
-            with self._weights_of(trainer):
-                capture.run(step, epoch=epoch, learning_rate=learning_rate)
-        finally:
-            if self._exposures is not None:
-                self._exposures.tell()
-        self.last_seconds = time.monotonic() - started
-        self._untraced.pop(step, None)
-
     @contextmanager
-    def _following(self, capture: InlineCapture, trainer: L.Trainer) -> Iterator[None]:
-        """What fails inside costs the rows of one training step and not the run, but for the first one: that is the set-up."""
+    def _following(self, trainer: L.Trainer) -> Iterator[InlineCapture | None]:
+        """The inline capture, where there is one. What fails inside costs the rows of one training step and not the run, but for the
+        first one: that is the set-up."""
+        capture = None if self._run is None else self._run.capture
+        if not isinstance(capture, InlineCapture):
+            yield None
+            return
         try:
-            yield
+            yield capture
         except Exception as error:
             capture.drop_step()
             if not capture.steps_followed:
@@ -449,8 +414,8 @@ class ConceptTracer(Callback):
         self._untraced.setdefault(step, epoch)
 
     def _tell_untraced(self) -> None:
-        if self._capture is not None:
-            self._capture.exposures.tell_outside()
+        if self._run is not None and self._run.capture is not None:
+            self._run.capture.exposures.tell_outside()
         if self._untraced:
             rank_zero_warn(
                 f"ConceptTracer(dirpath={self.dirpath!r}): steps {list(self._untraced)} have no trace, because they could not be "
@@ -459,106 +424,11 @@ class ConceptTracer(Callback):
             )
             self.untraced_steps, self._untraced = list(self._untraced), {}
 
-    def _hold(self, processes: Processes) -> WriterLock:
-        """Before the data is gone through and anything of the folder is changed."""
-        try:
-            return hold_folder(Path(self.dirpath), processes)
-        except StoreLockedError as error:
-            raise MisconfigurationException(f"`ConceptTracer(dirpath={self.dirpath!r})`: {error}") from error
-
-    def _open(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, steps: StepCounter, processes: Processes
-    ) -> Capture:
-        task = self._task_of(pl_module)
-        kind = InlineCapture if self.mode == "inline" else Capture
-        capture = kind(
-            self.dirpath,
-            pl_module,
-            task,
-            self._trace_batches(trainer, pl_module),
-            method=self.method,
-            tracer=GradientTracer(
-                task.denoiser,
-                self.projection,
-                layers=self.layers,
-                engine="hooks" if self.mode == "inline" else "auto",
-                trained=trained_parameters(task.denoiser, steps.optimizers),
-            ),
-            optimizers=steps.optimizers,
-            weights=self.weights,
-            seed=self.seed,
-            dtype=self.dtype,
-            thumbnails=self.thumbnails,
-            device=pl_module.device,
-            rows_at_once=self.batch_size or self._half_batch(),
-            progress=trainer.progress_bar_callback is not None,
-            processes=processes,
-            questions=self._questions,
-            lock=self._lock,
-        )
-        self._reconcile(capture, steps.now)
-        state = self._exposure_state
-        capture.resume(steps.now, state if state and state["step"] == steps.now else None)
-        if isinstance(capture, InlineCapture):
-            capture.attach()
-        self._run_id = capture.writer.run_id
-        return capture
-
-    def _weights_of(self, trainer: L.Trainer) -> AbstractContextManager[None]:
-        if self.weights == "raw" or self._steps is None:
-            return nullcontext()
-        trained = trained_parameters(trainer.lightning_module, self._steps.optimizers)
-        return averaging.averaged(trainer, trainer.lightning_module, list(trained))
-
     def _task_of(self, pl_module: L.LightningModule) -> Any:
         try:
             return resolve_task(pl_module, self.task)
         except TaskError as error:
             raise MisconfigurationException(f"`ConceptTracer`: {error}") from error
-
-    @staticmethod
-    def _processes(trainer: L.Trainer) -> Processes:
-        try:
-            return processes_of(trainer.world_size)
-        except RuntimeError as error:
-            raise MisconfigurationException(
-                f"`ConceptTracer`: {trainer.world_size} processes under {type(trainer.strategy).__name__}: {error} HINT: use "
-                'strategy="ddp", or a single device.'
-            ) from error
-
-    def _reconcile(self, capture: Capture, step: int) -> None:
-        """Makes the store describe the run that goes on from ``step``, and nothing else."""
-        writer = capture.writer
-        if self._resumed and self._run_id not in (None, writer.run_id):
-            rank_zero_warn(
-                f"ConceptTracer(dirpath={self.dirpath!r}): the checkpoint was made with store {self._run_id!r}, the folder "
-                f"holds store {writer.run_id!r}. Traces of steps before {step} may be missing."
-            )
-        later = [sealed for sealed in writer.sealed_steps if sealed > step]
-        if later and not self._resumed:
-            raise MisconfigurationException(
-                f"`ConceptTracer(dirpath={self.dirpath!r})`: the folder holds traces of steps {later} of an earlier run, and "
-                f"this run starts at step {step}. Nothing was changed. HINT: name a new folder, resume with "
-                "`trainer.fit(ckpt_path=...)`, or delete the folder."
-            )
-        if later:
-            rank_zero_warn(
-                f"ConceptTracer(dirpath={self.dirpath!r}): training resumes at step {step}; the traces of steps {later}, made "
-                "after that checkpoint, are removed and will be made again."
-            )
-            writer.discard_after(step)
-
-    def _half_batch(self) -> int | None:
-        """Half of the training loader's batch size, where it is known."""
-        size = self._loader.batch_size
-        return None if size is None else max(1, size // 2)
-
-    def _trace_batches(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
-        owners: tuple[Any, ...] = (getattr(trainer, "datamodule", None), pl_module)
-        for owner in owners:
-            if owner is not None and hasattr(owner, "trace_dataloader"):
-                return owner.trace_dataloader()
-        return self._loader.batches(self.batch_size)
 
 
 def _skipped(trainer: L.Trainer) -> bool:

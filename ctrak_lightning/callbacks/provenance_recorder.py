@@ -69,7 +69,7 @@ class ProvenanceRecorder(Callback):
         self.revision = revision
         self.parent = parent
         self._root: Path | None = None
-        self._beginning: dict[str, Any] | None = None
+        self._is_due = False
         self._seen: tuple[int, ...] = ()
         self._has_warned = False
 
@@ -80,16 +80,15 @@ class ProvenanceRecorder(Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._beginning, self._seen, self._has_warned = None, (), False
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            # Before the first step changes the weights; recorded once the tracer has opened its store.
-            self._beginning = self._facts(trainer, pl_module)
+        self._seen, self._has_warned = (), False
+        self._is_due = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._begin(trainer)
+        # The tracer, which is called first, has opened its store, and no step has changed the weights yet.
+        self._begin(trainer, pl_module)
 
     @override
     def on_train_batch_end(
@@ -103,7 +102,10 @@ class ProvenanceRecorder(Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin(trainer)
+        if (
+            self._root is not None and (self._root / MANIFEST).exists()
+        ):  # else nothing was trained and nothing traced
+            self._begin(trainer, pl_module)
 
     @override
     def on_exception(
@@ -125,10 +127,11 @@ class ProvenanceRecorder(Callback):
     def _is_recording(self) -> bool:
         return bool(self._seen)
 
-    def _begin(self, trainer: L.Trainer) -> None:
-        if self._beginning is None or self._root is None:
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._is_due or self._root is None:
             return
-        facts, self._beginning = self._beginning, None
+        self._is_due = False
+        facts = self._facts(trainer, pl_module)
         manifest = read_manifest(self._root)
         facts |= {"run_id": manifest.run_id, "header": header_facts(manifest.header)}
         resumed = Ledger(self._root).exists or trainer.ckpt_path is not None

@@ -56,10 +56,9 @@ class TraceStore:
         unsealed = [record.step for record in self._manifest.checkpoints if not record.sealed]
         if not sealed:
             raise StoreError(
-                f"{self.path} has no sealed checkpoint (begun: {unsealed or 'none'}): the capture was "
-                "interrupted. "
-                "HINT: run the training again with the same callback and folder; it continues where it "
-                "stopped."
+                f"{self.path} has no sealed checkpoint (begun: {unsealed or 'none'}): the run has not come to its first one, or was "
+                "ended before it, or it could not be traced, which the run's log says. HINT: go on with the run, with the same "
+                "callback and folder; what was begun is continued."
             )
         self._size = count_samples(self.path / self._manifest.samples)
         for record in sealed:

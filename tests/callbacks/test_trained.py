@@ -1,5 +1,6 @@
 """ConceptTracer: what trains, how its steps are counted, and what becomes of a run in which that changes."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,16 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from ctrak_lightning import TraceStore, methods
-from ctrak_lightning.callbacks import ConceptTracer
+from ctrak_lightning.callbacks import ConceptTracer, ProvenanceRecorder
+from ctrak_lightning.callbacks.traced_run import ChangedWeightsWarning
 from ctrak_lightning.errors import TrainingChangedError
+from ctrak_lightning.fingerprint import weights_digest
+from ctrak_lightning.provenance.ledger import Ledger
 from ctrak_lightning.trained import UntrainedParameterWarning
 
 from ..stress.subject import Small
@@ -119,6 +124,10 @@ def fit(
     return tracer
 
 
+def files_of(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
 def steps(path: Path) -> list[int]:
     return [checkpoint.step for checkpoint in TraceStore(path / "traces").checkpoints]
 
@@ -171,6 +180,64 @@ class Thaw(BaseFinetuning):
     def finetune_function(self, pl_module: L.LightningModule, epoch: int, optimizer: Any) -> None:
         if epoch == 1:
             self.unfreeze_and_add_param_group(pl_module.denoiser.conv_in, optimizer)
+
+
+class ThawAtOnce(Thaw):
+    """The first layer joins as the first epoch begins."""
+
+    def finetune_function(self, pl_module: L.LightningModule, epoch: int, optimizer: Any) -> None:
+        super().finetune_function(pl_module, epoch + 1, optimizer)
+
+
+class Chosen(Toy):
+    """Decides what trains, and with which frozen weights, when training starts; ``hook`` says in which of Lightning's hooks."""
+
+    hook = "on_train_start"
+
+    def choose(self) -> None:
+        if self.current_epoch == 0:
+            self.denoiser.text.requires_grad_(False)
+            with torch.no_grad():
+                self.denoiser.text.weight.mul_(2)
+
+    def on_train_start(self) -> None:
+        if self.hook == "on_train_start":
+            self.choose()
+
+    def on_train_epoch_start(self) -> None:
+        if self.hook == "on_train_epoch_start":
+            self.choose()
+
+
+class ChosenLater(Chosen):
+    hook = "on_train_epoch_start"
+
+
+OUTER = ["conv_in.bias", "conv_in.weight", "conv_out.bias", "conv_out.weight"]
+
+
+@pytest.mark.filterwarnings("ignore:You have overridden `on_epoch")
+@pytest.mark.parametrize(
+    ("module", "callbacks", "trained"),
+    [
+        (Chosen, list, OUTER),
+        (ChosenLater, list, OUTER),
+        (Toy, lambda: [ThawAtOnce()], [*OUTER, "text.bias", "text.weight"]),
+    ],
+)
+def test_what_trains_is_what_does_at_the_first_step(
+    tmp_path: Path, module: Callable[[], Toy], callbacks: Callable[[], list[Any]], trained: list[str]
+) -> None:
+    subject = module()
+    tracer = fit(tmp_path, subject, *callbacks(), ProvenanceRecorder(), on_error="raise", tracer_first=True)
+    assert tracer.trial_seconds > 0
+    assert steps(tmp_path) == [3, 6]
+    stored = TraceStore(tmp_path / "traces").checkpoints[-1].weights()
+    assert sorted(stored) == [f"denoiser.{name}" for name in trained]
+    begun = Ledger(tmp_path / "traces").entries()[0].facts["base_model"]
+    assert begun["frozen"] == weights_digest(
+        {name: value for name, value in subject.named_parameters() if name not in stored}
+    )
 
 
 class Later(Toy):
@@ -228,3 +295,72 @@ def test_what_is_in_no_optimizer_is_named_and_neither_traced_nor_stored(tmp_path
     assert idle.header == plain.header
     assert sorted(idle.checkpoints[-1].weights()) == ["denoiser.conv_out.bias", "denoiser.conv_out.weight"]
     torch.testing.assert_close(idle.checkpoints[-1].features(), plain.checkpoints[-1].features())
+
+
+class OwnAverage(Callback):
+    """An average of the weights by hand, put in their place at the end of every epoch, or for as long as a validation takes."""
+
+    def __init__(self, gives_back: bool) -> None:
+        self.gives_back = gives_back
+
+    def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        self.average = {name: value.detach().clone() for name, value in pl_module.denoiser.named_parameters()}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: L.LightningModule, *args: Any) -> None:
+        for name, value in pl_module.denoiser.named_parameters():
+            self.average[name].lerp_(value.detach(), 0.5)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        for name, value in pl_module.denoiser.named_parameters():
+            before = value.data.clone()
+            value.data.copy_(self.average[name])  # which no version of a tensor tells of
+            if self.gives_back:
+                value.data.copy_(before)
+
+
+def changes_told(path: Path, *callbacks: Callback, **options: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(path, Toy(), *callbacks, on_error="raise", **options)
+    return [str(one.message) for one in caught if issubclass(one.category, ChangedWeightsWarning)]
+
+
+def test_weights_that_no_step_has_left_are_told_once(tmp_path: Path) -> None:
+    at_end: dict[str, Any] = {"every_n_epochs": None}
+    [told] = changes_told(tmp_path / "swapped", OwnAverage(gives_back=False), **at_end)
+    assert "at step 6" in told
+    assert "'denoiser.conv_in.weight' has changed since, as have 6 of 6 parameters" in told
+    assert "EMAWeightAveraging" in told
+    # Where the average goes back in time, or is Lightning's own, what is traced is what trains.
+    assert changes_told(tmp_path / "lent", OwnAverage(gives_back=True), **at_end) == []
+    assert changes_told(tmp_path / "known", EMAWeightAveraging(decay=0.5), **at_end) == []
+    assert changes_told(tmp_path / "ema", EMAWeightAveraging(decay=0.5), weights="ema", **at_end) == []
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")  # Lightning's own
+def test_another_runs_checkpoint_is_not_continued_into_a_store(tmp_path: Path) -> None:
+    def saved(name: str, module: Toy, **options: Any) -> str:
+        fit(tmp_path / name, module, ModelCheckpoint(tmp_path / name, save_last=True), **options)
+        return str(tmp_path / name / "last.ckpt")
+
+    differing = Toy()
+    with torch.no_grad():
+        differing.denoiser.conv_out.bias += 1
+    saved("mine", Toy())
+    twin, other = saved("twin", Toy()), saved("other", differing)
+    longer = saved("longer", Toy(), epochs=3)
+    mine = tmp_path / "mine"
+    before = files_of(mine / "traces")
+    # At a step that has traces the weights tell; at another one, nothing shows that the two are one run.
+    for checkpoint, told in {
+        other: r"traces of step 6 are of other weights .*6 parameters differ.*Nothing was changed.*HINT",
+        longer: r"holds traces of steps \[3, 6\] of run .*from step 9 of a checkpoint that was saved without this folder.*Nothing was changed.*HINT",
+    }.items():
+        with pytest.raises(MisconfigurationException, match=told):
+            fit(mine, Toy(), ckpt_path=checkpoint, epochs=4)
+        assert files_of(mine / "traces") == before
+    fit(mine, Toy(), ckpt_path=twin, epochs=3)
+    assert steps(mine) == [3, 6, 9]
+    exposures = TraceStore(mine / "traces").checkpoints[-1].exposures()
+    assert exposures is not None
+    assert exposures.tolist() == [3] * 12

@@ -105,19 +105,24 @@ def test_gradient_checkpointing(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", pipelines_of("accumulation"))
 def test_accumulation_and_averaged_weights(name: str, tmp_path: Path) -> None:
-    """At the end of training the averaged weights are traced, by a tracer that stands after the averaging callback."""
+    """Traced are the weights that train, unless the average is asked for, which the module has at the end."""
     options: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 3}
-    plain, traced = made(name), made(name)
+    plain, raw, traced = made(name), made(name), made(name)
     train(plain, [EMAWeightAveraging(decay=0.5)], **options)
-    callback = tracer(tmp_path, every_n_train_steps=2)
-    train(traced, [EMAWeightAveraging(decay=0.5), callback], **options)
+    train(raw, [tracer(tmp_path / "raw", every_n_train_steps=2), EMAWeightAveraging(decay=0.5)], **options)
+    averaged = tracer(tmp_path / "ema", every_n_train_steps=2, weights="ema")
+    train(traced, [EMAWeightAveraging(decay=0.5), averaged], **options)
     assert same_weights(plain, traced)
-    store = TraceStore(tmp_path)
-    assert [c.step for c in store.checkpoints] == [2, 3]  # optimizer steps
-    kept = store.checkpoints[-1].weights()
-    averaged = dict(traced.named_parameters())
-    assert all(torch.equal(kept[name], averaged[name]) for name in kept)
-    assert row_error(last(tmp_path), by_loop(traced.task)) < TOLERANCE
+    assert same_weights(plain, raw)
+    unaveraged = made(name)
+    train(unaveraged, [], **options)
+    for module, folder in ((unaveraged, "raw"), (traced, "ema")):
+        store = TraceStore(tmp_path / folder)
+        assert [c.step for c in store.checkpoints] == [2, 3]  # optimizer steps
+        kept = store.checkpoints[-1].weights()
+        own = dict(module.named_parameters())
+        assert all(torch.equal(kept[name], own[name]) for name in kept)
+        assert row_error(last(tmp_path / folder), by_loop(module.task)) < TOLERANCE
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
