@@ -64,7 +64,7 @@ def forget(path: str | Path, sample_ids: Sequence[str]) -> Forgotten:
     """
     root = Path(path)
     read_manifest(root)
-    with hold_for(root, "forgets samples"):
+    with hold_for(root, "forgets samples") as lock:
         manifest = _finish(root)
         table = stored_table(root, manifest)
         gone = positions_of(table, sample_ids, root)
@@ -79,6 +79,7 @@ def forget(path: str | Path, sample_ids: Sequence[str]) -> Forgotten:
                     "first."
                 )
             _check_files(root, after)
+            lock.require()
             write_manifest(root, after)
         except StoreError:
             if read_manifest(root) == manifest:

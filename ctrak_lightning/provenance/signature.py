@@ -46,7 +46,7 @@ def sign(path: str | Path, key: str | Path) -> dict[str, Any]:
     private = _private_key(Path(key))
     ledger = Ledger(root)
     ledger.require()
-    with hold_for(root, "signs its ledger"):
+    with hold_for(root, "signs its ledger") as lock:
         entries = ledger.entries()
         if not entries:
             raise StoreError(f"{root / LEDGER} has no entry. HINT: sign once a run has been recorded.")
@@ -59,6 +59,7 @@ def sign(path: str | Path, key: str | Path) -> dict[str, Any]:
             "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         }
         document = signed | {"signature": private.sign(canonical(signed)).hex()}
+        lock.require()
         write_atomically(root / LEDGER_SIGNATURE, lambda file: _write(file, canonical(document) + b"\n"))
     return document
 

@@ -168,8 +168,8 @@ def hold_folder(root: Path, processes: Processes = ALONE, work: str = "traces in
 
 
 @contextmanager
-def hold_for(root: Path, work: str) -> Iterator[None]:
-    """Holds the store at ``root`` and its ledger for one piece of work.
+def hold_for(root: Path, work: str) -> Iterator[WriterLock]:
+    """Holds the store at ``root`` and its ledger for one piece of work; gives the lock, to be required before anything is replaced.
 
     Raises:
         StoreLockedError: another holds the store; nothing was changed.
@@ -178,7 +178,7 @@ def hold_for(root: Path, work: str) -> Iterator[None]:
     lock = WriterLock(root, work)
     try:
         with ledger_lock(root):
-            yield
+            yield lock
     finally:
         lock.release()
 

@@ -17,7 +17,7 @@ import torch
 
 from ctrak_lightning import Concept, TraceStore
 from ctrak_lightning.errors import CorruptStoreError, DatasetChangedError, StoreError, StoreLockedError
-from ctrak_lightning.provenance import Ledger, LedgerWarning, forget, forgetting, recording, verify
+from ctrak_lightning.provenance import Ledger, LedgerWarning, forget, forgetting, recording, signature, verify
 from ctrak_lightning.provenance.commitments import commit
 from ctrak_lightning.provenance.forgetting import finish
 from ctrak_lightning.provenance.query_log import QueryLog, result_digest
@@ -446,6 +446,29 @@ def test_a_capture_that_begins_meanwhile_is_refused_or_ends_the_forgetting(
     sync(store)
     finish(store)
     assert verify(store) == []
+
+
+def test_what_is_done_without_the_lock_is_not_kept(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody has deleted the lock meanwhile, and nobody has written yet."""
+    private, _ = write_keys(tmp_path)
+    before = read_bytes(store)
+    for module, name, change in (
+        (forgetting, "rewrite_without", lambda: forget(store, GONE)),
+        (signature, "replay", lambda: sign(store, private)),
+    ):
+        real = getattr(module, name)
+
+        def unlocking(*args: Any, real: Any = real) -> Any:
+            (store / WRITER_LOCK).unlink()
+            return real(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(StoreLockedError, match="removed or replaced"):
+            patch.setattr(module, name, unlocking)
+            change()
+        (store / WRITER_LOCK).touch()
+        assert read_bytes(store) == before
 
 
 class Crash(BaseException):
