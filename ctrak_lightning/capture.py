@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ from tqdm import tqdm
 from ctrak_lightning.content import changed_samples, content_hashes
 from ctrak_lightning.errors import (
     DatasetChangedError,
-    GradientError,
     StoreError,
     StoreMismatchError,
     TrainingChangedError,
@@ -39,14 +38,13 @@ from ctrak_lightning.method import Method
 from ctrak_lightning.numbering import numbered, reloaded
 from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.rng import isolated_rng
-from ctrak_lightning.surveying import NO_AUGMENTATION, Once, bounded
+from ctrak_lightning.surveying import NO_AUGMENTATION, Once, Surveyed, bounded, table_of, thumbnails_of
 from ctrak_lightning.task import Encoded, encode, task_modules
 from ctrak_lightning.traced_model import TracedModel, Weights
 from ctrak_lightning.traces import (
     Checkpoint,
     CheckpointWriter,
     IncompleteStoreWarning,
-    SampleTable,
     StoreHeader,
     TraceStore,
     TraceWriter,
@@ -55,20 +53,6 @@ from ctrak_lightning.traces.lock import WriterLock
 from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.tracing import check_batch, trace_batch
 from ctrak_lightning.trial import SAMPLES, Question, Trial, first_samples, named, try_questions, try_samples
-
-THUMBNAIL = 64
-
-
-@dataclass(frozen=True, slots=True)
-class _Surveyed:
-    """Who the samples of one batch are."""
-
-    number: int
-    shape: torch.Size
-    sample_ids: list[str]
-    hashes: list[str]
-    metadata: dict[str, list[str]]
-    thumbnails: Tensor | None
 
 
 class Capture:
@@ -145,7 +129,7 @@ class Capture:
         self._is_partly_seen = self.trial is not None and self.trial.blocks < self.trial.all_blocks
         self._batch_ids = BatchIds(task)
         surveyed = self._survey(thumbnails)
-        table, latent_shape = _table(surveyed)
+        table, latent_shape = table_of(surveyed)
         starts = itertools.accumulate((len(batch.sample_ids) for batch in surveyed), initial=0)
         self._starts = {batch.number: start for batch, start in zip(surveyed, starts, strict=False)}
         self.sample_ids, self._content = table.sample_ids, table.content_sha256
@@ -381,10 +365,10 @@ class Capture:
                 with named("thumbnails, by `pictures(batch)` or `decode(latents)`"), torch.no_grad():
                     images = self._pictures(batch, encoded)
                     if images is not None:
-                        _thumbnails(images)
+                        thumbnails_of(images)
             yield encoded
 
-    def _survey(self, thumbnails: bool) -> list[_Surveyed]:
+    def _survey(self, thumbnails: bool) -> list[Surveyed]:
         """One pass over the data without the network: who the samples are, batch by batch."""
         own = []
         once = Once()
@@ -403,13 +387,13 @@ class Capture:
                 self._batch_ids.compare(batch, encoded.sample_ids)
                 images = self._pictures(batch, encoded) if thumbnails else None
                 own.append(
-                    _Surveyed(
+                    Surveyed(
                         number,
                         encoded.latents.shape[1:],
                         encoded.sample_ids,
                         content_hashes(batch, encoded),
                         {name: list(map(str, values)) for name, values in encoded.metadata.items()},
-                        None if images is None else _thumbnails(images),
+                        None if images is None else thumbnails_of(images),
                     )
                 )
         each = self._processes.gather(own)
@@ -476,32 +460,6 @@ def _fields(batch: Any) -> str:
     return type(batch).__name__
 
 
-def _table(batches: Sequence[_Surveyed]) -> tuple[SampleTable, torch.Size]:
-    """The samples of all batches, and the shape of their latents."""
-    if not batches:
-        raise GradientError("The data set to trace is empty; expected at least one batch.")
-    first = batches[0]
-    for batch in batches:
-        if batch.shape != first.shape:
-            raise GradientError(
-                f"Latents of shapes {tuple(first.shape)} and {tuple(batch.shape)} in one data set; expected "
-                "one shape. HINT: trace buckets of different sizes into stores of their own."
-            )
-        if batch.metadata.keys() != first.metadata.keys():
-            raise DatasetChangedError(
-                f"Metadata columns {sorted(first.metadata)} and {sorted(batch.metadata)} in one data set; expected the "
-                "same columns in every batch."
-            )
-    images = [batch.thumbnails for batch in batches if batch.thumbnails is not None]
-    table = SampleTable(
-        [sample_id for batch in batches for sample_id in batch.sample_ids],
-        [digest for batch in batches for digest in batch.hashes],
-        {name: [value for batch in batches for value in batch.metadata[name]] for name in first.metadata},
-        torch.cat(images) if images else None,
-    )
-    return table, first.shape
-
-
 def _every(batches: Iterable[Any], rank: int, count: int) -> DataLoader[Any] | None:
     """The ``rank``-th of every ``count`` batches of a DataLoader that goes through its data set in order, without loading the
     others; None for anything else, which must be gone through."""
@@ -520,14 +478,3 @@ def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
         return type(batch)(_to(value, device) for value in batch)
     return batch
-
-
-def _thumbnails(images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] as uint8 [B, h, w, 3], no side longer than THUMBNAIL."""
-    longest = max(images.shape[-2:])
-    if longest > THUMBNAIL:
-        scale = THUMBNAIL / longest
-        images = torch.nn.functional.interpolate(
-            images.float(), scale_factor=scale, mode="bilinear", antialias=True
-        )
-    return images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()

@@ -1,9 +1,16 @@
-"""What is asked of the data that is traced: an end, and each sample once."""
+"""A pass over the data before it is traced: who the samples are. It must have an end, and give each sample once."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ctrak_lightning.errors import BatchError
+import torch
+from torch import Tensor
+
+from ctrak_lightning.errors import BatchError, DatasetChangedError, GradientError
+from ctrak_lightning.traces import SampleTable
+
+THUMBNAIL = 64
 
 NO_AUGMENTATION = (
     "HINT: define `trace_dataloader()` on the DataModule or module: the same samples in a fixed order, without augmentation, and "
@@ -46,3 +53,64 @@ class Once:
                 "that repeats itself has no end."
             )
         self._seen.update(sample_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """Who the samples of one batch are.
+
+    Args:
+        number: of the batch.
+        shape: of a sample's latents.
+        sample_ids, hashes, metadata: of its samples; the hashes are those of their content.
+        thumbnails: uint8 [B, h, w, 3].
+    """
+
+    number: int
+    shape: torch.Size
+    sample_ids: list[str]
+    hashes: list[str]
+    metadata: dict[str, list[str]]
+    thumbnails: Tensor | None
+
+
+def table_of(batches: Sequence[Surveyed]) -> tuple[SampleTable, torch.Size]:
+    """The samples of all batches, and the shape of their latents.
+
+    Raises:
+        GradientError: there are none, or latents of several shapes.
+        DatasetChangedError: the batches have different columns.
+    """
+    if not batches:
+        raise GradientError("The data set to trace is empty; expected at least one batch.")
+    first = batches[0]
+    for batch in batches:
+        if batch.shape != first.shape:
+            raise GradientError(
+                f"Latents of shapes {tuple(first.shape)} and {tuple(batch.shape)} in one data set; expected "
+                "one shape. HINT: trace buckets of different sizes into stores of their own."
+            )
+        if batch.metadata.keys() != first.metadata.keys():
+            raise DatasetChangedError(
+                f"Metadata columns {sorted(first.metadata)} and {sorted(batch.metadata)} in one data set; expected the "
+                "same columns in every batch."
+            )
+    images = [batch.thumbnails for batch in batches if batch.thumbnails is not None]
+    table = SampleTable(
+        [sample_id for batch in batches for sample_id in batch.sample_ids],
+        [digest for batch in batches for digest in batch.hashes],
+        {name: [value for batch in batches for value in batch.metadata[name]] for name in first.metadata},
+        torch.cat(images) if images else None,
+    )
+    return table, first.shape
+
+
+def thumbnails_of(images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] as uint8 [B, h, w, 3], no side longer than THUMBNAIL."""
+    longest = max(images.shape[-2:])
+    if longest > THUMBNAIL:
+        scale = THUMBNAIL / longest
+        images = torch.nn.functional.interpolate(
+            images.float(), scale_factor=scale, mode="bilinear", antialias=True
+        )
+    return images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()

@@ -464,9 +464,10 @@ def test_what_is_done_without_the_lock_is_not_kept(
             (store / WRITER_LOCK).unlink()
             return real(*args)
 
-        with monkeypatch.context() as patch, pytest.raises(StoreLockedError, match="removed or replaced"):
+        with monkeypatch.context() as patch:
             patch.setattr(module, name, unlocking)
-            change()
+            with pytest.raises(StoreLockedError, match="removed or replaced"):
+                change()
         (store / WRITER_LOCK).touch()
         assert read_bytes(store) == before
 
