@@ -39,7 +39,7 @@ from ctrak_lightning.numbering import numbered, reloaded
 from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.surveying import NO_AUGMENTATION, Once, Surveyed, bounded, table_of, thumbnails_of
-from ctrak_lightning.task import Encoded, encode, task_modules
+from ctrak_lightning.task import Encoded, encode, name_of, task_modules
 from ctrak_lightning.traced_model import TracedModel, Weights
 from ctrak_lightning.traces import (
     Checkpoint,
@@ -357,7 +357,7 @@ class Capture:
             if item is None:
                 return
             _, batch = item
-            encoding = named(f"{type(self.task).__name__}.encode(batch of {_fields(batch)})")
+            encoding = named(f"{name_of(self.task)}.encode(batch of {_fields(batch)})")
             # Noticed here as well: a task may keep what it has encoded once, and not compute it again in the survey.
             with encoding, torch.no_grad(), self._model.noticing():
                 encoded = self._encode(batch)

@@ -12,7 +12,7 @@ from ctrak_lightning.conditions import conditions_of
 from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.gradients import tracing_mode
 from ctrak_lightning.rng import isolated_rng, seeded_noise
-from ctrak_lightning.task import Condition, task_modules
+from ctrak_lightning.task import Condition, name_of, task_modules
 from ctrak_lightning.traces.function import Function
 from ctrak_lightning.trajectory import repeated
 
@@ -120,7 +120,7 @@ def refuse_another_function(stored: Function, task: Any, latent_shape: Sequence[
     apart = 0.0 if mine is None else stored.condition_difference(mine)
     if apart > CONDITION_TOLERANCE:
         raise StoreMismatchError(
-            f"With the weights of step {step}, {type(task).__name__}.condition() gives other conditions than when the network was "
+            f"With the weights of step {step}, {name_of(task)}.condition() gives other conditions than when the network was "
             f"traced: they differ by {apart:.2g} of their size, expected at most {CONDITION_TOLERANCE:g}. HINT: use the label map, "
             "tokenizer and text encoder of the traced run."
         )
@@ -146,7 +146,7 @@ def _if_possible(task: Any, latent_shape: Sequence[int], condition: Condition) -
     if problem is None:
         return [outputs]
     warnings.warn(
-        f"{type(task).__name__}.predict() cannot be asked under noise of the null condition's shape ({problem}). A question will not "
+        f"{name_of(task)}.predict() cannot be asked under noise of the null condition's shape ({problem}). A question will not "
         "notice another network that answers alike under the null condition. HINT: let predict() take any numbers of the shape of "
         "`condition({}, 1)`.",
         UnrecordedFunctionWarning,

@@ -33,4 +33,4 @@ def seeded_noise(shape: Sequence[int], seed: int, timestep: float, key: str) -> 
     """Standard normal noise (float32, CPU) that depends on these arguments alone."""
     digest = hashlib.sha256(f"{seed}/{timestep}/{key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(tuple(shape), generator=generator)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)

@@ -107,10 +107,8 @@ def table_of(batches: Sequence[Surveyed]) -> tuple[SampleTable, torch.Size]:
 
 def thumbnails_of(images: Tensor) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] as uint8 [B, h, w, 3], no side longer than THUMBNAIL."""
-    longest = max(images.shape[-2:])
+    images, longest = images.float(), max(images.shape[-2:])
     if longest > THUMBNAIL:
         scale = THUMBNAIL / longest
-        images = torch.nn.functional.interpolate(
-            images.float(), scale_factor=scale, mode="bilinear", antialias=True
-        )
+        images = torch.nn.functional.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
     return images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()

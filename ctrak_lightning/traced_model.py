@@ -15,7 +15,7 @@ from ctrak_lightning.function import UnrecordedFunctionWarning, function_of, nul
 from ctrak_lightning.gradients import undisturbed
 from ctrak_lightning.lending import lent
 from ctrak_lightning.processes import Processes
-from ctrak_lightning.task import Encoded, task_modules
+from ctrak_lightning.task import Encoded, name_of, task_modules
 from ctrak_lightning.traces import CheckpointWriter
 from ctrak_lightning.trained import Trained
 
@@ -86,7 +86,7 @@ class TracedModel:
         )
         if not self._has_function:
             warnings.warn(
-                f"{type(self._task).__name__}.condition({{}}, 1) gives no null condition, under which the network's outputs would be "
+                f"{name_of(self._task)}.condition({{}}, 1) gives no null condition, under which the network's outputs would be "
                 "recorded without anything of a training sample. A question will not notice another network with the same weights "
                 "(another adapter scale, say). HINT: let condition() take `{}`: what a spec does not name is dropped.",
                 UnrecordedFunctionWarning,

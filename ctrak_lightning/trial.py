@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ctrak_lightning import errors
 from ctrak_lightning.errors import TrialError
 from ctrak_lightning.gradients import GradientTracer
 from ctrak_lightning.memory import RowLimit, is_out_of_memory
 from ctrak_lightning.method import Method
-from ctrak_lightning.task import Condition, Encoded, Spec
+from ctrak_lightning.task import Condition, Encoded, Spec, Wrapped, name_of
 from ctrak_lightning.tracing import Trace, check_batch, trace_query
 from ctrak_lightning.trajectory import InTraining, Noised
 
 SAMPLES = 2
-_CALLED = ("predict", "condition", "decode", "pictures")
 _TYPED = tuple(
     kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
 )
@@ -152,7 +152,7 @@ def refuse_without_condition(task: Any, method: Method, samples: Encoded) -> Non
         else "methods.d_trak()"
     )
     raise TrialError(
-        f"The method {method.name!r} asks what a concept adds: it compares the network under two conditions, and {_name(task)} has "
+        f"The method {method.name!r} asks what a concept adds: it compares the network under two conditions, and {name_of(task)} has "
         f"none (`encode(batch).condition` is empty), so that nobody could be answered. HINT: trace with {instead}, which looks "
         "at the whole image."
     )
@@ -170,7 +170,7 @@ def conditions_of(task: Any, question: Question) -> dict[str, Condition]:
     found: dict[str, Condition] = {}
     for side, spec in specs.items():
         shown = spec if isinstance(spec, str) else dict(spec)
-        with named(f"Concept({question.name!r}, {side}={shown!r}): {_name(task)}.condition({shown!r}, 1)"):
+        with named(f"Concept({question.name!r}, {side}={shown!r}): {name_of(task)}.condition({shown!r}, 1)"):
             with torch.no_grad():
                 found[side] = task.condition(spec, 1)
             wrong = {
@@ -212,27 +212,20 @@ def try_questions(
                 watched.decode(one.latents)
 
 
-class Watched:
+class Watched(Wrapped):
     """A task whose members say, when they raise, which of them it was and what it was given."""
 
-    def __init__(self, task: Any) -> None:
-        self._task = task
+    members = ("predict", "condition", "decode", "pictures")
 
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._task, name)
-        return self._watched(name, value) if name in _CALLED else value
-
-    def _watched(self, name: str, member: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*args: Any) -> Any:
-            try:
-                return member(*args)
-            except Exception as error:
-                if is_out_of_memory(error):  # for RowLimit
-                    raise
-                given = ", ".join(map(_shape, args))
-                raise _failed(f"{_name(self._task)}.{name}({given})", error) from error
-
-        return called
+    @override
+    def call(self, name: str, member: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return member(*args, **kwargs)
+        except Exception as error:
+            if is_out_of_memory(error):  # for RowLimit
+                raise
+            given = ", ".join(map(_shape, args))
+            raise _failed(f"{name_of(self)}.{name}({given})", error) from error
 
 
 @contextmanager
@@ -280,7 +273,3 @@ def _shape(value: Any) -> str:
         return "{" + _shapes(value) + "}"
     text = repr(value)
     return text if len(text) < 80 else type(value).__name__
-
-
-def _name(task: Any) -> str:
-    return type(task._task if isinstance(task, Watched) else task).__name__

@@ -28,7 +28,7 @@ from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.method import Damping, Method
 from ctrak_lightning.processes import processes_of
 from ctrak_lightning.provenance.query_log import QueryLog
-from ctrak_lightning.task import resolve_task
+from ctrak_lightning.task import in_own_precision, resolve_task
 from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.trajectory import Generation, Sampler
 
@@ -76,7 +76,7 @@ class Attributor(Questions):
             raise ValueError(f"Attributor(batch_size={batch_size}): expected at least 1.")
         if given not in get_args(Given):
             raise ValueError(f"Attributor(given={given!r}): expected one of {get_args(Given)}.")
-        task = resolve_task(module, task)
+        task = in_own_precision(resolve_task(module, task))
         store = store if isinstance(store, TraceStore) else TraceStore(store)
         method = method or described(store, "method", lambda: Method.from_dict(store.header.method))
         sampler = sampler or Sampler()

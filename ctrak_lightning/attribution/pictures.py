@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.errors import ConceptError, TaskError
+from ctrak_lightning.task import name_of
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def latents_of(task: Any, concept: Concept, shape: Sequence[int], like: Tensor) 
     assert isinstance(concept.image, Tensor)
     if not callable(getattr(task, "latents", None)):
         raise TaskError(
-            f"{type(task).__name__} has no `latents`, which a question about an existing image needs: expected a method "
+            f"{name_of(task)} has no `latents`, which a question about an existing image needs: expected a method "
             "latents(images [B, 3, H, W] in [-1, 1]) that returns clean latents [B, ...], as encode(batch) makes them. HINT: move "
             "those lines of encode into it."
         )
@@ -68,12 +69,12 @@ def _weights(task: Any, concept: Concept, mask: Tensor | None, like: Tensor) -> 
             return found.to(like).expand(shape)
         except RuntimeError as error:
             raise TaskError(
-                f"{type(task).__name__}.latent_mask(mask {list(mask.shape)}) returned {list(found.shape)}, expected weights of a "
+                f"{name_of(task)}.latent_mask(mask {list(mask.shape)}) returned {list(found.shape)}, expected weights of a "
                 f"latent {shape}, or what broadcasts to it."
             ) from error
     if len(shape) != 3:
         raise TaskError(
-            f"{type(task).__name__} has latents {shape} and no `latent_mask`, which a question about a part of an image needs: "
+            f"{name_of(task)} has latents {shape} and no `latent_mask`, which a question about a part of an image needs: "
             "expected a method latent_mask(mask [H, W]) that returns weights of that shape."
         )
     (height, width), (rows, columns) = mask.shape, shape[1:]

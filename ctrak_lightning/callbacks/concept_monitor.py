@@ -19,6 +19,7 @@ from ctrak_lightning.attribution import Concept
 from ctrak_lightning.attribution.concept import check_known
 from ctrak_lightning.callbacks.concept_tracer import ConceptTracer
 from ctrak_lightning.callbacks.hparams import logged_hparams, logs_a_metric_itself
+from ctrak_lightning.callbacks.precision import in_precision_of
 from ctrak_lightning.errors import ConceptError, TaskError, TrialError
 from ctrak_lightning.escaping import visible
 from ctrak_lightning.gradients import undisturbed
@@ -162,7 +163,7 @@ class ConceptMonitor(Callback):
             self._run.axis = max(0, _steps_logged(trainer) - 1)
             self._run.tracer.when_sealed(self._on_sealed)
             # Also where the tracer has no trial: the concepts may be others than those of the run that is resumed.
-            task = resolve_task(pl_module, self._run.tracer.task)
+            task = in_precision_of(trainer, resolve_task(pl_module, self._run.tracer.task))
             try:
                 with isolated_rng(self.seed), undisturbed(pl_module, *task_modules(task)):
                     for question in self._questions():

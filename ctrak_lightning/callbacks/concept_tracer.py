@@ -23,6 +23,7 @@ from ctrak_lightning.callbacks.inline import (
     loss_scale,
     refuse_what_inline_cannot_trace,
 )
+from ctrak_lightning.callbacks.precision import in_precision_of
 from ctrak_lightning.callbacks.traced_run import Memory, TracedRun
 from ctrak_lightning.errors import ProcessLostError, TaskError
 from ctrak_lightning.gradients import Projection
@@ -258,7 +259,8 @@ class ConceptTracer(Callback):
         if _skipped(trainer):
             return
         self._untraced, self.untraced_steps, self._has_told_dropped = {}, [], False
-        self._run = TracedRun(self, trainer, pl_module, self._task_of(pl_module), self._memory)
+        task = in_precision_of(trainer, self._task_of(pl_module))
+        self._run = TracedRun(self, trainer, pl_module, task, self._memory)
 
     @override
     def on_train_batch_start(

@@ -96,7 +96,7 @@ class BlockProjector:
 
     def join(self, blocks: Mapping[str, Tensor], batch_size: int, device: torch.device) -> Tensor:
         """Blocks [B, p_out * p_in] side by side [B, P], in the order of their names; a missing block is zero."""
-        joined = torch.zeros(batch_size, self.width, device=device)
+        joined = torch.zeros(batch_size, self.width, dtype=torch.float32, device=device)
         for name, part in self._parts(joined):
             if name in blocks:
                 part.copy_(blocks[name])
@@ -133,10 +133,9 @@ class BlockProjector:
     def _side(self, name: str, side: str, size: int) -> Tensor:
         rank = self.projection.rank
         if size <= rank:
-            return torch.eye(size)
-        return torch.randn(size, rank, generator=_generator(self.projection.seed, side, name)) / math.sqrt(
-            rank
-        )
+            return torch.eye(size, dtype=torch.float32)
+        generator = _generator(self.projection.seed, side, name)
+        return torch.randn(size, rank, generator=generator, dtype=torch.float32) / math.sqrt(rank)
 
     def _hash(self, device: torch.device, salt: int) -> tuple[Tensor, Tensor]:
         """Bucket and sign of each coordinate of the joined blocks; each block draws its own."""

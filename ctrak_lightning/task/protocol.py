@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ctrak_lightning.errors import BatchError, TaskError
 from ctrak_lightning.schedule import Schedule
 from ctrak_lightning.task.ids import plain_ids
+from ctrak_lightning.task.wrapped import name_of, unwrapped
 
 Condition = dict[str, Tensor]
 Spec = Mapping[str, str] | str
@@ -131,6 +132,7 @@ def resolve_task(candidate: Any, description: Any = None) -> Any:
 def task_modules(task: Any) -> list[nn.Module]:
     """The modules that a task computes with: itself, if it is one, or those that it holds, which need not be part of the module
     that trains."""
+    task = unwrapped(task)
     if isinstance(task, nn.Module):
         return [task]
     return [value for value in getattr(task, "__dict__", {}).values() if isinstance(value, nn.Module)]
@@ -149,7 +151,7 @@ def encode(task: Any, batch: Any) -> Encoded:
         raise _missing_field(task, "encode", batch, error) from error
     if not isinstance(encoded, Encoded):
         raise BatchError(
-            f"{type(task).__name__}.encode(batch) returned {type(encoded).__name__}, expected ctrak_lightning.Encoded."
+            f"{name_of(task)}.encode(batch) returned {type(encoded).__name__}, expected ctrak_lightning.Encoded."
         )
     return encoded
 
@@ -169,7 +171,7 @@ def named_samples(task: Any, batch: Any) -> list[str]:
 def _missing_field(task: Any, call: str, batch: Any, error: KeyError) -> BatchError:
     fields = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
     return BatchError(
-        f"{type(task).__name__}.{call}(batch) asked for {error}, and the batch has {fields}. "
+        f"{name_of(task)}.{call}(batch) asked for {error}, and the batch has {fields}. "
         f"HINT: let the dataset return that field, or change {call}()."
     )
 
