@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -137,7 +136,7 @@ class Capture:
         """How often each sample has entered an optimizer step of the run."""
         self._look_again()
         with isolated_rng(seed), self._tracing(), torch.no_grad():
-            model = self._model.observe(latent_shape, _stored_parts(path))
+            model = self._model.observe(latent_shape, _stored_model(path))
         header = StoreHeader(
             method=method.to_dict(),
             projection=tracer.describe(),
@@ -445,13 +444,12 @@ def has_sealed(path: str | Path) -> bool:
         return False
 
 
-def _stored_parts(path: str | Path) -> list[str] | None:
-    """What the folder's store says of the model's frozen parts, if there is one: what a resumed run computes again may be less."""
+def _stored_model(path: str | Path) -> Mapping[str, str] | None:
+    """What the folder's store says of its model, if there is one."""
     try:
-        parts = json.loads(read_manifest(Path(path)).header.model.get("frozen_parts", "null"))
-    except ValueError:  # there is no store, or a damaged one: its writer says so
+        return read_manifest(Path(path)).header.model
+    except StoreError:  # there is none, or a damaged one: its writer says so
         return None
-    return parts if isinstance(parts, list) and all(isinstance(part, str) for part in parts) else None
 
 
 def _fields(batch: Any) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrak_lightning.adapters import adapter_facts
-from ctrak_lightning.frozen import Frozen
+from ctrak_lightning.frozen import Frozen, is_rounded, warn_of_rounding
 
 
 def model_fingerprint(
@@ -33,9 +33,31 @@ def model_fingerprint(
     }
     if parts is None:
         return facts | {"frozen_weights": _all_frozen(own, trained)}
-    frozen = Frozen(module, parts, trained).digest
-    facts |= {"frozen_weights": frozen, "frozen_parts": json.dumps(sorted(parts))}
-    return facts | adapter_facts(module, parts)
+    frozen = Frozen(module, parts, trained)
+    facts |= {"frozen_weights": frozen.digest, "frozen_sketch": frozen.sketch}
+    return facts | {"frozen_parts": json.dumps(sorted(parts))} | adapter_facts(module, parts)
+
+
+def as_stored(stored: Mapping[str, str], mine: Mapping[str, str]) -> dict[str, str]:
+    """A model's facts as a store has them, where they differ in nothing but the rounding of frozen weights.
+
+    Warns:
+        RoundedWeightsWarning: they have been rounded.
+    """
+    facts, sketch, own = dict(mine), stored.get("frozen_sketch"), mine.get("frozen_sketch")
+    if sketch is None or own is None:  # of an earlier version, or of weights that are not frozen
+        facts.pop("frozen_sketch", None)
+        return facts
+    is_same = stored.get("frozen_weights") == mine["frozen_weights"]
+    if not is_same and is_rounded(sketch, own):
+        is_same = True
+        warn_of_rounding(f"sha256 {mine['frozen_weights']}, and in the store {stored.get('frozen_weights')}")
+    # The last digits of a sketch depend on the processor.
+    return facts | (
+        {name: stored[name] for name in ("frozen_weights", "frozen_sketch")}
+        if is_same
+        else {"frozen_sketch": sketch}
+    )
 
 
 def _all_frozen(parameters: Mapping[str, Tensor], trained: Collection[str]) -> str:

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,11 +16,20 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ctrak_lightning.errors import TrainingChangedError
+from ctrak_lightning.rng import seeded_noise
 
 BUFFER_LIMIT = 2**16
 """Buffers of at most so many numbers are taken for ones that training may change, such as running means, and are stored with every
 checkpoint; larger ones, such as tables of positions and quantised weights, are constants."""
+ROUNDING = {"float64": 1e-10, "float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
+"""Largest relative difference ``||a - b|| / ||a||`` of frozen weights that is taken for rounding, by their format: of LoRA that was
+merged into them and unmerged, each 100 times, 1 to 6 units in the last place were measured, which is 4e-7 of float32."""
 _SAMPLED = 64
+_SKETCH, _PERIOD = 64, 2**16
+
+
+class RoundedWeightsWarning(UserWarning):
+    """Frozen weights are what they were but for rounding, as after LoRA has been merged into them and unmerged."""
 
 
 def changing_buffers(owner: nn.Module, parts: Collection[str]) -> dict[str, Tensor]:
@@ -42,32 +54,60 @@ class Frozen:
 
     def __init__(self, owner: nn.Module, parts: Collection[str], trained: Collection[str]) -> None:
         self._owner, self._parts, self._trained = owner, parts, trained
-        self._digests = self._hashed()
+        self._seen = self._looked_at()
+        self._is_rounding_told = False
 
     @property
     def digest(self) -> str:
         """One sha256 (hex) of all of them, their names included."""
-        return hashlib.sha256(json.dumps(self._digests, sort_keys=True).encode()).hexdigest()
+        return _sha256({name: seen.digest for name, seen in self._seen.items()})
+
+    @property
+    def sketch(self) -> str:
+        """What tells rounding from change (:func:`is_rounded`), as JSON: the coarsest format, a digest of what must be equal, and
+        random projections of the weights, each relative to its norm."""
+        total = torch.zeros(_SKETCH + 1, dtype=torch.float64)
+        for name, seen in self._seen.items():
+            if seen.sketch is not None:
+                # Signs of its own, so that two weights that change places are noticed.
+                total += seen.sketch * seeded_noise((_SKETCH + 1,), 0, 0, name).sign()
+        formats = {seen.format for seen in self._seen.values() if seen.sketch is not None}
+        coarsest = max(formats, key=list(ROUNDING).index, default="float64")
+        fixed = _sha256(
+            {
+                name: seen.digest if seen.sketch is None else [seen.format, *seen.shape]
+                for name, seen in self._seen.items()
+            }
+        )
+        return json.dumps([coarsest, fixed, total.tolist()])
 
     def require_unchanged(self) -> None:
-        """Raises a TrainingChangedError that names what has changed since this was made."""
-        now = self._hashed()
-        changed = sorted(
-            name for name in now.keys() | self._digests if now.get(name) != self._digests.get(name)
-        )
+        """Raises a TrainingChangedError that names what has changed, by more than rounding, since this was made.
+
+        Warns:
+            RoundedWeightsWarning: something has been rounded; once.
+        """
+        now, before = self._looked_at(), self._seen
+        gone = sorted(now.keys() ^ before.keys())
+        moved = sorted(name for name in now.keys() & before if now[name].digest != before[name].digest)
+        changed = gone + [name for name in moved if not before[name].is_near(now[name])]
+        if moved and not changed and not self._is_rounding_told:
+            self._is_rounding_told = True
+            warn_of_rounding(f"{len(moved)} of them, such as {moved[0]!r}")
         if changed:
             raise TrainingChangedError(
                 f"{len(changed)} weights or buffers that no optimizer has are not what they were when the traces began, for example "
-                f"{changed[:5]}. HINT: frozen weights must stay as they are during a traced run, and adapters apart from them; "
-                f"buffers of more than {BUFFER_LIMIT} numbers must be constant."
+                f"{changed[:5]}. HINT: frozen weights must stay as they are during a traced run, and adapters apart from them (merged for "
+                "a preview, say, they must be unmerged before the next trace; in 16 bits this moves weights for good: preview with the "
+                f"adapter as it is, or with a copy); buffers of more than {BUFFER_LIMIT} numbers must be constant."
             )
 
-    def _hashed(self) -> dict[str, str]:
+    def _looked_at(self) -> dict[str, "_Seen"]:
         values: dict[str, Tensor] = dict(self._owner.named_parameters())
         values = {name: value for name, value in values.items() if name not in self._trained} | _constants(
             self._owner
         )
-        return {name: _digest(value) for name, value in values.items() if _is_in(name, self._parts)}
+        return {name: _look(value) for name, value in values.items() if _is_in(name, self._parts)}
 
 
 class Used:
@@ -155,20 +195,82 @@ def _is_in(name: str, parts: Collection[str]) -> bool:
     return any(name == part or part == "" or name.startswith(f"{part}.") for part in parts)
 
 
+def is_rounded(stored: str, mine: str) -> bool:
+    """Whether two :attr:`Frozen.sketch` are of the same weights, but for rounding."""
+    try:
+        (coarsest, fixed, before), (format_now, fixed_now, now) = json.loads(stored), json.loads(mine)
+        apart = (torch.tensor(before, dtype=torch.float64) - torch.tensor(now, dtype=torch.float64)).norm()
+        return (coarsest, fixed) == (format_now, fixed_now) and bool(apart <= ROUNDING[coarsest])
+    except (ValueError, TypeError, KeyError, RuntimeError):  # the stored one is damaged
+        return False
+
+
+def warn_of_rounding(what: str) -> None:
+    """Says that frozen weights have been rounded."""
+    warnings.warn(
+        f"Frozen weights are not, to the bit, what they were when the traces began: {what}. They differ by rounding alone, and are taken "
+        "for the same. HINT: that is usual where LoRA is merged into them for a preview and unmerged; a preview without merging, or "
+        "with a copy of the model, leaves them as they are.",
+        RoundedWeightsWarning,
+        stacklevel=3,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Seen:
+    """What is kept of a tensor: its digest, and for formats in which it may be rounded random projections relative to its norm, and its norm's logarithm."""
+
+    digest: str
+    format: str
+    shape: tuple[int, ...]
+    sketch: Tensor | None
+
+    def is_near(self, other: "_Seen") -> bool:
+        """Whether two that are not equal differ by rounding alone."""
+        if self.sketch is None or other.sketch is None:
+            return False
+        is_alike = (self.format, self.shape) == (other.format, other.shape)
+        return is_alike and bool((self.sketch - other.sketch).norm() <= ROUNDING[self.format])
+
+
 _known: Any = WeakIdKeyDictionary()
-"""Digest of every tensor that was hashed, with what tells whether it is still the same."""
+"""What was seen of every tensor that was hashed, with what tells whether it is still the same."""
 
 
-def _digest(value: Tensor) -> str:
+def _look(value: Tensor) -> _Seen:
     mark = _mark(value)
     found = _known.get(value)
     if found is None or found[0] != mark:
-        facts = f"{value.dtype}:{tuple(value.shape)};".encode()
-        digest = hashlib.sha256(facts)
+        form, shape = str(value.dtype).removeprefix("torch."), tuple(value.shape)
+        digest = hashlib.sha256(f"{value.dtype}:{shape};".encode())
         digest.update(_bytes(value.detach()))
-        found = _known[value] = (mark, digest.hexdigest())
-    text: str = found[1]
-    return text
+        sketch = _sketch(value) if form in ROUNDING else None
+        found = _known[value] = (mark, _Seen(digest.hexdigest(), form, shape, sketch))
+    seen: _Seen = found[1]
+    return seen
+
+
+def _sketch(value: Tensor) -> Tensor:
+    """A tensor's count-sketch relative to its norm, and the logarithm of that, float64. The norm of a difference of two is the tensors'
+    relative difference, to about a tenth, and where it is in one element alone, exactly."""
+    total, square = torch.zeros(_SKETCH, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    wide = torch.promote_types(value.dtype, torch.float32)
+    for part in value.detach().flatten().split(_PERIOD):  # no copy of the whole
+        numbers = part.cpu().to(wide)
+        square += numbers.dot(numbers)
+        signed = numbers * _signs()[: len(numbers)]
+        total += torch.nn.functional.pad(signed, (0, -len(signed) % _SKETCH)).view(-1, _SKETCH).sum(0)
+    norm = square.sqrt().clamp(min=1e-30)
+    return torch.cat([total / norm, norm.log()[None]])
+
+
+@lru_cache(maxsize=1)
+def _signs() -> Tensor:
+    return seeded_noise((_PERIOD,), 0, 0, "signs").sign()
+
+
+def _sha256(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _mark(value: Tensor) -> tuple[Any, ...]:

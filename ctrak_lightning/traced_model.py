@@ -1,5 +1,6 @@
 """The model of a capture: what of it trains, what stays as it is, and the function that both make."""
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ctrak_lightning.fingerprint import model_fingerprint
+from ctrak_lightning.fingerprint import as_stored, model_fingerprint
 from ctrak_lightning.frozen import Frozen, Used, changing_buffers, parts_of
 from ctrak_lightning.function import UnrecordedFunctionWarning, function_of, null_condition, outputs_under
 from ctrak_lightning.gradients import undisturbed
@@ -60,12 +61,12 @@ class TracedModel:
         if self._first is None and self._processes.is_first:
             self._first = encoded.rows(0, 1)
 
-    def observe(self, latent_shape: Sequence[int], parts: list[str] | None = None) -> dict[str, str]:
+    def observe(self, latent_shape: Sequence[int], stored: Mapping[str, str] | None = None) -> dict[str, str]:
         """Looks which parts of the owner the task computes with, and hashes what is frozen of them; all processes call it.
 
         Args:
             latent_shape: of one sample.
-            parts: those that an earlier run has found, which are looked at instead.
+            stored: the header's facts of a run that is resumed. What it computes again may be less, so its parts are looked at.
 
         Returns:
             the header's facts of the model.
@@ -75,12 +76,12 @@ class TracedModel:
         with self._processes.together():
             if self._first is not None:
                 used, self._first = self._used_parts(self._first), None
-                self._parts = used if parts is None else parts
+                self._parts = (_parts_in(stored) if stored else None) or used
                 self._frozen = Frozen(self._owner, self._parts, self.trained.names)
                 facts = model_fingerprint(
                     self._owner, self.trained.names, self._task.noise_schedule, self._parts
                 )
-                facts["weights"] = self._weights
+                facts = (as_stored(stored, facts) if stored else facts) | {"weights": self._weights}
         self._parts, self._has_function, facts = self._processes.from_first(
             (self._parts, self._has_function, facts)
         )
@@ -141,3 +142,11 @@ class TracedModel:
                     self._task.decode(encoded.latents)
         self._has_function = condition is not None
         return parts_of(self._owner, self._used, self.trained.names)
+
+
+def _parts_in(stored: Mapping[str, str]) -> list[str] | None:
+    try:
+        parts = json.loads(stored.get("frozen_parts", "null"))
+    except ValueError:  # the store is damaged: its writer says so
+        return None
+    return parts if isinstance(parts, list) and all(isinstance(part, str) for part in parts) else None

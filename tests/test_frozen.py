@@ -1,14 +1,29 @@
 """What of a module is frozen and used: found by watching, hashed once, and told when it changes."""
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from ctrak_lightning import frozen
-from ctrak_lightning.errors import TrainingChangedError
-from ctrak_lightning.frozen import BUFFER_LIMIT, Frozen, Used, changing_buffers, parts_of
+from ctrak_lightning import Attributor, Capture, GradientTracer, Projection, TraceStore, frozen, methods
+from ctrak_lightning.errors import StoreMismatchError, TrainingChangedError
+from ctrak_lightning.frozen import (
+    BUFFER_LIMIT,
+    ROUNDING,
+    Frozen,
+    RoundedWeightsWarning,
+    Used,
+    changing_buffers,
+    is_rounded,
+    parts_of,
+)
+
+from .stress.subject import Small
+from .toy import ToyDiffusion, Toys
 
 
 class Nested(nn.Module):
@@ -99,3 +114,130 @@ def test_buffers_that_training_may_change_are_small_and_of_the_state_dict() -> N
     assert changing_buffers(Nested(), ["net", "table", "codes", "cache"]).keys() == names
     assert changing_buffers(Nested(), ["net.0", "pair"]) == {}
     assert changing_buffers(Nested(), [""]).keys() == names
+
+
+def preview(weight: Tensor, times: int = 1) -> None:
+    """What merging LoRA into a weight and unmerging it does."""
+    generator = torch.Generator().manual_seed(times)
+    before = weight.detach().clone()
+    with torch.no_grad():
+        for _ in range(times):
+            delta = torch.randn(weight.shape, generator=generator).to(weight) * 0.3 * weight.float().std()
+            weight.add_(delta).sub_(delta)
+    assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_rounding_is_told_once_and_a_change_is_refused(dtype: torch.dtype) -> None:
+    module = nn.Sequential(nn.Linear(200, 300), nn.Linear(300, 20)).to(dtype)
+    known = Frozen(module, [""], [])
+    for layer in module:
+        preview(layer.weight, 10)
+    with pytest.warns(RoundedWeightsWarning, match=r"2 of them, such as '0\.weight'.*HINT"):
+        known.require_unchanged()
+    known.require_unchanged()  # another warning would be an error
+    weight = module[0].weight
+    kept = weight.detach().clone()
+    tolerance = ROUNDING[str(dtype).removeprefix("torch.")]
+    changes = [2 * tolerance, max(1e-3, 2 * tolerance)]
+    with torch.no_grad():
+        for size in changes:
+            weight[7, 11] += size * weight.norm()  # one element
+            with pytest.raises(TrainingChangedError, match=r"^1 weights.*'0\.weight'.*HINT.*merged"):
+                known.require_unchanged()
+            weight.copy_(kept)
+            weight.mul_(1 + 2 * size)  # all of them a little
+            with pytest.raises(TrainingChangedError):
+                known.require_unchanged()
+            weight.copy_(kept)
+    known.require_unchanged()
+    module.double() if dtype != torch.float64 else module.append(nn.Linear(1, 1))
+    with pytest.raises(TrainingChangedError):
+        known.require_unchanged()  # the same numbers, in another format, and numbers that are new
+
+
+def test_a_sketch_tells_rounding_from_everything_else() -> None:
+    def network(a: int = 0, b: int = 1) -> nn.ModuleDict:
+        made = nn.ModuleDict({"a": nn.Linear(30, 30, bias=False), "b": nn.Linear(30, 30, bias=False)})
+        for name, seed in (("a", a), ("b", b)):
+            nn.init.normal_(made[name].weight, generator=torch.Generator().manual_seed(seed))
+        made.register_buffer("codes", torch.arange(3))
+        return made
+
+    def sketch(module: nn.Module) -> str:
+        return Frozen(module, [""], []).sketch
+
+    stored, moved = sketch(network()), network()
+    preview(moved["a"].weight)
+    assert is_rounded(stored, sketch(moved))
+    moved.codes += 1
+    assert not is_rounded(stored, sketch(moved))
+    assert not is_rounded(stored, sketch(network(1, 0)))  # changed places
+    assert not is_rounded(stored, sketch(network().double()))
+    wider = network()
+    wider["b"].double()
+    assert not is_rounded(stored, sketch(wider))
+    empty = network()
+    empty.register_parameter("c", nn.Parameter(torch.zeros(3)))
+    assert not is_rounded(stored, sketch(empty))
+    moved = network()
+    with torch.no_grad():
+        moved["b"].weight[0, 0] += 1e-3 * moved["b"].weight.norm()
+    assert not is_rounded(stored, sketch(moved))
+    for damaged in (
+        "",
+        "[]",
+        '["float32", 1, 2]',
+        stored.replace("[", "[[", 1),
+        stored.replace("float32", "odd"),
+    ):
+        assert not is_rounded(damaged, stored)
+    assert not is_rounded(stored.replace("float32", "odd"), stored.replace("float32", "odd"))
+
+
+def test_a_store_is_gone_on_with_and_asked_after_a_preview(tmp_path: Path) -> None:
+    def made() -> ToyDiffusion:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            module = ToyDiffusion(denoiser=Small())
+        module.embedding.requires_grad_(False)
+        module.denoiser.conv_in.requires_grad_(False)
+        return module
+
+    def capture(module: ToyDiffusion) -> Capture:
+        tracer = GradientTracer(module.denoiser, Projection(rank=2, dim=32))
+        loader = DataLoader(Toys(), 6)
+        return Capture(
+            str(tmp_path),
+            module,
+            module,
+            loader,
+            method=methods.d_trak(timesteps=2),
+            tracer=tracer,
+            progress=False,
+        )
+
+    module = made()
+    first = capture(module)
+    first.run(1, epoch=0)
+    header = TraceStore(tmp_path).header
+    preview(module.denoiser.conv_in.weight)
+    with pytest.warns(RoundedWeightsWarning, match=r"denoiser\.conv_in\.weight"):
+        first.run(2, epoch=1)
+    first.close()
+    with pytest.warns(RoundedWeightsWarning, match="in the store"):
+        again = capture(module)
+    again.run(3, epoch=2)  # told already
+    again.close()
+    assert TraceStore(tmp_path).header == header
+    with pytest.warns(RoundedWeightsWarning, match="in the store"):
+        Attributor(tmp_path, module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Attributor(tmp_path, made())
+    with torch.no_grad():
+        module.denoiser.conv_in.weight[0, 0, 0, 0] += 0.1
+    with pytest.raises(StoreMismatchError, match=r"model\.frozen_weights.*HINT.*unmerged"):
+        Attributor(tmp_path, module)
+    with pytest.raises(StoreMismatchError, match=r"model\.frozen_weights"):
+        capture(module)

@@ -16,7 +16,7 @@ from ctrak_lightning.attribution.parts import concatenated
 from ctrak_lightning.attribution.pictures import weights_of
 from ctrak_lightning.attribution.query import Query, spec_key
 from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreMismatchError
-from ctrak_lightning.fingerprint import model_fingerprint
+from ctrak_lightning.fingerprint import as_stored, model_fingerprint
 from ctrak_lightning.function import refuse_another_function
 from ctrak_lightning.gradients import GradientTracer, Projection
 from ctrak_lightning.inversion import inverted
@@ -307,7 +307,7 @@ def model_facts(
     parts = described(
         store, "model", lambda: json.loads(stored["frozen_parts"]) if "frozen_parts" in stored else None
     )
-    mine = model_fingerprint(owner, trained, schedule, parts)
+    mine = as_stored(stored, model_fingerprint(owner, trained, schedule, parts))
     if "adapters" not in stored:
         mine.pop("adapters", None)  # recorded where there were some, and not by earlier versions
     return stored, mine
@@ -322,5 +322,6 @@ def refuse_differences(where: str, stored: Any, mine: Any) -> None:
         )
         raise StoreMismatchError(
             f"The store was made with another set-up: {listed}. HINT: build the module as in the traced run (same base "
-            "weights, same adapters, same scheduler), or name the store's own method."
+            "weights, same adapters, same scheduler), or name the store's own method. Base weights that LoRA was merged into, and "
+            "unmerged from, have been rounded: load them as that run did when it began."
         )

@@ -33,7 +33,9 @@ def provenance_facts(store: TraceStore) -> dict[str, str]:
         "projection": _text(header.projection),
         "traces": f"{len(store)} samples, {header.dim} numbers each, {header.dtype}",
     }
-    facts |= {f"model: {name}": _text(value) for name, value in header.model.items()}
+    facts |= {
+        f"model: {name}": _text(value) for name, value in header.model.items() if name != "frozen_sketch"
+    }
     facts |= {f"data set: {name}": _text(value) for name, value in header.dataset.items()}
     for record in manifest.checkpoints:
         if not record.sealed:
