@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +51,16 @@ from ctrak_lightning.traces import (
 from ctrak_lightning.traces.lock import WriterLock
 from ctrak_lightning.traces.manifest import read_manifest
 from ctrak_lightning.tracing import check_batch, trace_batch
-from ctrak_lightning.trial import SAMPLES, Question, Trial, first_samples, named, try_questions, try_samples
+from ctrak_lightning.trial import (
+    SAMPLES,
+    Question,
+    Trial,
+    first_samples,
+    named,
+    told_of_buffers,
+    try_questions,
+    try_samples,
+)
 
 
 class Capture:
@@ -281,9 +290,12 @@ class Capture:
                 bar.update(rows * self._processes.count)
 
     @contextmanager
-    def _tracing(self) -> Iterator[None]:
-        with undisturbed(self.owner, *task_modules(self.task)), parameters_unmoved(self.owner):
-            yield
+    def _tracing(self) -> Iterator[Callable[[], list[str]]]:
+        with (
+            undisturbed(self.owner, *task_modules(self.task)) as changed_buffers,
+            parameters_unmoved(self.owner),
+        ):
+            yield changed_buffers
 
     @property
     def _shows_progress(self) -> bool:
@@ -316,11 +328,12 @@ class Capture:
         """Traces two samples, this process's first ones, in every way in which captures and questions will."""
         started = time.monotonic()
         trial = None
-        with self._processes.together(), isolated_rng(self.seed), self._tracing():
+        with self._processes.together(), isolated_rng(self.seed), self._tracing() as changed_buffers:
             samples = first_samples(self._tried_batches(thumbnails))
             if samples is not None:
                 limit = RowLimit(min(SAMPLES, self._row_limit.rows or SAMPLES))
-                trial = try_samples(self.task, self.tracer, self.method, samples, self.seed, limit)
+                with told_of_buffers(changed_buffers):
+                    trial = try_samples(self.task, self.tracer, self.method, samples, self.seed, limit)
                 try_questions(self.task, self.tracer, self.method, samples, questions, self.seed)
         return None if trial is None else replace(trial, seconds=time.monotonic() - started)
 

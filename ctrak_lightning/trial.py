@@ -23,6 +23,7 @@ from ctrak_lightning.tracing import Trace, check_batch, trace_query
 from ctrak_lightning.trajectory import InTraining, Noised
 
 SAMPLES = 2
+_SHOWN = 5
 _TYPED = tuple(
     kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
 )
@@ -239,6 +240,28 @@ def named(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise _failed(what, error) from (error.__cause__ if isinstance(error, TrialError) else error)
+
+
+@contextmanager
+def told_of_buffers(changed: Callable[[], list[str]]) -> Iterator[None]:
+    """Names, where rows are not each sample's own, the buffers that a pass changes: an output that depends on them is another one in
+    every pass.
+
+    Raises:
+        TrialError: as was raised inside.
+    """
+    try:
+        yield
+    except TrialError as error:
+        names = changed()
+        if not names or not isinstance(error.__cause__, errors.GradientError):
+            raise
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        raise TrialError(
+            f"{error} A likely cause: a pass in evaluation mode changes the buffers {names[:_SHOWN]}{more}, so that an output which depends "
+            "on them, such as a running estimate, is another one in every pass. HINT: let `forward` update them only where "
+            "`self.training` is set."
+        ) from error.__cause__
 
 
 def _failed(what: str, error: Exception) -> TrialError:

@@ -179,6 +179,40 @@ def test_a_network_that_mixes_the_samples_of_a_batch_is_refused_by_layer(
     assert capture(tmp_path, Task(mixes="in both passes"), batches, rows_at_once=1).trial is not None
 
 
+def test_buffers_that_every_pass_changes_are_named_where_rows_are_not_a_samples_own(tmp_path: Path) -> None:
+    class Running(Network):
+        """A running estimate of the size of its inputs, in evaluation mode too; and a counter that nothing depends on."""
+
+        estimate: Tensor
+
+        def __init__(self, is_used: bool) -> None:
+            super().__init__()
+            self.is_used = is_used
+            self.register_buffer("estimate", torch.ones(1))
+            self.register_buffer("constant", torch.ones(1))
+
+        def forward(self, x: Tensor, words: Tensor | None) -> Tensor:
+            self.estimate.mul_(0.5).add_(x.detach().abs().mean())
+            return super().forward(x / self.estimate if self.is_used else x, words)
+
+    for is_used in (True, False):
+        task = Task()
+        task.denoiser = Running(is_used)
+        if is_used:
+            with pytest.raises(
+                TrialError,
+                match=r"differ.*A likely cause.*buffers \['denoiser\.estimate'\], .*HINT.*training",
+            ) as found:
+                capture(tmp_path, task)
+            assert isinstance(found.value.__cause__, GradientError)
+        else:
+            assert capture(tmp_path, task).trial is not None
+        assert float(task.denoiser.estimate) == 1
+    with pytest.raises(TrialError) as mixed:
+        capture(tmp_path / "mixed", Task(mixes="in both passes"))
+    assert "buffers" not in str(mixed.value)
+
+
 def test_two_samples_are_taken_from_batches_of_one(tmp_path: Path) -> None:
     found = capture(tmp_path, Task(), DataLoader(Images(), 1)).trial
     assert found is not None

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ctrak_lightning.callbacks.samplers import batch_size_of, drawable, gives_batches
 from ctrak_lightning.numbering import reloaded
 
+_SHOWN = 10
 _HINT = (
     "HINT: define `trace_dataloader()` on the DataModule or module: the samples that are trained on, each once, in a fixed "
     "order, without augmentation."
@@ -33,12 +34,13 @@ class TrainingLoader:
         given = trainer.train_dataloader
         self._path = "" if name is None else str(name)
         loaders = _leaves(given)
+        self._described, hint = _described(given, loaders)
         if name is not None and self._path not in loaders:
             raise MisconfigurationException(
-                f"`ConceptTracer(loader={name!r})`: the training data is {_described(loaders)}. HINT: give one of these names"
-                f"{', or leave `loader` out' if '' in loaders else ''}."
+                f"`ConceptTracer(loader={name!r})`: the training data is {self._described}. {hint or 'HINT: give one of these names'}"
+                f"{', or leave `loader` out.' if '' in loaders else '' if hint else '.'}"
             )
-        self._loaders = loaders
+        self._hint = hint or "HINT: ConceptTracer(loader=...) names it."
         self.loader: Any = loaders.get(self._path)
         """The loader, or None where there are several and none was named."""
 
@@ -54,8 +56,8 @@ class TrainingLoader:
         loader = self.loader
         if loader is None:
             raise MisconfigurationException(
-                f"`ConceptTracer`: the training data is {_described(self._loaders)}. Expected one DataLoader, or the name of the one "
-                "whose samples are traced. HINT: ConceptTracer(loader=...) names it."
+                f"`ConceptTracer`: the training data is {self._described}. Expected one DataLoader, or the name of the one "
+                f"whose samples are traced. {self._hint}"
             )
         if not isinstance(loader, DataLoader):
             raise MisconfigurationException(
@@ -131,7 +133,14 @@ def _leaves(loaders: Any, path: str = "") -> dict[str, Any]:
     }
 
 
-def _described(loaders: Mapping[str, Any]) -> str:
+def _described(given: Any, loaders: Mapping[str, Any]) -> tuple[str, str]:
+    """What the training data is, and a hint where there is no loader in it that could be named."""
     if "" in loaders:
-        return f"one loader, {type(loaders['']).__name__}"
-    return f"{len(loaders)} loaders, {', '.join(map(repr, loaders))}"
+        return f"one loader, {type(loaders['']).__name__}", ""
+    named = [name for name, leaf in loaders.items() if isinstance(leaf, DataLoader)]
+    if not named:
+        inside = given.values() if isinstance(given, Mapping) else given
+        kinds = " and ".join(sorted({f"{type(one).__name__}s" for one in inside})[:_SHOWN])
+        return f"a {type(given).__name__} of {len(given)} {kinds}, which are no DataLoaders", _HINT
+    more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
+    return f"{len(named)} loaders, {', '.join(map(repr, named[:_SHOWN]))}{more}", ""

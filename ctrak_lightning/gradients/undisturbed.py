@@ -1,6 +1,6 @@
 """A network that is run for its traces and answers, and is afterwards as it was: also what its forward pass changes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,25 +13,35 @@ _SHOWN = 5
 
 
 @contextmanager
-def undisturbed(module: nn.Module, *others: nn.Module) -> Iterator[None]:
+def undisturbed(module: nn.Module, *others: nn.Module) -> Iterator[Callable[[], list[str]]]:
     """:func:`tracing_mode`, and buffers are as before on exit, also after an error: a counter of calls, running statistics that
     are taken in evaluation mode too. Buffers that were replaced by other tensors are put back.
 
     Args:
         module: the network to be traced.
         others: further modules that are run with it.
+
+    Yields:
+        what gives the names of the buffers that have changed so far.
     """
-    owners = {id(owner): owner for root in (module, *others) for owner in root.modules()}.values()
+    owners: dict[int, tuple[str, nn.Module]] = {}
+    for root in (module, *others):
+        for prefix, owner in root.named_modules():
+            owners.setdefault(id(owner), (f"{prefix}." if prefix else "", owner))
     with tracing_mode(module, *others):
         kept = [
-            (owner, name, buffer, None if buffer is None else buffer.detach().clone())
-            for owner in owners
+            (prefix, owner, name, buffer, None if buffer is None else buffer.detach().clone())
+            for prefix, owner in owners.values()
             for name, buffer in owner._buffers.items()
         ]
         try:
-            yield
+            yield lambda: sorted(
+                f"{prefix}{name}"
+                for prefix, owner, name, _, value in kept
+                if value is not None and not _is_still(owner._buffers.get(name), value)
+            )
         finally:
-            for owner, name, buffer, value in kept:
+            for _, owner, name, buffer, value in kept:
                 owner._buffers[name] = buffer
                 if buffer is not None and value is not None and not _equal(buffer, value):
                     with torch.no_grad():
@@ -58,6 +68,10 @@ def parameters_unmoved(module: nn.Module) -> Iterator[None]:
             "leaves them alone. HINT: a layer that takes its first values from the first batch (ActNorm) must have seen one before "
             "training starts: call the network once on a batch of yours before `fit`."
         )
+
+
+def _is_still(buffer: Tensor | None, value: Tensor) -> bool:
+    return buffer is not None and _equal(buffer, value)
 
 
 def _equal(buffer: Tensor, value: Tensor) -> bool:

@@ -208,6 +208,33 @@ def test_the_one_of_several_loaders_is_named() -> None:
     assert training(several, name="images").part({"images": None, "more": None}) is None
 
 
+@pytest.mark.parametrize(
+    ("given", "described"),
+    [
+        (
+            [{"image": torch.ones(2, 3), "ids": ["a", "b"]}] * 39,
+            "a list of 39 dicts, which are no DataLoaders",
+        ),
+        ((torch.ones(2), [1, 2]), "a tuple of 2 Tensors and lists, which are no DataLoaders"),
+        ({"images": torch.ones(4)}, "a dict of 1 Tensors, which are no DataLoaders"),
+    ],
+)
+def test_batches_in_a_list_are_no_loaders(given: Any, described: str) -> None:
+    match = f"the training data is {described}\\. Expected one DataLoader.*HINT: define `trace_dataloader"
+    with pytest.raises(MisconfigurationException, match=match):
+        training(given).batches(None)
+    with pytest.raises(MisconfigurationException, match=f"loader='x'.*{described}\\. HINT: define `trace"):
+        training(given, name="x")
+
+
+def test_of_many_loaders_some_are_named_and_what_is_beside_them_is_not() -> None:
+    given = {"some": [DataLoader(NUMBERS, 4)] * 30, "other": [torch.ones(2)]}
+    with pytest.raises(
+        MisconfigurationException, match=r"30 loaders, 'some\.0', .*'some\.9' and 20 more\. Exp"
+    ):
+        training(given).batches(None)
+
+
 def test_data_without_an_end_is_told() -> None:
     class Long(list[int]):
         def __len__(self) -> int:
