@@ -45,14 +45,17 @@ class Once:
 
     def add(self, sample_ids: Sequence[str]) -> None:
         """Raises a BatchError that names samples which were there before."""
-        again = [name for name in sample_ids if name in self._seen]
+        others, again = len(self._seen), []
+        for name in sample_ids:
+            if name in self._seen:
+                again.append(name)
+            self._seen.add(name)
         if again:
             raise BatchError(
-                f"The data to trace gives {len(again)} samples a second time, for example {again[:5]}, after {len(self._seen)} others. "
-                "Expected each sample once, under an id of its own. HINT: let trace_dataloader() give each once, then end; a stream "
-                "that repeats itself has no end."
+                f"The data to trace gives {len(again)} samples a second time, for example {again[:5]}, after {others} others. "
+                "Expected each sample once, under an id of its own. HINT: let trace_dataloader() give each once, then end. A stream "
+                "that repeats itself has no end; a data set that repeats its samples, or gives another in a broken one's place, gives it twice."
             )
-        self._seen.update(sample_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,6 +245,8 @@ def test_data_without_an_end_is_told() -> None:
         list(bounded(Long([1, 2, 3])))
     once = Once()
     once.add(["a", "b"])
+    with pytest.raises(BatchError, match=r"1 samples a second time, for example \[.x.\], after 0 others"):
+        Once().add(["x", "x"])
     with pytest.raises(BatchError, match=r"1 samples a second time, for example \['a'\].*after 2 others"):
         once.add(["c", "a"])
 
