@@ -23,7 +23,7 @@ def conditions_of(task: Any) -> tuple[Tensor | None, int]:
     """
     with isolated_rng(0), torch.no_grad():
         try:
-            specs, count = _specs(task)
+            specs, count = specs_of(task)
             conditions = [task.condition(spec, 1) for spec in specs]
             names = sorted({name for condition in conditions for name in condition})
             rows = [
@@ -35,7 +35,8 @@ def conditions_of(task: Any) -> tuple[Tensor | None, int]:
     return (None, 0) if found is None or not found.isfinite().all() else (found, count)
 
 
-def _specs(task: Any) -> tuple[list[Spec], int]:
+def specs_of(task: Any) -> tuple[list[Spec], int]:
+    """Some specs that a task may take, which may be wrong of prompts, and how many they were chosen from."""
     if not hasattr(task, "known_attributes"):
         return list(PROMPTS), len(PROMPTS)
     known = {name: sorted(values) for name, values in sorted(task.known_attributes().items())}

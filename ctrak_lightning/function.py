@@ -3,12 +3,12 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ctrak_lightning.conditions import conditions_of
+from ctrak_lightning.conditions import conditions_of, specs_of
 from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.gradients import tracing_mode
 from ctrak_lightning.rng import isolated_rng, seeded_noise
@@ -32,32 +32,42 @@ class UnrecordedFunctionWarning(UserWarning):
     """A network's outputs cannot be recorded, so that a question cannot tell another network with the same weights."""
 
 
-def null_condition(task: Any) -> Condition | None:
-    """``task.condition({}, 1)``, or None where a task has no such thing."""
+class Fixed(NamedTuple):
+    """A condition that is the same in every run: the null condition, or where a task has none, that of the first of some specs
+    (:func:`~ctrak_lightning.conditions.specs_of`); and what the null condition raised."""
+
+    condition: Condition | None
+    error: Exception | None = None
+
+
+def fixed_condition(task: Any) -> Fixed:
+    """Of one row. The spec is known by its place and not by name, as in :func:`~ctrak_lightning.conditions.conditions_of`."""
     with isolated_rng(0), torch.no_grad():
         try:
-            condition: Condition = task.condition({}, 1)
-        except Exception:
-            return None
-    return condition
+            return Fixed(task.condition({}, 1))
+        except Exception as error:
+            try:
+                return Fixed(task.condition(specs_of(task)[0][0], 1), error)
+            except Exception:  # what it takes for a spec is its own affair
+                return Fixed(None, error)
 
 
 def function_of(task: Any, latent_shape: Sequence[int]) -> Function | None:
     """What a task's network answers to fixed noise, in the state in which it is traced, and what its conditions are; None where
-    there is no null condition.
+    there is no condition to ask it under.
 
-    The network is asked under :func:`null_condition` and under noise of its shape, so that nothing of a training sample is recorded:
+    The network is asked under :func:`fixed_condition` and under noise of its shape, so that nothing of a training sample is recorded:
     where the null condition is zeros, as Stable Diffusion XL's, layers that take nothing else do nothing.
 
     Args:
         task: a DiffusionTask.
         latent_shape: of one sample.
     """
-    null = null_condition(task)
-    if null is None:
+    fixed = fixed_condition(task).condition
+    if fixed is None:
         return None
-    outputs = [outputs_under(task, latent_shape, null)]
-    synthetic = _noise_like(null)
+    outputs = [outputs_under(task, latent_shape, fixed)]
+    synthetic = _noise_like(fixed)
     if synthetic is not None:
         outputs += _if_possible(task, latent_shape, synthetic)
     conditions, specs = conditions_of(task)
@@ -102,6 +112,8 @@ def refuse_another_function(stored: Function, task: Any, latent_shape: Sequence[
         step: of the checkpoint.
     """
     mine = function_of(task, latent_shape)
+    if mine is not None and mine.specs != stored.specs and fixed_condition(task).error is not None:
+        return  # the first of other specs is another one, and no two of their conditions belong together
     worst = torch.inf if mine is None else float(stored.differences(mine).max())
     coarser = max(stored.dtype, _coarsest(task.denoiser), key=_COARSE.index)
     tolerance = TOLERANCE[coarser]
@@ -114,7 +126,8 @@ def refuse_another_function(stored: Function, task: Any, latent_shape: Sequence[
             f"With the weights of step {step}, this network's outputs differ from those recorded when it was traced by {worst:.2g} of "
             f"their size, expected at most {tolerance:g} ({coarser}): the parameters are the same and the model is not. HINT: "
             "build it as in the traced run: what may differ is an adapter's lora_alpha, scaling (use_rslora) or state (disabled, "
-            "merged, another one active), a buffer that is no part of the state dict, quantisation or dtype, the null condition, or "
+            "merged, another one active), a buffer that is no part of the state dict, quantisation or dtype, the null condition (of a "
+            "task without one, the label map), or "
             "the code of the network or of predict()."
         )
     apart = 0.0 if mine is None else stored.condition_difference(mine)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ctrak_lightning.fingerprint import as_stored, model_fingerprint
 from ctrak_lightning.frozen import Frozen, Used, changing_buffers, parts_of
-from ctrak_lightning.function import UnrecordedFunctionWarning, function_of, null_condition, outputs_under
+from ctrak_lightning.function import UnrecordedFunctionWarning, fixed_condition, function_of, outputs_under
 from ctrak_lightning.gradients import undisturbed
 from ctrak_lightning.lending import lent
 from ctrak_lightning.processes import Processes
@@ -73,23 +73,27 @@ class TracedModel:
         """
         self._latent_shape = latent_shape
         facts: dict[str, str] = {}
+        problem: str | None = None
         with self._processes.together():
             if self._first is not None:
                 used, self._first = self._used_parts(self._first), None
+                fixed = fixed_condition(self._task)
+                if fixed.condition is None:
+                    problem = f"{type(fixed.error).__name__}: {fixed.error}"
                 self._parts = (_parts_in(stored) if stored else None) or used
                 self._frozen = Frozen(self._owner, self._parts, self.trained.names)
                 facts = model_fingerprint(
                     self._owner, self.trained.names, self._task.noise_schedule, self._parts
                 )
                 facts = (as_stored(stored, facts) if stored else facts) | {"weights": self._weights}
-        self._parts, self._has_function, facts = self._processes.from_first(
-            (self._parts, self._has_function, facts)
-        )
-        if not self._has_function:
+        self._parts, problem, facts = self._processes.from_first((self._parts, problem, facts))
+        self._has_function = problem is None
+        if problem is not None:
             warnings.warn(
-                f"{name_of(self._task)}.condition({{}}, 1) gives no null condition, under which the network's outputs would be "
+                f"{name_of(self._task)}.condition({{}}, 1) gives no null condition ({problem}), under which the network's outputs would be "
                 "recorded without anything of a training sample. A question will not notice another network with the same weights "
-                "(another adapter scale, say). HINT: let condition() take `{}`: what a spec does not name is dropped.",
+                "(another adapter scale, say). HINT: let condition() take `{}`: what a spec does not name is dropped; or define "
+                "known_attributes(), whose first value is taken instead.",
                 UnrecordedFunctionWarning,
                 stacklevel=4,
             )
@@ -129,18 +133,15 @@ class TracedModel:
 
     def _used_parts(self, encoded: Encoded) -> list[str]:
         if self._task.denoiser is self._owner:
-            self._has_function = null_condition(self._task) is not None
             return [""]
         with self._used.watching():
-            condition = null_condition(self._task)
-            for each in (encoded.condition, condition):
+            for each in (encoded.condition, fixed_condition(self._task).condition):
                 if each is not None:
                     outputs_under(self._task, self._latent_shape, each)
             if hasattr(self._task, "decode"):
                 # What a report shows; a store without thumbnails does not need it.
                 with suppress(Exception):
                     self._task.decode(encoded.latents)
-        self._has_function = condition is not None
         return parts_of(self._owner, self._used, self.trained.names)
 
 

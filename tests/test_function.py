@@ -14,7 +14,13 @@ from ctrak_lightning.attribution.asking import model_facts, refuse_differences
 from ctrak_lightning.conditions import conditions_of
 from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.fingerprint import model_fingerprint
-from ctrak_lightning.function import UnrecordedFunctionWarning, function_of, refuse_another_function
+from ctrak_lightning.function import (
+    UnrecordedFunctionWarning,
+    fixed_condition,
+    function_of,
+    outputs_under,
+    refuse_another_function,
+)
 from ctrak_lightning.traces.function import Function
 
 from .stress.subject import Small
@@ -103,6 +109,51 @@ def test_another_label_map_is_refused_and_another_list_of_labels_is_not_compared
             return super().known_attributes() | {"shape": ("dot",)}
 
     refuse_another_function(stored, Longer(), SHAPE, 3)
+
+
+class Without(Zeros):
+    """No null condition; the first of its labels in the order of their names is (colour, blue)."""
+
+    def condition(self, spec: Mapping[str, str] | str, n: int) -> dict[str, Tensor]:
+        if not spec:
+            raise KeyError("colour")
+        return super().condition(spec, n)
+
+
+def test_without_a_null_condition_the_first_known_label_is_taken() -> None:
+    fixed = fixed_condition(Without())
+    assert isinstance(fixed.error, KeyError)
+    assert fixed.condition is not None
+    named = Without().condition({"colour": "blue"}, 1)
+    assert all(torch.equal(value, named[name]) for name, value in fixed.condition.items())
+    stored = function(Without())
+    assert torch.equal(stored.outputs[:3], outputs_under(Without(), SHAPE, named))
+    refuse_another_function(stored, Without(), SHAPE, 3)
+    with pytest.raises(StoreMismatchError, match=r"outputs differ"):
+        refuse_another_function(stored, Without(scale=2), SHAPE, 3)
+
+    class Moved(Labels, Without):
+        pass
+
+    with pytest.raises(StoreMismatchError, match=r"outputs differ.*label map"):
+        refuse_another_function(stored, Moved(), SHAPE, 3)
+
+    class Longer(Without):
+        def known_attributes(self) -> dict[str, tuple[str, ...]]:
+            return super().known_attributes() | {"colour": ("a", *COLOURS)}
+
+        def tokens(self, colours: list[str | None], shapes: list[str | None]) -> Tensor:
+            return super().tokens([None if name == "a" else name for name in colours], shapes)
+
+    refuse_another_function(stored, Longer(), SHAPE, 3)  # its first label is another one
+    assert fixed_condition(Zeros()).error is None
+
+    class Unknown(Without):
+        known_attributes = property()  # type: ignore[assignment]
+
+    unknown = fixed_condition(Unknown())  # which takes no prompts
+    assert unknown.condition is None
+    assert isinstance(unknown.error, KeyError)
 
 
 class Prompts:

@@ -216,8 +216,13 @@ def test_a_task_without_a_null_condition_is_told_and_still_answers(tmp_path: Pat
                 raise KeyError("colour")
             return super().condition(spec, n)
 
+        known_attributes = property()  # type: ignore[assignment]
+
     module = Strict()
-    with pytest.warns(UnrecordedFunctionWarning, match=r"Strict\.condition\({}, 1\).*HINT"):
+    with pytest.warns(
+        UnrecordedFunctionWarning,
+        match=r"Strict\.condition\({}, 1\).*\(KeyError: 'colour'\).*HINT.*known_attributes",
+    ):
         capture(tmp_path / "s", module, module).run(1, epoch=0)
     assert TraceStore(tmp_path / "s").checkpoints[0].function() is None
     Attributor(tmp_path / "s", Strict(), sampler=Sampler(steps=3, guidance=1.0)).attribute(RED)
