@@ -22,6 +22,7 @@ from ctrak_lightning.gradients.checks import (
 )
 from ctrak_lightning.gradients.layers import Layer
 from ctrak_lightning.gradients.layouts import Layouts
+from ctrak_lightning.gradients.plan import SHOWN_NAMES
 from ctrak_lightning.gradients.projection import BlockProjector
 
 REENTRANT = "CheckpointFunctionBackward"
@@ -82,6 +83,8 @@ class _Recorder:
         self._batch_size = batch_size
         self._is_recording = False
         self._without_graph: set[str] = set()
+        self._own = {layer.name: _weights(layer) for layer in layers}
+        self._replaced: set[str] = set()
         self._thread = get_ident()
 
     @contextmanager
@@ -114,6 +117,12 @@ class _Recorder:
                 f"These traced layers ran without a graph (`torch.no_grad()` or reentrant checkpointing): {without_graph}. "
                 "Expected gradients to flow through them. HINT: use checkpointing with `use_reentrant=False`, "
                 "or exclude them with `layers=`."
+            )
+        if self._replaced:
+            raise GradientError(
+                f"These traced layers were called with other weights than their own: {sorted(self._replaced)[:SHOWN_NAMES]}. Expected "
+                "those of the traced module, which are what a store holds. HINT: put the weights into the module instead of giving "
+                "them to `torch.func.functional_call`."
             )
         nodes, uses = walk(output)
         if any(node.name() == REENTRANT for node in nodes):
@@ -174,12 +183,19 @@ class _Recorder:
                 # Recomputation under checkpointing must do the same, or it would save other tensors than the first pass.
                 output = replaced = output.detach().requires_grad_().clone()
             if self._is_recording:
+                pairs = zip(_weights(layer), self._own[layer.name], strict=True)
+                if any(present is not own for present, own in pairs):
+                    self._replaced.add(layer.name)
                 call = record(layer, self._counts[layer.name], args, kwargs, output, self._projector)
                 self._counts[layer.name] += 1
                 self.calls.append(call)
             return replaced
 
         return hook
+
+
+def _weights(layer: Layer) -> list[Tensor]:
+    return [getattr(layer.module, own) for own in layer.own_names]
 
 
 def walk(output: Tensor) -> tuple[set[Node], Counter[Tensor]]:

@@ -82,7 +82,8 @@ class DiffusionTask:
       not generated here;
     - ``latent_mask(mask)``: a mask [H, W] of an image as weights of its latents, optional, for questions about a part of an image
       where latents are not [C, h, w] with the image's proportions;
-    - ``known_attributes()``: the values each attribute of a spec may take, optional, for error messages.
+    - ``known_attributes()``: the values each attribute of a spec may take, optional, for error messages, and by
+      their conditions a question notices another label map or tokenizer.
     """
 
     denoiser: nn.Module

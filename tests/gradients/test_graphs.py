@@ -303,3 +303,23 @@ def _autocast(call: object) -> object:
             return call(module, *inputs)  # type: ignore[operator]
 
     return inner
+
+
+def test_weights_that_are_not_the_modules_own_are_refused() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    x, own = torch.randn(2, 3), dict(module.named_parameters())
+    tracer = GradientTracer(module, PROJECTION)
+
+    def traced(weights: dict[str, Tensor]) -> Tensor:
+        def forward(rows: Tensor) -> Tensor:
+            return torch.func.functional_call(module, weights, (x[rows],))  # type: ignore[no-any-return]
+
+        return tracer.vjps(forward, [lambda e, rows: e], 2)[0]
+
+    expected = tracer.vjps(lambda rows: module(x[rows]), [lambda e, rows: e], 2)[0]
+    assert torch.equal(traced(own), expected)
+    for other in (own["2.bias"].detach().clone().requires_grad_(), own["2.bias"].detach() * 2):
+        with pytest.raises(
+            GradientError, match=r"other weights than their own: \['2'\].*HINT.*functional_call"
+        ):
+            traced(own | {"2.bias": other})
