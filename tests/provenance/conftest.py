@@ -1,19 +1,9 @@
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from .builder import recorded
-
-
-@pytest.fixture(autouse=True, scope="session")
-def no_fsync() -> Iterator[None]:
-    """A busy disk takes 0.2 s for one fsync; what SIGKILL leaves does not depend on it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 @pytest.fixture(scope="session")
