@@ -64,7 +64,7 @@ def test_the_best_are_those_of_sorting_all_scores(
     k: int,
     dtype: str,
 ) -> None:
-    monkeypatch.setattr(stored_rows, "BLOCK_BYTES", 24 * 30)
+    monkeypatch.setattr(stored_rows, "BLOCK_BYTES", k * 30 * getattr(torch, dtype).itemsize)
     phi, queries = traces(n, k, 3)
     store = store_of(tmp_path, phi, (7, 7, 8), dtype)  # the last checkpoint in another order
     found = top_scores(queries, store.checkpoints, 17, grid, weights=weights, residual=residual)

@@ -28,7 +28,7 @@ from ctrak_lightning.inspection.grid import CELL, Geometry
 from ctrak_lightning.inspection.table import escaped
 
 from ..lenient import lenient
-from ..toy import ToyData, ToyDiffusion
+from ..toy import QuickDiffusion, ToyData, tiny_unet
 from .test_on_error import full_disk
 
 SAMPLER = Sampler(steps=4)
@@ -37,7 +37,7 @@ RING = {"name": "a ring | 猫", "present": {"shape": "ring"}, "absent": {}}
 NAMES = ("red", "a_ring_猫")
 
 
-class Logging(ToyDiffusion):
+class Logging(QuickDiffusion):
     """The toy that logs its loss, per step and per epoch, and its hyperparameters."""
 
     def __init__(self, dropout: float = 0.0, width: int = 7) -> None:
@@ -138,13 +138,19 @@ def expected(run: tuple[Path, Any]) -> dict[int, list[Attribution]]:
     return answers
 
 
-@pytest.mark.parametrize("first", ["tracer", "monitor"])
-def test_training_is_bit_identical_with_and_without_the_monitor(tmp_path: Path, first: str) -> None:
+class OnUNet(Logging):
+    network = staticmethod(tiny_unet)
+
+
+@pytest.mark.parametrize(("first", "kind"), [("tracer", OnUNet), ("monitor", Logging)])
+def test_training_is_bit_identical_with_and_without_the_monitor(
+    tmp_path: Path, first: str, kind: type[Logging]
+) -> None:
     """AdamW, dropout, shuffling, gradient accumulation, an averaging callback; looked at after every step and epoch."""
 
     def weights_after(attached: bool) -> dict[str, Tensor]:
         L.seed_everything(5, verbose=False)
-        module = Logging(dropout=0.2)
+        module = kind(dropout=0.2)
         callbacks: list[Any] = [EMAWeightAveraging(decay=0.9)]
         if attached:
             pair = [tracer(tmp_path, every_n_train_steps=1), monitor()]
@@ -163,7 +169,7 @@ def test_training_is_bit_identical_with_and_without_the_monitor(tmp_path: Path, 
 def test_flags_random_state_and_gradients_are_left_alone(tmp_path: Path) -> None:
     """With a task that draws random numbers, and would use dropout, where the monitor calls it."""
 
-    class Drawing(Logging):
+    class Drawing(OnUNet):
         def condition(self, spec: Any, n: int) -> dict[str, Tensor]:
             assert not self.training
             torch.rand(10)
@@ -182,13 +188,13 @@ def test_flags_random_state_and_gradients_are_left_alone(tmp_path: Path) -> None
     for attached in (False, True):
         L.seed_everything(6, verbose=False)
         module = Drawing()
-        module.denoiser.mid_block.eval()
+        module.denoiser.down_blocks[1].eval()
         watchers.append(Watcher())
         pair = [tracer(tmp_path, every_n_train_steps=1), monitor()] if attached else []
         fit(tmp_path / str(attached), [*pair, watchers[-1]], module, max_epochs=1)
     assert len(watchers[0].seen) == 3
     assert watchers[0].seen == watchers[1].seen
-    assert not watchers[0].seen[0][0]["denoiser.mid_block"]
+    assert not watchers[0].seen[0][0]["denoiser.down_blocks.1"]
 
 
 def test_scalars_are_what_the_attributor_says(
@@ -381,7 +387,7 @@ def test_without_tensorboard_training_goes_on_and_it_is_told_once(
     states = []
     for attached in (False, True):
         L.seed_everything(1, verbose=False)
-        module = ToyDiffusion()
+        module = QuickDiffusion()
         logger = CSVLogger(str(tmp_path / "csv"), version=int(attached)) if installed else False
         callbacks = [tracer(tmp_path), monitor()] if attached else []
         with warnings.catch_warnings(record=True) as caught:
