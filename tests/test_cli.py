@@ -65,25 +65,23 @@ def write_callback(folder: Path, name: str = "concept_tracer.yaml") -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run: ``ctrak fit`` with the callback's YAML as a second ``--config``."""
     folder = tmp_path_factory.mktemp("run")
-    fit(write_config(folder), write_callback(folder))
-    return folder
-
-
-def fit(config: Path, callback: Path) -> None:
     command = [
         sys.executable,
         "-m",
         "ctrak_lightning.cli",
-        "fit",
-        f"--config={config}",
-        f"--config={callback}",
+        *fit(write_config(folder), write_callback(folder)),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+def fit(config: Path, callback: Path) -> list[str]:
+    return ["fit", f"--config={config}", f"--config={callback}"]
 
 
 def test_the_yaml_of_the_inline_mode(tmp_path: Path) -> None:
-    fit(write_config(tmp_path), write_callback(tmp_path, "concept_tracer_inline.yaml"))
+    main(fit(write_config(tmp_path), write_callback(tmp_path, "concept_tracer_inline.yaml")))
     store = TraceStore(tmp_path / "traces")
     assert store.header.method["name"] == "inline_trak"
     visits = store.checkpoints[0].visits()
@@ -91,6 +89,7 @@ def test_the_yaml_of_the_inline_mode(tmp_path: Path) -> None:
     assert visits.counts.tolist() == [2] * 12
 
 
+@pytest.mark.filterwarnings("ignore:The rankings of these concepts say nothing")
 @pytest.mark.parametrize("form", ["plain", "class_path"])
 def test_the_yaml_of_the_monitor(tmp_path: Path, form: str) -> None:
     """As committed, but for the folders, the concepts and a short sampler."""
@@ -105,7 +104,7 @@ def test_the_yaml_of_the_monitor(tmp_path: Path, form: str) -> None:
     monitor["init_args"] |= {"sampler": {"steps": 6}, "on_error": "raise"}
     callback = tmp_path / "monitor.yaml"
     callback.write_text(yaml.safe_dump(facts))
-    fit(write_config(tmp_path), callback)
+    main(fit(write_config(tmp_path), callback))
     tags = EventAccumulator(str(tmp_path / "board")).Reload().Tags()
     assert tags["images"] == ["ctrak/concept/red"]
     assert "ctrak/strength/red" in tags["scalars"]

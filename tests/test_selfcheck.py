@@ -143,9 +143,6 @@ def test_one_sample_cannot_be_compared() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*JsonargparseDeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*Only one JsonargparseDeprecationWarning")
-@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, callback = write_config(tmp_path), write_callback(tmp_path)
     facts = yaml.safe_load(callback.read_text())

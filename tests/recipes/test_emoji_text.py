@@ -166,8 +166,6 @@ def test_what_trains_is_the_adapter() -> None:
 
 
 @pytest.mark.slow
-# Raised inside Lightning's command line, about its own code.
-@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 def test_a_short_fine_tune_from_yaml_is_asked_by_prompt(tmp_path: Path) -> None:
     ctrak(
         [

@@ -26,8 +26,6 @@ RECIPES = ROOT / "recipes"
 pytestmark = [
     # The frozen VAE and text encoders are in evaluation mode, as they should be.
     pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training"),
-    # Raised inside Lightning's command line, about its own code.
-    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
 ]
 PROMPT = ["--present", "angry face by noto", "--absent", "angry face"]
 CLASS = ["--present", "class=noto", "--absent"]

@@ -132,9 +132,6 @@ def test_a_module_is_traced_by_names_and_stays_as_it_is(tmp_path: Path) -> None:
         Attributor(store, module)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
-)  # Lightning's own
 def test_from_yaml_and_for_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file that the documentation names, on a module of which it knows nothing."""
     monkeypatch.chdir(tmp_path)
