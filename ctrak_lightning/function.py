@@ -81,7 +81,9 @@ def function_of(task: Any, latent_shape: Sequence[int]) -> Function | None:
     )
 
 
-def outputs_under(task: Any, latent_shape: Sequence[int], condition: Condition) -> Tensor:
+def outputs_under(
+    task: Any, latent_shape: Sequence[int], condition: Condition, timesteps: int = TIMESTEPS
+) -> Tensor:
     """The network's outputs for noise at timesteps spread over the schedule, float32 [S, M], under the condition of one sample."""
     schedule, like = task.noise_schedule, _like(task.denoiser)
     outputs = []
@@ -91,7 +93,7 @@ def outputs_under(task: Any, latent_shape: Sequence[int], condition: Condition) 
         torch.no_grad(),
         _exact(like.device),
     ):
-        for timestep in _timesteps(task):
+        for timestep in _timesteps(task, timesteps):
             x0, noise = (
                 seeded_noise(latent_shape, 0, timestep, key)[None].to(like) for key in ("x0", "noise")
             )
@@ -168,9 +170,9 @@ def _if_possible(task: Any, latent_shape: Sequence[int], condition: Condition) -
     return []
 
 
-def _timesteps(task: Any) -> list[float]:
+def _timesteps(task: Any, count: int = TIMESTEPS) -> list[float]:
     schedule = task.noise_schedule
-    timesteps: list[float] = schedule.even_timesteps(min(TIMESTEPS, len(schedule)))
+    timesteps: list[float] = schedule.even_timesteps(min(count, len(schedule)))
     return timesteps
 
 

@@ -12,7 +12,13 @@ from torch.optim import Optimizer
 
 from ctrak_lightning.fingerprint import as_stored, model_fingerprint
 from ctrak_lightning.frozen import Frozen, Used, changing_buffers, parts_of
-from ctrak_lightning.function import UnrecordedFunctionWarning, fixed_condition, function_of, outputs_under
+from ctrak_lightning.function import (
+    TIMESTEPS,
+    UnrecordedFunctionWarning,
+    fixed_condition,
+    function_of,
+    outputs_under,
+)
 from ctrak_lightning.gradients import undisturbed
 from ctrak_lightning.lending import lent
 from ctrak_lightning.processes import Processes
@@ -135,9 +141,13 @@ class TracedModel:
         if self._task.denoiser is self._owner:
             return [""]
         with self._used.watching():
-            for each in (encoded.condition, fixed_condition(self._task).condition):
+            # A network may have parts for some noise levels alone; which those are, one of the conditions tells.
+            for each, timesteps in (
+                (encoded.condition, TIMESTEPS),
+                (fixed_condition(self._task).condition, 1),
+            ):
                 if each is not None:
-                    outputs_under(self._task, self._latent_shape, each)
+                    outputs_under(self._task, self._latent_shape, each, timesteps)
             if hasattr(self._task, "decode"):
                 # What a report shows; a store without thumbnails does not need it.
                 with suppress(Exception):

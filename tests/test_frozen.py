@@ -1,5 +1,6 @@
 """What of a module is frozen and used: found by watching, hashed once, and told when it changes."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ctrak_lightning.frozen import (
 )
 
 from .stress.subject import Small
-from .toy import ToyDiffusion, Toys
+from .toy import CHANNELS, ToyDiffusion, Toys
 
 
 class Nested(nn.Module):
@@ -58,6 +59,28 @@ def test_the_parts_are_those_that_were_used_however_they_were() -> None:
     assert parts_of(module, used, trained=["functional.bias"]) == [
         "functional" if name == "functional.weight" else name for name in expected
     ]
+
+
+def test_parts_for_some_noise_levels_alone_are_found(tmp_path: Path) -> None:
+    class Experts(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.clean, self.noisy, self.idle = (nn.Conv2d(CHANNELS, CHANNELS, 1) for _ in range(3))
+
+        def forward(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+            rows = [(self.noisy if level > 50 else self.clean)(row) for row, level in zip(x, t, strict=True)]
+            return super().forward(torch.stack(rows), t, *args, **kwargs)
+
+    module = ToyDiffusion(denoiser=Experts())
+    module.embedding.requires_grad_(False)
+    for name in ("clean", "noisy", "idle"):
+        module.denoiser.get_submodule(name).requires_grad_(False)
+    tracer = GradientTracer(module.denoiser, Projection(rank=2, dim=32))
+    loader, method = DataLoader(Toys(), 6), methods.trak(timesteps=2)
+    capture = Capture(str(tmp_path), module, module, loader, method=method, tracer=tracer, progress=False)
+    parts = json.loads(capture.writer.header.model["frozen_parts"])
+    assert {"denoiser.clean", "denoiser.noisy", "embedding"} <= set(parts)
+    assert not {"denoiser", "denoiser.idle"} & set(parts)
 
 
 def test_a_hash_is_of_the_frozen_parts_alone() -> None:
