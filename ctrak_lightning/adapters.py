@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from ctrak_lightning.naming import modules_of
+
 
 def adapter_facts(owner: nn.Module, parts: Collection[str] | None) -> dict[str, str]:
     """``{"adapters": text}`` of peft's adapter layers: how many are applied how, and a sha256 of which; ``{}`` without such layers.
@@ -23,7 +25,7 @@ def adapter_facts(owner: nn.Module, parts: Collection[str] | None) -> dict[str, 
         return {}
     states = {
         name: _state(layer)
-        for name, layer in owner.named_modules()
+        for name, layer in modules_of(owner)
         if isinstance(layer, kind) and (parts is None or any(_overlap(name, part) for part in parts))
     }
     if not states:

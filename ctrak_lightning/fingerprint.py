@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ctrak_lightning.adapters import adapter_facts
 from ctrak_lightning.frozen import Frozen, is_rounded, warn_of_rounding
+from ctrak_lightning.naming import parameters_of
 
 
 def model_fingerprint(
@@ -25,7 +26,7 @@ def model_fingerprint(
         parts: which parts of the module the task computes with (:func:`~ctrak_lightning.frozen.parts_of`), recorded beside the
             hashes; None takes all frozen parameters and no buffers, as stores of schema 4 do.
     """
-    own = dict(module.named_parameters())
+    own = parameters_of(module)
     shapes = "".join(f"{name}:{tuple(own[name].shape)};" for name in sorted(trained) if name in own)
     facts = {
         "trained_parameters": hashlib.sha256(shapes.encode()).hexdigest(),

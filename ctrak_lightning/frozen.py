@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ctrak_lightning.errors import TrainingChangedError
+from ctrak_lightning.naming import inside, modules_of, parameters_of
 from ctrak_lightning.rng import seeded_noise
 
 BUFFER_LIMIT = 2**16
@@ -103,7 +104,7 @@ class Frozen:
             )
 
     def _looked_at(self) -> dict[str, "_Seen"]:
-        values: dict[str, Tensor] = dict(self._owner.named_parameters())
+        values: dict[str, Tensor] = dict(parameters_of(self._owner))
         values = {name: value for name, value in values.items() if name not in self._trained} | _constants(
             self._owner
         )
@@ -132,17 +133,17 @@ def parts_of(owner: nn.Module, used: Used, trained: Collection[str]) -> list[str
 
     An average of the weights, a teacher, or a discriminator that a module has beside its network is so no part of it.
     """
-    tensors: dict[str, Tensor] = dict(owner.named_parameters())
+    tensors: dict[str, Tensor] = dict(parameters_of(owner))
     tensors = {name: value for name, value in tensors.items() if name not in trained} | _constants(owner)
     unused = {name for name, value in tensors.items() if value not in used}
-    touched = (set(tensors) - unused) | {name for name, _ in owner.named_parameters() if name in trained}
+    touched = (set(tensors) - unused) | {name for name in parameters_of(owner) if name in trained}
     return sorted(_covered(owner, "", touched, unused))
 
 
 def _covered(module: nn.Module, prefix: str, touched: set[str], unused: set[str]) -> Iterator[str]:
-    dot = f"{prefix}." if prefix else ""
-    inside = {name for name in touched if name.startswith(dot)}
-    if not inside:
+    module, dot = inside(module), f"{prefix}." if prefix else ""
+    within = {name for name in touched if name.startswith(dot)}
+    if not within:
         return
     # The owner itself is never taken as a whole: what it gets beside its network in another run is no part of that.
     if prefix and not any(name.startswith(dot) for name in unused):
@@ -151,7 +152,7 @@ def _covered(module: nn.Module, prefix: str, touched: set[str], unused: set[str]
     children = {f"{dot}{name}": child for name, child in module.named_children()}
     for name, child in children.items():
         yield from _covered(child, name, touched, unused)
-    yield from (name for name in inside if not any(name.startswith(f"{child}.") for child in children))
+    yield from (name for name in within if not any(name.startswith(f"{child}.") for child in children))
 
 
 class _Watch(TorchDispatchMode):
@@ -177,7 +178,7 @@ def _storage(value: Tensor) -> int:
 
 def _buffers(owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The buffers that a state dict has; others are made again from the configuration."""
-    for prefix, module in owner.named_modules():
+    for prefix, module in modules_of(owner):
         for name, value in module._buffers.items():
             if value is not None and name not in module._non_persistent_buffers_set:
                 yield (f"{prefix}.{name}" if prefix else name), value

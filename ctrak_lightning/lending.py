@@ -6,10 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ctrak_lightning.naming import buffers_of, parameters_of
+
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Its parameters and buffers, by qualified name (no copies)."""
-    return dict(module.named_parameters()) | dict(module.named_buffers())
+    return parameters_of(module) | buffers_of(module)
 
 
 def take_on(module: nn.Module, values: Mapping[str, Tensor]) -> None:

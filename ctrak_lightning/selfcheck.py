@@ -15,6 +15,7 @@ from ctrak_lightning.errors import BatchError
 from ctrak_lightning.fingerprint import weights_digest
 from ctrak_lightning.gradients import Engine, GradientTracer, Projection, tracing_mode, undisturbed
 from ctrak_lightning.method import Method
+from ctrak_lightning.naming import parameters_of
 from ctrak_lightning.rng import isolated_rng
 from ctrak_lightning.task import Encoded, encode, resolve_task, task_modules
 from ctrak_lightning.tracing import trace_batch
@@ -281,7 +282,7 @@ def _denoises(task: Any, encoded: Encoded) -> Check:
 
 
 def _coverage(owner: nn.Module, task: Any, tracer: GradientTracer) -> Iterator[Check]:
-    inside = {id(parameter): name for name, parameter in task.denoiser.named_parameters()}
+    inside = {id(parameter): name for name, parameter in parameters_of(task.denoiser).items()}
     trained = trained_parameters(owner)
     traced = set(tracer.parameter_names)
     outside = sorted(name for name, value in trained.items() if id(value) not in inside)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ctrak_lightning.errors import TrainingChangedError
+from ctrak_lightning.naming import parameters_of
 
 _SHOWN = 10
 
@@ -25,7 +26,7 @@ def trained_parameters(module: nn.Module, optimizers: Sequence[Optimizer] = ()) 
     held = {id(value) for one in optimizers for group in one.param_groups for value in group["params"]}
     return {
         name: value
-        for name, value in module.named_parameters()
+        for name, value in parameters_of(module).items()
         if value.requires_grad and (not optimizers or id(value) in held)
     }
 

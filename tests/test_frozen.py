@@ -83,6 +83,25 @@ def test_parts_for_some_noise_levels_alone_are_found(tmp_path: Path) -> None:
     assert not {"denoiser", "denoiser.idle"} & set(parts)
 
 
+def test_what_compile_has_wrapped_is_named_as_before() -> None:
+    module = Nested().eval()
+    state = module.state_dict()
+    expected = ["codes", "functional.weight", "net", "pair.student", "scale", "table"]
+    wrapped = torch.nn.ModuleDict({"inner": torch.compile(module, backend="eager")})
+    wrapped["inner"].pair["student"] = torch.compile(module.pair["student"], backend="eager")
+    used = Used()
+    with used.watching(), torch.no_grad():
+        module(torch.ones(2, 3))
+    found = parts_of(wrapped, used, trained=[])
+    assert found == [f"inner.{name}" for name in expected]
+    buffers = changing_buffers(wrapped, found)
+    assert buffers.keys() == {f"inner.{name}" for name in changing_buffers(Nested(), ["net"])}
+    plain = Nested()
+    plain.load_state_dict(state)
+    whole = torch.nn.ModuleDict({"inner": plain})
+    assert Frozen(wrapped, found, []).digest == Frozen(whole, found, []).digest
+
+
 def test_a_hash_is_of_the_frozen_parts_alone() -> None:
     module = Nested()
     parts, trained = ["net", "pair.student", "table"], ["net.0.weight"]

@@ -9,6 +9,7 @@ from torch import nn
 from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.gradients import undisturbed
 from ctrak_lightning.lending import restored, take_on, tensors_of
+from ctrak_lightning.naming import parameters_of
 from ctrak_lightning.task import task_modules
 from ctrak_lightning.traces.store import Checkpoint
 
@@ -39,7 +40,7 @@ class LentModel:
     @contextmanager
     def borrowed(self) -> Iterator[None]:
         """Lends the module, in evaluation mode: afterwards its weights and flags are what they were."""
-        parameters = dict(self.module.named_parameters())
+        parameters = parameters_of(self.module)
         flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
         try:
             for name, parameter in parameters.items():

@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ctrak_lightning.callbacks.loaders import TrainingLoader
 from ctrak_lightning.capture import Capture
+from ctrak_lightning.naming import parameters_of
 
 
 class ExposureCounter:
@@ -32,7 +33,7 @@ class ExposureCounter:
         self, trainer: L.Trainer, pl_module: L.LightningModule, capture: Capture, loader: TrainingLoader
     ) -> None:
         self._trainer, self._capture, self._loader = trainer, capture, loader
-        named = dict(capture.tracer.module.named_parameters())
+        named = parameters_of(capture.tracer.module)
         self._traced = {id(named[name]): named[name] for name in capture.tracer.parameter_names}
         self._is_manual = not pl_module.automatic_optimization
         self._handle = register_optimizer_step_post_hook(self._stepped)

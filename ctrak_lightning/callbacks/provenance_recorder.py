@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from ctrak_lightning.callbacks.concept_tracer import ConceptTracer
 from ctrak_lightning.fingerprint import weights_digest
+from ctrak_lightning.naming import parameters_of
 from ctrak_lightning.provenance import environment
 from ctrak_lightning.provenance.facts import header_facts
 from ctrak_lightning.provenance.ledger import Kind, Ledger
@@ -191,7 +192,7 @@ class ProvenanceRecorder(Callback):
 
     def _facts(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         assert self._root is not None
-        parameters = dict(pl_module.named_parameters())
+        parameters = parameters_of(pl_module)
         trained = trained_parameters(pl_module, trainer.optimizers)
         config = getattr(resolve_task(pl_module, self._tracer(trainer).task).denoiser, "config", None)
         facts: dict[str, Any] = {

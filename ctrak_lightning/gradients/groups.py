@@ -8,6 +8,7 @@ from ctrak_lightning.gradients.layers import (
     EmbeddingLayer,
     NormLayer,
 )
+from ctrak_lightning.naming import inside
 
 OTHER = "other layers"
 _KINDS: tuple[tuple[type[Block], str], ...] = (
@@ -30,7 +31,7 @@ def layer_group(root: nn.Module, block: Block) -> str:
     """
     module = root
     for part in block.prefix.split("."):
-        if group := _container_group(module):
+        if group := _container_group(inside(module)):
             return group
         module = module.get_submodule(part)
     return next((group for kind, group in _KINDS if isinstance(block, kind)), OTHER)

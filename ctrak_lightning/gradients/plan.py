@@ -8,6 +8,7 @@ from torch import nn
 
 from ctrak_lightning.errors import GradientError
 from ctrak_lightning.gradients.layers import BareParameter, Layer, layer_kind
+from ctrak_lightning.naming import modules_of, parameters_of
 
 SHOWN_NAMES = 20
 
@@ -40,12 +41,12 @@ def plan_blocks(
     """
     chosen = {
         id(value)
-        for name, value in module.named_parameters(remove_duplicate=False)
+        for name, value in parameters_of(module, remove_duplicate=False).items()
         if value.requires_grad and (trained is None or name in trained)
     }
     owners: dict[int, list[str]] = {}
     candidates: dict[str, tuple[nn.Module, list[str]]] = {}
-    for name, submodule in module.named_modules():
+    for name, submodule in modules_of(module):
         trainable = [own for own, parameter in _own_parameters(submodule) if id(parameter) in chosen]
         if trainable:
             candidates[name] = (submodule, trainable)
@@ -55,7 +56,7 @@ def plan_blocks(
         raise GradientError(
             f"`GradientTracer({type(module).__name__})`: no parameter requires a gradient and is in an optimizer, so there is "
             f"nothing to trace. "
-            f"It has: {_listed([name for name, _ in module.named_parameters()])}. "
+            f"It has: {_listed(list(parameters_of(module)))}. "
             "HINT: call `requires_grad_()` on the parameters to trace and give them to an optimizer, or add the adapter first."
         )
     _require_matches(patterns or [], list(candidates))

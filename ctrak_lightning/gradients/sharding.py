@@ -3,6 +3,7 @@
 from torch import nn
 
 from ctrak_lightning.errors import GradientError
+from ctrak_lightning.naming import modules_of, parameters_of
 
 
 def refuse_sharded(module: nn.Module) -> None:
@@ -11,10 +12,10 @@ def refuse_sharded(module: nn.Module) -> None:
     Raises:
         GradientError: a parameter is sharded; names the first one and how.
     """
-    for name, inner in module.named_modules():
+    for name, inner in modules_of(module):
         if type(inner).__name__ == "FullyShardedDataParallel":
             _refuse(name or type(inner).__name__, "FullyShardedDataParallel")
-    for name, parameter in module.named_parameters():
+    for name, parameter in parameters_of(module).items():
         # By name: none of these libraries need be installed, and torch's is dear to import.
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             _refuse(name, "a DTensor, as fully_shard and tensor parallelism make them")

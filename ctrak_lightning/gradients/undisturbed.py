@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ctrak_lightning.errors import TrialError
 from ctrak_lightning.gradients.modes import tracing_mode
+from ctrak_lightning.naming import modules_of, parameters_of
 
 _SHOWN = 5
 
@@ -26,7 +27,7 @@ def undisturbed(module: nn.Module, *others: nn.Module) -> Iterator[Callable[[], 
     """
     owners: dict[int, tuple[str, nn.Module]] = {}
     for root in (module, *others):
-        for prefix, owner in root.named_modules():
+        for prefix, owner in modules_of(root):
             owners.setdefault(id(owner), (f"{prefix}." if prefix else "", owner))
     with tracing_mode(module, *others):
         kept = [
@@ -55,11 +56,13 @@ def parameters_unmoved(module: nn.Module) -> Iterator[None]:
     Raises:
         TrialError: so it does; names them.
     """
-    versions = {name: value._version for name, value in module.named_parameters() if not value.is_inference()}
+    versions = {
+        name: value._version for name, value in parameters_of(module).items() if not value.is_inference()
+    }
     yield
     moved = [
         name
-        for name, value in module.named_parameters()
+        for name, value in parameters_of(module).items()
         if name in versions and value._version != versions[name]
     ]
     if moved:
