@@ -169,7 +169,16 @@ def preview(weight: Tensor, times: int = 1) -> None:
     assert not torch.equal(weight, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_in_16_bits_is_a_change(dtype: torch.dtype) -> None:
+    module = nn.Linear(200, 300).to(dtype)
+    known = Frozen(module, [""], [])
+    preview(module.weight)
+    with pytest.raises(TrainingChangedError, match=r"^1 weights.*'weight'.*HINT.*in 16 bits"):
+        known.require_unchanged()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rounding_is_told_once_and_a_change_is_refused(dtype: torch.dtype) -> None:
     module = nn.Sequential(nn.Linear(200, 300), nn.Linear(300, 20)).to(dtype)
     known = Frozen(module, [""], [])
