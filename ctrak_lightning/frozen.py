@@ -23,9 +23,8 @@ BUFFER_LIMIT = 2**16
 """Buffers of at most so many numbers are taken for ones that training may change, such as running means, and are stored with every
 checkpoint; larger ones, such as tables of positions and quantised weights, are constants."""
 ROUNDING = {"float64": 1e-10, "float32": 1e-5}
-"""Largest relative difference ``||a - b|| / ||a||`` of frozen weights that is taken for rounding, by their format: of LoRA that was
-merged into them and unmerged, 100 times each, 4e-7 was measured in float32. In 16 bits rounding is as large as a short fine-tune of other
-base weights, so nothing is taken for it."""
+"""Largest relative difference ``||a - b|| / ||a||`` of frozen weights that is taken for rounding, by their format, as after LoRA was
+merged into them and unmerged. In 16 bits rounding is as large as a short fine-tune of the base weights, so nothing is taken for it."""
 _SAMPLED = 64
 _SKETCH, _PERIOD = 64, 2**16
 
