@@ -15,9 +15,9 @@ from ctrak_lightning.errors import DatasetChangedError, GradientError, ProcessLo
 from ctrak_lightning.processes import ALONE, DistributedProcesses, Processes
 
 from .threads import together
-from .toy import ToyDiffusion, Toys
+from .toy import QuickDiffusion, Toys
 
-MODULE = ToyDiffusion()  # made once: threads that seed the global generator get in each other's way
+MODULE = QuickDiffusion()  # made once: threads that seed the global generator get in each other's way
 
 
 class Counted(Dataset[dict[str, Any]]):

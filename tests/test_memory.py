@@ -26,7 +26,7 @@ from ctrak_lightning.objective import Denoising, Term
 from ctrak_lightning.tracing import trace_batch
 from ctrak_lightning.trajectory import Inverted, Noised
 
-from .toy import ToyData, ToyDiffusion
+from .toy import QuickDiffusion, ToyData
 
 TOLERANCE = 1e-5
 ERRORS = (
@@ -37,7 +37,7 @@ ERRORS = (
 )
 
 
-class Cramped(ToyDiffusion):
+class Cramped(QuickDiffusion):
     """Has memory for ``room`` rows at once; ``passes`` are the sizes that were tried."""
 
     def __init__(self, room: int, error: BaseException = ERRORS[0]) -> None:
@@ -52,7 +52,7 @@ class Cramped(ToyDiffusion):
         return super().predict(x_t, t, condition)
 
 
-def encoded(module: ToyDiffusion) -> Encoded:
+def encoded(module: QuickDiffusion) -> Encoded:
     toys = ToyData().toys
     with torch.no_grad():
         return module.encode(torch.utils.data.default_collate([toys[i] for i in range(12)]))
@@ -65,7 +65,7 @@ def method(trajectory: Any) -> Method:
     )  # fmt: skip
 
 
-def features(module: ToyDiffusion, trajectory: Any, row_limit: RowLimit | None = None) -> Tensor:
+def features(module: QuickDiffusion, trajectory: Any, row_limit: RowLimit | None = None) -> Tensor:
     module.eval()
     tracer = GradientTracer(module.denoiser, Projection(rank=4, dim=64))
     return trace_batch(module, tracer, method(trajectory), encoded(module), 0, row_limit).features
@@ -78,7 +78,7 @@ def features(module: ToyDiffusion, trajectory: Any, row_limit: RowLimit | None =
     ids=["shared noise", "noise by sample", "inverted"],
 )
 def test_traces_do_not_depend_on_the_split(error: BaseException, trajectory: Any) -> None:
-    whole = features(ToyDiffusion(), trajectory)
+    whole = features(QuickDiffusion(), trajectory)
     with pytest.warns(UserWarning, match="pass over 12 samples; from here on 3 at a time.*HINT"):
         split = features(Cramped(5, error), trajectory)
     assert ((whole - split).norm(dim=1) <= TOLERANCE * whole.norm(dim=1)).all()
@@ -123,7 +123,7 @@ def test_another_error_is_not_taken_for_short_memory() -> None:
     assert not is_out_of_memory(KeyError("not enough memory"))
 
 
-def fitted(path: Path, module: ToyDiffusion) -> TraceStore:
+def fitted(path: Path, module: QuickDiffusion) -> TraceStore:
     import lightning as L
 
     from .callbacks.test_concept_tracer import fit
@@ -135,14 +135,14 @@ def fitted(path: Path, module: ToyDiffusion) -> TraceStore:
 
 
 def test_capture_and_queries_of_a_cramped_module(tmp_path: Path) -> None:
-    roomy = fitted(tmp_path / "roomy", ToyDiffusion())
+    roomy = fitted(tmp_path / "roomy", QuickDiffusion())
     with pytest.warns(UserWarning, match="12 samples; from here on 3 at a time"):
         cramped = fitted(tmp_path / "cramped", Cramped(4))
     ours, theirs = (store.checkpoints[0].features() for store in (cramped, roomy))
     assert ((ours - theirs).norm(dim=1) <= TOLERANCE * theirs.norm(dim=1)).all()
 
     concepts = [Concept(name, {"colour": name}, {}) for name in ("red", "green", "blue", "red")]
-    queries = [Attributor(roomy, ToyDiffusion()).query(concepts, [0, 1, 2, 3])]
+    queries = [Attributor(roomy, QuickDiffusion()).query(concepts, [0, 1, 2, 3])]
     module = Cramped(1)
     with pytest.warns(UserWarning, match="4 samples; from here on 1 at a time"):
         queries.append(Attributor(roomy, module.eval()).query(concepts, [0, 1, 2, 3]))

@@ -21,7 +21,7 @@ from ctrak_lightning.errors import DatasetChangedError, ProcessLostError, StoreE
 from ctrak_lightning.traces import IncompleteStoreWarning, records
 from ctrak_lightning.trajectory import Inverted
 
-from ..toy import ToyDiffusion
+from ..toy import QuickDiffusion
 from .test_concept_tracer import ROOT, fit, tracer
 
 Fill = Callable[[Path], None]
@@ -44,7 +44,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, is_full: Callable[[Path], bool]) 
 
 def fitted(callbacks: list[Any]) -> dict[str, torch.Tensor]:
     L.seed_everything(5, verbose=False)
-    module = ToyDiffusion(dropout=0.2)
+    module = QuickDiffusion(dropout=0.2)
     fit(module, callbacks, max_epochs=3)
     return module.state_dict()
 
@@ -113,7 +113,7 @@ def test_on_error_raise_stops_with_the_typed_error(tmp_path: Path, monkeypatch: 
     assert sealed(tmp_path) == [3]
 
 
-class Faulty(ToyDiffusion):
+class Faulty(QuickDiffusion):
     """Raises in a capture after so many optimizer steps, in one member or another; its training steps are sound."""
 
     in_step = False

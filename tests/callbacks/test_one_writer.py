@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ctrak_lightning import TraceStore
 from ctrak_lightning.traces.lock import hold_folder
 
-from ..toy import ToyDiffusion
+from ..toy import QuickDiffusion
 from .test_concept_tracer import fit, tracer
 
 
@@ -19,7 +19,7 @@ class FailingError(Exception):
     pass
 
 
-class Failing(ToyDiffusion):
+class Failing(QuickDiffusion):
     """Its training ends with an error once it is asked to."""
 
     encoded = 0

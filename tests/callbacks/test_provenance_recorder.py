@@ -20,7 +20,7 @@ from ctrak_lightning.provenance import Ledger, LedgerWarning, forget, verify
 from ctrak_lightning.provenance.history import replay
 from ctrak_lightning.provenance.query_log import result_digest
 
-from ..toy import ToyData, ToyDiffusion
+from ..toy import QuickDiffusion, ToyData
 from .test_concept_tracer import files_of, fit, tracer
 
 
@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two epochs with a ledger. Not to be changed."""
     path = tmp_path_factory.mktemp("run")
     L.seed_everything(11, verbose=False)
-    fit(ToyDiffusion(seed=4), [tracer(path), ProvenanceRecorder(base_model="toys/base", revision="7")])
+    fit(QuickDiffusion(seed=4), [tracer(path), ProvenanceRecorder(base_model="toys/base", revision="7")])
     return path
 
 
@@ -48,7 +48,7 @@ def test_training_is_bit_identical_and_the_order_of_callbacks_does_not_matter(
     results = []
     for name in ("without", "with"):
         L.seed_everything(5, verbose=False)
-        module = ToyDiffusion(dropout=0.2)
+        module = QuickDiffusion(dropout=0.2)
         callbacks: list[Any] = [tracer(tmp_path / name, every_n_train_steps=2)]
         if name == "with":
             callbacks.insert(first == "tracer", ProvenanceRecorder())
@@ -67,7 +67,7 @@ def test_training_is_bit_identical_and_the_order_of_callbacks_does_not_matter(
 
 def test_a_run_is_described(run: Path) -> None:
     [begun] = facts_of(run, "run_begun")
-    store, initial = TraceStore(run / "traces"), ToyDiffusion(seed=4)
+    store, initial = TraceStore(run / "traces"), QuickDiffusion(seed=4)
     assert begun["run_id"] == store.run_id
     assert begun["header"]["method"] == store.header.method
     assert begun["base_model"]["name"] == "toys/base"
@@ -108,7 +108,7 @@ def test_the_chain_has_no_sample_in_clear(run: Path) -> None:
 
 
 def test_frozen_weights_and_hyperparameters(tmp_path: Path) -> None:
-    class Configured(ToyDiffusion):
+    class Configured(QuickDiffusion):
         def __init__(self, rate: float, where: Path, other: Any = None) -> None:
             super().__init__()
             self.save_hyperparameters()
@@ -125,17 +125,17 @@ def test_frozen_weights_and_hyperparameters(tmp_path: Path) -> None:
 
 def test_a_run_without_a_tracer_or_with_several_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"the Trainer has 0 ConceptTracers.*HINT"):
-        fit(ToyDiffusion(), [ProvenanceRecorder()])
+        fit(QuickDiffusion(), [ProvenanceRecorder()])
     two = [tracer(tmp_path / "a"), tracer(tmp_path / "b")]
     with pytest.raises(MisconfigurationException, match="the Trainer has 2 ConceptTracers"):
-        fit(ToyDiffusion(), [*two, ProvenanceRecorder()])
-    fit(ToyDiffusion(), [*two, ProvenanceRecorder(str(tmp_path / "b" / "traces"))], max_epochs=1)
+        fit(QuickDiffusion(), [*two, ProvenanceRecorder()])
+    fit(QuickDiffusion(), [*two, ProvenanceRecorder(str(tmp_path / "b" / "traces"))], max_epochs=1)
     assert not (tmp_path / "a" / "traces" / "ledger.jsonl").exists()
     assert kinds(tmp_path / "b")[-1] == "run_ended"
 
 
 def test_fast_dev_run_and_validation_leave_nothing(tmp_path: Path) -> None:
-    fit(ToyDiffusion(), [tracer(tmp_path), ProvenanceRecorder()], fast_dev_run=True)
+    fit(QuickDiffusion(), [tracer(tmp_path), ProvenanceRecorder()], fast_dev_run=True)
     assert not (tmp_path / "traces").exists()
 
 
@@ -149,7 +149,7 @@ class Stop(L.Callback):
 def interrupted(tmp_path: Path) -> Path:
     """A run that failed after two of three epochs, with checkpoints of both."""
     with pytest.raises(RuntimeError, match="a secret"):
-        fit(ToyDiffusion(), [ProvenanceRecorder(), tracer(tmp_path), keep(tmp_path), Stop()], max_epochs=3)
+        fit(QuickDiffusion(), [ProvenanceRecorder(), tracer(tmp_path), keep(tmp_path), Stop()], max_epochs=3)
     return tmp_path
 
 
@@ -165,7 +165,7 @@ def test_a_run_that_fails_and_is_resumed(interrupted: Path) -> None:
     assert failed == {"step": 6, "epoch": 2, "error": "RuntimeError"}
     with pytest.warns(UserWarning, match=r"resumes at step 3; the traces of steps \[6\]"):
         fit(
-            ToyDiffusion(),
+            QuickDiffusion(),
             [ProvenanceRecorder(), tracer(path), keep(path)],
             max_epochs=2,
             ckpt_path=str(path / "ckpt" / "epoch=0.ckpt"),
@@ -188,7 +188,7 @@ def test_a_store_that_was_tampered_with_is_not_recorded_on(interrupted: Path) ->
     before = (path / "traces" / "ledger.jsonl").read_bytes()
     with pytest.raises(CorruptStoreError, match=r"learning_rate is 0\.002, the ledger records 0\.001.*HINT"):
         fit(
-            ToyDiffusion(),
+            QuickDiffusion(),
             [tracer(path), ProvenanceRecorder(), keep(path)],
             max_epochs=3,
             ckpt_path=str(path / "ckpt" / "epoch=1.ckpt"),
@@ -210,9 +210,9 @@ def test_a_run_that_is_resumed_after_a_sample_was_forgotten(interrupted: Path) -
     before = files_of(path / "traces")
     resumed = {"ckpt_path": str(path / "ckpt" / "epoch=1.ckpt"), "max_epochs": 3}
     with pytest.raises(DatasetChangedError, match="Samples have been forgotten from this store.*HINT"):
-        fit(ToyDiffusion(), [tracer(path), ProvenanceRecorder(), keep(path)], **resumed)
+        fit(QuickDiffusion(), [tracer(path), ProvenanceRecorder(), keep(path)], **resumed)
     assert files_of(path / "traces") == before
-    fit(ToyDiffusion(), [tracer(path), ProvenanceRecorder(), keep(path)], data=Without(), **resumed)
+    fit(QuickDiffusion(), [tracer(path), ProvenanceRecorder(), keep(path)], data=Without(), **resumed)
     store = TraceStore(path / "traces")
     assert [c.step for c in store.checkpoints] == [3, 6, 9]
     assert len(store) == 11
@@ -234,7 +234,7 @@ def test_training_goes_on_when_the_ledger_cannot_be_written(
 
     monkeypatch.setattr(Ledger, "write", failing)
     with pytest.warns(UserWarning, match="ProvenanceRecorder: the ledger .*the disk is full"):
-        fit(ToyDiffusion(), [tracer(tmp_path), ProvenanceRecorder()], max_epochs=3)
+        fit(QuickDiffusion(), [tracer(tmp_path), ProvenanceRecorder()], max_epochs=3)
     assert kinds(tmp_path) == ["run_begun", "dataset", *["checkpoint"] * 3, "run_ended"]
 
 
@@ -243,7 +243,7 @@ def test_questions_are_recorded_with_the_hash_of_their_answer(run: Path, tmp_pat
     import shutil
 
     shutil.copytree(run / "traces", tmp_path / "traces")
-    module = ToyDiffusion(seed=4)
+    module = QuickDiffusion(seed=4)
     concept = Concept("bar", {"colour": "red", "shape": "bar"}, {"colour": "red"})
     attributor = Attributor(tmp_path / "traces", module, asker="a clerk", batch_size=4)
     query = attributor.query([concept], 3)
@@ -293,7 +293,7 @@ def test_a_question_to_a_read_only_store_is_answered_with_one_warning(
         raise StoreError("the folder is read-only.")
 
     monkeypatch.setattr(Ledger, "append_all", read_only)
-    attributor = Attributor(run / "traces", ToyDiffusion(seed=4))
+    attributor = Attributor(run / "traces", QuickDiffusion(seed=4))
     query = attributor.query([Concept("bar", {"shape": "bar"}, {})])
     with pytest.warns(LedgerWarning, match=r"not recorded: the folder is read-only.*HINT"):
         assert len(attributor.score(query, damping=1.0)) == 1
@@ -302,7 +302,7 @@ def test_a_question_to_a_read_only_store_is_answered_with_one_warning(
 
 def test_a_fine_tune_of_a_fine_tune_names_its_parent(run: Path, tmp_path: Path) -> None:
     parent = TraceStore(run / "traces")
-    module = ToyDiffusion()
+    module = QuickDiffusion()
     module.load_state_dict(parent.checkpoints[-1].weights(), strict=False)
     fit(module, [tracer(tmp_path / "child"), ProvenanceRecorder(parent=str(run / "traces"))], max_epochs=1)
     [begun] = facts_of(tmp_path / "child", "run_begun")
@@ -313,14 +313,14 @@ def test_a_fine_tune_of_a_fine_tune_names_its_parent(run: Path, tmp_path: Path) 
 
     with pytest.warns(UserWarning, match="are not those of the parent's last checkpoint"):
         fit(
-            ToyDiffusion(seed=8),
+            QuickDiffusion(seed=8),
             [tracer(tmp_path / "other"), ProvenanceRecorder(parent=str(run / "traces"))],
             max_epochs=1,
         )
     assert facts_of(tmp_path / "other", "run_begun")[0]["parent"]["weights"] == "different"
     with pytest.raises(StoreError, match=r"has no ledger\.jsonl"):
         fit(
-            ToyDiffusion(),
+            QuickDiffusion(),
             [tracer(tmp_path / "third"), ProvenanceRecorder(parent=str(tmp_path / "nowhere"))],
             max_epochs=1,
         )
