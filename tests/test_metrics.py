@@ -140,7 +140,6 @@ class TestRetrieval:
         theirs.update(scores, relevant, indexes=torch.arange(len(scores))[:, None].expand_as(scores))
         torch.testing.assert_close(ours.compute(), theirs.compute(), **SINGLE)
 
-    @settings(deadline=None)
     @given(tied_rankings(most=30))
     def test_sklearn_agrees_with_ties_and_signs(self, ranking: tuple[Tensor, Tensor]) -> None:
         scores, relevant = ranking
@@ -148,7 +147,7 @@ class TestRetrieval:
         expected = average_precision_score(relevant, scores)
         assert average_precision(scores, relevant).item() == pytest.approx(expected, abs=1e-12)
 
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(tied_rankings(most=5), st.data())
     def test_ties_count_with_the_mean_over_all_orders(
         self, ranking: tuple[Tensor, Tensor], data: st.DataObject
@@ -181,7 +180,6 @@ class TestRetrieval:
         random = mean_over_orders(scores, relevant, k=1)["average_precision"]
         assert average_precision(scores, relevant).item() <= random + 1e-12
 
-    @settings(deadline=None)
     @given(tied_rankings(), st.randoms(use_true_random=False))
     def test_order_of_samples_and_monotone_transforms_do_not_matter(
         self, ranking: tuple[Tensor, Tensor], random
@@ -301,7 +299,6 @@ class TestRetrievalErrors:
 
 
 class TestSpearman:
-    @settings(deadline=None)
     @given(st.integers(2, 15), st.data())
     def test_scipy_agrees_with_ties(self, n: int, data: st.DataObject) -> None:
         lists = st.lists(st.integers(-3, 3), min_size=n, max_size=n).filter(lambda x: len(set(x)) > 1)

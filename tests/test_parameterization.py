@@ -30,7 +30,7 @@ def outputs(
     return {"epsilon": noise, "v_prediction": a * noise - s * x0, "sample": x0}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), t=st.integers(0, 999), kind=st.sampled_from(KINDS), ddpm=st.booleans())
 def test_every_parameterization_recovers_the_same_clean_latents_and_noise(
     seed: int, t: int, kind: str, ddpm: bool

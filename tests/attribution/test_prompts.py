@@ -112,7 +112,7 @@ TEXTS = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(TEXTS, TEXTS)
 def test_any_text_gives_a_tidy_counter_prompt_or_a_concept_error(prompt: str, concept: str) -> None:
     try:

@@ -136,7 +136,7 @@ def test_csv_and_json_hold_the_whole_ranking(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.mean(first["timeline"]), first["score"], rtol=1e-6)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20))
 def test_top_is_a_sorted_permutation(values: list[float]) -> None:
     result = result_of(torch.tensor([values], dtype=torch.float64), ["x"] * len(values))

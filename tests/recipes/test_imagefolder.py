@@ -109,7 +109,7 @@ def test_folders_without_a_list_or_lines_are_refused(tmp_path: Path) -> None:
         read_rows(tmp_path)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     captions=st.tuples(*[st.text(min_size=1).filter(str.strip)] * 2),
     owners=st.tuples(*[st.text()] * 2),
@@ -129,7 +129,7 @@ def test_any_caption_and_owner_is_read_as_it_was_written(
     assert tuple(row.metadata["owner"] for row in rows) == owners
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.lists(st.sampled_from(["..", ".", "/", "\\", "sub", "a.png", "b.png"]), min_size=1).map("".join)
 )

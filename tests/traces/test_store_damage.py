@@ -341,7 +341,7 @@ def victim(
     return path, (path / "manifest.json").read_bytes(), read_everything(path)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(data=st.data())
 def test_any_mutation_of_the_manifest_is_refused_or_harmless(
     victim: tuple[Path, bytes, list[torch.Tensor]], data: st.DataObject
@@ -351,7 +351,7 @@ def test_any_mutation_of_the_manifest_is_refused_or_harmless(
     either_sound_or_refused(path, json.dumps(mutated).encode(), features)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(start=st.integers(0, 10**4), length=st.integers(0, 60), inserted=st.binary(max_size=6))
 def test_any_edit_of_the_manifest_bytes_is_refused_or_harmless(
     victim: tuple[Path, bytes, list[torch.Tensor]], start: int, length: int, inserted: bytes

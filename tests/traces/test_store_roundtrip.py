@@ -75,7 +75,7 @@ def test_rows_are_stored_with_unit_norm_whatever_their_scale(tmp_path: Path, dty
     np.testing.assert_allclose(found.double().numpy(), features.double().numpy(), rtol=TOLERANCE[dtype])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(batch=st.integers(1, 11), shard_rows=st.integers(1, 11), seed=st.integers(0, 99))
 def test_batch_size_shard_size_and_order_change_no_feature(
     tmp_path_factory: pytest.TempPathFactory, batch: int, shard_rows: int, seed: int

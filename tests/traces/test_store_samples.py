@@ -21,7 +21,7 @@ IDS = st.lists(
 COLUMNS = st.sampled_from([".", "..", "a/b", "%2F", "%", "/", "licence", "é"]) | TEXT.filter(bool)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_any_text_comes_back(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     ids = data.draw(IDS)
