@@ -21,7 +21,7 @@ HOSTILE = [
     "<img src=x onerror=window.hit=4>",
     "<!--<script>",
     "]]></svg><svg/onload=window.hit=5>",
-    "{{ 7 * 7 }}{% raw %}",
+    "{{ 7 * 191 }}{% raw %}",
     "javascript:window.hit=6",
     "&lt;b&gt;&amp;",
     "emoji 🦉👩‍🎨 猫 naïve",
