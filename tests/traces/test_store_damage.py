@@ -210,7 +210,9 @@ def test_stores_without_a_sealed_checkpoint(tmp_path: Path, capture: Capture) ->
         TraceStore(tmp_path)
     writer.write_samples(make_table())
     capture.run_checkpoint(writer, 300, stop=5)
-    with pytest.raises(StoreError, match=r"no sealed checkpoint .begun: \[300\].*interrupted.*HINT.*again"):
+    with pytest.raises(
+        StoreError, match=r"no sealed checkpoint .begun: \[300\].*ended before it.*HINT.*go on"
+    ):
         TraceStore(tmp_path)
 
 
