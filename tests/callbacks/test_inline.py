@@ -20,7 +20,7 @@ from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.errors import BatchError, GradientError, StoreError
 from ctrak_lightning.inline import TIMESTEP_NAMES, _timesteps
 
-from ..toy import ToyData, ToyDiffusion, Toys
+from ..toy import QuickDiffusion, ToyData, ToyDiffusion, Toys
 from .test_concept_tracer import files_of, fit
 from .test_on_error import full_disk
 
@@ -251,7 +251,7 @@ def test_a_sample_that_no_step_saw_has_no_trace_or_keeps_that_of_the_last_window
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ToyData, "trace_dataloader", trace_all, raising=False)
-    fit(ToyDiffusion(), [inline(tmp_path)], data=Dropping(), max_epochs=3)
+    fit(QuickDiffusion(), [inline(tmp_path)], data=Dropping(), max_epochs=3)
     store = TraceStore(tmp_path / "traces")
     assert [at.step for at in store.checkpoints] == [2, 4, 6]
     # Rows 10 and 11 are left out of the first epoch, 0 and 1 of the second, 2 and 3 of the third.
@@ -284,12 +284,12 @@ def test_a_row_is_not_lost_where_ids_could_be_mistaken_or_a_step_was_left_out(tm
             rows = [{"label": str(i % 3)} | row | {"sample_id": str(i)} for i, row in enumerate(self.toys)]  # type: ignore[arg-type]
             return DataLoader(rows, 2)  # type: ignore[arg-type]
 
-    class Guarded(ToyDiffusion):
+    class Guarded(QuickDiffusion):
         def on_after_backward(self) -> None:
             if self.trainer.fit_loop.batch_idx == 1:
                 self.zero_grad()
 
-    for kind in (ToyDiffusion, Guarded):
+    for kind in (QuickDiffusion, Guarded):
         fit(kind(), [inline(tmp_path / kind.__name__)], data=Labelled(), max_epochs=1)
         [at] = TraceStore(tmp_path / kind.__name__ / "traces").checkpoints
         exposures, visits = at.exposures(), at.visits()
@@ -308,7 +308,7 @@ def test_samples_that_training_batches_never_have_stop_it_where_that_is_asked(
 
     monkeypatch.setattr(ToyData, "trace_dataloader", renamed, raising=False)
     with pytest.raises(StoreError, match="12 of 12 samples.*HINT.*every_n_epochs"):
-        fit(ToyDiffusion(), [inline(tmp_path, on_error="raise")], max_epochs=1)
+        fit(QuickDiffusion(), [inline(tmp_path, on_error="raise")], max_epochs=1)
 
 
 @pytest.mark.filterwarnings("ignore:Optimizer steps had .* not in the store")
@@ -327,7 +327,7 @@ def test_samples_that_are_not_traced_are_passed_over(tmp_path: Path, monkeypatch
 
 
 def test_sample_ids_go_before_encode(tmp_path: Path) -> None:
-    class Dear(ToyDiffusion):
+    class Dear(QuickDiffusion):
         encoded = 0
 
         def encode(self, batch: dict[str, Any]) -> Encoded:
@@ -342,7 +342,7 @@ def test_sample_ids_go_before_encode(tmp_path: Path) -> None:
     assert module.encoded == 5  # the trial's two, which are compared, and the survey's
     assert len(TraceStore(tmp_path / "traces").checkpoints) == 2
 
-    class Wanting(ToyDiffusion):
+    class Wanting(QuickDiffusion):
         def sample_ids(self, batch: dict[str, Any]) -> list[str]:
             return list(batch["uuid"])
 
@@ -360,13 +360,13 @@ def test_a_resumed_run_leaves_the_store_of_an_uninterrupted_one(
 
     monkeypatch.setattr("uuid.uuid4", lambda: type("Fixed", (), {"hex": "0" * 32}))
     monkeypatch.setattr(ToyData, "train_dataloader", lambda self: DataLoader(self.toys, 4))
-    monkeypatch.setattr(ToyDiffusion, "training_step", deterministic_step)
+    monkeypatch.setattr(QuickDiffusion, "training_step", deterministic_step)
     for name, parts in {"whole": [3], "cut": [1, 3]}.items():
         path = tmp_path / name
         for i, epochs in enumerate(parts):
             keep = ModelCheckpoint(path / "ckpt", filename="{epoch}", save_top_k=-1)
             resume = str(path / "ckpt" / "epoch=0.ckpt") if i else None
-            fit(ToyDiffusion(), [inline(path), keep], max_epochs=epochs, ckpt_path=resume)
+            fit(QuickDiffusion(), [inline(path), keep], max_epochs=epochs, ckpt_path=resume)
     whole, cut = files_of(tmp_path / "whole" / "traces"), files_of(tmp_path / "cut" / "traces")
     assert whole.keys() == cut.keys()
     assert "checkpoint-00000009/visits.h5" in whole
@@ -379,11 +379,11 @@ def test_a_resumed_run_knows_the_samples_of_earlier_windows(
 ) -> None:
     monkeypatch.setattr(ToyData, "trace_dataloader", trace_all, raising=False)
     keep = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", save_top_k=-1)
-    fit(ToyDiffusion(), [inline(tmp_path), keep], data=Dropping(), max_epochs=2)
+    fit(QuickDiffusion(), [inline(tmp_path), keep], data=Dropping(), max_epochs=2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Checkpoint directory")
         fit(
-            ToyDiffusion(),
+            QuickDiffusion(),
             [inline(tmp_path), keep],
             data=Dropping(),
             max_epochs=3,
@@ -401,7 +401,7 @@ def test_rows_of_a_checkpoint_that_could_not_be_stored_go_into_the_next(
 ) -> None:
     full_disk(monkeypatch, lambda path: path.parent.name == "checkpoint-00000003")
     with pytest.warns(UserWarning, match="no trace"):
-        fit(ToyDiffusion(), [inline(tmp_path)])
+        fit(QuickDiffusion(), [inline(tmp_path)])
     [at] = TraceStore(tmp_path / "traces").checkpoints
     assert at.step == 6
     visits = at.visits()
