@@ -128,12 +128,18 @@ def _noise(attribution: Attribution) -> list[str]:
     if not len(thumbnails) or min(thumbnails.shape[1:3]) < 2:
         return []
     own, lowest = beside(image, thumbnails)
-    if not (lowest > SMOOTH and own < NOISY * lowest):
+    if not is_noise(own, lowest):
         return []
     return [
         f"The generated image is noise: its neighbouring pixels correlate by {own:.2f}, those of the training images by at least "
         f"{lowest:.2f} (in 99 % of them)."
     ]
+
+
+def is_noise(own: float, lowest: float) -> bool:
+    """Whether an image whose neighbouring pixels correlate by ``own`` is noise, where nearly all training images have at least
+    ``lowest``."""
+    return lowest > SMOOTH and own < NOISY * lowest
 
 
 def _unshown(moved: float | None, check: SelfCheck | None, halves: float | None) -> list[str]:

@@ -24,9 +24,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from ctrak_lightning import Attribution, Attributor, Concept, Sampler, methods
+from ctrak_lightning.attribution.noise import LOOKED_AT, beside
 from ctrak_lightning.attribution.trust import self_check, stability
 from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.metrics.functional import r_precision, spearman
+from ctrak_lightning.surveying import thumbnails_of
 from ctrak_lightning.trajectory import Noised, State
 from recipes.emoji_artists.data import KINDS, EmojiArtists
 from recipes.emoji_artists.demo import ARTISTS
@@ -163,6 +165,7 @@ def measured(subject: Subject, store: Path, seed: int) -> list[dict[str, Any]]:
             concepts, [1000 * seed + draw] * len(concepts), generation=generation
         )
         answers.append((found, generation.latents))
+    smooth = smoothness(subject, answers[0][1])
     checkpoints = attributor.store.checkpoints
     losses = torch.stack([checkpoint.losses() for checkpoint in checkpoints])  # [M, N]
     check = cache(lambda damping: self_check(checkpoints, damping))
@@ -190,10 +193,21 @@ def measured(subject: Subject, store: Path, seed: int) -> list[dict[str, Any]]:
                 "image_loss_rank": image_loss_rank(subject.module, concept, answers[0][1][i], losses[-1]),
                 "r_precision": float(r_precision(first.scores, labels)),
                 "chance": float(labels.float().mean()),
+                **smooth[i],
                 **worth_of(factor, value),
             }
         )
     return rows
+
+
+@torch.no_grad()
+def smoothness(subject: Subject, latents: Tensor) -> list[dict[str, float]]:
+    """How much neighbouring pixels correlate, in each of the generated images [B, ...] and in nearly all of the training images."""
+    count = len(subject.images)  # type: ignore[arg-type]
+    some = default_collate([subject.images[i] for i in range(0, count, count // LOOKED_AT + 1)])
+    thumbnails = thumbnails_of(subject.module.decode(subject.module.encode(some).latents))
+    found = [beside(image, thumbnails) for image in subject.module.decode(latents)]
+    return [{"neighbours": own, "neighbours_of_training": lowest} for own, lowest in found]
 
 
 def top_gain(answer: Attribution, losses: Tensor) -> float:

@@ -12,6 +12,7 @@ from recipes.benchmarks import learnt_table
 SOUND = {
     **dict.fromkeys(learnt_table.SIGNALS, 0.5),
     **{"strength": 0.1, "self_check": 1.0, "stability": 0.9, "loss": 0.05, "moved": 0.1},
+    **{"neighbours": 0.8, "neighbours_of_training": 0.6},
     **{"steps": 3, "worth": 0.05, "worth_z": 5.0, "r_precision": 1.0},
 }
 
@@ -24,9 +25,15 @@ def run_of(*rows: dict[str, Any]) -> dict[str, Any]:
 def test_what_is_learnt_and_what_is_doubted_are_counted() -> None:
     still = {"worth": 0.0, "moved": 0.0}
     missed = {"worth": 0.05, "worth_z": 1.9}  # not sure enough
-    text = learnt_table.page([run_of({}, {"strength": 1e-5}, still, still, missed)], "command")
-    assert "| s, seed 0 | 3 | 2 of 5 | 2 of 3 | 1 of 2 |" in text
-    assert "| losses moved by < 0.001 | 2 of 3 | 0 of 2 |" in text
+    noise = {"neighbours": 0.2, "worth": 0.0}
+    trained = run_of({}, {"strength": 1e-5}, still, still, missed, noise)
+    untrained = run_of({"moved": 0.0}) | {"steps": 0, "seed": 1}
+    untrained["rows"] = [row | {"steps": 0} for row in untrained["rows"]]
+    text = learnt_table.page([trained, untrained], "command")
+    assert "| s, seed 0 | 3 | 2 of 6 | 3 of 4 | 1 of 2 |" in text
+    assert "| losses moved by < 0.001 | 0 of 0 | 2 of 4 | 0 of 2 | 1 of 1 | 0 of 0 | 0 of 0 |" in text
+    assert "| the image is noise | 0 of 0 | 1 of 4 | 0 of 2 | 0 of 1 |" in text
+    assert "| any | 0 of 0 | 3 of 4 | 1 of 2 | 1 of 1 |" in text
     assert learnt_table.learnt(SOUND | {"worth_z": None})
     assert not learnt_table.learnt(SOUND | {"steps": 0})
 
