@@ -37,7 +37,15 @@ from ctrak_lightning.method import Method
 from ctrak_lightning.numbering import numbered, reloaded
 from ctrak_lightning.processes import ALONE, Processes
 from ctrak_lightning.rng import isolated_rng
-from ctrak_lightning.surveying import NO_AUGMENTATION, Once, Surveyed, bounded, table_of, thumbnails_of
+from ctrak_lightning.surveying import (
+    NO_AUGMENTATION,
+    Once,
+    Surveyed,
+    bounded,
+    require_same,
+    table_of,
+    thumbnails_of,
+)
 from ctrak_lightning.task import Encoded, encode, name_of, task_modules
 from ctrak_lightning.traced_model import TracedModel, Weights
 from ctrak_lightning.traces import (
@@ -136,6 +144,7 @@ class Capture:
         """What the trial found; None where there was none."""
         self._is_partly_seen = self.trial is not None and self.trial.blocks < self.trial.all_blocks
         self._batch_ids = BatchIds(task)
+        self._first_seen: tuple[Any, Encoded] | None = None
         surveyed = self._survey(thumbnails)
         table, latent_shape = table_of(surveyed)
         starts = itertools.accumulate((len(batch.sample_ids) for batch in surveyed), initial=0)
@@ -190,11 +199,10 @@ class Capture:
             state: what ``exposures.state_dict()`` was then; without it, the counts of the store's checkpoint of this step.
 
         Raises:
-            StoreMismatchError: the store has traces of this step, and they are of other weights than the owner's.
+            StoreMismatchError: as of :meth:`require_weights_of`, which without a ``state`` must be the owner's.
         """
-        if step in self.writer.sealed_steps:
-            with self._processes.together():
-                self._require_weights_of(step)
+        if state is None:
+            self.require_weights_of(step)
         if step == 0:
             self.exposures.unknown = None
         elif state is None or not self.exposures.load_state_dict(state):
@@ -224,9 +232,18 @@ class Capture:
             store = TraceStore(self.writer.path)
         return next(one for one in store.checkpoints if one.step == step)
 
-    def _require_weights_of(self, step: int) -> None:
-        changed = self._model.changed_from(self._sealed(step).weights())
-        if changed:
+    def require_weights_of(self, step: int) -> None:
+        """Looks whether the run that goes on from ``step`` is the one that was traced; all processes call it.
+
+        Raises:
+            StoreMismatchError: the store has traces of this step, and they are of other weights than the owner's.
+        """
+        if step not in self.writer.sealed_steps:
+            return
+        with self._processes.together():
+            changed = self._model.changed_from(self._sealed(step).weights())
+            if not changed:
+                return
             raise StoreMismatchError(
                 f"{self.writer.path}: its traces of step {step} are of other weights than those that training goes on from: "
                 f"{len(changed)} parameters differ, such as {changed[0]!r}. Nothing was changed. HINT: go on from the weights of the "
@@ -395,6 +412,7 @@ class Capture:
                 with self._model.noticing():
                     encoded = self._encode(batch)
                 self._model.notice(encoded)
+                self._first_seen = self._first_seen or (batch, encoded)
                 once.add(encoded.sample_ids)
                 self._batch_ids.compare(batch, encoded.sample_ids)
                 images = self._pictures(batch, encoded) if thumbnails else None
@@ -413,12 +431,14 @@ class Capture:
         return sorted((batch for batches in each for batch in batches), key=lambda batch: batch.number)
 
     def _look_again(self) -> None:
-        """Loads and encodes the first batch once more: a data set that augments by a generator of its own is told before anything
-        has been traced."""
+        """Loads and encodes the first batch once more: what draws from a generator of its own is told before anything has been traced."""
         with self._processes.together(), isolated_rng(self.seed), self._tracing(), torch.no_grad():
             for number, batch in self._own_batches():
-                self._position(number, batch, self._encode(batch))
+                encoded = self._encode(batch)
+                self._position(number, batch, encoded)
+                require_same(self._first_seen, (batch, encoded))
                 break
+        self._first_seen = None
 
     def _pictures(self, batch: Any, encoded: Encoded) -> Tensor | None:
         """What a person may be shown of a batch: its own images where the task has them, for decoding is dear and inexact."""

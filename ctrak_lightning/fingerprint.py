@@ -30,13 +30,18 @@ def model_fingerprint(
     shapes = "".join(f"{name}:{tuple(own[name].shape)};" for name in sorted(trained) if name in own)
     facts = {
         "trained_parameters": hashlib.sha256(shapes.encode()).hexdigest(),
-        "noise_schedule": hashlib.sha256(repr(sorted(schedule.to_dict().items())).encode()).hexdigest(),
+        "noise_schedule": schedule_digest(schedule),
     }
     if parts is None:
         return facts | {"frozen_weights": _all_frozen(own, trained)}
     frozen = Frozen(module, parts, trained)
     facts |= {"frozen_weights": frozen.digest, "frozen_sketch": frozen.sketch}
     return facts | {"frozen_parts": json.dumps(sorted(parts))} | adapter_facts(module, parts)
+
+
+def schedule_digest(schedule: Any) -> str:
+    """Sha256 (hex) of a noise schedule."""
+    return hashlib.sha256(repr(sorted(schedule.to_dict().items())).encode()).hexdigest()
 
 
 def as_stored(stored: Mapping[str, str], mine: Mapping[str, str]) -> dict[str, str]:

@@ -1,13 +1,15 @@
 """A pass over the data before it is traced: who the samples are. It must have an end, and give each sample once."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ctrak_lightning.errors import BatchError, DatasetChangedError, GradientError
+from ctrak_lightning.task import Encoded
 from ctrak_lightning.traces import SampleTable
 
 THUMBNAIL = 64
@@ -56,6 +58,64 @@ class Once:
                 "Expected each sample once, under an id of its own. HINT: let trace_dataloader() give each once, then end. A stream "
                 "that repeats itself has no end; a data set that repeats its samples, or gives another in a broken one's place, gives it twice."
             )
+
+
+def require_same(first: tuple[Any, Encoded] | None, again: tuple[Any, Encoded]) -> None:
+    """Holds a batch, and what it was encoded to, against the same batch loaded and encoded a second time.
+
+    What draws from a generator of its own, which cannot be put back afterwards, would make every capture's states others, and change
+    what training draws from it.
+
+    Raises:
+        DatasetChangedError: they differ; names where.
+    """
+    if first is None:
+        return
+    (batch, encoded), (batch_again, encoded_again) = first, again
+    pairs = {
+        "batch": (batch, batch_again),
+        "encode().latents": (encoded.latents, encoded_again.latents),
+        "encode().condition": (encoded.condition, encoded_again.condition),
+    }
+    for where, (a, b) in pairs.items():
+        found = _difference(a, b, where)
+        if found is not None:
+            raise DatasetChangedError(
+                f"Loaded and encoded twice, from the same random state of torch, numpy and Python, the first samples are not the same: "
+                f"{found} differs. So a generator of its own is drawn from, which every capture would advance: training would not be what it "
+                f"is without traces. {NO_AUGMENTATION}"
+            )
+
+
+def _difference(a: Any, b: Any, where: str) -> str | None:
+    """Where two values of the same structure differ by more than rounding; None where they do not, or cannot be compared."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and a.dtype.kind in "biufc":
+        a, b = torch.as_tensor(a), torch.as_tensor(b)
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return None if _is_close(a, b) else where
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        if a.keys() != b.keys():
+            return where
+        inside = (_difference(value, b[name], f"{where}[{name!r}]") for name, value in a.items())
+    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        if len(a) != len(b):
+            return where
+        inside = (_difference(x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True)))
+    else:
+        plain = (str, bytes, int, float, bool, np.generic)
+        is_other = isinstance(a, plain) and isinstance(b, plain) and a != b and not (a != a and b != b)
+        return where if is_other else None
+    return next((found for found in inside if found is not None), None)
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    a, b = a.detach().float(), b.detach().float()
+    size = float(a.abs().nan_to_num(posinf=0.0).mean()) if a.numel() else 0.0
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * size, equal_nan=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ctrak_lightning.fingerprint import as_stored, model_fingerprint
+from ctrak_lightning.adapters import adapter_facts
+from ctrak_lightning.errors import TrainingChangedError
+from ctrak_lightning.fingerprint import as_stored, model_fingerprint, schedule_digest
 from ctrak_lightning.frozen import Frozen, Used, changing_buffers, parts_of
 from ctrak_lightning.function import (
     TIMESTEPS,
@@ -57,6 +59,7 @@ class TracedModel:
         self._has_function = False
         self._used = Used()
         self._first: Encoded | None = None
+        self._settings: dict[str, str] = {}
 
     def noticing(self) -> AbstractContextManager[None]:
         """Notices what encoding a batch computes with; once, in the first process."""
@@ -92,6 +95,7 @@ class TracedModel:
                     self._owner, self.trained.names, self._task.noise_schedule, self._parts
                 )
                 facts = (as_stored(stored, facts) if stored else facts) | {"weights": self._weights}
+                self._settings = self._settings_now()
         self._parts, problem, facts = self._processes.from_first((self._parts, problem, facts))
         self._has_function = problem is None
         if problem is not None:
@@ -109,13 +113,33 @@ class TracedModel:
         """The ``weights`` and ``buffers`` to store with a checkpoint; all processes call it.
 
         Raises:
-            TrainingChangedError: other parameters train than at the start, or what was frozen has changed.
+            TrainingChangedError: other parameters train than at the start, or what was frozen has changed, or how adapters are applied,
+                or the noise schedule.
         """
         with self._processes.together():
             weights = self.trained.now()
             if self._frozen is not None:
                 self._frozen.require_unchanged()
+                self._require_settings()
         return {"weights": weights, "buffers": changing_buffers(self._owner, self._parts)}
+
+    def _settings_now(self) -> dict[str, str]:
+        """What makes another function of the same weights."""
+        adapters = adapter_facts(self._owner, self._parts)
+        return adapters | {"noise_schedule": schedule_digest(self._task.noise_schedule)}
+
+    def _require_settings(self) -> None:
+        now = self._settings_now()
+        changed = {name for name in now.keys() | self._settings if now.get(name) != self._settings.get(name)}
+        if changed:
+            told = "; ".join(
+                f"{name}: {self._settings.get(name)}, now {now.get(name)}" for name in sorted(changed)
+            )
+            raise TrainingChangedError(
+                f"The same weights make another function than when the traces began ({told}). No one model could be asked about both. "
+                "HINT: leave an adapter's scaling and state, and the noise schedule, as they are during a traced run; unmerge and enable "
+                "adapters before the next trace."
+            )
 
     def changed_from(self, weights: Mapping[str, Tensor]) -> list[str]:
         """The names of the trained parameters that are not, to the bit, these ``weights``."""

@@ -90,6 +90,7 @@ class ConceptTracer(Callback):
     Raises:
         MisconfigurationException: an argument out of range; a module that is no DiffusionTask; a sharded strategy; a folder
             that cannot be written, or that holds the traces of another run; what the trial found.
+        StoreMismatchError: the folder holds the traces of another method, projection, model or data set.
         StoreError: a trace cannot be stored, under ``on_error="raise"``. (Other errors come as they are raised.)
 
     Warns:
@@ -323,12 +324,14 @@ class ConceptTracer(Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        self._tell_untraced()
-        self._close()
+        if self._is_run_of(trainer):
+            self._tell_untraced()
+            self._close()
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._close()
+        if self._is_run_of(trainer):
+            self._close()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -337,6 +340,8 @@ class ConceptTracer(Callback):
             "run_id": memory.run_id,
             "unseen_steps": memory.unseen_steps,
             "exposures": memory.exposures,
+            "sealed": memory.sealed,
+            "weights": memory.weights,
         }
 
     @override
@@ -345,8 +350,14 @@ class ConceptTracer(Callback):
             run_id=state_dict["run_id"],
             unseen_steps=state_dict.get("unseen_steps", 0),
             exposures=state_dict.get("exposures"),
+            sealed=state_dict.get("sealed"),
+            weights=state_dict.get("weights"),
             is_resumed=True,
         )
+
+    def _is_run_of(self, trainer: L.Trainer) -> bool:
+        """Whether it is the traced run's Trainer: another one may validate with the same callbacks meanwhile."""
+        return self._run is not None and self._run.trainer is trainer
 
     def _close(self) -> None:
         if self._run is not None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -38,12 +39,17 @@ class ExposureCounter:
         self._is_manual = not pl_module.automatic_optimization
         self._handle = register_optimizer_step_post_hook(self._stepped)
         self._batch: Any = None
+        self._first_ids: list[str] | Exception = []
         self._is_drawn = self._is_counted = self._has_stepped = self._sees_backward = self._is_told = False
         self._last_step = int(trainer.global_step)
+        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            # Lightning then gives the hooks before a step the batch of the step before.
+            capture.exposures.unknown = "training_step(dataloader_iter) draws the batches itself"
 
     def begin(self, batch: Any) -> None:
-        """Before ``training_step``."""
-        self._batch, self._is_drawn, self._is_counted, self._has_stepped = batch, False, False, False
+        """Before ``training_step``, which may take the ids out of the batch."""
+        self._is_drawn, self._is_counted, self._has_stepped = False, False, False
+        self._batch, self._first_ids = batch, self._read(batch)
 
     def backward(self) -> None:
         """Where Lightning goes backward from a loss of the batch."""
@@ -58,10 +64,19 @@ class ExposureCounter:
         if self._is_drawn or exposures.unknown is not None:
             return
         self._is_drawn = True
+        # As the step has left the batch, which may leave samples out in place.
+        ids = self._read(self._batch)
+        ids = self._first_ids if isinstance(ids, Exception) else ids
+        if isinstance(ids, Exception):
+            exposures.unknown = f"the ids of a training batch cannot be read: {ids}"
+        else:
+            exposures.draw(ids)
+
+    def _read(self, batch: Any) -> list[str] | Exception:
         try:
-            exposures.draw(self._capture.training_ids(self._loader.part(self._batch)))
+            return self._capture.training_ids(self._loader.part(batch))
         except Exception as error:  # of the user's `sample_ids`: no reason to end a training
-            exposures.unknown = f"the ids of a training batch cannot be read: {error}"
+            return error
 
     def _drop(self) -> None:
         """Forgets the batches whose gradients have been cleared; this one may go backward once more, if it has not been counted."""

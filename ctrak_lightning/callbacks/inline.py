@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
 from ctrak_lightning.gradients.modes import is_compiled
@@ -19,6 +20,11 @@ def refuse_what_inline_cannot_trace(
         raise MisconfigurationException(
             '`ConceptTracer(mode="inline")`: manual optimization may scale the loss, or go backward several times, in ways that '
             f"a callback cannot see. Expected automatic optimization. {_HINT}"
+        )
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        raise MisconfigurationException(
+            '`ConceptTracer(mode="inline")`: training_step(dataloader_iter) draws the batches itself, and no callback sees which one a '
+            f"step has. Expected training_step(batch, batch_idx). {_HINT}"
         )
     if trainer.world_size > 1:
         raise MisconfigurationException(

@@ -41,6 +41,7 @@ class TrainingLoader:
                 f"{', or leave `loader` out.' if '' in loaders else '' if hint else '.'}"
             )
         self._hint = hint or "HINT: ConceptTracer(loader=...) names it."
+        self._loaders = loaders
         self.loader: Any = loaders.get(self._path)
         """The loader, or None where there are several and none was named."""
 
@@ -66,6 +67,14 @@ class TrainingLoader:
         if isinstance(loader.dataset, IterableDataset):
             return self._stream(loader, batch_size)
         return self._known(loader, batch_size)
+
+    def apart(self, loader: Any) -> Any:
+        """A loader that gives what ``loader`` does and shares no workers with training, where it is one of training's own."""
+        if not isinstance(loader, DataLoader) or all(loader is not one for one in self._loaders.values()):
+            return loader
+        if loader.batch_sampler is not None:
+            return reloaded(loader, loader.dataset, batch_sampler=loader.batch_sampler)
+        return reloaded(loader, loader.dataset, batch_size=None, sampler=loader.sampler)
 
     def part(self, batch: Any) -> Any:
         """What a training batch has of this loader; None where this loader had nothing more to give to it."""
@@ -102,6 +111,11 @@ class TrainingLoader:
 
     def _stream(self, loader: DataLoader[Any], batch_size: int | None) -> DataLoader[Any]:
         kind = type(loader.dataset).__name__
+        if hasattr(loader.dataset, "__next__"):
+            raise MisconfigurationException(
+                f"`ConceptTracer`: the training data is a stream, {kind}, that is an iterator itself: whoever goes through it, as every "
+                f"capture would, takes from training what it is given. {_HINT}"
+            )
         try:
             len(loader)
         except TypeError as error:

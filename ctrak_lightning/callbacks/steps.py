@@ -19,8 +19,9 @@ class StepCounter:
     """
 
     def __init__(self, trainer: L.Trainer, pl_module: L.LightningModule, unseen: int = 0) -> None:
-        self.optimizers: list[Optimizer] = list(trainer.optimizers)
-        """Those of the run that are known so far."""
+        self.optimizers: list[Optimizer] = []
+        """Those of the run that are known so far, as of the last :meth:`look`."""
+        self._others: list[Optimizer] = []
         self.unseen = unseen
         """Steps that Lightning has not counted."""
         self.is_manual = not pl_module.automatic_optimization
@@ -28,6 +29,12 @@ class StepCounter:
         self._is_ours: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         self._handle = register_optimizer_step_post_hook(self._count) if self.is_manual else None
         self._between = self._begun()
+        self.look()
+
+    def look(self) -> None:
+        """Reads the Trainer's optimizers, which may have been replaced by others."""
+        own = list(self._trainer.optimizers)
+        self.optimizers[:] = [*own, *(one for one in self._others if not any(one is known for known in own))]
 
     @property
     def now(self) -> int:
@@ -44,8 +51,9 @@ class StepCounter:
             parameters = {id(parameter) for parameter in self._module.parameters()}
             held = (value for group in optimizer.param_groups for value in group["params"])
             self._is_ours[optimizer] = any(id(value) in parameters for value in held)
-            if self._is_ours[optimizer] and not any(optimizer is known for known in self.optimizers):
-                self.optimizers.append(optimizer)
+            if self._is_ours[optimizer]:
+                self._others.append(optimizer)
+                self.look()
         if self._is_ours[optimizer] and self._begun() == self._between:
             self.unseen += 1
 

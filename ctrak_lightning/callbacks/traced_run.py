@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,10 @@ class Memory:
     run_id: str | None = None
     unseen_steps: int = 0
     exposures: dict[str, Any] | None = field(default=None, repr=False)
+    sealed: dict[int, str] | None = field(default=None, repr=False)
+    """Sha256 of the weights of each checkpoint that was sealed then."""
+    weights: list[Tensor] | None = field(default=None, repr=False)
+    """Some numbers of the weights then."""
     is_resumed: bool = False
     """Whether the Trainer's checkpoint has said so."""
 
@@ -72,7 +76,7 @@ class TracedRun:
         task: Any,
         memory: Memory,
     ) -> None:
-        self._tracer, self._trainer, self._module, self._task, self._memory = (
+        self._tracer, self.trainer, self._module, self._task, self._memory = (
             tracer,
             trainer,
             pl_module,
@@ -91,6 +95,7 @@ class TracedRun:
         self.exposures: ExposureCounter | None = None
         self._watched: dict[str, Tensor] = {}
         self._left: list[Tensor] = []
+        self._is_told_of_change = False
 
     def begin(self) -> Trial | None:
         """Opens the store, unless it is open, and gives what was tried for that. Whatever a module or another callback freezes,
@@ -101,24 +106,24 @@ class TracedRun:
         """
         if self.capture is not None:
             return None
+        self.steps.look()
         try:
             self.capture = self._open()
         except TrialError as error:
             raise MisconfigurationException(f"{self._where}: {error}") from error
         if self.capture.trial is not None:
             rank_zero_info(f"ConceptTracer(dirpath={self._tracer.dirpath!r}): {self.capture.trial}")
-        self.exposures = ExposureCounter(self._trainer, self._module, self.capture, self.loader)
-        if self._tracer.weights == "raw":
-            trained = trained_parameters(self._module, self.steps.optimizers)
-            self._watched = dict(itertools.islice(trained.items(), 0, None, len(trained) // WATCHED + 1))
+        self.exposures = ExposureCounter(self.trainer, self._module, self.capture, self.loader)
         return self.capture.trial
 
     def steps_taken(self) -> range:
         """The numbers of the optimizer steps since the last call, none under way: several, where optimizers step in one batch."""
         taken = range(self._last_step + 1, self.steps.now + 1)
         if taken:
+            self.steps.look()
             self._last_step = self.steps.now
-            self._left = self._sampled()
+            if self._tracer.weights == "raw" and not self._is_told_of_change:
+                self._left = self._sampled()
         return taken
 
     def seal(self, step: int, epoch: int) -> float | None:
@@ -136,7 +141,7 @@ class TracedRun:
                 self.capture.require_unchanged_since(step)
             return None
         self._tell_of_change(step)
-        optimizers = self._trainer.optimizers
+        optimizers = self.trainer.optimizers
         rate = float(optimizers[0].param_groups[0]["lr"]) if optimizers else None
         started = time.monotonic()
         try:
@@ -150,15 +155,19 @@ class TracedRun:
     @property
     def memory(self) -> Memory:
         """What a run that goes on from here must know; the exposures with the step up to which they were counted."""
-        memory = Memory(self._memory.run_id, self.steps.unseen, self._memory.exposures)
-        if self.capture is not None:
-            memory.run_id = self.capture.writer.run_id
-            memory.exposures = self.capture.exposures.state_dict() | {"step": self._last_step}
-        return memory
+        if self.capture is None:
+            return replace(self._memory, unseen_steps=self.steps.unseen)
+        return Memory(
+            run_id=self.capture.writer.run_id,
+            unseen_steps=self.steps.unseen,
+            exposures=self.capture.exposures.state_dict() | {"step": self._last_step},
+            sealed=self.capture.writer.sealed_weights,
+            weights=[value.cpu() for value in self._sampled()],
+        )
 
     def close(self) -> None:
         """Lets go of the Trainer and of the folder."""
-        averaging.put_back(self._trainer, self._tracer, self._order)
+        averaging.put_back(self.trainer, self._tracer, self._order)
         if isinstance(self.capture, InlineCapture):
             self.capture.detach()
         if self.exposures is not None:
@@ -189,11 +198,13 @@ class TracedRun:
             thumbnails=settings.thumbnails,
             device=self._module.device,
             rows_at_once=settings.batch_size or self._half_batch(),
-            progress=self._trainer.progress_bar_callback is not None,
+            progress=self.trainer.progress_bar_callback is not None,
             processes=processes,
             questions=settings.questions,
             lock=self._lock,
         )
+        trained = trained_parameters(self._module, self.steps.optimizers)
+        self._watched = dict(itertools.islice(trained.items(), 0, None, len(trained) // WATCHED + 1))
         self._resume(capture, self.steps.now)
         if isinstance(capture, InlineCapture):
             capture.attach()
@@ -225,18 +236,42 @@ class TracedRun:
                 f"ConceptTracer(dirpath={self._tracer.dirpath!r}): the checkpoint was made with store {self._memory.run_id!r}, the "
                 f"folder holds store {writer.run_id!r}. Traces of steps before {step} may be missing."
             )
+        self._require_one_course(capture, step, is_same)
         state = self._memory.exposures
-        try:
-            with self._weights() if step in sealed else nullcontext():
+        with self._weights() if step in sealed else nullcontext():
+            try:
+                if not is_same or self._memory.weights is None:
+                    capture.require_weights_of(step)
                 capture.resume(step, state if state and state["step"] == step else None)
-        except StoreMismatchError as error:
-            raise MisconfigurationException(f"{self._where}: {error}") from error
+            except StoreMismatchError as error:
+                raise MisconfigurationException(f"{self._where}: {error}") from error
         if later:
             rank_zero_warn(
                 f"ConceptTracer(dirpath={self._tracer.dirpath!r}): training resumes at step {step}; the traces of steps {later}, made "
                 "after that checkpoint, are removed and will be made again."
             )
             writer.discard_after(step)
+
+    def _require_one_course(self, capture: Capture, step: int, is_same: bool) -> None:
+        """Refuses a checkpoint of this run whose weights are not those it was saved with, or since which the store has been written by
+        another course of the run: one that went on from an earlier checkpoint."""
+        if not is_same or not self._memory.weights:
+            return
+        now = self._sampled()
+        if len(now) != len(self._memory.weights) or not all(map(_is_same, self._memory.weights, now)):
+            raise MisconfigurationException(
+                f"{self._where}: training goes on from step {step} with other weights than it had then. Nothing was changed. HINT: load all "
+                "of the checkpoint's weights (`strict_loading=False` leaves out those of other names), or name a new folder."
+            )
+        known, stored = self._memory.sealed or {}, capture.writer.sealed_weights
+        other = [one for one in stored if one < step and stored[one] != known.get(one)]
+        other += [step] if step in known and stored.get(step) != known[step] else []
+        if other:
+            raise MisconfigurationException(
+                f"{self._where}: the traces of steps {other} are not those of the run that this checkpoint of step {step} is of: another run "
+                "went on from an earlier checkpoint into the same folder. Nothing was changed. HINT: go on from a checkpoint of that one, "
+                "or name a new folder."
+            )
 
     def _described(self) -> str:
         return (
@@ -250,11 +285,7 @@ class TracedRun:
         if not self._left:
             return
         pairs = zip(self._watched, self._left, self._sampled(), strict=True)
-        changed = [
-            name
-            for name, before, now in pairs
-            if not torch.allclose(before, now, rtol=0, atol=0, equal_nan=True)
-        ]
+        changed = [name for name, before, now in pairs if not _is_same(before, now)]
         if changed:
             rank_zero_warn(
                 f"ConceptTracer(dirpath={self._tracer.dirpath!r}): the weights that are traced at step {step} are not those that its "
@@ -264,7 +295,7 @@ class TracedRun:
                 'EMAWeightAveraging is known here (`weights="ema"`).',
                 category=ChangedWeightsWarning,
             )
-            self._watched, self._left = {}, []
+            self._left, self._is_told_of_change = [], True
 
     def _sampled(self) -> list[Tensor]:
         """Some numbers of every watched parameter: an average moves them all. Nothing waits for the device."""
@@ -276,16 +307,16 @@ class TracedRun:
         if self._tracer.weights == "raw":
             return nullcontext()
         return averaging.averaged(
-            self._trainer, self._module, list(trained_parameters(self._module, self.steps.optimizers))
+            self.trainer, self._module, list(trained_parameters(self._module, self.steps.optimizers))
         )
 
     def _all_processes(self) -> Processes:
-        count = self._trainer.world_size
+        count = self.trainer.world_size
         try:
             return processes_of(count)
         except RuntimeError as error:
             raise MisconfigurationException(
-                f"`ConceptTracer`: {count} processes under {type(self._trainer.strategy).__name__}: {error} HINT: use "
+                f"`ConceptTracer`: {count} processes under {type(self.trainer.strategy).__name__}: {error} HINT: use "
                 'strategy="ddp", or a single device.'
             ) from error
 
@@ -302,8 +333,17 @@ class TracedRun:
         return None if size is None else max(1, size // 2)
 
     def _batches(self) -> Any:
-        owners: tuple[Any, ...] = (getattr(self._trainer, "datamodule", None), self._module)
+        owners: tuple[Any, ...] = (getattr(self.trainer, "datamodule", None), self._module)
         for owner in owners:
             if owner is not None and hasattr(owner, "trace_dataloader"):
-                return owner.trace_dataloader()
+                return self.loader.apart(owner.trace_dataloader())
         return self.loader.batches(self._tracer.batch_size)
+
+
+def _is_same(before: Tensor, now: Tensor) -> bool:
+    """Whether numbers of a weight are the same: to the bit, or as near as another format has them."""
+    now = now.to(before.device)
+    near = 0.0 if before.dtype == now.dtype else 1e-2
+    return before.shape == now.shape and torch.allclose(
+        before.double(), now.double(), rtol=near, atol=near, equal_nan=True
+    )

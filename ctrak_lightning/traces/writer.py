@@ -121,6 +121,16 @@ class TraceWriter:
         """Steps of the sealed checkpoints, ascending."""
         return [record.step for record in self._records.manifest.checkpoints if record.sealed]
 
+    @property
+    def sealed_weights(self) -> dict[int, str]:
+        """Sha256 (hex) of the weights of each sealed checkpoint that has some, by step."""
+        manifest = self._records.manifest
+        return {
+            record.step: manifest.files[record.weights].sha256
+            for record in manifest.checkpoints
+            if record.sealed and record.weights in manifest.files
+        }
+
     def write_samples(self, table: SampleTable) -> None:
         """Store the sample table, or compare it with the stored one; needed before the first checkpoint.
 
