@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import ctrak_lightning
 from ctrak_lightning import Concept, TraceStore
 from ctrak_lightning.cli import main, report
 from ctrak_lightning.cli.question import add_question, concepts_of, load_module, parse_spec
@@ -428,7 +429,9 @@ def test_info_shows_and_verifies(run: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_mistakes_end_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="unknown command 'atribute'; known: fit, attribute"):
+    with pytest.raises(
+        SystemExit, match=r"unknown command 'atribute'\. Did you mean 'attribute'\? Known: fit, attribute"
+    ):
         main(["atribute"])
     with pytest.raises(SystemExit, match="ctrak info: .*nowhere"):
         main(["info", str(tmp_path / "nowhere")])
@@ -437,6 +440,25 @@ def test_mistakes_end_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "x.yaml").write_text("trainer: {}\n")
     with pytest.raises(ValueError, match=r"class_path.*HINT.*--model package\.module\.MyModule"):
         load_module(tmp_path / "x.yaml")
+
+
+def test_help_and_version_wait_for_nothing() -> None:
+    code = (
+        "import sys; from ctrak_lightning.cli import main; main(['--help']); main(['help']); main(['--version']); "
+        "print(sorted({'torch', 'lightning', 'numpy', 'h5py', 'diffusers'} & set(sys.modules)))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.count("usage: ctrak COMMAND") == 2
+    assert printed.endswith(f"ctrak-lightning {ctrak_lightning.__version__}\n[]\n")
+
+
+def test_every_public_name_is_found_and_no_other() -> None:
+    for name in ctrak_lightning.__all__:
+        assert name in dir(ctrak_lightning)
+        found = getattr(ctrak_lightning, name)
+        assert name == found.__name__.rpartition(".")[2]
+    with pytest.raises(AttributeError, match="no attribute 'Atributor'"):
+        ctrak_lightning.Atributor  # noqa: B018
 
 
 def test_a_config_builds_the_module_of_the_run(tmp_path: Path) -> None:
@@ -460,5 +482,5 @@ def test_specs() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("*.yaml")), ids=lambda p: p.name)
-def test_every_callback_yaml_is_named_in_the_readme(path: Path) -> None:
-    assert f"callbacks/{path.name}" in (ROOT / "README.md").read_text()
+def test_every_callback_yaml_is_named_in_the_docs(path: Path) -> None:
+    assert f"callbacks/{path.name}" in (ROOT / "docs" / "cli.md").read_text()

@@ -1,10 +1,12 @@
 """``ctrak``: one module per command."""
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ctrak_lightning import __version__
 from ctrak_lightning.escaping import visible
 
 USAGE = """usage: ctrak COMMAND ...
@@ -23,7 +25,7 @@ commands:
   export     a store's record for others:           ctrak export STORE --format prov|croissant|model-card [--out FILE]
   demo       fine-tune, trace, generate, attribute: ctrak demo
 
-`ctrak COMMAND --help` lists a command's options."""
+`ctrak COMMAND --help`, or `ctrak help COMMAND`, lists a command's options; `ctrak --version` names the library's."""
 
 # Each is `run(argv)` of a module of this package, imported when it is asked for.
 COMMANDS = (
@@ -44,11 +46,20 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the ``ctrak`` command. Ends with a message and exit code 1 on an expected error."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        arguments = [arguments[1], "--help"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return
+    if arguments[0] in ("-V", "--version"):
+        print(f"ctrak-lightning {__version__}")
+        return
     if arguments[0] not in COMMANDS:
-        raise SystemExit(f"ctrak: unknown command {arguments[0]!r}; known: {', '.join(COMMANDS)}.")
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        raise SystemExit(
+            f"ctrak: unknown command {visible(arguments[0])!r}.{meant} Known: {', '.join(COMMANDS)}."
+        )
     # A recipe's classes are named by import path and live in the folder that the user stands in.
     sys.path.insert(0, str(Path.cwd()))
     command = importlib.import_module(f"ctrak_lightning.cli.{arguments[0]}")
