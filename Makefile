@@ -1,5 +1,7 @@
 # Two commands do everything: `make demo` and `make test`.
-PYTHON ?= python3.11
+# The first Python that will do.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
+    $$name -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" 2>/dev/null && echo $$name && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 # A worker for each core, and one thread to a worker: the tensors of tests are too small for more. A file's tests stay together, for
@@ -25,6 +27,7 @@ lint: $(VENV)/.installed
 # With LOCK=.ci/requirements.lock, as .ci/run has it, every package must be the very file whose sha256 is listed there. The list is
 # whole, so nothing is resolved: pip would look for `coverage[toml]`, which it takes for another package than the pinned `coverage`.
 $(VENV)/.installed: pyproject.toml constraints.txt $(LOCK)
+	@test -n "$(PYTHON)" || { echo "No Python from 3.11 to 3.13 was found. Name one: make PYTHON=/path/to/python demo"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 ifdef LOCK
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $(LOCK)

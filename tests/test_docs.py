@@ -1,4 +1,4 @@
-"""The blocks of docs/prompts.md, run as they stand."""
+"""README and docs: blocks of code run as they stand, links lead somewhere, the front page stays short."""
 
 import hashlib
 import re
@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from ctrak_lightning import Attributor, Concept
+from ctrak_lightning import Attributor, Concept, TraceStore
 
 from .attribution.test_attributor import METHODS, SAMPLER, traced
 from .attribution.test_kinds import PICTURE, Seeing
+from .task.test_fine_tune import Samples
+from .task.tiny import build
 
 DOC = (Path(__file__).parent.parent / "docs" / "prompts.md").read_text()
 
@@ -61,3 +65,62 @@ def test_the_table_of_counter_prompts() -> None:
     assert len(made) >= 6
     for prompt, concept, absent in made:
         assert Concept.from_prompt(prompt, concept).absent == absent
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("**/README.md")],
+    key=lambda path: str(path.relative_to(ROOT)),
+)
+
+
+def anchors(path: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_every_link_leads_somewhere() -> None:
+    dead = []
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            name, _, anchor = link.partition("#")
+            if link.startswith(("http", "mailto:")):
+                continue
+            target = (page.parent / name).resolve() if name else page
+            if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+                dead.append(f"{page.relative_to(ROOT)}: {link}")
+    assert dead == []
+
+
+def test_every_page_is_on_the_index() -> None:
+    listed = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    names = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert {name for name in names if f"({name})" in listed} == names
+
+
+def test_the_front_page_is_read_in_two_minutes() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 800
+    assert len(re.findall(r"(?<![\w.])\d+(?:\.\d+)?", text)) <= 30
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+@pytest.mark.filterwarnings("ignore:.*the tokenizers cut")  # to the tiny one's 16 tokens
+def test_the_front_pages_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, asking = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    pipeline = build("sd1")
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    for part in (pipeline.vae, pipeline.text_encoder):
+        part.requires_grad_(False).eval()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"pipeline": pipeline, "loader": DataLoader(Samples(), 2)}
+    # As it stands, but for the number of epochs and what the Trainer prints.
+    shorter = training.replace("max_epochs=30", "max_epochs=2, logger=False, enable_progress_bar=False")
+    exec(shorter.replace("every_n_epochs=10", "every_n_epochs=1"), names)
+    assert [one.step for one in TraceStore("runs/x/traces").checkpoints] == [2, 4]
+    exec(asking, names)
+    assert Path("cat.html").exists()
+    assert len(names["result"].scores) == len(Samples())

@@ -1,6 +1,6 @@
-"""Which checks each pipeline passes: the table that the tests are parametrised by, and that README shows.
+"""Which checks each pipeline passes: the table that the tests are parametrised by, and that docs/support.md shows.
 
-``python -m tests.task.support`` writes it into README.md.
+``python -m tests.task.support`` writes it there.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 BEGIN, END = "<!-- support table: python -m tests.task.support -->", "<!-- end of the support table -->"
 PIPELINES = {
     "sd1": "Stable Diffusion 1.x",
@@ -83,7 +83,7 @@ def table() -> str:
 
 
 def block() -> str:
-    """What stands between the markers in README."""
+    """What stands between the markers of the page."""
     return (
         f"{BEGIN}\n**Tiny networks with random weights, on a CPU**: what is tested of each pipeline, every cell by a test that has "
         'the table as its list (`tests/task/support.py`); "-" is not tested. "Traced and asked" is a fine-tune with the default method '
@@ -94,16 +94,16 @@ def block() -> str:
 
 
 def with_table(text: str) -> str:
-    """README's text with the table between its markers.
+    """The page's text with the table between its markers.
 
     Raises:
         ValueError: the markers are missing.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{README}: expected the markers {BEGIN!r} and {END!r} once each.")
+        raise ValueError(f"{PAGE}: expected the markers {BEGIN!r} and {END!r} once each.")
     before, _, rest = text.partition(BEGIN)
     return before + block() + rest.partition(END)[2]
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""README's table of what is supported is what the tests are made of."""
+"""The table of what is supported is what the tests are made of."""
 
 import ast
 import importlib
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.task import tiny
-from tests.task.support import BEGIN, CHECKS, END, PIPELINES, README, with_table
+from tests.task.support import BEGIN, CHECKS, END, PAGE, PIPELINES, with_table
 
 
 def run_by_tests() -> dict[str, set[str]]:
@@ -37,8 +37,8 @@ def run_by_tests() -> dict[str, set[str]]:
     return {check: set.union(*names) if names else set() for check, names in found.items()}
 
 
-def test_readme_shows_the_table_of_the_tests() -> None:
-    text = README.read_text(encoding="utf-8")
+def test_the_page_shows_the_table_of_the_tests() -> None:
+    text = PAGE.read_text(encoding="utf-8")
     assert with_table(text) == text, "python -m tests.task.support"
     with pytest.raises(ValueError, match="markers"):
         with_table("# without")
@@ -50,8 +50,8 @@ def test_every_pipeline_that_can_be_built_has_a_row() -> None:
         assert set(check.slow) <= set(check.pipelines) <= set(PIPELINES)
 
 
-def test_readme_says_yes_where_a_test_runs_the_pipeline_and_nowhere_else() -> None:
-    text = README.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+def test_the_page_says_yes_where_a_test_runs_the_pipeline_and_nowhere_else() -> None:
+    text = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
     lines = [line for line in text.splitlines() if line.startswith("|")]
     heads, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     titles = {check.title: name for name, check in CHECKS.items()}
