@@ -5,7 +5,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 # A worker for each core, and one thread to a worker: the tensors of tests are too small for more. A file's tests stay together, for
-# they share what is costly to make.
+# they share what is costly to make; those with most tests come first, but for the slow ones, of which single ones take longest.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-slow lint clean
@@ -17,7 +17,7 @@ test: $(VENV)/.installed
 	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.installed
-	$(PYTEST) -m slow
+	$(PYTEST) --no-loadscope-reorder -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
