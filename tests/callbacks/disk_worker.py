@@ -1,4 +1,4 @@
-"""A fit whose disk is full after the first epoch: ``python -m tests.callbacks.disk_worker FOLDER ON_ERROR``."""
+"""Fits whose disk is full after the first epoch: ``python -m tests.callbacks.disk_worker FOLDER ON_ERROR...``."""
 
 import resource
 import sys
@@ -24,10 +24,14 @@ class FullDisk(L.Callback):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 
-def main(folder: str, on_error: Any) -> None:
+def run(folder: str, on_error: Any) -> None:
     L.seed_everything(3, verbose=False)
     tracer = ConceptTracer(
-        folder, methods.d_trak(timesteps=1), dim=2**14, every_n_epochs=1, on_error=on_error
+        f"{folder}/{on_error}/traces",
+        methods.d_trak(timesteps=1),
+        dim=2**14,
+        every_n_epochs=1,
+        on_error=on_error,
     )
     trainer = L.Trainer(
         accelerator="cpu",
@@ -43,9 +47,10 @@ def main(folder: str, on_error: Any) -> None:
         try:
             trainer.fit(ToyDiffusion(), datamodule=ToyData())
         except StoreError as error:
-            sys.stdout.write(f"stopped at step {trainer.global_step}: {error}\n")
-    sys.stdout.writelines(f"{w.message}\n" for w in caught if "no trace" in str(w.message))
+            sys.stdout.write(f"{on_error}: stopped at step {trainer.global_step}: {error}\n")
+    sys.stdout.writelines(f"{on_error}: {w.message}\n" for w in caught if "no trace" in str(w.message))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for choice in sys.argv[2:]:
+        run(sys.argv[1], choice)

@@ -43,7 +43,7 @@ CHECKS = {
     "lora": Check(title="hooks = loop: LoRA"),
     "attention": Check(title="attention, all"),
     "end to end": Check(
-        title="traced and asked", slow=("sd35", "flux-schnell", "pixart-sized", "pixart-sigma")
+        title="traced and asked", slow=("sd2", "sd35", "flux-schnell", "pixart-sized", "pixart-sigma")
     ),
     "same training": Check(
         title="training same to the bit", slow=tuple(n for n in ALL if n not in ("sd1", "sd3"))
