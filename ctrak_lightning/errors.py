@@ -37,6 +37,10 @@ class StoreMismatchError(StoreError):
     """A trace store was made with another method, projection, model or dataset."""
 
 
+class UnknownMethodError(StoreMismatchError):
+    """A trace store's method has a class that is not known here, so that it cannot be made again."""
+
+
 class DatasetChangedError(StoreMismatchError):
     """The samples differ from those that the store describes."""
 

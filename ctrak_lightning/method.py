@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ctrak_lightning.errors import StoreMismatchError
+from ctrak_lightning.errors import UnknownMethodError
+from ctrak_lightning.naming import place_of
 from ctrak_lightning.objective import (
     ChannelProbe,
     ConceptDirection,
@@ -132,10 +133,10 @@ class Method:
     def from_dict(cls, facts: dict[str, Any]) -> "Method":
         """The method that :meth:`to_dict` described.
 
-        An objective or trajectory of the user's own is found by its name among the classes that are imported.
+        An objective or trajectory of the user's own is found by its place among the classes that are imported.
 
         Raises:
-            StoreMismatchError: there is none of that name, or several.
+            UnknownMethodError: there is none at that place.
             ValueError: an argument is unknown here, or a class is no name (a store of a newer version, or an altered one).
         """
         try:
@@ -166,18 +167,24 @@ def _built(known: dict[str, Any], facts: dict[str, Any]) -> Any:
     return (known.get(name) or _own(Objective if known is OBJECTIVES else Trajectory, name))(**arguments)
 
 
-def _own(base: type, name: str) -> Any:
-    """A user's class: the one subclass of that name that is imported. Nothing is imported for a store's sake."""
-    if not (isinstance(name, str) and name.isidentifier()):
-        raise ValueError(f"Method.from_dict: unknown class {name!r}, which is no name of one.")
+def _own(base: type, place: str) -> Any:
+    """A user's class: the subclass that is imported from that place. Nothing is imported for a store's sake, and nothing else is run."""
+    if not (isinstance(place, str) and place):
+        raise ValueError(f"Method.from_dict: unknown class {place!r}, which is no name of one.")
     # By place, since @dataclass(slots=True) and a notebook's cell that is run again leave earlier ones behind.
-    found = {(cls.__module__, cls.__qualname__): cls for cls in _subclasses(base) if cls.__name__ == name}
+    imported = {place_of(cls): cls for cls in _subclasses(base)}
+    if place in imported:
+        return imported[place]
+    module, _, name = place.rpartition(".")
+    # A script's own classes are elsewhere when another one asks; earlier stores have the name alone.
+    found = [one for one in imported if one.rpartition(".")[2] == name and module in ("", "__main__")]
     if len(found) == 1:
-        return next(iter(found.values()))
-    there = "none is imported" if not found else f"there are several: {sorted(map('.'.join, found))}"
-    raise StoreMismatchError(
-        f"The method has a {base.__name__.lower()} of the unknown class {name!r}. It is none of the library's; expected one of that name, "
-        f"and {there}. HINT: import the module that defines it before, or give the method itself: Attributor(store, module, method=...)."
+        return imported[found[0]]
+    there = f"there are several: {sorted(found)}" if found else "none is imported"
+    raise UnknownMethodError(
+        f"The method has a {base.__name__.lower()} of the unknown class {place!r}. It is none of the library's; expected one from there, "
+        f"and {there}. HINT: import the module that defines it before, or give the method itself: Attributor(store, module, method=...), "
+        "or `--method package.module.name`."
     )
 
 

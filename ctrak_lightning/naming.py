@@ -1,4 +1,4 @@
-"""Names of what is in a module, which are the same whether or not ``torch.compile`` has wrapped some of it."""
+"""Names by which a store knows things again: of classes, and of what is in a module, whether or not ``torch.compile`` has wrapped it."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,12 @@ from torch import Tensor, nn
 
 _COMPILED = "_orig_mod"
 """Where the wrapper of ``torch.compile(module)`` keeps the module."""
+
+
+def place_of(cls: type) -> str:
+    """Where a class is: of the library's own the name alone, of others ``package.module.Name``."""
+    is_own = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return cls.__name__ if is_own else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def plain(name: str) -> str:

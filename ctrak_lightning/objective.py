@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ctrak_lightning.naming import place_of
 from ctrak_lightning.rng import seeded_noise
 from ctrak_lightning.schedule import Schedule
 
@@ -63,7 +64,7 @@ class Objective(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """The class and its arguments, as JSON values."""
-        return {"class": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+        return {"class": place_of(type(self)), **asdict(self)}  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True, slots=True)

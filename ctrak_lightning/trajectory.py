@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctrak_lightning.naming import place_of
 from ctrak_lightning.rng import seeded_noise
 from ctrak_lightning.task import Condition
 
@@ -53,7 +54,7 @@ class Trajectory(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """The class and its arguments, as JSON values."""
-        return {"class": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+        return {"class": place_of(type(self)), **asdict(self)}  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -120,13 +120,9 @@ def refuse_undescribed(method: Method) -> None:
     """Refuses a method that a store cannot describe, so that it could not be told what its traces are.
 
     Raises:
-        TrialError: an objective or trajectory of the user's own is no dataclass, has arguments that JSON has not, or is called
-            as another class is.
+        TrialError: an objective or trajectory of the user's own is no dataclass, or has arguments that JSON has not.
     """
-    hint = (
-        "HINT: objectives and trajectories of your own are dataclasses, @dataclass(frozen=True), with numbers and texts as arguments, "
-        "and a name that no other has."
-    )
+    hint = "HINT: objectives and trajectories of your own are dataclasses, @dataclass(frozen=True), with numbers and texts as arguments."
     try:
         again = Method.from_dict(json.loads(json.dumps(method.to_dict())))
     except (TypeError, ValueError) as error:

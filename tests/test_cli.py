@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ctrak_lightning
-from ctrak_lightning import Concept, TraceStore
+from ctrak_lightning import Concept, Method, TraceStore, methods
 from ctrak_lightning.cli import main, report
-from ctrak_lightning.cli.question import add_question, concepts_of, load_module, parse_spec
+from ctrak_lightning.cli.question import add_question, concepts_of, load_module, method_at, parse_spec
 from ctrak_lightning.errors import ConceptError
 from ctrak_lightning.provenance import Ledger, verify
 from ctrak_lightning.provenance.recording import record_run
@@ -440,6 +441,23 @@ def test_mistakes_end_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "x.yaml").write_text("trainer: {}\n")
     with pytest.raises(ValueError, match=r"class_path.*HINT.*--model package\.module\.MyModule"):
         load_module(tmp_path / "x.yaml")
+
+
+def ours() -> Method:
+    return replace(methods.d_trak(), name="ours")
+
+
+def test_a_method_is_named_by_its_place() -> None:
+    assert method_at("d_trak") == methods.d_trak()
+    assert method_at(f"{__name__}.ours") == ours()
+    for place, told in {
+        "nowhere.ours": "No module named 'nowhere'.*HINT",
+        f"{__name__}.theirs": "no attribute 'theirs'.*HINT",
+        f"{__name__}.ROOT": "expected a Method",
+        "d_trakk": r"by_name\('d_trakk'\)",
+    }.items():
+        with pytest.raises(ValueError, match=told):
+            method_at(place)
 
 
 def test_help_and_version_wait_for_nothing() -> None:

@@ -12,7 +12,8 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ctrak_lightning import Attributor, Concept, TraceStore
+from ctrak_lightning import Attributor, Concept, Method, TraceStore, methods
+from ctrak_lightning.method import OBJECTIVES, TRAJECTORIES
 
 from .attribution.test_attributor import METHODS, SAMPLER, traced
 from .attribution.test_kinds import PICTURE, Seeing
@@ -104,6 +105,21 @@ def test_the_front_page_is_read_in_two_minutes() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.split()) <= 800
     assert len(re.findall(r"(?<![\w.])\d+(?:\.\d+)?", text)) <= 30
+
+
+def test_an_objective_of_ones_own_is_traced_and_described() -> None:
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {"__name__": "mine"}
+    exec(code, names)
+    method = names["quartic"]()
+    assert method.to_dict()["training"]["objective"] == {"class": "mine.Quartic", "scale": 1.0}
+    assert Method.from_dict(method.to_dict()) == method
+
+
+def test_the_page_of_methods_names_them_all() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text()
+    for name in (*methods.PRESETS, *OBJECTIVES, *TRAJECTORIES):
+        assert f"`{name}" in text
 
 
 @pytest.mark.slow

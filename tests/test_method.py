@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning import FlowSchedule, Method, methods
-from ctrak_lightning.errors import StoreMismatchError, TrialError
+from ctrak_lightning.errors import TrialError, UnknownMethodError
 from ctrak_lightning.objective import (
     ChannelProbe,
     Denoising,
@@ -109,19 +109,25 @@ def test_an_objective_of_ones_own_is_found_among_the_imported_classes() -> None:
     method = replace(methods.d_trak(), training=FourthPower(2.0), query=contrast(FourthPower(2.0)))
     facts = json.loads(json.dumps(method.to_dict()))
     assert Method.from_dict(facts) == method
-    facts["training"]["objective"]["class"] = "FifthPower"
-    with pytest.raises(
-        StoreMismatchError, match=r"unknown class 'FifthPower'.*none is imported.*HINT.*method="
-    ):
-        Method.from_dict(facts)
+    assert facts["training"]["objective"]["class"] == f"{__name__}.FourthPower"
+    for place in ("FourthPower", "__main__.FourthPower"):  # an earlier store's, and that of a script
+        facts["training"]["objective"]["class"] = place
+        assert Method.from_dict(facts) == method
+    for place in ("FifthPower", "another.module.FourthPower", "collections.OrderedDict", "os.system"):
+        facts["training"]["objective"]["class"] = place
+        told = rf"unknown class '{place}'.*none is imported.*HINT.*method="
+        with pytest.raises(UnknownMethodError, match=told):
+            Method.from_dict(facts)
 
     @dataclass(frozen=True)
     class Other(FourthPower):
         pass
 
-    Other.__name__ = "FourthPower"
-    with pytest.raises(StoreMismatchError, match=r"there are several: .*test_method\.FourthPower"):
-        Method.from_dict(method.to_dict())
+    Other.__qualname__ = "Elsewhere.FourthPower"
+    assert Method.from_dict(method.to_dict()) == method
+    facts["training"]["objective"]["class"] = "FourthPower"
+    with pytest.raises(UnknownMethodError, match=r"there are several: .*Elsewhere\.FourthPower.*HINT"):
+        Method.from_dict(facts)
 
 
 def test_a_method_that_a_store_cannot_describe_is_refused_at_the_trial() -> None:
@@ -134,10 +140,11 @@ def test_a_method_that_a_store_cannot_describe_is_refused_at_the_trial() -> None
         pass
 
     Shadow.__name__ = "MeanOutput"
-    for objective, told in ((Plain(), "dataclass"), (Shadow(), "read back it would be .*MeanOutput")):
-        method = replace(methods.d_trak(), training=objective, query=contrast(objective))
-        with pytest.raises(TrialError, match=f"'d_trak' cannot be described in the store: .*{told}.*HINT"):
-            refuse_undescribed(method)
+    method = replace(methods.d_trak(), training=Plain(), query=contrast(Plain()))
+    with pytest.raises(TrialError, match="'d_trak' cannot be described in the store: .*dataclass.*HINT"):
+        refuse_undescribed(method)
+    # A name that the library has as well is one at another place.
+    refuse_undescribed(replace(methods.d_trak(), training=Shadow(), query=contrast(Shadow())))
     for name in methods.PRESETS:
         refuse_undescribed(methods.by_name(name))
 

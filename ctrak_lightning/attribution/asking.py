@@ -15,7 +15,7 @@ from ctrak_lightning.attribution.lending import LentModel
 from ctrak_lightning.attribution.parts import concatenated
 from ctrak_lightning.attribution.pictures import weights_of
 from ctrak_lightning.attribution.query import Query, spec_key
-from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreMismatchError
+from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreMismatchError, UnknownMethodError
 from ctrak_lightning.fingerprint import as_stored, model_fingerprint
 from ctrak_lightning.function import refuse_another_function
 from ctrak_lightning.gradients import GradientTracer, Projection
@@ -38,13 +38,13 @@ def described(store: TraceStore, what: str, build: Callable[[], Built]) -> Built
     """What a store's manifest describes, built.
 
     Raises:
-        StoreMismatchError: it has a class of the user's own that is not imported.
+        UnknownMethodError: it has a class of the user's own that is not imported.
         CorruptStoreError: it describes nothing that is known here.
     """
     try:
         return build()
-    except StoreMismatchError as error:
-        raise StoreMismatchError(f"{store.path}: {error}") from error
+    except UnknownMethodError as error:
+        raise UnknownMethodError(f"{store.path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptStoreError(
             f"{store.path}: its manifest describes no {what} that is known here ({error}). HINT: a store of a newer version wants that "

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from PIL import Image
 from torch import Tensor
 
+from ctrak_lightning import methods
 from ctrak_lightning.attribution import Attributor, Concept
 from ctrak_lightning.cli.tracer_task import tracer_task
 from ctrak_lightning.errors import ConceptError, ReportError
+from ctrak_lightning.method import Method
 from ctrak_lightning.task import Spec
 from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.trajectory import Sampler
@@ -32,6 +35,13 @@ def add_question(parser: ArgumentParser) -> None:
         default=None,
         help="package.module.Class of the module, where the YAML does not name it: a LightningCLI that was given the class leaves it "
         "out of the file that it saves",
+    )
+    parser.add_argument(
+        "--method",
+        type=str,
+        default=None,
+        help="a preset, or package.module.name of a Method or of a function that makes one; by default the store's own. One whose "
+        "classes are yours, in a module that the YAML does not name, is found so",
     )
     parser.add_argument(
         "--prompt", type=str, default=None, help="the prompt of the image; name parts of it with --concept"
@@ -194,10 +204,34 @@ def attributor_of(args: Namespace, store: TraceStore) -> Attributor:
         store,
         load_module(args.config, args.model),
         task=tracer_task(args.config),
+        method=None if args.method is None else method_at(args.method),
         sampler=sampler,
         progress=True,
         asker=args.asker,
     )
+
+
+def method_at(place: str) -> Method:
+    """The method of a preset's name, or at ``package.module.name``: a Method, or what makes one without arguments.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if "." not in place:
+        return methods.by_name(place)
+    module, _, name = place.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"--method {place}: {error}. HINT: package.module.name, from the folder that you stand in."
+        ) from error
+    method = found if isinstance(found, Method) or not callable(found) else found()
+    if not isinstance(method, Method):
+        raise ValueError(
+            f"--method {place}: it is {type(method).__name__}, expected a Method, or a function that makes one."
+        )
+    return method
 
 
 def parse_spec(words: Sequence[str] | None) -> Spec:
