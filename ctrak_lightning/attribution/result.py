@@ -14,6 +14,7 @@ from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.attribution.confidence import Confidence, confidence_of
 from ctrak_lightning.attribution.parts import Parts
 from ctrak_lightning.attribution.shares import bootstrapped_shares, group_shares
+from ctrak_lightning.attribution.showing import html_of, text_of
 from ctrak_lightning.attribution.solve import drawn_ensemble, ensemble, soft_thresholded, standardised
 from ctrak_lightning.escaping import csv_cell, metadata_heads
 from ctrak_lightning.traces import SampleTable, TraceStore
@@ -81,6 +82,13 @@ class Attribution:
     parts: Parts | None = None
     exposures: Tensor | None = None
     store: TraceStore | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return text_of(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return html_of(self)
 
     @property
     def scores(self) -> Tensor:

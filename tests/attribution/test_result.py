@@ -46,6 +46,30 @@ def test_top_ranks_by_the_ensemble_and_breaks_ties_by_position() -> None:
         result.top(0)
 
 
+def test_shown_it_is_a_short_table() -> None:
+    result = result_of(torch.tensor([[3.0, -7.0, 1.5]]), ["x", "<b>y\x1b[2J", "z"])
+    table = replace(result.samples, thumbnails=torch.zeros(3, 4, 4, 3, dtype=torch.uint8))
+    result = replace(result, samples=table, image=torch.rand(3, 4, 4))
+    scores = [f"{score:.3f}" for score in sorted(result.scores.tolist(), reverse=True)]
+    assert repr(result).splitlines() == [
+        "Attribution of 'owl': 3 samples, checkpoints at steps [10], method 'concept_trak'",
+        "Look at the generated image and at `.confidence` first: if the concept is not learnt, the ranking says nothing.",
+        "rank   score  sample_id  owner",
+        f"   1   {scores[0]}  s0         x",
+        f"   2   {scores[1]}  s2         z",
+        f"   3  {scores[2]}  s1         <b>y\\x1b[2J",
+    ]
+    page = result._repr_html_()
+    assert page.count('<img src="data:image/png;base64,') == 4
+    assert "<td>&lt;b&gt;y\\x1b[2J</td>" in page
+    assert "<b>y" not in page
+    many = result_of(torch.arange(30.0)[None], ["x"] * 30)
+    assert len(repr(many).splitlines()) == 13
+    vars(many)["confidence"] = replace(many.confidence, unshown=["It is noise."])
+    assert NOT_SHOWN in repr(many)
+    assert NOT_SHOWN in many._repr_html_()
+
+
 def test_by_group_shares_are_those_of_the_positive_scores() -> None:
     result = result_of(torch.tensor([[3.0, -7.0, 1.0, 4.0, 0.0]]), ["x", "x", "y", "y", "z"])
     shares = result.by_group("owner")
