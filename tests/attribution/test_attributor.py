@@ -557,7 +557,7 @@ def test_a_concept_the_model_has_not_learnt_is_reported(
     ("change", "what"),
     [
         (lambda facts: facts["method"].pop("query_trajectory"), "method"),
-        (lambda facts: facts["method"]["training"]["objective"].update({"class": "os.system"}), "method"),
+        (lambda facts: facts["method"]["training"]["objective"].update({"class": 7}), "method"),
         (lambda facts: facts["method"]["training"].update(normalisation="."), "method"),
         (lambda facts: facts["method"].update(query=[None]), "method"),
         (lambda facts: facts["projection"].update(projection="16"), "projection"),
