@@ -133,8 +133,7 @@ class TracedRun:
             TrainingChangedError: it has, and the weights are others by now.
             Exception: whatever else keeps a checkpoint from being traced.
         """
-        self.begin()
-        assert self.capture is not None
+        assert self.capture is not None  # `begin` was called
         if step in self.capture.writer.sealed_steps:
             # Where Lightning counts the steps, there is nothing else between two calls.
             if self.steps.is_manual:

@@ -19,7 +19,7 @@ from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.errors import DatasetChangedError, TrainingChangedError
 
 from ..toy import Toys, scheduler
-from .test_trained import Toy, files_of
+from .test_trained import Toy, files_of, steps
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -62,10 +62,6 @@ def trainer(*callbacks: Callback, epochs: int = 2, **options: Any) -> L.Trainer:
 
 def loader(**options: Any) -> DataLoader[Any]:
     return DataLoader(Toys(), 4, **options)
-
-
-def steps(path: Path) -> list[int]:
-    return [one.step for one in TraceStore(path / "traces").checkpoints]
 
 
 class Faster(Callback):
