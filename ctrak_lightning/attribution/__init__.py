@@ -5,7 +5,6 @@ from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.attribution.parts import Parts
 from ctrak_lightning.attribution.result import Attribution, Record, Share
 from ctrak_lightning.attribution.together import Attributions, CoincidingConceptsWarning, Taught
-from ctrak_lightning.attribution.top import Shortlist
 
 __all__ = [
     "Attribution",
@@ -16,6 +15,5 @@ __all__ = [
     "Parts",
     "Record",
     "Share",
-    "Shortlist",
     "Taught",
 ]

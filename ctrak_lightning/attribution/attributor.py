@@ -23,7 +23,7 @@ from ctrak_lightning.attribution.solve import (
     exposures_at,
 )
 from ctrak_lightning.attribution.together import Attributions, cosines_of, warn_of_alike
-from ctrak_lightning.attribution.top import Shortlist, top_scores
+from ctrak_lightning.attribution.top import top_scores
 from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.method import Damping, Method
 from ctrak_lightning.processes import processes_of
@@ -166,7 +166,6 @@ class Attributor(Questions):
         n: int = 10,
         *,
         damping: Damping | Literal["method"] = "method",
-        shortlist: Shortlist | None = None,
         fabric: Fabric | None = None,
     ) -> list[list[Record]]:
         """The ``n`` samples that taught each concept most, as :meth:`score` and :meth:`Attribution.top` give them, but without
@@ -176,8 +175,6 @@ class Attributor(Questions):
             query: from :meth:`query` or :meth:`query_global`.
             n: how many samples for each question.
             damping: another one than the method's; None leaves the kernel out.
-            shortlist: look at a part of each row first, which may miss a sample and was slower wherever it was measured
-                (``recipes/benchmarks/results/scale.md``).
             fabric: whose processes search together, each its share of the store's files. All of them call this (and
                 :meth:`query` before), and all get the result.
 
@@ -185,7 +182,7 @@ class Attributor(Questions):
             For each question, its samples, best first (ties by position in the data set).
 
         Raises:
-            ValueError: ``n`` is below 1, or a shortlist is asked of a store with fewer samples than features.
+            ValueError: ``n`` is below 1.
             CorruptStoreError: the store is damaged.
         """
         processes = processes_of(1 if fabric is None else fabric.world_size)
@@ -196,7 +193,6 @@ class Attributor(Questions):
             self._grid(self.method.damping if damping == "method" else damping),
             weights=self._learning_rates() if self.method.ensemble == "learning_rate" else None,
             residual=self.method.residual,
-            shortlist=shortlist,
             processes=processes,
         )
         # Of a large store the table of all samples takes more memory than the search.

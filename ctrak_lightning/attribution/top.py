@@ -16,36 +16,7 @@ from ctrak_lightning.traces import Checkpoint
 from ctrak_lightning.traces.shards import Rows
 
 _DIRECTIONS_BYTES = 2**28
-_PICKED_ROWS = 1024
 _TRUSTED = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shortlist:
-    """Look at a part of each row first, and in full only at the samples that then look best.
-
-    The part's weights are the least-squares prediction of the score from it (:meth:`Kernel.predictor`). Scores of what is
-    found are exact; a sample may be missed. Rows that are not shortlisted are not compared with their checksums.
-
-    It spares arithmetic, but rows are stored whole, so the disk reads as much as before where a row is not longer than a few
-    pages of memory, and looking rows up costs. On int8 rows of 4,096 it was slower than the exact search
-    (``recipes/benchmarks/results/scale.md``): measure before you use it.
-
-    Raises:
-        ValueError: ``dims`` or ``size`` is below 1.
-    """
-
-    dims: int
-    """How many features of each row are looked at first."""
-    size: int
-    """How many samples are looked at in full, for each question."""
-
-    def __post_init__(self) -> None:
-        if self.dims < 1 or self.size < 1:
-            raise ValueError(
-                f"Shortlist(dims={self.dims}, size={self.size}): expected both to be at least 1. HINT: an eighth of "
-                "the features, and ten times as many samples as are asked for."
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +39,6 @@ def top_scores(
     *,
     weights: Sequence[float] | None = None,
     residual: bool = False,
-    shortlist: Shortlist | None = None,
     processes: Processes = ALONE,
 ) -> TopScores:
     """The ``n`` best samples for each question, of those that were trained on, as sorting all :func:`~ctrak_lightning.attribution.solve.ensemble` scores
@@ -85,13 +55,11 @@ def top_scores(
         grid: the damping; of several, each question uses the one at which the checkpoints agree most.
         weights: of the checkpoints; without them each is scaled by the deviation of its own scores.
         residual: multiply scores by the samples' losses.
-        shortlist: see :class:`Shortlist`.
         processes: those that search together, each its share of the shards; all call this with equal arguments, and all get
             the result. With fewer samples than features each searches all.
 
     Raises:
-        ValueError: ``n`` is below 1, there are more than 2^32 samples, or a shortlist is asked where there are fewer samples
-            than features.
+        ValueError: ``n`` is below 1, or there are more than 2^32 samples.
         CorruptStoreError: the store is damaged.
     """
     if n < 1:
@@ -105,17 +73,12 @@ def top_scores(
     queries = processes.from_first(queries)
     m, _, k = queries.shape
     streamed = k <= checkpoints[0].rows
-    if shortlist is not None and not streamed:
-        raise ValueError(
-            f"top_scores(shortlist={shortlist}): the store has {checkpoints[0].rows} samples of {k} features, expected no fewer "
-            "samples than features. HINT: leave the shortlist out; so few samples are scored at once."
-        )
     room = max(1, _DIRECTIONS_BYTES // (8 * k * len(grid) * m)) if streamed else queries.shape[1]
     parts = []
     for part in queries.split(room, 1):
         if streamed:
             question = _Question(part, checkpoints, grid, weights, residual, processes)
-            parts.append((*question.top(n, shortlist), question.dampings))
+            parts.append((*question.top(n), question.dampings))
         else:
             parts.append(_dense(part, checkpoints, n, grid, weights, residual))
     return TopScores(
@@ -165,45 +128,22 @@ class _Question:
         else:
             self._directions *= torch.tensor(weights, dtype=torch.float64)[:, None, None]
 
-    def top(self, n: int, shortlist: Shortlist | None) -> tuple[Tensor, Tensor]:
+    def top(self, n: int) -> tuple[Tensor, Tensor]:
         """Positions [Q, n] and scores [Q, n]."""
-        if shortlist is None:
-            return self._best(n, self._blocks(), self._directions, self._checkpoints[0].rows)
-        dims = min(shortlist.dims, self._directions.shape[2])
-        predictors = torch.stack(
-            [
-                checkpoint.kernel().predictor(directions, dims)
-                for checkpoint, directions in zip(self._checkpoints, self._directions, strict=True)
-            ]
-        )
-        size = max(n, shortlist.size)
-        listed, _ = self._best(size, self._blocks(dims), predictors, self._checkpoints[0].rows)
-        wanted = torch.unique(listed)
-        own = wanted[self._processes.rank :: self._processes.count]
-        rows = ([c.rows_of(some) for c in self._checkpoints] for some in own.split(_PICKED_ROWS) if len(some))
-        return self._best(n, rows, self._directions, len(wanted))
-
-    def _blocks(self, dims: int | None = None) -> Iterator[list[Rows]]:
-        return joint_blocks(self._checkpoints, dims, self._processes)
-
-    def _best(
-        self, n: int, blocks: Iterator[list[Rows]], directions: Tensor, samples: int
-    ) -> tuple[Tensor, Tensor]:
-        """Of the samples in ``blocks``, which are ``samples`` in all processes."""
-        dots, best, seen = [Dots(some) for some in directions], Best(n), 0
+        dots, best, seen = [Dots(some) for some in self._directions], Best(n), 0
         with self._processes.together():
-            for block in blocks:
+            for block in joint_blocks(self._checkpoints, self._processes):
                 scores = [
                     product(rows) * rows.loss.double() if self._residual else product(rows)
                     for product, rows in zip(dots, block, strict=True)
                 ]
                 _add_trained(best, torch.stack(scores).sum(0), block[0].index, self._exposed)
                 seen += len(block[0])
-        self._require_all(seen, samples)
+        self._require_all(seen)
         return best.over(self._processes).sorted()
 
-    def _require_all(self, seen: int, samples: int) -> None:
-        everywhere = sum(self._processes.gather(seen))
+    def _require_all(self, seen: int) -> None:
+        everywhere, samples = sum(self._processes.gather(seen)), self._checkpoints[0].rows
         if everywhere != samples:
             raise CorruptStoreError(
                 f"The shards of step {self._checkpoints[0].step} hold {everywhere} rows, expected {samples}. HINT: "
@@ -217,7 +157,7 @@ class _Question:
         known = None if self._exposed is None else compared(self._exposed)
         dots = [Dots(some.flatten(0, 1)) for some in directions]
         with self._processes.together():
-            for block in self._blocks():
+            for block in joint_blocks(self._checkpoints, self._processes):
                 products = [product(rows) for product, rows in zip(dots, block, strict=True)]
                 scores = torch.stack(products, 1).unflatten(0, directions.shape[1:3])  # [D, Q, M, b]
                 index = block[0].index
@@ -230,25 +170,23 @@ class _Question:
         return whole, whole if scored is raw else scored.over(self._processes)
 
 
-def joint_blocks(
-    checkpoints: Sequence[Checkpoint], dims: int | None = None, processes: Processes = ALONE
-) -> Iterator[list[Rows]]:
-    """Blocks of rows of the same samples at every checkpoint; of their first ``dims`` features only, if given; of several
-    processes, those in this one's share of the first checkpoint's shards.
+def joint_blocks(checkpoints: Sequence[Checkpoint], processes: Processes = ALONE) -> Iterator[list[Rows]]:
+    """Blocks of rows of the same samples at every checkpoint; of several processes, those in this one's share of the first
+    checkpoint's shards.
 
     Checkpoints that were captured in the same order, as they usually are, are read from end to end; the rows of another are
     looked up one by one, which is slow.
     """
     first, *others = checkpoints
-    streams: list[Iterator[Rows] | None] = [other.blocks(dims, processes) for other in others]
-    for rows in first.blocks(dims, processes):
+    streams: list[Iterator[Rows] | None] = [other.blocks(processes) for other in others]
+    for rows in first.blocks(processes):
         block = [rows]
         for i, other in enumerate(others):
             stream = streams[i]
             found = None if stream is None else next(stream, None)
             if found is None or not torch.equal(found.index, rows.index):
                 streams[i] = None
-                found = other.rows_of(rows.index).first(dims)
+                found = other.rows_of(rows.index)
             block.append(found)
         yield block
     for stream in streams:

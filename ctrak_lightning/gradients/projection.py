@@ -90,10 +90,6 @@ class BlockProjector:
         """Length P of the joined blocks, before the sketch."""
         return sum(self._sizes.values())
 
-    def combine(self, blocks: Mapping[str, Tensor], batch_size: int, device: torch.device) -> Tensor:
-        """Feature rows [B, k] float32 from blocks [B, p_out * p_in]; a missing block counts as zero."""
-        return self.sketch(self.join(blocks, batch_size, device))
-
     def join(self, blocks: Mapping[str, Tensor], batch_size: int, device: torch.device) -> Tensor:
         """Blocks [B, p_out * p_in] side by side [B, P], in the order of their names; a missing block is zero."""
         joined = torch.zeros(batch_size, self.width, dtype=torch.float32, device=device)

@@ -14,8 +14,6 @@ from ctrak_lightning.processes import Processes
 from ctrak_lightning.traces.arrays import corrupt, open_for_reading, open_for_writing, read_array, write_array
 
 _PANEL = 1024
-_RIDGE = 1e-6
-"""Relative to the mean eigenvalue: features that the others determine would make the predictor's matrix singular."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +69,6 @@ class Kernel:
         along = directions.double() @ self.eigenvectors.double()
         square = (along.square() * self.eigenvalues.clamp(min=0)).sum(1) / count
         return mean, (square - mean.square()).clamp(min=0).sqrt()
-
-    def predictor(self, directions: Tensor, dims: int) -> Tensor:
-        """Weights w, float64 [c, dims], with which the first ``dims`` features predict ``Phi d`` of directions d [c, k] best.
-
-        Least squares over the n samples: ``w = (Phi_1^T Phi_1)^-1 Phi_1^T Phi d``. For the primal side only.
-        """
-        vectors, values = self.eigenvectors.double(), self.eigenvalues.clamp(min=0)
-        part = vectors[:dims] * values  # [dims, m]
-        products = part @ (vectors.T @ directions.double().T)  # Phi_1^T Phi d: [dims, c]
-        gram = part @ vectors[:dims].T
-        ridge = _RIDGE * gram.diagonal().mean() * torch.eye(dims, dtype=torch.float64)
-        weights: Tensor = torch.linalg.solve(gram + ridge, products)
-        return weights.T
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,8 +83,8 @@ class RowArray:
         self.check(start, row_sums(rows))
         return torch.from_numpy(rows)
 
-    def read_columns(self, start: int, stop: int, rows: slice = slice(None)) -> Tensor:
-        """Columns ``start`` to ``stop`` of all rows, or of ``rows``, [n, stop - start]; their sums are for the caller to :meth:`check`.
+    def read_columns(self, start: int, stop: int) -> Tensor:
+        """Columns ``start`` to ``stop`` of all rows, [n, stop - start]; their sums are for the caller to :meth:`check`.
 
         Raises:
             CorruptStoreError: They cannot be read.
@@ -92,7 +92,7 @@ class RowArray:
         try:
             with reading(self.path) as file:
                 mapped = np.memmap(file, self.dtype, "r", self.offset, self.shape)
-            return torch.from_numpy(np.array(mapped[rows, start:stop]))
+            return torch.from_numpy(np.array(mapped[:, start:stop]))
         except (OSError, ValueError) as error:
             raise corrupt(self.path, f"cannot be read ({error})") from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -51,10 +51,6 @@ class Rows:
     def take(self, rows: Tensor) -> Rows:
         """The rows at positions ``rows`` [m], in that order."""
         return Rows(**{name: getattr(self, name)[rows] for name in _FIELDS})
-
-    def first(self, dims: int | None) -> Rows:
-        """The same rows with their first ``dims`` features only; all of them where it is None."""
-        return self if dims is None else replace(self, unit=self.unit[:, :dims].contiguous())
 
     def split(self, n: int) -> tuple[Rows, Rows]:
         """The first ``n`` rows, and the others."""
@@ -108,11 +104,6 @@ class Shard:
         """Rows ``start`` to ``stop``, their features in the memory of ``into`` if given; see :meth:`RowArray.read`."""
         columns = {name: values[start:stop] for name, values in self.columns.items()}
         return Rows(unit=self.array.read(start, stop, into), **columns)
-
-    def read_first(self, start: int, stop: int, dims: int) -> Rows:
-        """Rows ``start`` to ``stop`` with their first ``dims`` features only, which no checksum covers."""
-        columns = {name: values[start:stop] for name, values in self.columns.items()}
-        return Rows(unit=self.array.read_columns(0, dims, slice(start, stop)), **columns)
 
     def pick(self, rows: Tensor) -> Rows:
         """The rows at ascending positions ``rows`` [m]; those that follow each other are read at once."""

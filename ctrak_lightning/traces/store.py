@@ -158,17 +158,16 @@ class Checkpoint:
             rows = shard.read(0, len(shard))
             yield rows.index, rows.features()
 
-    def blocks(self, dims: int | None = None, processes: Processes = ALONE) -> Iterator[Rows]:
+    def blocks(self, processes: Processes = ALONE) -> Iterator[Rows]:
         """The stored rows, a few MiB at a time whatever the size of the store; see :meth:`StoredRows.blocks`.
 
         Args:
-            dims: read the first ``dims`` features of each row only.
             processes: of several, each gets the rows of its share of the shards.
 
         Raises:
             CorruptStoreError: As :meth:`shards`.
         """
-        return self._stored.share(processes).blocks(dims)
+        return self._stored.share(processes).blocks()
 
     def rows_of(self, samples: Tensor) -> Rows:
         """The stored rows of some samples, positions in the sample table [n], in that order.

@@ -69,19 +69,14 @@ class StoredRows:
             yield shard
         self._require_all(seen)
 
-    def blocks(self, dims: int | None = None) -> Iterator[Rows]:
+    def blocks(self) -> Iterator[Rows]:
         """All rows, a few MiB at a time; the next blocks are read in a thread while the present one is used.
 
         The features of a block are overwritten once the one after it is asked for: clone what is to stay.
 
-        Args:
-            dims: The first ``dims`` features of each row only, which no checksum covers.
-
         Raises:
             CorruptStoreError: As :meth:`shards`; or rows are not those that were written.
         """
-        if dims is not None:
-            return _ahead(self._first_features(dims))
         dtype = getattr(torch, self._header.dtype)
         rows = max(1, BLOCK_BYTES // (self._header.dim * dtype.itemsize))
         buffers = [torch.empty(rows * self._header.dim, dtype=dtype) for _ in range(_AHEAD)]
@@ -160,13 +155,6 @@ class StoredRows:
             row_of[index] = torch.arange(len(index), dtype=torch.int32)
         self._require_all(seen)
         return shard_of, row_of
-
-    def _first_features(self, dims: int) -> Iterator[Rows]:
-        dtype = getattr(torch, self._header.dtype)
-        rows = max(1, BLOCK_BYTES // (dims * dtype.itemsize))
-        for shard in self.shards():
-            for start in range(0, len(shard), rows):
-                yield shard.read_first(start, min(start + rows, len(shard)), dims)
 
     def _open(self, name: str) -> Shard:
         return open_shard(

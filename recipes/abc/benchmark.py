@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning import Concept, Sampler
+from ctrak_lightning.attribution.baselines import image_similarity
 from ctrak_lightning.metrics import functional
 from recipes.abc.components import load_components
 from recipes.abc.data import AbC, Customisation, read_captions, read_pool, read_tasks, without_token
@@ -122,11 +123,7 @@ def figures(scores: Tensor, relevant: Tensor) -> dict[str, Tensor]:
 def references(data: AbC, images: Tensor) -> dict[str, Tensor]:
     """Rankings without gradients [Q, N]: caption search for the token, likeness in pixels, and a constant, which is chance."""
     told = data.relevant().float().expand(len(images), -1)
-    rows = []
-    for batch in data.trace_dataloader():
-        real = (batch["image"] + 1) / 2
-        small = torch.nn.functional.interpolate(images, real.shape[-2:], mode="bilinear", antialias=True)
-        rows.append(-torch.cdist(small.flatten(1), real.flatten(1)))
+    rows = [image_similarity(images, (batch["image"] + 1) / 2) for batch in data.trace_dataloader()]
     return {
         "caption_search": told,
         "pixel_similarity": torch.cat(rows, 1),

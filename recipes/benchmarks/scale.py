@@ -1,9 +1,8 @@
-"""Scoring a store that is larger than memory: throughput beside a plain read of the same files, memory, top-k and shortlists.
+"""Scoring a store that is larger than memory: throughput beside a plain read of the same files, memory and top-k.
 
 python -m recipes.benchmarks.scale --rows 1000000 --dim 4096    # writes results/scale.json and results/scale.md
 
-The traces are synthetic: 64 directions of decaying size and noise. How much a shortlist recalls depends on that; measure it on
-your own store before you rely on it.
+The traces are synthetic: 64 directions of decaying size and noise.
 """
 
 import argparse
@@ -27,13 +26,12 @@ from torch import Tensor
 
 from ctrak_lightning.attribution.best import Best
 from ctrak_lightning.attribution.dots import Dots, has_integer_products
-from ctrak_lightning.attribution.top import Shortlist, top_scores
+from ctrak_lightning.attribution.top import top_scores
 from ctrak_lightning.traces import Checkpoint, SampleTable, StoreHeader, TraceStore, TraceWriter
 
 RESULTS = Path(__file__).parent / "results"
 QUERIES = (1, 16, 64)
 TOP = 100
-SHORTLIST = 2000
 ROUNDS = 3
 _RANK = 64
 _BLOCK_VALUES = 2**23
@@ -89,7 +87,7 @@ def measure(path: Path, queries: int) -> dict[str, Any]:
             spent[name].append(time.perf_counter() - started)
             worked[name].append(time.process_time() - ran)
     seconds = {name: statistics.median(each) for name, each in spent.items()}
-    found = {
+    return {
         "queries": queries,
         "bytes": size,
         "cache_dropped": dropped,
@@ -102,20 +100,6 @@ def measure(path: Path, queries: int) -> dict[str, Any]:
         "peak_mib": _peak_mib(),
         "peak_mib_before": before,
     }
-    if _primal(store):
-        found |= _shortlisted(asked, checkpoint, shards)
-    return found
-
-
-def _shortlisted(asked: Tensor, checkpoint: Checkpoint, shards: list[Path]) -> dict[str, Any]:
-    exact = top_scores(asked, [checkpoint], TOP, (1.0,)).positions
-    shortlist = Shortlist(dims=max(1, asked.shape[2] // 8), size=SHORTLIST)
-    _drop_cache(shards)
-    started = time.perf_counter()
-    near = top_scores(asked, [checkpoint], TOP, (1.0,), shortlist=shortlist).positions
-    spent = time.perf_counter() - started
-    recall = (exact[:, :, None] == near[:, None, :]).any(2).double().mean()
-    return {"shortlist_dims": shortlist.dims, "shortlist_s": spent, "shortlist_recall": float(recall)}
 
 
 def _primal(store: TraceStore) -> bool:
@@ -166,25 +150,21 @@ def _table(document: dict[str, Any]) -> str:
         f"products {'as integers' if document['integer_products'] else 'in float32'}. Medians of {ROUNDS} rounds of read, pass and "
         f"top-{TOP} in turn; the page cache was {'dropped before each' if document['cache_dropped'] else 'warm'}. GB are 10^9 bytes.",
         "",
-        "| rows x features | queries | plain read, GB/s | scoring pass, GB/s | share of read | CPU, s/GB: read, pass | top, s | shortlist, s | recall | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| rows x features | queries | plain read, GB/s | scoring pass, GB/s | share of read | CPU, s/GB: read, pass | top, s | peak MiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for case in document["cases"]:
         for row in case["measured"]:
-            shortlist = row.get("shortlist_s")
             lines.append(
                 f"| {case['rows']:,} x {case['dim']:,} | {row['queries']} | {row['read_gb_s']:.2f} | {row['pass_gb_s']:.2f} | "
                 f"{row['share_of_read']:.0%} | {row['read_cpu_s_per_gb']:.2f}, {row['pass_cpu_s_per_gb']:.2f} | "
-                f"{row['top_s']:.1f} | "
-                + ("- | - | " if shortlist is None else f"{shortlist:.1f} | {row['shortlist_recall']:.3f} | ")
-                + f"{row['peak_mib']:.0f} ({row['peak_mib_before']:.0f} after import) |"
+                f"{row['top_s']:.1f} | {row['peak_mib']:.0f} ({row['peak_mib_before']:.0f} after import) |"
             )
     lines += ["", "Writing: " + "; ".join(_writing(case) for case in document["cases"]) + "."]
     lines += [
         "",
         "A scoring pass multiplies every row with the directions and keeps the best; top also reads the kernel and solves for the "
-        f"directions. A shortlist looks at an eighth of each row, then at {SHORTLIST:,} rows in full; its recall of the exact top is "
-        "that of these synthetic traces, and its time (one run, not a median) is a gain only where it is below that of top.",
+        "directions.",
         "",
         "A pass reads in one thread and multiplies in another. Where other programs share the machine, what it can reach is told by its "
         "processor time a GB rather than by its share of the read.",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning import Concept, Sampler
+from ctrak_lightning.attribution.baselines import image_similarity
 from recipes.benchmarks.compare import Case, Variant, answers_folder, compare
 from recipes.benchmarks.tables import RETRIEVAL, Table
 from recipes.benchmarks.variants import table_variants
@@ -149,7 +150,7 @@ def references(data: CelebAHQ, asked: Sequence[Question], images: Tensor) -> dic
     real = data.train_set.pixels[data.traced].float() / 255
     return {
         "label_search": relevant.float(),
-        "pixel_similarity": -torch.cdist(images.flatten(1), real.flatten(1)),
+        "pixel_similarity": image_similarity(images, real),
         "chance": torch.zeros(relevant.shape),
     }
 

@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from ctrak_lightning import Attribution, Attributor, Concept, Sampler, TraceStore, methods
+from ctrak_lightning.attribution.baselines import random_order
 from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.metrics import bootstrap_interval, functional
 from recipes import emoji_folder
@@ -130,9 +131,8 @@ def rows(
     asked = [result.concept.name for result in results]
     metadata = results[0].samples.metadata
     told, drawn = metadata["class"], metadata["artist"]
-    generator = torch.Generator().manual_seed(0)
     repeated = [name for name in asked for _ in range(100)]
-    random = [torch.rand(len(told), generator=generator) for _ in repeated]
+    random = random_order(len(repeated), len(told))
     by_label = [
         torch.tensor([float(label == name) for label in told]) + each / 2
         for name, each in zip(repeated, random, strict=True)
@@ -143,7 +143,7 @@ def rows(
             [result.scores for result in start], asked, told, drawn
         ),
         "label search": figures(by_label, repeated, told, drawn),
-        "random order": figures(random, repeated, told, drawn),
+        "random order": figures(list(random), repeated, told, drawn),
     }
 
 

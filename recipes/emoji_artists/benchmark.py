@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ctrak_lightning.attribution.baselines import image_similarity, label_search
 from ctrak_lightning.attribution.solve import soft_thresholded, standardised
 from ctrak_lightning.metrics import (
     bootstrap_difference,
@@ -75,17 +75,14 @@ def references(asked: list[Question], data: EmojiArtists, images: Tensor) -> dic
         data: the data.
         images: what was generated for them [Q, 3, 32, 32] in [0, 1].
     """
-    told = torch.tensor(
-        [[float(pair[KINDS.index(q.kind)] == q.value) for pair in data.train_set.told] for q in asked]
-    )
+    told = dict(zip(KINDS, zip(*data.train_set.told, strict=True), strict=True))
+    rankings = {"label_search": label_search([q.concept() for q in asked], told)}
     judge = EmojiJudge.trained()
     shown = (data.train_set.images + 1) / 2
-    rankings = {"label_search": told}
     given = ((data.held_out_set.images + 1) / 2).repeat_interleave(len(KINDS), 0)
     for suffix, queries in (("", images), ("_given", given)):
-        rankings[f"pixel_similarity{suffix}"] = -torch.cdist(queries.flatten(1), shown.flatten(1))
-        features = [F.normalize(judge.features(x), dim=1) for x in (queries, shown)]
-        rankings[f"judge_features{suffix}"] = features[0] @ features[1].T
+        rankings[f"pixel_similarity{suffix}"] = image_similarity(queries, shown)
+        rankings[f"judge_features{suffix}"] = image_similarity(queries, shown, judge.features)
     return rankings
 
 

@@ -21,11 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ctrak_lightning import Attribution, Attributor, Method, Sampler, methods
+from ctrak_lightning.attribution.baselines import label_search
 from ctrak_lightning.attribution.report import write_report
 from ctrak_lightning.callbacks import ConceptTracer, ProvenanceRecorder
 from ctrak_lightning.trajectory import Generation
 from recipes.emoji_artists.data import KINDS, EmojiArtists
-from recipes.emoji_artists.evaluate import Question, chance, label_search, questions, r_precision
+from recipes.emoji_artists.evaluate import Question, chance, questions, r_precision
 from recipes.emoji_artists.module import EmojiDiffusion
 from recipes.emoji_artists.sheets import contact_sheet
 from recipes.pictures import image_grid
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     samples = next(iter(results.values()))[0].samples
     scores: dict[str, list[Tensor]] = {name: [r.scores for r in found] for name, found in results.items()}
-    scores["label_search"] = [label_search(question, samples) for question in asked]
+    scores["label_search"] = list(label_search([question.concept() for question in asked], samples))
     table = {name: r_precision(asked, found, samples) for name, found in scores.items()}
     table["chance"] = chance(asked, samples)
 

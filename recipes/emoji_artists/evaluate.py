@@ -41,11 +41,6 @@ def relevant(question: Question, samples: SampleTable) -> Tensor:
     return torch.tensor([value == question.value for value in samples.metadata[question.kind]])
 
 
-def label_search(question: Question, samples: SampleTable) -> Tensor:
-    """The baseline that needs no gradient: exact label match, as scores [N]."""
-    return relevant(question, samples).float()
-
-
 def r_precision(
     asked: Sequence[Question], scores: Sequence[Tensor], samples: SampleTable
 ) -> dict[str, float]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ctrak_lightning import Sampler
 from ctrak_lightning.attribution import Attributions
+from ctrak_lightning.attribution.baselines import image_similarity, text_search
 from recipes.benchmarks.compare import Case, Variant, answers, answers_folder, compare
 from recipes.benchmarks.replay import SaveTrained, load_trained
 from recipes.benchmarks.tables import RETRIEVAL, Table
@@ -39,7 +40,7 @@ from recipes.emoji_text.questions import (
     questions,
     relevant,
     reworded,
-    similar_captions,
+    sentence_vectors,
 )
 from recipes.pictures import image_grid
 
@@ -98,11 +99,12 @@ def rows_without_gradients(
     names = [q.asked if q.kind == "object" else f"by {q.asked}" for q in asked]
     shown = (data.train_set.images + 1) / 2
     judge = EmojiJudge.trained()
-    features = [torch.nn.functional.normalize(judge.features(x), dim=1) for x in (images, shown)]
     return {
         "label search: the concept's words in the caption": exact_words(asked, data.train_set.captions),
-        "label search: MiniLM's similarity to the caption": similar_captions(names, data.train_set.captions),
-        "features of a supervised classifier": features[0] @ features[1].T,
+        "label search: MiniLM's similarity to the caption": text_search(
+            names, data.train_set.captions, sentence_vectors
+        ),
+        "features of a supervised classifier": image_similarity(images, shown, judge.features),
     }
 
 

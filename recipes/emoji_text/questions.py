@@ -69,11 +69,6 @@ def sentence_vectors(texts: Sequence[str]) -> Tensor:
     return F.normalize(torch.cat(vectors), dim=1)
 
 
-def similar_captions(names: Sequence[str], captions: Sequence[str]) -> Tensor:
-    """Cosine of each concept's words with each caption [Q, N], by MiniLM's sentence embeddings."""
-    return sentence_vectors(list(names)) @ sentence_vectors(captions).T
-
-
 REWORDED = "object in other words"
 OTHER_WORDS = {
     "alembic": "distillation flask",

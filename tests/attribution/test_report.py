@@ -4,7 +4,6 @@ import base64
 import hashlib
 import io
 import itertools
-import json
 import os
 import re
 from dataclasses import replace
@@ -32,9 +31,6 @@ from ctrak_lightning.tracing import FAINT
 from ..provenance.builder import recorded
 from .reporting import HOSTILE, INK, THING, Page, hostile_result, random_result, result_of, table_of
 from .test_attributor import BAR, METHODS, RED, SAMPLER, traced
-
-RESULTS = Path(__file__).parents[2] / "recipes" / "emoji_artists" / "results"
-BENCHMARKS = Path(limits.__file__).parent / "benchmarks.json"
 
 
 def page_of(tmp_path: Path, *results: Attribution, **options: Any) -> Page:
@@ -406,32 +402,14 @@ def test_provenance_facts_are_the_hashes_of_the_files(asked: list[Attribution]) 
     assert facts["version of torch"] == torch.__version__
 
 
-def test_benchmark_figures_are_those_of_the_committed_results(tmp_path: Path) -> None:
-    rows = json.loads(BENCHMARKS.read_text(encoding="utf-8"))
-    compared = 0
-    for row in rows:
-        committed = json.loads((RESULTS / row["file"]).read_text(encoding="utf-8"))
-        for number in (row["figure"], row["label_search"], row.get("chance")):
-            if number is None:
-                continue
-            found = committed
-            for key in number["keys"]:
-                found = found[key]
-            expected = found if isinstance(found, dict) else {"mean": found}
-            names = {"value": "mean"} | ({"low": "low", "high": "high"} if "low" in number else {})
-            for mine, theirs in names.items():
-                assert number[mine] == pytest.approx(row["scale"] * expected[theirs], abs=5e-5)
-                compared += 1
-    assert compared > 40
-    text = page_of(tmp_path, random_result(5)).text
-    mine = [row for row in rows if row["method"] == "concept_trak"]
-    assert len(mine) == 5
-    assert all(row["data"] in text and f"{row['figure']['value']:.2f}" in text for row in mine)
-    other = random_result(5)
-    assert (
-        "No benchmark figures of das"
-        in page_of(tmp_path, replace(other, method=other.method | {"name": "das"})).text
-    )
+def test_the_page_points_to_what_its_method_reached_elsewhere(tmp_path: Path) -> None:
+    result = random_result(5)
+    page = page_of(tmp_path, replace(result, method=result.method | {"name": "das"}))
+    assert "What das reached where the truth is known" in page.text
+    root = Path(__file__).parents[2]
+    for name in ("docs/evidence.md", "recipes/benchmarks/README.md"):
+        assert name in page.text
+        assert (root / name).exists()
 
 
 def test_a_very_large_ranking_is_cut_at_both_ends_and_says_so(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ctrak_lightning.attribution.best import Best
 from ctrak_lightning.attribution.moments import Moments
 from ctrak_lightning.attribution.solve import AGREEMENT_GRID, agreement, chosen_scores, ensemble
-from ctrak_lightning.attribution.top import Shortlist, top_scores
+from ctrak_lightning.attribution.top import top_scores
 from ctrak_lightning.traces import SampleTable, StoreHeader, TraceStore, TraceWriter, stored_rows
 
 
@@ -136,48 +136,3 @@ def test_moments_in_blocks_are_those_of_all_scores(block: int) -> None:
     assert moments.count == 100
     torch.testing.assert_close(moments.deviation(), scores.std(-1, correction=0), rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(moments.agreement(), agreement(scores.transpose(0, 1)), rtol=1e-8, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", ["int8", "float32"])
-def test_a_shortlist_finds_what_the_part_predicts_and_scores_it_in_full(tmp_path: Path, dtype: str) -> None:
-    """The last features are a mixture of the first: a prediction finds every best sample, bare truncation does not."""
-    generator = torch.Generator().manual_seed(0)
-    first = torch.randn(300, 8, generator=generator)
-    mixed = first @ torch.randn(8, 24, generator=generator)
-    phi = torch.cat([first, mixed + 0.01 * torch.randn(300, 24, generator=generator)], 1)
-    store = store_of(tmp_path, [phi, 2 * phi], (1, 2), dtype)
-    queries = torch.randn(1, 5, 32, generator=generator).expand(2, -1, -1)
-    exact = top_scores(queries, store.checkpoints, 10, (100.0,))
-    found = top_scores(queries, store.checkpoints, 10, (100.0,), shortlist=Shortlist(dims=8, size=25))
-    assert torch.equal(found.positions, exact.positions)
-    torch.testing.assert_close(found.scores, exact.scores, rtol=1e-6, atol=1e-6)
-    bare = (queries[0, :, :8] @ phi[:, :8].T).topk(25).indices
-    caught = (exact.positions[:, :, None] == bare[:, None, :]).any(2).double().mean()
-    assert float(caught) < 0.9
-
-
-def test_a_shortlist_of_all_samples_is_exact_and_small_ones_recall_less(tmp_path: Path) -> None:
-    phi, queries = traces(230, 24, 2)
-    store = store_of(tmp_path, phi, (7, 7))
-    exact = top_scores(queries, store.checkpoints, 10, (1.0,)).positions
-
-    def recall(dims: int, size: int) -> float:
-        shortlist = Shortlist(dims=dims, size=size)
-        found = top_scores(queries, store.checkpoints, 10, (1.0,), shortlist=shortlist).positions
-        return float((exact[:, :, None] == found[:, None, :]).any(2).double().mean())
-
-    assert recall(1, 230) == recall(24, 10) == recall(99, 10) == 1
-    assert recall(2, 10) < recall(12, 60) <= 1
-
-
-@pytest.mark.parametrize("given", [{"dims": 0, "size": 1}, {"dims": 1, "size": 0}])
-def test_impossible_shortlists(given: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"Shortlist.*HINT"):
-        Shortlist(**given)
-
-
-def test_a_shortlist_is_refused_where_samples_are_fewer_than_features(tmp_path: Path) -> None:
-    phi, queries = traces(20, 60, 1)
-    store = store_of(tmp_path / "s.ctrak", phi, [0])
-    with pytest.raises(ValueError, match="20 samples of 60 features"):
-        top_scores(queries, store.checkpoints, 5, (1.0,), shortlist=Shortlist(dims=8, size=10))

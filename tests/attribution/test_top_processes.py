@@ -9,7 +9,7 @@ import torch
 from ctrak_lightning.attribution.best import Best
 from ctrak_lightning.attribution.moments import Moments
 from ctrak_lightning.attribution.solve import AGREEMENT_GRID
-from ctrak_lightning.attribution.top import Shortlist, TopScores, top_scores
+from ctrak_lightning.attribution.top import TopScores, top_scores
 from ctrak_lightning.errors import CorruptStoreError
 from ctrak_lightning.processes import Processes
 
@@ -25,9 +25,8 @@ from .test_top import store_of, traces
         {"grid": AGREEMENT_GRID},
         {"grid": AGREEMENT_GRID, "residual": True},
         {"grid": (None,), "weights": (0.1, 2.0, 0.5)},
-        {"grid": (10.0,), "shortlist": Shortlist(dims=20, size=60)},
     ],
-    ids=["one damping", "agreement", "residual", "weights", "shortlist"],
+    ids=["one damping", "agreement", "residual", "weights"],
 )
 @pytest.mark.parametrize("orders", [(0, 0, 0), (0, 1, 0)], ids=["same order", "other order"])
 def test_processes_find_what_one_finds(

@@ -69,7 +69,8 @@ def sample_gradient(module: Recorded, drawn: tuple[Tensor, Tensor, Tensor, Tenso
             name.removeprefix(f"{layer.name}."): found[name].unsqueeze(0) for name in sorted(layer.parameters)
         }
         blocks[layer.name] = tracer._projector.project(layer.name, layer.matrix(own))
-    return tracer._projector.combine(blocks, 1, torch.device("cpu"))[0]
+    projector = tracer._projector
+    return projector.sketch(projector.join(blocks, 1, torch.device("cpu")))[0]
 
 
 def expected_rows(module: Recorded, store: TraceStore) -> Tensor:

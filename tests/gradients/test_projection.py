@@ -24,7 +24,8 @@ def test_inner_products_are_unbiased(rank: int, dim: int | None) -> None:
     products = []
     for seed in range(SEEDS):
         projector = BlockProjector(Projection(rank=rank, dim=dim, seed=seed), shapes)
-        first, second = projector.combine({n: projector.project(n, g) for n, g in gradients.items()}, 2, CPU)
+        blocks = {n: projector.project(n, g) for n, g in gradients.items()}
+        first, second = projector.sketch(projector.join(blocks, 2, CPU))
         products.append(float(first @ second))
     mean, deviation = torch.tensor(products).mean(), torch.tensor(products).std()
     assert abs(float(mean) - exact) < 4 * float(deviation) / SEEDS**0.5
@@ -48,7 +49,8 @@ def test_a_block_does_not_depend_on_the_others() -> None:
     for ours, theirs in zip(few.matrices("b", CPU), many.matrices("b", CPU), strict=True):
         assert torch.equal(ours, theirs)
     block = {"b": torch.randn(2, 4)}
-    assert torch.equal(few.combine(block, 2, CPU), many.combine(block, 2, CPU))
+    ours, theirs = (each.sketch(each.join(block, 2, CPU)) for each in (few, many))
+    assert torch.equal(ours, theirs)
 
 
 def test_sides_blocks_and_seeds_differ() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ctrak_lightning import Capture, GradientTracer, Projection, TraceStore, methods
+from ctrak_lightning.attribution.baselines import label_search
 from ctrak_lightning.provenance import Ledger, verify
 from ctrak_lightning.rng import seeded_noise
 from ctrak_lightning.task import resolve_task
@@ -14,7 +15,7 @@ from ctrak_lightning.traces import SampleTable
 from recipes.benchmarks.replay import replay, save_trained, saved_steps
 from recipes.emoji_artists.data import KINDS, NEW_ARTISTS, Emoji, EmojiArtists
 from recipes.emoji_artists.demo import main
-from recipes.emoji_artists.evaluate import chance, label_search, questions, r_precision
+from recipes.emoji_artists.evaluate import chance, questions, r_precision
 from recipes.emoji_artists.judge import EmojiJudge, denoising_losses
 from recipes.emoji_artists.module import EmojiDiffusion
 from recipes.emoji_artists.network import patchify, unpatchify
@@ -56,7 +57,7 @@ def test_r_precision_by_hand() -> None:
     assert found["object"] == pytest.approx(2 / 3)  # owls: a, b, e; the top three are a, b, c
     assert found["artist"] == pytest.approx(1 / 2)  # of x: a, c; the top two are b, c
     assert chance(asked, samples) == pytest.approx({"object": 3 / 5, "artist": 2 / 5})
-    best = [label_search(question, samples) for question in asked]
+    best = list(label_search([question.concept() for question in asked], samples))
     assert r_precision(asked, best, samples) == {"object": 1.0, "artist": 1.0}
 
 

@@ -9,17 +9,12 @@ from recipes.benchmarks import scale
 
 
 @pytest.mark.parametrize(("rows", "dim"), [(300, 32), (20, 48)])
-def test_it_measures_the_store_that_it_builds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, dim: int
-) -> None:
-    monkeypatch.setattr(scale, "SHORTLIST", rows)
+def test_it_measures_the_store_that_it_builds(tmp_path: Path, rows: int, dim: int) -> None:
     built = scale.build(tmp_path, rows, dim)
     (checkpoint,) = TraceStore(tmp_path).checkpoints
     assert (checkpoint.rows, checkpoint.features().shape[1]) == (rows, dim)
     found = scale.measure(tmp_path, 3)
     assert found["bytes"] >= rows * dim
-    # A shortlist of every sample misses none; with fewer samples than features there is none.
-    assert found.get("shortlist_recall") == (1.0 if rows > dim else None)
     case = {"rows": rows, "dim": dim, "built": built, "measured": [found]}
     facts = {"command": "c", "machine": "m", "torch": "t", "threads": 1}
     flags = {"integer_products": True, "cache_dropped": False}

@@ -4,7 +4,7 @@ python -m tests.stress.supply              # minutes: it runs the demo
 python -m tests.stress.supply --no-demo
 
 - The wheel is built twice, and must be the same file; it holds the library, the demo's files and licences, and nothing else.
-- It is installed with nothing but what it asks for, in an environment of its own; imported from an empty folder; every command
+- It is installed with nothing but what it and the demo ask for, in an environment of its own; imported from an empty folder; every command
   answers; ``ctrak demo`` runs.
 - Every file of every distribution in that environment is what its RECORD says (sha256).
 - The versions there are those of .ci/requirements.lock, and none is a known malicious release. (Advisories that are published
@@ -94,7 +94,9 @@ def supply(root: Path, demo: bool) -> dict[str, Any]:
     environment, empty = root / "bare", root / "empty"
     run([sys.executable, "-m", "venv", environment], root)
     python, ctrak = environment / "bin" / "python", environment / "bin" / "ctrak"
-    run([python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel], empty)
+    # The demo trains an adapter.
+    asked = ["--quiet", "--constraint", ROOT / "constraints.txt", f"{wheel}[lora]"]
+    run([python, "-m", "pip", "install", *asked], empty)
     run([python, "-c", "import ctrak_lightning, ctrak_lightning.callbacks, ctrak_lightning.metrics"], empty)
     found["commands"] = [name for name in COMMANDS if "usage: ctrak" in run([ctrak, name, "--help"], empty)]
     if demo:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.attribution.confidence import BLIND, STILL, UNSTABLE, UNTOLD, Confidence
-from ctrak_lightning.attribution.report.benchmark_figures import benchmark_figures, figure_sources
 from ctrak_lightning.attribution.report.columns import Columns
 from ctrak_lightning.attribution.report.figures import (
     Bars,
@@ -149,7 +148,6 @@ def _render(attributions: Sequence[Attribution], columns: Columns) -> str:
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     environment.filters["shown"] = shown
     style, script = _asset("report.css"), _asset("report.js")
-    figures = benchmark_figures(first.method["name"])
     return environment.get_template("report.html.j2").render(
         style=Markup(style),
         script=Markup(script),
@@ -171,8 +169,6 @@ def _render(attributions: Sequence[Attribution], columns: Columns) -> str:
         method=first.method,
         thresholds={"faint": FAINT, "blind": BLIND, "still": STILL, "unstable": UNSTABLE, "untold": UNTOLD},
         weighted=first.weights is not None,
-        figures=figures,
-        figure_sources=figure_sources(figures),
         facts=_facts(first),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         limits={

@@ -1,12 +1,15 @@
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from ctrak_lightning import Concept
-from ctrak_lightning.attribution.references import (
+from ctrak_lightning.attribution.baselines import (
     as_attributions,
     image_similarity,
     label_search,
+    random_order,
     text_search,
 )
 from ctrak_lightning.errors import ConceptError
@@ -71,7 +74,26 @@ def test_embeddings_are_compared_by_cosine() -> None:
         text_search(["owl"], table(), letters, column="text")  # type: ignore[arg-type]
 
 
-def test_references_rank_as_attributions_do() -> None:
+def test_baselines_rank_as_attributions_do() -> None:
     [result] = as_attributions("label_search", label_search([OWL], table()), [OWL], table())
     assert [r.sample_id for r in result.top(3)] == ["a", "c", "b"]
     assert result.by_group("artist")[0].share == pytest.approx(0.5)
+
+
+def test_what_is_no_store_is_asked_as_a_store_is() -> None:
+    thumbnails = torch.randint(256, (3, 4, 4, 3), dtype=torch.uint8)
+    known, images = thumbnails.permute(0, 3, 1, 2) / 255, torch.rand(2, 3, 8, 8)
+    assert torch.equal(image_similarity(images, known), image_similarity(images, table(thumbnails)))
+    assert torch.equal(label_search([OWL, BOTH], table().metadata), label_search([OWL, BOTH], table()))
+
+    def letters(texts: Sequence[str]) -> Tensor:
+        return torch.tensor([[float(text.count(c)) for c in "owlcat"] for text in texts])
+
+    captions = table().metadata["caption"]
+    assert torch.equal(text_search(["owl"], captions, letters), text_search(["owl"], table(), letters))
+
+
+def test_a_random_order_is_the_seeds() -> None:
+    scores = random_order(3, 100, seed=5)
+    assert torch.equal(scores, random_order(3, 100, seed=5))
+    assert len({tuple(row.argsort().tolist()) for row in [*scores, *random_order(3, 100, seed=6)]}) == 6

@@ -1,4 +1,4 @@
-"""References that need no gradient: what a user would try first, and what every gradient method must beat."""
+"""Rankings without a gradient: what a user would try first, and what every gradient method must beat."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,23 +16,26 @@ ImageEncoder = Callable[[Tensor], Tensor]
 TextEncoder = Callable[[Sequence[str]], Tensor]
 
 
-def image_similarity(images: Tensor, samples: SampleTable, encoder: ImageEncoder | None = None) -> Tensor:
-    """Scores [Q, N] by likeness of the training images (the store's thumbnails) to generated ones.
+def image_similarity(
+    images: Tensor, known: SampleTable | Tensor, encoder: ImageEncoder | None = None
+) -> Tensor:
+    """Scores [Q, N] by likeness of the training images to generated ones.
 
     Args:
         images: generated images [Q, 3, H, W] in [0, 1].
-        samples: of a store with thumbnails.
+        known: the training images [N, 3, h, w] in [0, 1], or the samples of a store with thumbnails.
         encoder: images [B, 3, h, w] in [0, 1] to embeddings [B, d], compared by cosine; without it pixels are compared, by
             the negative root mean square difference.
 
     Raises:
         ValueError: the store has no thumbnails, or the encoder returns another shape.
     """
-    if samples.thumbnails is None:
-        raise ValueError(
-            "image_similarity: the store has no thumbnails. HINT: trace with thumbnails=True, and a task with decode()."
-        )
-    known = samples.thumbnails.permute(0, 3, 1, 2).float() / 255
+    if isinstance(known, SampleTable):
+        if known.thumbnails is None:
+            raise ValueError(
+                "image_similarity: the store has no thumbnails. HINT: trace with thumbnails=True, and a task with decode()."
+            )
+        known = known.thumbnails.permute(0, 3, 1, 2).float() / 255
     asked = F.interpolate(images.float(), known.shape[-2:], mode="bilinear", antialias=True)
     if encoder is None:
         distances: Tensor = torch.cdist(asked.flatten(1), known.flatten(1))
@@ -41,18 +44,21 @@ def image_similarity(images: Tensor, samples: SampleTable, encoder: ImageEncoder
 
 
 def label_search(
-    concepts: Sequence[Concept], samples: SampleTable, columns: Mapping[str, str] | None = None
+    concepts: Sequence[Concept],
+    known: SampleTable | Mapping[str, Sequence[str]],
+    columns: Mapping[str, str] | None = None,
 ) -> Tensor:
     """Scores [Q, N]: 1 for samples labelled with all of the concept's own attributes, else 0.
 
     Args:
         concepts: asked by attributes.
-        samples: of a store whose metadata holds what the network was told.
-        columns: the metadata column of each attribute; by default the one of the attribute's name.
+        known: columns of labels, one label per sample; or the samples of a store whose metadata holds them.
+        columns: the column of each attribute; by default the one of the attribute's name.
 
     Raises:
         ConceptError: a concept is asked by prompt, or its attribute has no column.
     """
+    labels = known.metadata if isinstance(known, SampleTable) else known
     rows = []
     for concept in concepts:
         alone = concept.isolated().present
@@ -60,43 +66,53 @@ def label_search(
             raise ConceptError(
                 f"label_search(Concept({concept.name!r})): asked by prompt, expected attributes. HINT: use text_search."
             )
-        match = torch.ones(len(samples), dtype=torch.bool)
+        match = torch.ones(len(next(iter(labels.values()), ())), dtype=torch.bool)
         for attribute, value in alone.items():
             column = (columns or {}).get(attribute, attribute)
-            if column not in samples.metadata:
+            if column not in labels:
                 raise ConceptError(
                     f"label_search(Concept({concept.name!r})): no metadata column {column!r} for attribute {attribute!r}. "
-                    f"Known: {', '.join(sorted(samples.metadata)) or 'none'}. HINT: columns={{{attribute!r}: ...}}."
+                    f"Known: {', '.join(sorted(labels)) or 'none'}. HINT: columns={{{attribute!r}: ...}}."
                 )
-            match &= torch.tensor([label == value for label in samples.metadata[column]])
+            match &= torch.tensor([label == value for label in labels[column]])
         rows.append(match.float())
     return torch.stack(rows)
 
 
 def text_search(
-    texts: Sequence[str], samples: SampleTable, encoder: TextEncoder, column: str = "caption"
+    texts: Sequence[str], known: SampleTable | Sequence[str], encoder: TextEncoder, column: str = "caption"
 ) -> Tensor:
     """Scores [Q, N] by the cosine of text embeddings: of the concept's words and of the samples' captions.
 
     Args:
         texts: one per question, such as ``"a cat"``.
-        samples: of a store with captions.
+        known: the captions, or the samples of a store with captions.
         encoder: texts to embeddings [B, d].
-        column: the metadata column of the captions.
+        column: a store's metadata column of the captions.
 
     Raises:
         ValueError: no such column, or the encoder returns another shape.
     """
-    if column not in samples.metadata:
-        known = ", ".join(sorted(samples.metadata)) or "none"
-        raise ValueError(f"text_search(column={column!r}): no such metadata column. The store has: {known}.")
-    return _cosine(_embedded(encoder, texts), _embedded(encoder, samples.metadata[column]))
+    if isinstance(known, SampleTable):
+        if column not in known.metadata:
+            names = ", ".join(sorted(known.metadata)) or "none"
+            raise ValueError(
+                f"text_search(column={column!r}): no such metadata column. The store has: {names}."
+            )
+        known = known.metadata[column]
+    return _cosine(_embedded(encoder, texts), _embedded(encoder, known))
+
+
+def random_order(questions: int, samples: int, seed: int = 0) -> Tensor:
+    """Scores [Q, N] that know nothing: what every other ranking has to be better than."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.rand(samples, generator=generator) for _ in range(questions)])
 
 
 def as_attributions(
     name: str, scores: Tensor, concepts: Sequence[Concept], samples: SampleTable, images: Tensor | None = None
 ) -> list[Attribution]:
-    """Scores [Q, N] of a reference as :class:`Attribution`, for the same tables and reports."""
+    """Scores [Q, N] of a baseline as :class:`Attribution`, for the same tables and reports."""
     return [
         Attribution(
             concept=concept,
