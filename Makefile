@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # they share what is costly to make; those with most tests come first, but for the slow ones, of which single ones take longest.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ctrak demo
@@ -24,6 +24,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in docs/_build/html. Its notebooks are run; whatever is warned of is an error.
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx -W --keep-going -q -d docs/_build/doctrees -c docs -b html . docs/_build/html
+
 # With LOCK=.ci/requirements.lock, as .ci/run has it, every package must be the very file whose sha256 is listed there. The list is
 # whole, so nothing is resolved: pip would look for `coverage[toml]`, which it takes for another package than the pinned `coverage`.
 $(VENV)/.installed: pyproject.toml constraints.txt $(LOCK)
@@ -38,4 +42,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo docs/_build docs/notebooks/runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
