@@ -2,6 +2,7 @@
 
 import inspect
 import pkgutil
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -31,8 +32,9 @@ class Parts:
 @cache
 def everything() -> list[ModuleType]:
     """The package and all its modules, but for what runs when it is imported."""
-    names = [one.name for one in pkgutil.walk_packages(ctrak_lightning.__path__, "ctrak_lightning.")]
-    wanted = [name for name in names if not name.endswith("__main__") and ".demo_files" not in name]
+    found = pkgutil.walk_packages(ctrak_lightning.__path__, "ctrak_lightning.")
+    skipped = re.compile(r"__main__$|\.demo_files")
+    wanted = [one.name for one in found if not skipped.search(one.name)]
     return [ctrak_lightning, *map(import_module, wanted)]
 
 

@@ -30,7 +30,9 @@ SECTION = re.compile(r"^## (.+)$", re.MULTILINE)
 ENTRY = re.compile(r"^- \[[^\]]+\]\(([^)#\s]+)\.md\)", re.MULTILINE)
 # What an index of a folder lists: the pages beside it, and the indices of the folders below.
 BELOW = re.compile(r"\]\((?!\.\.)((?:[\w-]+/)*README|[\w-]+)\.md\)")
-REMOTE = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=\"(?:https?:)?//[^\"]+")
+REMOTE = re.compile(
+    r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=\"(?:https?:)?//[^\"]+"
+)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -105,13 +107,16 @@ def _documented(place: str, value: Any) -> list[str]:
         return [f":py:mod:`{value.__name__}`"]
     if inspect.isclass(value):
         kind = "exception" if issubclass(value, BaseException) else "class"
-        members = [] if kind == "exception" else ["   :members:", "   :inherited-members: " + FOREIGN]
+        members = (
+            [] if kind == "exception" else ["   :members:", "   :inherited-members: " + FOREIGN]
+        )
         return [f".. auto{kind}:: {place}", *members]
     if inspect.isroutine(value):
         return [f".. autofunction:: {place}"]
+    name = place.rpartition(".")[2]  # the module of the page is put before it
     # The docstring of a plain value is its type's; a dict is known by its keys.
     shown = ", ".join(value) if isinstance(value, dict) else str(value)
-    return [f".. py:data:: {place}", "", f"   ``{shown}``"]
+    return [f".. py:data:: {name}", "", f"   ``{shown}``"]
 
 
 # What a class has from others' classes is in their documentation.
@@ -140,7 +145,7 @@ def _headed(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
 
 
 def _resolved(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
-    """A docstring names things by where they are defined; the reference by where they are public."""
+    """A docstring names a thing by where it is defined, the reference by where it is public."""
     target = node.get("reftarget", "")
     if node.get("refdomain") != "py" or not target.startswith("ctrak_lightning"):
         return None
@@ -212,4 +217,5 @@ def _local(app: Sphinx, exception: Exception | None) -> None:
         return
     for path in sorted(Path(app.outdir).rglob("*.html")):
         if found := REMOTE.search(path.read_text(encoding="utf-8")):
-            raise ExtensionError(f"{path.relative_to(app.outdir)} fetches from elsewhere: {found[0]}")
+            place = path.relative_to(app.outdir)
+            raise ExtensionError(f"{place} fetches from another host: {found[0]}")
