@@ -2,7 +2,8 @@
 
 python .ci/lock.py        # after a change of constraints.txt or of pyproject.toml's dependencies
 
-For Linux x86-64, Python 3.11 and PyTorch's CPU build, which is what `.ci/run` installs. Other machines install by constraints.txt.
+For Linux x86-64, Python 3.11 and PyTorch's CPU build, which is what `.ci/run` installs. Other
+machines install by constraints.txt.
 """
 
 import json
@@ -13,7 +14,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-HEAD = "# Made by `python .ci/lock.py`, for Linux x86-64, Python 3.11 and PyTorch's CPU build. Do not edit.\n"
+HEAD = (
+    "# Made by `python .ci/lock.py`, for Linux x86-64, Python 3.11 and PyTorch's CPU build. Do "
+    "not edit.\n"
+)
 
 
 def main() -> None:
@@ -37,9 +41,12 @@ def main() -> None:
         if name == "ctrak-lightning":
             continue
         lines.append(
-            f"{name}=={version} \\\n    --hash=sha256:{each['download_info']['archive_info']['hashes']['sha256']}\n"
+            f"{name}=={version} \\\n    "
+            f"--hash=sha256:{each['download_info']['archive_info']['hashes']['sha256']}\n"
         )
-    (HERE / "requirements.lock").write_text(HEAD + "".join(sorted(lines, key=str.lower)), encoding="utf-8")
+    (HERE / "requirements.lock").write_text(
+        HEAD + "".join(sorted(lines, key=str.lower)), encoding="utf-8"
+    )
     print(f"{HERE / 'requirements.lock'}: {len(lines)} packages")
 
 

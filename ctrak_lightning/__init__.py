@@ -1,4 +1,5 @@
-"""Which training samples taught a diffusion model this concept? Traces while it is fine-tuned, answers afterwards."""
+"""Which training samples taught a diffusion model this concept? Traces while it is fine-tuned,
+answers afterwards."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

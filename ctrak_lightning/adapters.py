@@ -1,4 +1,5 @@
-"""How adapters are applied, which no weight tells: their scaling, and whether they are disabled or merged."""
+"""How adapters are applied, which no weight tells: their scaling, and whether they are disabled or
+merged."""
 
 import hashlib
 import json
@@ -13,11 +14,13 @@ from ctrak_lightning.naming import modules_of
 
 
 def adapter_facts(owner: nn.Module, parts: Collection[str] | None) -> dict[str, str]:
-    """``{"adapters": text}`` of peft's adapter layers: how many are applied how, and a sha256 of which; ``{}`` without such layers.
+    """``{"adapters": text}`` of peft's adapter layers: how many are applied how, and a sha256 of
+    which; ``{}`` without such layers.
 
     Args:
         owner: the module that has them.
-        parts: the parts of it that count, as :func:`~ctrak_lightning.frozen.parts_of` gives them; None for all.
+        parts: the parts of it that count, as :func:`~ctrak_lightning.frozen.parts_of` gives them;
+            None for all.
     """
     # Where peft was never imported, no module is of its kind.
     kind: Any = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
@@ -26,7 +29,8 @@ def adapter_facts(owner: nn.Module, parts: Collection[str] | None) -> dict[str, 
     states = {
         name: _state(layer)
         for name, layer in modules_of(owner)
-        if isinstance(layer, kind) and (parts is None or any(_overlap(name, part) for part in parts))
+        if isinstance(layer, kind)
+        and (parts is None or any(_overlap(name, part) for part in parts))
     }
     if not states:
         return {}

@@ -1,4 +1,5 @@
-"""Capture: the traces of a whole data set at one checkpoint. For callbacks and for raw training loops."""
+"""Capture: the traces of a whole data set at one checkpoint. For callbacks and for raw training
+loops."""
 
 from __future__ import annotations
 
@@ -74,34 +75,42 @@ from ctrak_lightning.trial import (
 class Capture:
     """Traces every sample of a data set, as often as asked, into one store.
 
-    Before anything is written, two samples are traced on trial (:mod:`ctrak_lightning.trial`), unless the folder holds sealed
-    traces already. Where memory is short, batches go through the network in smaller parts (:class:`~ctrak_lightning.memory.RowLimit`).
+    Before anything is written, two samples are traced on trial (:mod:`ctrak_lightning.trial`),
+    unless the folder holds sealed traces already. Where memory is short, batches go through the
+    network in smaller parts (:class:`~ctrak_lightning.memory.RowLimit`).
 
     Args:
         path: the store's folder.
-        owner: the module whose trained parameters are stored (a LightningModule, or the denoiser itself).
+        owner: the module whose trained parameters are stored (a LightningModule, or the denoiser
+            itself).
         task: its DiffusionTask.
-        batches: the samples to trace: an iterable of batches that gives the same samples, each once, in the same order each time,
-            and that ends. Where they have no ids, a DataLoader's samples are numbered as in its data set. A batch may be None.
+        batches: the samples to trace: an iterable of batches that gives the same samples, each
+            once, in the same order each time, and that ends. Where they have no ids, a DataLoader's
+            samples are numbered as in its data set. A batch may be None.
         method: what to trace.
         tracer: the gradient tracer of ``task.denoiser``.
-        optimizers: of the run, where they are known: what requires grad but is in none of them does not train.
-        weights: for the record, what the owner's weights are at every :meth:`run`: ``"raw"``, those that train, or ``"ema"``, their
-            average.
+        optimizers: of the run, where they are known: what requires grad but is in none of them does
+            not train.
+        weights: for the record, what the owner's weights are at every :meth:`run`: ``"raw"``, those
+            that train, or ``"ema"``, their average.
         seed: of the trajectories' noise and of whatever is random in ``batches``.
-        dtype: of the stored rows, ``"float32"``, ``"float16"`` or ``"int8"`` (each row also has a float32 norm and scale).
+        dtype: of the stored rows, ``"float32"``, ``"float16"`` or ``"int8"`` (each row also has a
+            float32 norm and scale).
         thumbnails: store small images for reports, where the task has ``pictures`` or can decode.
         device: where batches are moved to.
         rows_at_once: samples per forward pass at most; None takes whole batches.
-        processes: those that trace together, each the batches of its turn, into one folder that all of them see. They make their
-            captures, and call :meth:`run`, together.
+        processes: those that trace together, each the batches of its turn, into one folder that all
+            of them see. They make their captures, and call :meth:`run`, together.
         questions: those that will be asked while the model trains, which are tried as well.
-        lock: as of :class:`~ctrak_lightning.traces.TraceWriter`: to hold the folder before the data is gone through.
+        lock: as of :class:`~ctrak_lightning.traces.TraceWriter`: to hold the folder before the data
+            is gone through.
 
     Raises:
         StoreLockedError: another writer has the store.
-        TrialError: data, task, network and method do not fit together; names the member or the layers, and says what to do.
-        StoreMismatchError: the folder holds traces of another method, projection, model or data set.
+        TrialError: data, task, network and method do not fit together; names the member or the
+            layers, and says what to do.
+        StoreMismatchError: the folder holds traces of another method, projection, model or data
+            set.
         BatchError: a sample comes twice, or there is no end of batches.
         DatasetChangedError: the first batch is another one the second time.
 
@@ -139,7 +148,9 @@ class Capture:
         self._model = TracedModel(owner, task, optimizers, weights=weights, processes=processes)
         self._warn_of_parameters_outside()
         self.trial = (
-            None if self._processes.from_first(has_sealed(path)) else self._try(thumbnails, questions)
+            None
+            if self._processes.from_first(has_sealed(path))
+            else self._try(thumbnails, questions)
         )
         """What the trial found; None where there was none."""
         self._is_partly_seen = self.trial is not None and self.trial.blocks < self.trial.all_blocks
@@ -175,13 +186,15 @@ class Capture:
             )
 
     def close(self) -> None:
-        """Lets others write to the store, and says how many samples of :meth:`note_step` are not in it; idempotent."""
+        """Lets others write to the store, and says how many samples of :meth:`note_step` are not in
+        it; idempotent."""
         self.exposures.tell_outside()
         self.writer.close()
 
     def note_step(self, *batches: Any) -> None:
-        """After an optimizer step of a raw loop: counts the samples of the batches whose gradients it took (several, where they
-        were accumulated). All processes call it together. Without it a store does not know how often samples were trained on.
+        """After an optimizer step of a raw loop: counts the samples of the batches whose gradients
+        it took (several, where they were accumulated). All processes call it together. Without it a
+        store does not know how often samples were trained on.
 
         Raises:
             BatchError: the samples' ids cannot be read from a batch.
@@ -196,10 +209,12 @@ class Capture:
 
         Args:
             step: optimizer steps taken before.
-            state: what ``exposures.state_dict()`` was then; without it, the counts of the store's checkpoint of this step.
+            state: what ``exposures.state_dict()`` was then; without it, the counts of the store's
+                checkpoint of this step.
 
         Raises:
-            StoreMismatchError: as of :meth:`require_weights_of`, which without a ``state`` must be the owner's.
+            StoreMismatchError: as of :meth:`require_weights_of`, which without a ``state`` must be
+                the owner's.
         """
         if state is None:
             self.require_weights_of(step)
@@ -233,10 +248,12 @@ class Capture:
         return next(one for one in store.checkpoints if one.step == step)
 
     def require_weights_of(self, step: int) -> None:
-        """Looks whether the run that goes on from ``step`` is the one that was traced; all processes call it.
+        """Looks whether the run that goes on from ``step`` is the one that was traced; all
+        processes call it.
 
         Raises:
-            StoreMismatchError: the store has traces of this step, and they are of other weights than the owner's.
+            StoreMismatchError: the store has traces of this step, and they are of other weights
+                than the owner's.
         """
         if step not in self.writer.sealed_steps:
             return
@@ -245,16 +262,18 @@ class Capture:
             if not changed:
                 return
             raise StoreMismatchError(
-                f"{self.writer.path}: its traces of step {step} are of other weights than those that training goes on from: "
-                f"{len(changed)} parameters differ, such as {changed[0]!r}. Nothing was changed. HINT: go on from the weights of the "
-                "run that made the store, or name a new folder."
+                f"{self.writer.path}: its traces of step {step} are of other weights than those "
+                f"that training goes on from: {len(changed)} parameters differ, such as "
+                f"{changed[0]!r}. Nothing was changed. HINT: go on from the weights of the run "
+                "that made the store, or name a new folder."
             )
 
     def run(self, step: int, *, epoch: int, learning_rate: float | None = None) -> None:
         """Traces all samples with the present weights and seals the checkpoint.
 
         Raises:
-            DatasetChangedError: the batches no longer hold the samples of the store, or their content has changed.
+            DatasetChangedError: the batches no longer hold the samples of the store, or their
+                content has changed.
             TrainingChangedError: other parameters train than when the capture was made.
             GradientError: a sample's gradient is zero or not finite; the message names the samples.
         """
@@ -272,12 +291,14 @@ class Capture:
             checkpoint.seal()
 
     def require_unchanged_since(self, step: int) -> None:
-        """Raises a TrainingChangedError where the weights are not those that were sealed at ``step``, which is the present step."""
+        """Raises a TrainingChangedError where the weights are not those that were sealed at
+        ``step``, which is the present step."""
         changed = self._model.changed_from(self._sealed(step).weights())
         if changed:
             raise TrainingChangedError(
-                f"Step {step} has traces already, and since then {len(changed)} parameters have changed, such as {changed[0]!r}, "
-                "without an optimizer step that could be counted. HINT: step a torch.optim.Optimizer."
+                f"Step {step} has traces already, and since then {len(changed)} parameters have "
+                f"changed, such as {changed[0]!r}, without an optimizer step that could be "
+                "counted. HINT: step a torch.optim.Optimizer."
             )
 
     def _trace(self, checkpoint: CheckpointWriter) -> None:
@@ -297,7 +318,8 @@ class Capture:
                 done = min(max(checkpoint.rows_done - taken, 0), rows)
                 if done < rows:
                     self._look_at_unseen(encoded)
-                    # The whole batch, also where a part of it is stored: a forward pass of other rows rounds otherwise.
+                    # The whole batch, also where a part of it is stored: a forward pass of other
+                    # rows rounds otherwise.
                     trace = trace_batch(
                         self.task, self.tracer, self.method, encoded, self.seed, self._row_limit
                     )
@@ -319,8 +341,8 @@ class Capture:
         return self.progress and self._processes.is_first
 
     def _own_batches(self) -> Iterator[tuple[int, Any]]:
-        """The batches that are this process's, with their numbers. A batch that is None, all of whose samples a ``collate_fn`` has
-        left out, is passed over."""
+        """The batches that are this process's, with their numbers. A batch that is None, all of
+        whose samples a ``collate_fn`` has left out, is passed over."""
         rank, count = self._processes.rank, self._processes.count
         own: Iterator[tuple[int, Any]]
         if count > 1 and (part := _every(self.batches, rank, count)) is not None:
@@ -331,32 +353,42 @@ class Capture:
 
     def _warn_of_parameters_outside(self) -> None:
         inside = {id(parameter) for parameter in self.tracer.module.parameters()}
-        outside = sorted(name for name, value in self._model.trained.now().items() if id(value) not in inside)
+        outside = sorted(
+            name for name, value in self._model.trained.now().items() if id(value) not in inside
+        )
         if outside:
             warnings.warn(
-                f"These trained parameters are outside the denoiser and are not traced: {', '.join(outside)}. What samples "
-                "taught through them alone is missed. HINT: that is usual for token embeddings; freeze them, or make them "
-                "part of `denoiser`, if it matters.",
+                "These trained parameters are outside the denoiser and are not traced: "
+                f"{', '.join(outside)}. What samples taught through them alone is missed. HINT: "
+                "that is usual for token embeddings; freeze them, or make them part of "
+                "`denoiser`, if it matters.",
                 UntracedParameterWarning,
                 stacklevel=3,
             )
 
     def _try(self, thumbnails: bool, questions: Sequence[Question]) -> Trial | None:
-        """Traces two samples, this process's first ones, in every way in which captures and questions will."""
+        """Traces two samples, this process's first ones, in every way in which captures and
+        questions will."""
         started = time.monotonic()
         trial = None
-        with self._processes.together(), isolated_rng(self.seed), self._tracing() as changed_buffers:
+        with (
+            self._processes.together(),
+            isolated_rng(self.seed),
+            self._tracing() as changed_buffers,
+        ):
             samples = first_samples(self._tried_batches(thumbnails))
             if samples is not None:
                 limit = RowLimit(min(SAMPLES, self._row_limit.rows or SAMPLES))
                 with told_of_buffers(changed_buffers):
-                    trial = try_samples(self.task, self.tracer, self.method, samples, self.seed, limit)
+                    trial = try_samples(
+                        self.task, self.tracer, self.method, samples, self.seed, limit
+                    )
                 try_questions(self.task, self.tracer, self.method, samples, questions, self.seed)
         return None if trial is None else replace(trial, seconds=time.monotonic() - started)
 
     def _look_at_unseen(self, encoded: Encoded) -> None:
-        """Compares two samples with a pass for each once more, where layers had no gradient at the trial: those behind a last layer
-        of zeros, or LoRA's first matrices.
+        """Compares two samples with a pass for each once more, where layers had no gradient at the
+        trial: those behind a last layer of zeros, or LoRA's first matrices.
 
         Raises:
             GradientError: they differ; names the layers.
@@ -374,10 +406,14 @@ class Capture:
     def _tried_batches(self, thumbnails: bool) -> Iterator[Encoded]:
         if isinstance(self.batches, Iterator):
             raise TrialError(
-                f"The samples are {type(self.batches).__name__}, which can be gone through once; expected batches that can be gone "
-                "through at every capture. HINT: a DataLoader, or a list of batches."
+                f"The samples are {type(self.batches).__name__}, which can be gone through once; "
+                "expected batches that can be gone through at every capture. HINT: a DataLoader, "
+                "or a list of batches."
             )
-        loading = "loading the first samples (the data set, its `collate_fn`, or the DataLoader's workers)"
+        loading = (
+            "loading the first samples (the data set, its `collate_fn`, or the DataLoader's "
+            "workers)"
+        )
         with named(loading):
             own = self._own_batches()
         while True:
@@ -387,11 +423,15 @@ class Capture:
                 return
             _, batch = item
             encoding = named(f"{name_of(self.task)}.encode(batch of {_fields(batch)})")
-            # Noticed here as well: a task may keep what it has encoded once, and not compute it again in the survey.
+            # Noticed here as well: a task may keep what it has encoded once, and not compute it
+            # again in the survey.
             with encoding, torch.no_grad(), self._model.noticing():
                 encoded = self._encode(batch)
             if thumbnails:
-                with named("thumbnails, by `pictures(batch)` or `decode(latents)`"), torch.no_grad():
+                with (
+                    named("thumbnails, by `pictures(batch)` or `decode(latents)`"),
+                    torch.no_grad(),
+                ):
                     images = self._pictures(batch, encoded)
                     if images is not None:
                         thumbnails_of(images)
@@ -428,10 +468,13 @@ class Capture:
                 )
         each = self._processes.gather(own)
         self._batch_ids.share(self._processes)
-        return sorted((batch for batches in each for batch in batches), key=lambda batch: batch.number)
+        return sorted(
+            (batch for batches in each for batch in batches), key=lambda batch: batch.number
+        )
 
     def _look_again(self) -> None:
-        """Loads and encodes the first batch once more: what draws from a generator of its own is told before anything has been traced."""
+        """Loads and encodes the first batch once more: what draws from a generator of its own is
+        told before anything has been traced."""
         with self._processes.together(), isolated_rng(self.seed), self._tracing(), torch.no_grad():
             for number, batch in self._own_batches():
                 encoded = self._encode(batch)
@@ -441,7 +484,8 @@ class Capture:
         self._first_seen = None
 
     def _pictures(self, batch: Any, encoded: Encoded) -> Tensor | None:
-        """What a person may be shown of a batch: its own images where the task has them, for decoding is dear and inexact."""
+        """What a person may be shown of a batch: its own images where the task has them, for
+        decoding is dear and inexact."""
         own: Tensor | None = self.task.pictures(batch) if hasattr(self.task, "pictures") else None
         if own is not None:
             return own
@@ -451,20 +495,25 @@ class Capture:
         return encode(self.task, _to(batch, self.device))
 
     def _position(self, number: int, batch: Any, encoded: Encoded) -> int:
-        """Where in the sample table the ``number``-th batch begins, which must be the one that was surveyed."""
+        """Where in the sample table the ``number``-th batch begins, which must be the one that was
+        surveyed."""
         position = self._starts.get(number, len(self.sample_ids))
         part = slice(position, position + len(encoded.sample_ids))
         expected = self.sample_ids[part]
         if expected != encoded.sample_ids:
             changed = sorted(set(encoded.sample_ids) - set(expected))[:5] or encoded.sample_ids[:5]
             raise DatasetChangedError(
-                f"Samples from position {position} on differ from those the store began with, for example {changed}. "
-                "Expected the same samples in the same order at every capture. HINT: no shuffling in trace_dataloader()."
+                f"Samples from position {position} on differ from those the store began with, for "
+                f"example {changed}. Expected the same samples in the same order at every capture. "
+                "HINT: no shuffling in trace_dataloader()."
             )
-        if altered := changed_samples(expected, self._content[part], content_hashes(batch, encoded)):
+        if altered := changed_samples(
+            expected, self._content[part], content_hashes(batch, encoded)
+        ):
             raise DatasetChangedError(
-                f"{len(altered)} of {len(expected)} samples are not what they were when the store began, for example {altered[:5]}. "
-                f"Expected the same content at every capture. {NO_AUGMENTATION}"
+                f"{len(altered)} of {len(expected)} samples are not what they were when the store "
+                f"began, for example {altered[:5]}. Expected the same content at every capture. "
+                f"{NO_AUGMENTATION}"
             )
         return position
 
@@ -492,13 +541,15 @@ def _fields(batch: Any) -> str:
 
 
 def _every(batches: Iterable[Any], rank: int, count: int) -> DataLoader[Any] | None:
-    """The ``rank``-th of every ``count`` batches of a DataLoader that goes through its data set in order, without loading the
-    others; None for anything else, which must be gone through."""
+    """The ``rank``-th of every ``count`` batches of a DataLoader that goes through its data set in
+    order, without loading the others; None for anything else, which must be gone through."""
     if not (isinstance(batches, DataLoader) and isinstance(batches.sampler, SequentialSampler)):
         return None
     if batches.batch_sampler is None:
         return None
-    return reloaded(batches, batches.dataset, batch_sampler=list(batches.batch_sampler)[rank::count])
+    return reloaded(
+        batches, batches.dataset, batch_sampler=list(batches.batch_sampler)[rank::count]
+    )
 
 
 def _to(batch: Any, device: torch.device) -> Any:

@@ -1,4 +1,5 @@
-"""What a data set gave for each sample, as one hash: by it a store notices that a sample is another one."""
+"""What a data set gave for each sample, as one hash: by it a store notices that a sample is another
+one."""
 
 import hashlib
 import struct
@@ -17,18 +18,22 @@ class _Digest(Protocol):
 
 
 def content_hashes(batch: Any, encoded: Encoded) -> list[str]:
-    """One sha256 (hex) per sample over everything the data set gave for it, whatever the batch it is in.
+    """One sha256 (hex) per sample over everything the data set gave for it, whatever the batch it
+    is in.
 
-    The batch itself is hashed where its fields can be told apart by row: tensors, arrays, images of PIL, text, numbers, and lists
-    and mappings of these. So an image is the same image on every machine. Where a field cannot, or none of them holds a picture,
-    a latent or the like, the encoded latents are hashed as well, and what of the condition is whole numbers (tokens); the rest of
-    a condition may come from embeddings that training changes.
+    The batch itself is hashed where its fields can be told apart by row: tensors, arrays, images of
+    PIL, text, numbers, and lists and mappings of these. So an image is the same image on every
+    machine. Where a field cannot, or none of them holds a picture, a latent or the like, the
+    encoded latents are hashed as well, and what of the condition is whole numbers (tokens); the
+    rest of a condition may come from embeddings that training changes.
     """
     rows = len(encoded.sample_ids)
     hashes = [hashlib.sha256() for _ in range(rows)]
     columns = list(_fields(batch, rows))
     named = [(name, values) for name, values in columns if values is not None]
-    if len(named) < len(columns) or not any(_is_content(values[0]) for _, values in named if len(values)):
+    if len(named) < len(columns) or not any(
+        _is_content(values[0]) for _, values in named if len(values)
+    ):
         named.append(("latents", encoded.latents))
         for name, value in sorted(encoded.condition.items()):
             if not value.is_floating_point():
@@ -40,7 +45,9 @@ def content_hashes(batch: Any, encoded: Encoded) -> list[str]:
     return [digest.hexdigest() for digest in hashes]
 
 
-def changed_samples(sample_ids: Sequence[str], expected: Sequence[str], given: Sequence[str]) -> list[str]:
+def changed_samples(
+    sample_ids: Sequence[str], expected: Sequence[str], given: Sequence[str]
+) -> list[str]:
     """The samples whose content is not what it was, by their hashes then and now."""
     return [name for name, a, b in zip(sample_ids, expected, given, strict=True) if a != b]
 
@@ -56,7 +63,8 @@ def _fields(batch: Any, rows: int) -> Iterator[tuple[str, Any]]:
 
 
 def _columns(name: str, value: Any, rows: int) -> Iterator[tuple[str, Any]]:
-    """The fields of a batch by name: a value for each row, or None where it cannot be taken apart."""
+    """The fields of a batch by name: a value for each row, or None where it cannot be taken
+    apart."""
     if isinstance(value, Mapping):
         for key, inner in sorted(value.items(), key=_by_name):
             yield from _columns(f"{name}.{key}" if name else str(key), inner, rows)
@@ -73,7 +81,8 @@ def _columns(name: str, value: Any, rows: int) -> Iterator[tuple[str, Any]]:
 
 
 def _is_of_rows(values: Sequence[Any], rows: int) -> bool:
-    """Whether a list has an entry for each row, rather than being a list of columns as ``default_collate`` makes of tuples."""
+    """Whether a list has an entry for each row, rather than being a list of columns as
+    ``default_collate`` makes of tuples."""
     if len(values) != rows or not all(map(_is_known, values)):
         return False
     return not all(_is_column(value, rows) for value in values)
@@ -82,12 +91,18 @@ def _is_of_rows(values: Sequence[Any], rows: int) -> bool:
 def _is_column(value: Any, rows: int) -> bool:
     if isinstance(value, (Tensor, np.ndarray)):
         return value.ndim == 1 and len(value) == rows
-    return isinstance(value, (list, tuple)) and len(value) == rows and all(isinstance(v, str) for v in value)
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == rows
+        and all(isinstance(v, str) for v in value)
+    )
 
 
 def _is_scalar(value: Any) -> bool:
     """Whether a value says something of the batch rather than of one sample."""
-    return value is None or isinstance(value, (str, int, float, bytes, np.generic, Tensor, np.ndarray))
+    return value is None or isinstance(
+        value, (str, int, float, bytes, np.generic, Tensor, np.ndarray)
+    )
 
 
 def _is_known(value: Any) -> bool:
@@ -103,7 +118,8 @@ def _is_image(value: Any) -> bool:
 
 
 def _is_content(value: Any) -> bool:
-    """Whether a row's value may be what a network is trained on, rather than a name or a number for it."""
+    """Whether a row's value may be what a network is trained on, rather than a name or a number for
+    it."""
     if isinstance(value, (Tensor, np.ndarray)):
         return value.ndim > 0
     if isinstance(value, (list, tuple)):
@@ -148,7 +164,11 @@ def _feed_array(digest: _Digest, value: np.ndarray[Any, Any]) -> None:
     if value.dtype.hasobject or value.dtype.kind in "US":
         _feed(digest, value.tolist())
     else:
-        _part(digest, f"array {value.dtype.str} {list(value.shape)}", np.ascontiguousarray(value).tobytes())
+        _part(
+            digest,
+            f"array {value.dtype.str} {list(value.shape)}",
+            np.ascontiguousarray(value).tobytes(),
+        )
 
 
 def _part(digest: _Digest, kind: str, data: bytes = b"") -> None:

@@ -22,7 +22,8 @@ class GradientError(ValueError):
 
 
 class TrialError(ValueError):
-    """Data, task, network and method do not fit together, as tracing two samples before training has shown."""
+    """Data, task, network and method do not fit together, as tracing two samples before training
+    has shown."""
 
 
 class ReportError(ValueError):
@@ -38,7 +39,8 @@ class StoreMismatchError(StoreError):
 
 
 class UnknownMethodError(StoreMismatchError):
-    """A trace store's method has a class that is not known here, so that it cannot be made again."""
+    """A trace store's method has a class that is not known here, so that it cannot be made
+    again."""
 
 
 class DatasetChangedError(StoreMismatchError):

@@ -1,18 +1,20 @@
-"""Other people's text where it could act: on a terminal, in a spreadsheet's cell, as a second column of our own name."""
+"""Other people's text where it could act: on a terminal, in a spreadsheet's cell, as a second
+column of our own name."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
 METADATA_PREFIX = "metadata."
-# With these a spreadsheet takes a cell for a formula (OWASP, "CSV Injection"; the wide forms as some input methods type them). The
-# apostrophe is no formula: it is escaped too, so that taking one off gives back what was written.
+# With these a spreadsheet takes a cell for a formula (OWASP, "CSV Injection"; the wide forms as
+# some input methods type them). The apostrophe is no formula: it is escaped too, so that taking one
+# off gives back what was written.
 _LEADING = frozenset("=+-@'\uff1d\uff0b\uff0d\uff20")
 
 
 def visible(text: object) -> str:
-    """``text`` on one line, as a terminal may show it: what is not printable (control and escape characters, line ends, marks that
-    turn the direction of writing) becomes its Python escape.
+    """``text`` on one line, as a terminal may show it: what is not printable (control and escape
+    characters, line ends, marks that turn the direction of writing) becomes its Python escape.
 
     Example:
         >>> visible("cat\\x1b[2J\\nverified"), visible("ünï 猫")
@@ -22,8 +24,9 @@ def visible(text: object) -> str:
 
 
 def csv_cell(text: str) -> str:
-    """``text`` as a cell that a spreadsheet shows and does not compute: with an apostrophe before it where it begins with ``=``, ``+``,
-    ``-``, ``@``, a control character or an apostrophe. Taking one apostrophe off the front gives it back.
+    """``text`` as a cell that a spreadsheet shows and does not compute: with an apostrophe before
+    it where it begins with ``=``, ``+``, ``-``, ``@``, a control character or an apostrophe. Taking
+    one apostrophe off the front gives it back.
 
     Example:
         >>> csv_cell("=1+1"), csv_cell("a=1"), csv_cell("'tis")
@@ -34,8 +37,8 @@ def csv_cell(text: str) -> str:
 
 
 def metadata_heads(columns: Sequence[str], taken: Collection[str]) -> list[str]:
-    """What metadata columns are called in a table that has the columns ``taken`` too, whatever their case: ``metadata.score`` for a
-    column ``score``.
+    """What metadata columns are called in a table that has the columns ``taken`` too, whatever
+    their case: ``metadata.score`` for a column ``score``.
 
     Example:
         >>> metadata_heads(["owner", "score", "metadata.score"], ["rank", "score"])
@@ -43,6 +46,8 @@ def metadata_heads(columns: Sequence[str], taken: Collection[str]) -> list[str]:
     """
     ours = {name.casefold() for name in taken}
     return [
-        f"{METADATA_PREFIX}{name}" if name.casefold() in ours or name.startswith(METADATA_PREFIX) else name
+        f"{METADATA_PREFIX}{name}"
+        if name.casefold() in ours or name.startswith(METADATA_PREFIX)
+        else name
         for name in columns
     ]

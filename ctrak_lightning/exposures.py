@@ -1,4 +1,5 @@
-"""How often each sample has entered an optimizer step: what a run has trained on, which no gradient can tell afterwards."""
+"""How often each sample has entered an optimizer step: what a run has trained on, which no gradient
+can tell afterwards."""
 
 import contextlib
 import hashlib
@@ -21,18 +22,21 @@ class UntracedSampleWarning(UserWarning):
 
 
 class Exposures:
-    """Counts, for every sample of a table, the training batches that it was in and that entered an optimizer step.
+    """Counts, for every sample of a table, the training batches that it was in and that entered an
+    optimizer step.
 
-    A batch is noted when its gradient is computed (:meth:`draw`) and counted when an optimizer steps (:meth:`step`), so the
-    micro-batches of an accumulated step count with it, and what is dropped before a step (:meth:`drop`) does not count. A sample that
-    a batch has twice counts twice. Samples of batches that are not in the table have no count, and are told.
+    A batch is noted when its gradient is computed (:meth:`draw`) and counted when an optimizer
+    steps (:meth:`step`), so the micro-batches of an accumulated step count with it, and what is
+    dropped before a step (:meth:`drop`) does not count. A sample that a batch has twice counts
+    twice. Samples of batches that are not in the table have no count, and are told.
 
     Args:
         sample_ids: the table's.
         processes: those that train together; all call :meth:`share` together.
 
     Warns:
-        UntracedSampleWarning: steps had samples of the table and others; at the first, and by :meth:`tell_outside`.
+        UntracedSampleWarning: steps had samples of the table and others; at the first, and by
+            :meth:`tell_outside`.
     """
 
     def __init__(self, sample_ids: Sequence[str], processes: Processes = ALONE) -> None:
@@ -86,7 +90,8 @@ class Exposures:
             )
 
     def tell_outside(self) -> None:
-        """Says at the end of a run how many of its samples are not in the table, if there were any; idempotent."""
+        """Says at the end of a run how many of its samples are not in the table, if there were any;
+        idempotent."""
         if self._is_outside_told and self._all_outside:
             self._warn_of_outside(f"in all, such as {self._stranger!r}")
             self._all_outside = 0
@@ -95,10 +100,11 @@ class Exposures:
         if not self._processes.is_first:
             return
         warnings.warn(
-            f"Optimizer steps had {self._all_outside} samples that are not in the store (one that comes twice counts twice) "
-            f"{how_many}. What the model learnt from them has no trace: no score will name them, and shares are of the other samples "
-            "alone. HINT: define `trace_dataloader()` that gives all samples which the run will ever train on; a sampler or data set "
-            "that changes while it trains shows only its first ones.",
+            f"Optimizer steps had {self._all_outside} samples that are not in the store (one that "
+            f"comes twice counts twice) {how_many}. What the model learnt from them has no trace: "
+            "no score will name them, and shares are of the other samples alone. HINT: define "
+            "`trace_dataloader()` that gives all samples which the run will ever train on; a "
+            "sampler or data set that changes while it trains shows only its first ones.",
             UntracedSampleWarning,
             stacklevel=4,
         )
@@ -112,29 +118,37 @@ class Exposures:
             return self._contradiction
         if self._stranger is None:
             return "no optimizer step of a training batch was seen"
-        return f"no training batch has a sample that is traced; the ids of training batches are like {self._stranger!r}"
+        return (
+            "no training batch has a sample that is traced; the ids of training batches are "
+            f"like {self._stranger!r}"
+        )
 
     def compare(self, visits: Tensor) -> None:
-        """Looks whether samples that training steps have visited so often [N] are in no optimizer step: as long as there are such, the
-        counts are not known."""
+        """Looks whether samples that training steps have visited so often [N] are in no optimizer
+        step: as long as there are such, the counts are not known."""
         odd = ((visits > 0) & (self._counts == 0)).nonzero().flatten().tolist()
         self._contradiction = (
-            f"{len(odd)} samples have a trace of a training step and are in no optimizer step, for example {list(self._index)[odd[0]]!r}"
+            f"{len(odd)} samples have a trace of a training step and are in no optimizer step, for "
+            f"example {list(self._index)[odd[0]]!r}"
             if odd
             else None
         )
 
     def counts(self) -> Tensor | None:
-        """How often each sample was in a step that all processes know of, int64 [N]; None where that is not known, or there was
-        no such step."""
+        """How often each sample was in a step that all processes know of, int64 [N]; None where
+        that is not known, or there was no such step."""
         return self._counts.clone() if self.why_unknown is None else None
 
     def state_dict(self) -> dict[str, Any]:
         """The counts so far, with a digest of the samples' ids."""
-        return {"samples": self._digest, "counts": None if self.unknown is not None else self._counts.clone()}
+        return {
+            "samples": self._digest,
+            "counts": None if self.unknown is not None else self._counts.clone(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> bool:
-        """Goes on from the counts of an interrupted run; whether they are of these samples, and were known."""
+        """Goes on from the counts of an interrupted run; whether they are of these samples, and
+        were known."""
         if state["samples"] != self._digest or state["counts"] is None:
             return False
         self.continue_from(state["counts"])
@@ -146,10 +160,11 @@ class Exposures:
 
 
 class BatchIds:
-    """Reads the ids of a training batch's samples without encoding it: by the task's ``sample_ids``, if it has them, else from a field.
+    """Reads the ids of a training batch's samples without encoding it: by the task's
+    ``sample_ids``, if it has them, else from a field.
 
-    The field is the task's ``id_column``, or the only one; in either case it must hold the ids of every batch that was encoded. (In
-    one batch, a class label may equal the ids by chance.)
+    The field is the task's ``id_column``, or the only one; in either case it must hold the ids of
+    every batch that was encoded. (In one batch, a class label may equal the ids by chance.)
 
     Args:
         task: a DiffusionTask.
@@ -162,12 +177,16 @@ class BatchIds:
     def compare(self, batch: Any, sample_ids: Sequence[str]) -> None:
         """Looks which fields of an encoded batch are its samples' ids."""
         found = _fields_of(batch, sample_ids)
-        self._fields = found if self._fields is None else [name for name in self._fields if name in found]
+        self._fields = (
+            found if self._fields is None else [name for name in self._fields if name in found]
+        )
 
     def share(self, processes: Processes) -> None:
         """Keeps the fields that were right in all processes; they call it together."""
         each = [fields for fields in processes.gather(self._fields) if fields is not None]
-        self._fields = [name for name in each[0] if all(name in fields for fields in each)] if each else None
+        self._fields = (
+            [name for name in each[0] if all(name in fields for fields in each)] if each else None
+        )
 
     def of(self, batch: Any) -> list[str]:
         """The ids of a training batch.
@@ -191,7 +210,11 @@ class BatchIds:
         if column in fields:
             return column
         if column is not None or not fields:
-            named = "no field of a batch holds" if column is None else f"a batch's {column!r} does not hold"
+            named = (
+                "no field of a batch holds"
+                if column is None
+                else f"a batch's {column!r} does not hold"
+            )
             raise BatchError(f"{named} the samples' ids as they are in the store")
         if len(fields) > 1:
             raise BatchError(
@@ -212,6 +235,10 @@ def _fields_of(batch: Any, sample_ids: Sequence[str]) -> list[Any]:
             isinstance(values, (Tensor, np.ndarray)) and values.ndim == 1
         )
         with contextlib.suppress(BatchError, TypeError):  # numpy has no bfloat16
-            if has_rows and len(values) == len(sample_ids) and plain_ids(values) == list(sample_ids):
+            if (
+                has_rows
+                and len(values) == len(sample_ids)
+                and plain_ids(values) == list(sample_ids)
+            ):
                 found.append(name)
     return found

@@ -16,15 +16,16 @@ from ctrak_lightning.naming import parameters_of
 def model_fingerprint(
     module: nn.Module, trained: Collection[str], schedule: Any, parts: Collection[str] | None
 ) -> dict[str, str]:
-    """Hashes (sha256, hex) of the trained parameters' names and shapes, of what is frozen, and of the schedule; and how adapters are
-    applied, where there are any.
+    """Hashes (sha256, hex) of the trained parameters' names and shapes, of what is frozen, and of
+    the schedule; and how adapters are applied, where there are any.
 
     Args:
         module: the model.
         trained: names of the trained parameters.
         schedule: its noise schedule.
-        parts: which parts of the module the task computes with (:func:`~ctrak_lightning.frozen.parts_of`), recorded beside the
-            hashes; None takes all frozen parameters and no buffers, as stores of schema 4 do.
+        parts: which parts of the module the task computes with
+            (:func:`~ctrak_lightning.frozen.parts_of`), recorded beside the hashes; None takes all
+            frozen parameters and no buffers, as stores of schema 4 do.
     """
     own = parameters_of(module)
     shapes = "".join(f"{name}:{tuple(own[name].shape)};" for name in sorted(trained) if name in own)
@@ -45,7 +46,8 @@ def schedule_digest(schedule: Any) -> str:
 
 
 def as_stored(stored: Mapping[str, str], mine: Mapping[str, str]) -> dict[str, str]:
-    """A model's facts as a store has them, where they differ in nothing but the rounding of frozen weights.
+    """A model's facts as a store has them, where they differ in nothing but the rounding of frozen
+    weights.
 
     Warns:
         RoundedWeightsWarning: they have been rounded.
@@ -57,7 +59,9 @@ def as_stored(stored: Mapping[str, str], mine: Mapping[str, str]) -> dict[str, s
     is_same = stored.get("frozen_weights") == mine["frozen_weights"]
     if not is_same and is_rounded(sketch, own):
         is_same = True
-        warn_of_rounding(f"sha256 {mine['frozen_weights']}, and in the store {stored.get('frozen_weights')}")
+        warn_of_rounding(
+            f"sha256 {mine['frozen_weights']}, and in the store {stored.get('frozen_weights')}"
+        )
     # The last digits of a sketch depend on the processor.
     return facts | (
         {name: stored[name] for name in ("frozen_weights", "frozen_sketch")}

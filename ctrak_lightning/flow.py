@@ -13,16 +13,16 @@ from ctrak_lightning.scheduler_options import FLOW_FOLLOWED, refuse_unfollowed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlowSchedule(Schedule):
-    """Flow matching (rectified flow; Liu et al. 2023, arXiv 2209.03003): ``x_t = (1 - sigma) x0 + sigma eps``, and a network
-    that predicts the velocity ``eps - x0``.
+    """Flow matching (rectified flow; Liu et al. 2023, arXiv 2209.03003): ``x_t = (1 - sigma) x0 +
+    sigma eps``, and a network that predicts the velocity ``eps - x0``.
 
-    A timestep is a real number, ``t = T sigma``, as diffusers tells the network. So ``e = x_t + (1 - sigma) v`` and
-    ``x0_hat = x_t - sigma v``.
+    A timestep is a real number, ``t = T sigma``, as diffusers tells the network. So ``e = x_t + (1
+    - sigma) v`` and ``x0_hat = x_t - sigma v``.
 
     Args:
         timesteps: T.
-        shift: S by which levels are moved towards more noise, in training and sampling: ``S u / (1 + (S - 1) u)`` for evenly
-            spread ``u`` (Esser et al. 2024, arXiv 2403.03206, eq. 23).
+        shift: S by which levels are moved towards more noise, in training and sampling: ``S u / (1
+            + (S - 1) u)`` for evenly spread ``u`` (Esser et al. 2024, arXiv 2403.03206, eq. 23).
         ends: ``u`` of the first and of the last sampling step; None goes from 1 to 1 / steps.
 
     Raises:
@@ -48,8 +48,9 @@ class FlowSchedule(Schedule):
         if config.get("use_dynamic_shifting"):
             if tokens is None:
                 raise ValueError(
-                    f"NoiseSchedule.from_scheduler({type(scheduler).__name__}(use_dynamic_shifting=True)): the shift depends on "
-                    "the image's size. HINT: give `tokens`, the positions an image has in the network."
+                    f"NoiseSchedule.from_scheduler({type(scheduler).__name__}(use_dynamic_shifting=True)): "
+                    "the shift depends on the image's size. HINT: give `tokens`, the positions an "
+                    "image has in the network."
                 )
             shift = _shift_for(tokens, config)
         return cls(
@@ -93,7 +94,8 @@ class FlowSchedule(Schedule):
 
 
 def _shift_for(tokens: int, config: Any) -> float:
-    """The shift that diffusers' pipelines give images of so many tokens: linear in their number, before the exponential."""
+    """The shift that diffusers' pipelines give images of so many tokens: linear in their number,
+    before the exponential."""
     fewest, most = config["base_image_seq_len"], config["max_image_seq_len"]
     slope = (config["max_shift"] - config["base_shift"]) / (most - fewest)
     mu = float(config["base_shift"] + slope * (tokens - fewest))

@@ -1,4 +1,5 @@
-"""The function that a network computes, told by its outputs on a fixed input: same parameters alone do not make the same model."""
+"""The function that a network computes, told by its outputs on a fixed input: same parameters alone
+do not make the same model."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,30 +19,34 @@ from ctrak_lightning.trajectory import repeated
 
 TIMESTEPS = 3
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-"""Largest relative difference ``||a - b|| / ||a||`` of two runs of the same network on CPUs, by the coarser format of their
-parameters."""
+"""Largest relative difference ``||a - b|| / ||a||`` of two runs of the same network on CPUs, by the
+coarser format of their parameters."""
 ELSEWHERE = 10
-"""How much more is allowed in float32 where one of the two ran on another kind of device, whose kernels sum in other orders. (TF32,
-which has 10 bits, is off meanwhile.)"""
+"""How much more is allowed in float32 where one of the two ran on another kind of device, whose
+kernels sum in other orders. (TF32, which has 10 bits, is off meanwhile.)"""
 CONDITION_TOLERANCE = 5e-2
-"""The same of conditions, which a text encoder in 16 bits may have made; those of two labels are further apart."""
+"""The same of conditions, which a text encoder in 16 bits may have made; those of two labels are
+further apart."""
 _COARSE = ("float64", "float32", "float16", "bfloat16")
 
 
 class UnrecordedFunctionWarning(UserWarning):
-    """A network's outputs cannot be recorded, so that a question cannot tell another network with the same weights."""
+    """A network's outputs cannot be recorded, so that a question cannot tell another network with
+    the same weights."""
 
 
 class Fixed(NamedTuple):
-    """A condition that is the same in every run: the null condition, or where a task has none, that of the first of some specs
-    (:func:`~ctrak_lightning.conditions.specs_of`); and what the null condition raised."""
+    """A condition that is the same in every run: the null condition, or where a task has none, that
+    of the first of some specs (:func:`~ctrak_lightning.conditions.specs_of`); and what the null
+    condition raised."""
 
     condition: Condition | None
     error: Exception | None = None
 
 
 def fixed_condition(task: Any) -> Fixed:
-    """Of one row. The spec is known by its place and not by name, as in :func:`~ctrak_lightning.conditions.conditions_of`."""
+    """Of one row. The spec is known by its place and not by name, as in
+    :func:`~ctrak_lightning.conditions.conditions_of`."""
     with isolated_rng(0), torch.no_grad():
         try:
             return Fixed(task.condition({}, 1))
@@ -53,11 +58,12 @@ def fixed_condition(task: Any) -> Fixed:
 
 
 def function_of(task: Any, latent_shape: Sequence[int]) -> Function | None:
-    """What a task's network answers to fixed noise, in the state in which it is traced, and what its conditions are; None where
-    there is no condition to ask it under.
+    """What a task's network answers to fixed noise, in the state in which it is traced, and what
+    its conditions are; None where there is no condition to ask it under.
 
-    The network is asked under :func:`fixed_condition` and under noise of its shape, so that nothing of a training sample is recorded:
-    where the null condition is zeros, as Stable Diffusion XL's, layers that take nothing else do nothing.
+    The network is asked under :func:`fixed_condition` and under noise of its shape, so that nothing
+    of a training sample is recorded: where the null condition is zeros, as Stable Diffusion XL's,
+    layers that take nothing else do nothing.
 
     Args:
         task: a DiffusionTask.
@@ -84,7 +90,8 @@ def function_of(task: Any, latent_shape: Sequence[int]) -> Function | None:
 def outputs_under(
     task: Any, latent_shape: Sequence[int], condition: Condition, timesteps: int = TIMESTEPS
 ) -> Tensor:
-    """The network's outputs for noise at timesteps spread over the schedule, float32 [S, M], under the condition of one sample."""
+    """The network's outputs for noise at timesteps spread over the schedule, float32 [S, M], under
+    the condition of one sample."""
     schedule, like = task.noise_schedule, _like(task.denoiser)
     outputs = []
     with (
@@ -95,7 +102,8 @@ def outputs_under(
     ):
         for timestep in _timesteps(task, timesteps):
             x0, noise = (
-                seeded_noise(latent_shape, 0, timestep, key)[None].to(like) for key in ("x0", "noise")
+                seeded_noise(latent_shape, 0, timestep, key)[None].to(like)
+                for key in ("x0", "noise")
             )
             t = repeated(timestep, x0)
             outputs.append(
@@ -104,8 +112,11 @@ def outputs_under(
     return torch.stack(outputs)
 
 
-def refuse_another_function(stored: Function, task: Any, latent_shape: Sequence[int], step: int) -> None:
-    """Raises a StoreMismatchError if the network, with a checkpoint's weights, is another function than when it was traced.
+def refuse_another_function(
+    stored: Function, task: Any, latent_shape: Sequence[int], step: int
+) -> None:
+    """Raises a StoreMismatchError if the network, with a checkpoint's weights, is another function
+    than when it was traced.
 
     Args:
         stored: what it answered then.
@@ -125,24 +136,27 @@ def refuse_another_function(stored: Function, task: Any, latent_shape: Sequence[
         tolerance *= ELSEWHERE
     if not worst <= tolerance:
         raise StoreMismatchError(
-            f"With the weights of step {step}, this network's outputs differ from those recorded when it was traced by {worst:.2g} of "
-            f"their size, expected at most {tolerance:g} ({coarser}): the parameters are the same and the model is not. HINT: "
-            "build it as in the traced run: what may differ is an adapter's lora_alpha, scaling (use_rslora) or state (disabled, "
-            "merged, another one active), a buffer that is no part of the state dict, quantisation or dtype, the null condition (of a "
-            "task without one, the label map), or "
-            "the code of the network or of predict()."
+            f"With the weights of step {step}, this network's outputs differ from those recorded "
+            f"when it was traced by {worst:.2g} of their size, expected at most {tolerance:g} "
+            f"({coarser}): the parameters are the same and the model is not. HINT: build it as in "
+            "the traced run: what may differ is an adapter's lora_alpha, scaling (use_rslora) or "
+            "state (disabled, merged, another one active), a buffer that is no part of the state "
+            "dict, quantisation or dtype, the null condition (of a task without one, the label "
+            "map), or the code of the network or of predict()."
         )
     apart = 0.0 if mine is None else stored.condition_difference(mine)
     if apart > CONDITION_TOLERANCE:
         raise StoreMismatchError(
-            f"With the weights of step {step}, {name_of(task)}.condition() gives other conditions than when the network was "
-            f"traced: they differ by {apart:.2g} of their size, expected at most {CONDITION_TOLERANCE:g}. HINT: use the label map, "
-            "tokenizer and text encoder of the traced run."
+            f"With the weights of step {step}, {name_of(task)}.condition() gives other conditions "
+            f"than when the network was traced: they differ by {apart:.2g} of their size, expected "
+            f"at most {CONDITION_TOLERANCE:g}. HINT: use the label map, tokenizer and text encoder "
+            "of the traced run."
         )
 
 
 def _noise_like(condition: Condition) -> Condition | None:
-    """The condition with standard normal noise in place of its numbers, but for masks and whole numbers; None if that is all."""
+    """The condition with standard normal noise in place of its numbers, but for masks and whole
+    numbers; None if that is all."""
     replaced = {
         name: seeded_noise(value.shape, 0, 0, f"condition/{name}").to(value)
         for name, value in condition.items()
@@ -161,9 +175,9 @@ def _if_possible(task: Any, latent_shape: Sequence[int], condition: Condition) -
     if problem is None:
         return [outputs]
     warnings.warn(
-        f"{name_of(task)}.predict() cannot be asked under noise of the null condition's shape ({problem}). A question will not "
-        "notice another network that answers alike under the null condition. HINT: let predict() take any numbers of the shape of "
-        "`condition({}, 1)`.",
+        f"{name_of(task)}.predict() cannot be asked under noise of the null condition's shape "
+        f"({problem}). A question will not notice another network that answers alike under the "
+        "null condition. HINT: let predict() take any numbers of the shape of `condition({}, 1)`.",
         UnrecordedFunctionWarning,
         stacklevel=3,
     )
@@ -179,14 +193,18 @@ def _timesteps(task: Any, count: int = TIMESTEPS) -> list[float]:
 def _like(denoiser: nn.Module) -> Tensor:
     """A tensor of the network's device and floating-point format."""
     parameters = list(denoiser.parameters())
-    return next((value for value in parameters if value.is_floating_point()), torch.empty(0)).detach()
+    return next(
+        (value for value in parameters if value.is_floating_point()), torch.empty(0)
+    ).detach()
 
 
 def _coarsest(denoiser: nn.Module) -> str:
     names = [str(value.dtype).removeprefix("torch.") for value in denoiser.parameters()]
     # What is no floating-point format is a quantised weight.
     return max(
-        (name if name in _COARSE else "bfloat16" for name in names), key=_COARSE.index, default="float32"
+        (name if name in _COARSE else "bfloat16" for name in names),
+        key=_COARSE.index,
+        default="float32",
     )
 
 

@@ -1,4 +1,5 @@
-"""Traces from the training steps themselves: no forward or backward pass of their own. For callbacks and raw loops."""
+"""Traces from the training steps themselves: no forward or backward pass of their own. For
+callbacks and raw loops."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,8 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """What one training step gave: features [B, k], loss [] and timesteps [B] on the network's device."""
+    """What one training step gave: features [B, k], loss [] and timesteps [B] on the network's
+    device."""
 
     step: int
     positions: Tensor
@@ -38,30 +40,34 @@ class _Step:
 
 
 class InlineCapture(Capture):
-    """Keeps every sample's share of the training steps' own gradients, and seals them into a checkpoint when asked.
+    """Keeps every sample's share of the training steps' own gradients, and seals them into a
+    checkpoint when asked.
 
-    A sample's row of one step is ``B * d loss / d theta`` over what the network did with that sample, for a loss that is a
-    mean over a batch of B: the gradient of the sample's own loss, whatever B is. (Under a loss that is a sum it is B times too
-    long, which normalised rows do not notice.) Rows are normalised as the method says and averaged over the steps since the
-    last checkpoint that saw the sample; see :class:`~ctrak_lightning.running.RunningTraces` for samples that none saw. Samples
-    of a training batch that are not among ``batches`` are passed over.
+    A sample's row of one step is ``B * d loss / d theta`` over what the network did with that
+    sample, for a loss that is a mean over a batch of B: the gradient of the sample's own loss,
+    whatever B is. (Under a loss that is a sum it is B times too long, which normalised rows do not
+    notice.) Rows are normalised as the method says and averaged over the steps since the last
+    checkpoint that saw the sample; see :class:`~ctrak_lightning.running.RunningTraces` for samples
+    that none saw. Samples of a training batch that are not among ``batches`` are passed over.
 
-    A raw loop calls, for every batch, :meth:`begin_step`, then its forward pass, :meth:`before_backward`, ``loss.backward()``
-    and :meth:`after_backward`; and :meth:`run` where a checkpoint is due.
+    A raw loop calls, for every batch, :meth:`begin_step`, then its forward pass,
+    :meth:`before_backward`, ``loss.backward()`` and :meth:`after_backward`; and :meth:`run` where a
+    checkpoint is due.
 
     Args:
         path, owner, task, batches, method, tracer and the others: as of :class:`Capture`.
 
     Raises:
-        GradientError: the method's traces are not :class:`~ctrak_lightning.trajectory.InTraining`; as :class:`Capture`.
+        GradientError: the method's traces are not :class:`~ctrak_lightning.trajectory.InTraining`;
+            as :class:`Capture`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         method: Method = kwargs["method"]
         if not isinstance(method.training_trajectory, InTraining):
             raise GradientError(
-                f"InlineCapture(method={method.name!r}): its traces are on {method.training_trajectory}, expected InTraining(). "
-                "HINT: methods.inline_trak()."
+                f"InlineCapture(method={method.name!r}): its traces are on "
+                f"{method.training_trajectory}, expected InTraining(). HINT: methods.inline_trak()."
             )
         super().__init__(*args, **kwargs)
         self._recorder = self.tracer.step_recorder()
@@ -81,10 +87,13 @@ class InlineCapture(Capture):
         """Training steps that were followed to their end."""
 
     def attach(self) -> None:
-        """Puts the hooks on the denoiser and goes on from the last sealed checkpoint, if there is one."""
+        """Puts the hooks on the denoiser and goes on from the last sealed checkpoint, if there is
+        one."""
         self._recorder.attach()
         if self._handle is None:
-            self._handle = self.task.denoiser.register_forward_pre_hook(self._note_call, with_kwargs=True)
+            self._handle = self.task.denoiser.register_forward_pre_hook(
+                self._note_call, with_kwargs=True
+            )
         if self.writer.sealed_steps:
             last = TraceStore(self.writer.path).checkpoints[-1]
             visits = last.visits()
@@ -118,10 +127,12 @@ class InlineCapture(Capture):
         self._recorder.drop()
 
     def before_backward(self, loss: Tensor) -> None:
-        """Between the forward and the backward pass; ``loss`` is the scalar that the latter starts from.
+        """Between the forward and the backward pass; ``loss`` is the scalar that the latter starts
+        from.
 
         Raises:
-            GradientError: the step cannot be traced: it called the denoiser not once, or a layer without a graph.
+            GradientError: the step cannot be traced: it called the denoiser not once, or a layer
+                without a graph.
         """
         if not self._is_following:
             return
@@ -130,24 +141,31 @@ class InlineCapture(Capture):
             raise self._problem
         if len(self._timesteps) != 1:
             raise GradientError(
-                f"The training step called the denoiser {len(self._timesteps)} times with gradients, expected once. "
-                'HINT: mode="capture" traces any training step; calls under `torch.no_grad()` do not count.'
+                f"The training step called the denoiser {len(self._timesteps)} times with "
+                'gradients, expected once. HINT: mode="capture" traces any training step; calls '
+                "under `torch.no_grad()` do not count."
             )
-        # Walking the graph costs a few per cent of a step; a step's graph does not change from one batch to the next.
+        # Walking the graph costs a few per cent of a step; a step's graph does not change from one
+        # batch to the next.
         self._recorder.before_backward(loss, check=not self._is_checked)
         self._is_checked = True
         self._loss = loss.detach()
 
-    def after_backward(self, *, step: int, loss_scale: float = 1.0, skip_not_finite: bool = False) -> None:
+    def after_backward(
+        self, *, step: int, loss_scale: float = 1.0, skip_not_finite: bool = False
+    ) -> None:
         """After the backward pass of a batch.
 
         Args:
             step: optimizer steps taken before it.
-            loss_scale: what the loss was multiplied with beyond the mean over its batch, by a GradScaler or for accumulation.
-            skip_not_finite: pass over samples whose gradient is not finite, as a GradScaler passes over its steps.
+            loss_scale: what the loss was multiplied with beyond the mean over its batch, by a
+                GradScaler or for accumulation.
+            skip_not_finite: pass over samples whose gradient is not finite, as a GradScaler passes
+                over its steps.
 
         Raises:
-            GradientError: no gradient came; or, within STEPS_AT_ONCE steps, a sample's is not finite: names the samples.
+            GradientError: no gradient came; or, within STEPS_AT_ONCE steps, a sample's is not
+                finite: names the samples.
         """
         if not self._is_following:
             return
@@ -173,8 +191,8 @@ class InlineCapture(Capture):
         """Seals what the training steps so far gave, beside the present weights.
 
         Raises:
-            StoreError: some samples have been in no training step yet, and it is not known (:meth:`note_step`) that nothing was
-                trained on them; names them.
+            StoreError: some samples have been in no training step yet, and it is not known
+                (:meth:`note_step`) that nothing was trained on them; names them.
             GradientError: a sample's gradients add up to zero; names the samples.
         """
         self._take_in()
@@ -205,7 +223,8 @@ class InlineCapture(Capture):
         return ids if batch is begun else self._sample_ids(batch)
 
     def _take_in(self) -> None:
-        """Adds the steps that are still on the device; not after every step, since a GPU must be waited for."""
+        """Adds the steps that are still on the device; not after every step, since a GPU must be
+        waited for."""
         pending, self._pending = self._pending, []
         first: tuple[int, list[int]] | None = None
         for one in pending:
@@ -225,18 +244,23 @@ class InlineCapture(Capture):
         if first is not None:
             step, lost = first
             raise GradientError(
-                f"The training step after {step} optimizer steps gave {len(lost)} samples gradients that are not finite, for example "
-                f"{[self.sample_ids[i] for i in lost[:_SHOWN]]}. HINT: look at these samples and at the loss of the run."
+                f"The training step after {step} optimizer steps gave {len(lost)} samples "
+                "gradients that are not finite, for example "
+                f"{[self.sample_ids[i] for i in lost[:_SHOWN]]}. HINT: look at these samples and "
+                "at the loss of the run."
             )
 
     def _sample_ids(self, batch: Any) -> list[str]:
         if not hasattr(self.task, "sample_ids"):
-            # `encode` may sample, and may hold layers that training changes: neither must reach the training step.
+            # `encode` may sample, and may hold layers that training changes: neither must reach the
+            # training step.
             with isolated_rng(self.seed), self._tracing():
                 return encode(self.task, batch).sample_ids
         return named_samples(self.task, batch)
 
-    def _note_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _note_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
         if not self._is_forward or not torch.is_grad_enabled() or self._problem is not None:
             return
         try:
@@ -244,20 +268,26 @@ class InlineCapture(Capture):
         except GradientError as error:  # raised where the training step has left the network
             self._problem = error
 
-    def _timesteps_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    def _timesteps_of(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Tensor:
         batch_size = len(self._positions)
         x_t = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(x_t, Tensor) or len(x_t) != batch_size:
             given = f"{len(x_t)} rows" if isinstance(x_t, Tensor) else type(x_t).__name__
             raise GradientError(
-                f"The training step gave the denoiser {given} for a batch of {batch_size} samples, expected a row for each, "
-                'in their order. HINT: mode="capture" traces any training step.'
+                f"The training step gave the denoiser {given} for a batch of {batch_size} samples, "
+                'expected a row for each, in their order. HINT: mode="capture" traces any '
+                "training step."
             )
         return _timesteps(module, args, kwargs, batch_size)
 
 
-def _timesteps(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch_size: int) -> Tensor:
-    """What a call tells the denoiser of its timesteps, as [B]: the argument with a timestep's name, else the second one."""
+def _timesteps(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch_size: int
+) -> Tensor:
+    """What a call tells the denoiser of its timesteps, as [B]: the argument with a timestep's name,
+    else the second one."""
     try:
         named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     except TypeError:
@@ -267,7 +297,8 @@ def _timesteps(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     t = torch.as_tensor(candidates[0]).detach().flatten() if candidates else torch.empty(0)
     if len(t) not in (1, batch_size):
         raise GradientError(
-            f"The denoiser's call has {len(t)} timesteps for {batch_size} samples, expected one, or one for each. HINT: name "
-            f"the denoiser's argument one of {TIMESTEP_NAMES}, or make it the second."
+            f"The denoiser's call has {len(t)} timesteps for {batch_size} samples, expected one, "
+            f"or one for each. HINT: name the denoiser's argument one of {TIMESTEP_NAMES}, or make "
+            "it the second."
         )
     return t.expand(batch_size).clone()

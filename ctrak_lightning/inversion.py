@@ -17,12 +17,13 @@ ITERATIONS = 4
 def inverted(
     sampler: Sampler, task: Any, latents: Tensor, condition: Condition, null: Condition | None
 ) -> Generation:
-    """Runs a sampler backwards: DDIM inversion (eta = 0; Song et al. 2021, arXiv 2010.02502), of a flow Euler's method backwards,
-    on the sampler's own timesteps and under its guidance.
+    """Runs a sampler backwards: DDIM inversion (eta = 0; Song et al. 2021, arXiv 2010.02502), of a
+    flow Euler's method backwards, on the sampler's own timesteps and under its guidance.
 
-    A step of the sampler from ``(x, t)`` to the level ``(a', s')`` it ends at is ``x' = a' x0_hat(x) + s' e(x)``, so that
-    ``x = a / a' (x' - s' e(x)) + s e(x)``. The equation is solved by iterating it (as Pan et al. 2023, arXiv 2309.04907), each
-    time with the timestep ``t`` of the state that is sought; plain DDIM inversion is one iteration from ``x'``. States without any
+    A step of the sampler from ``(x, t)`` to the level ``(a', s')`` it ends at is ``x' = a'
+    x0_hat(x) + s' e(x)``, so that ``x = a / a' (x' - s' e(x)) + s e(x)``. The equation is solved by
+    iterating it (as Pan et al. 2023, arXiv 2309.04907), each time with the timestep ``t`` of the
+    state that is sought; plain DDIM inversion is one iteration from ``x'``. States without any
     signal are left out, since they say nothing of an image.
 
     Args:
@@ -53,8 +54,8 @@ def inverted(
             x = a / before * (clean - noise_before * e) + s * e
         if not bool(x.isfinite().all()):
             raise InversionError(
-                f"The inversion of an image gives no finite numbers at timestep {timestep}. HINT: Sampler(guidance=1.0), more "
-                "steps, or Attributor(..., given='noised')."
+                f"The inversion of an image gives no finite numbers at timestep {timestep}. HINT: "
+                "Sampler(guidance=1.0), more steps, or Attributor(..., given='noised')."
             )
         states.append(State(x, t, (x - s * e) / a))
     return Generation(states[::-1], latents)
@@ -64,18 +65,20 @@ def _check(schedule: Any, grid: list[Any]) -> None:
     kind = f"{type(schedule).__name__}({schedule.to_dict()['prediction_type']})"
     if schedule.clip is not None:
         raise InversionError(
-            f"{kind} clips the predicted clean image to {schedule.clip:g}, which loses what was clipped: expected a schedule that can "
-            "be inverted. HINT: a scheduler with clip_sample=False, or Attributor(..., given='noised')."
+            f"{kind} clips the predicted clean image to {schedule.clip:g}, which loses what was "
+            "clipped: expected a schedule that can be inverted. HINT: a scheduler with "
+            "clip_sample=False, or Attributor(..., given='noised')."
         )
     if grid[-1] < 0:
         raise InversionError(
-            f"{kind}: DDIM's last timestep of {len(grid)} is {grid[-1]}, by a fault of rounding, and its image is noise: expected "
-            "timesteps from 0 on. HINT: another number of steps."
+            f"{kind}: DDIM's last timestep of {len(grid)} is {grid[-1]}, by a fault of rounding, "
+            "and its image is noise: expected timesteps from 0 on. HINT: another number of steps."
         )
     blind = [timestep for timestep in grid if schedule.level(timestep)[0] == 0]
     if blind and schedule.to_dict()["prediction_type"] == "epsilon":
         raise InversionError(
-            f"{kind} has no signal at timestep {blind[0]} (zero terminal SNR), where a noise prediction says nothing of the image: "
-            "expected a schedule that can be inverted. HINT: prediction_type='v_prediction', timestep_spacing='leading', or "
-            "Attributor(..., given='noised')."
+            f"{kind} has no signal at timestep {blind[0]} (zero terminal SNR), where a noise "
+            "prediction says nothing of the image: expected a schedule that can be inverted. "
+            "HINT: prediction_type='v_prediction', timestep_spacing='leading', or Attributor(..., "
+            "given='noised')."
         )

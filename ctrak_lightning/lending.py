@@ -25,7 +25,9 @@ def take_on(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 @contextmanager
 def restored(module: nn.Module, names: Collection[str]) -> Iterator[None]:
     """On exit, also after an error, these parameters and buffers are what they were, to the bit."""
-    kept = {name: value.detach().clone() for name, value in tensors_of(module).items() if name in names}
+    kept = {
+        name: value.detach().clone() for name, value in tensors_of(module).items() if name in names
+    }
     try:
         yield
     finally:

@@ -21,8 +21,8 @@ _SYMPTOMS = (
 class RowLimit:
     """How many samples go through the network at once: all of a batch, until memory runs out.
 
-    A pass that runs out of memory is made again with half of its samples, down to one. The smaller number is kept for the
-    following batches.
+    A pass that runs out of memory is made again with half of its samples, down to one. The smaller
+    number is kept for the following batches.
 
     Args:
         rows: where to start; None starts with the whole batch.
@@ -65,8 +65,9 @@ class RowLimit:
         if failed and not self._is_told:
             self._is_told = True
             warnings.warn(
-                f"Memory ran out in a pass over {failed} samples; from here on {self.rows} at a time are used. The results are "
-                "the same. HINT: a smaller `batch_size` saves the failed attempts.",
+                f"Memory ran out in a pass over {failed} samples; from here on {self.rows} at a "
+                "time are used. The results are the same. HINT: a smaller `batch_size` saves the "
+                "failed attempts.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -75,8 +76,9 @@ class RowLimit:
     def _halve(self, rows: int, symptom: str) -> None:
         if rows == 1:
             raise GradientError(
-                f"There is not enough memory to trace a single sample: {symptom} HINT: trace fewer layers with `layers=`, "
-                "turn on gradient checkpointing with `use_reentrant=False`, or use a device with more memory."
+                f"There is not enough memory to trace a single sample: {symptom} HINT: trace fewer "
+                "layers with `layers=`, turn on gradient checkpointing with "
+                "`use_reentrant=False`, or use a device with more memory."
             )
         self.rows = rows // 2
         gc.collect()

@@ -21,7 +21,14 @@ from ctrak_lightning.trajectory import Generated, InTraining, Inverted, Noised, 
 
 OBJECTIVES: dict[str, type[Objective]] = {
     cls.__name__: cls
-    for cls in (ChannelProbe, ConceptDirection, Denoising, MeanOutput, PosteriorSampling, SquaredNorm)
+    for cls in (
+        ChannelProbe,
+        ConceptDirection,
+        Denoising,
+        MeanOutput,
+        PosteriorSampling,
+        SquaredNorm,
+    )
 }
 TRAJECTORIES: dict[str, type[Trajectory]] = {
     cls.__name__: cls for cls in (Generated, InTraining, Inverted, Noised, Renoised)
@@ -41,17 +48,21 @@ class Method:
         training_trajectory: the states of a training sample.
         query: the terms whose sum is a query's gradient at a state.
         query_trajectory: the states of a query.
-        normalisation: of every projected gradient, per sample and timestep, before timesteps are summed: ``"sample"`` scales
-            it to norm 1, ``"layer"`` scales each layer's part of it to norm 1, ``"none"`` leaves it.
-        damping: lambda of the kernel, relative to the mean eigenvalue ``tr(K) / min(n, k)``; None uses no kernel at all
-            (the limit of strong damping); ``"agreement"`` takes for each query the one at which the checkpoints agree most
+        normalisation: of every projected gradient, per sample and timestep, before timesteps are
+            summed: ``"sample"`` scales it to norm 1, ``"layer"`` scales each layer's part of it to
+            norm 1, ``"none"`` leaves it.
+        damping: lambda of the kernel, relative to the mean eigenvalue ``tr(K) / min(n, k)``; None
+            uses no kernel at all (the limit of strong damping); ``"agreement"`` takes for each
+            query the one at which the checkpoints agree most
             (:func:`ctrak_lightning.attribution.solve.agreement`), which needs no label.
         residual: multiply a sample's score by its mean denoising loss at the checkpoint (DAS).
-        ensemble: how checkpoints are joined: ``"standardised"`` averages them, each in units of its own standard deviation
-            over the samples; ``"learning_rate"`` adds them, each times the learning rate it was made at (TracIn).
+        ensemble: how checkpoints are joined: ``"standardised"`` averages them, each in units of its
+            own standard deviation over the samples; ``"learning_rate"`` adds them, each times the
+            learning rate it was made at (TracIn).
 
     Raises:
-        ValueError: no query term, sides with different numbers of objectives, an unknown normalisation or ensemble, or a damping that is not positive.
+        ValueError: no query term, sides with different numbers of objectives, an unknown
+            normalisation or ensemble, or a damping that is not positive.
     """
 
     name: str
@@ -70,8 +81,9 @@ class Method:
         counts = {len(term.objective.parts) for term in self.query}
         if counts != {len(self.training.parts)}:
             raise ValueError(
-                f"Method({self.name!r}): the training side has {len(self.training.parts)} objectives and the terms of the query "
-                f"{sorted(counts)}; expected the same number everywhere. HINT: contrast(Joint(...)) for Joint(...)."
+                f"Method({self.name!r}): the training side has {len(self.training.parts)} "
+                f"objectives and the terms of the query {sorted(counts)}; expected the same number "
+                "everywhere. HINT: contrast(Joint(...)) for Joint(...)."
             )
         if isinstance(self.damping, str):
             valid = self.damping == "agreement"
@@ -79,34 +91,38 @@ class Method:
             valid = self.damping is None or self.damping > 0
         if not valid:
             raise ValueError(
-                f"Method({self.name!r}, damping={self.damping!r}): expected a number > 0, 'agreement', or None."
+                f"Method({self.name!r}, damping={self.damping!r}): expected a number > 0, "
+                "'agreement', or None."
             )
         for field, kind in (("normalisation", Normalisation), ("ensemble", Ensemble)):
             if getattr(self, field) not in get_args(kind):
                 raise ValueError(
-                    f"Method({self.name!r}, {field}={getattr(self, field)!r}): expected one of {get_args(kind)}."
+                    f"Method({self.name!r}, {field}={getattr(self, field)!r}): expected one of "
+                    f"{get_args(kind)}."
                 )
         if isinstance(self.training_trajectory, Generated):
             raise ValueError(
-                f"Method({self.name!r}): {type(self.training_trajectory).__name__}() is a query trajectory; training images "
-                "have no states."
+                f"Method({self.name!r}): {type(self.training_trajectory).__name__}() is a query "
+                "trajectory; training images have no states."
             )
         if isinstance(self.query_trajectory, InTraining):
             raise ValueError(
-                f"Method({self.name!r}): InTraining() is a training trajectory; a query takes part in no training step."
+                f"Method({self.name!r}): InTraining() is a training trajectory; a query takes part "
+                "in no training step."
             )
         if isinstance(self.training_trajectory, InTraining) and (
             self.training != Denoising() or self.residual
         ):
             raise ValueError(
-                f"Method({self.name!r}, training={self.training}, residual={self.residual}): training steps have the gradient "
-                "of the training loss and no loss of a single sample; expected training=Denoising() and residual=False with "
-                "InTraining()."
+                f"Method({self.name!r}, training={self.training}, residual={self.residual}): "
+                "training steps have the gradient of the training loss and no loss of a single "
+                "sample; expected training=Denoising() and residual=False with InTraining()."
             )
 
     @property
     def sees_absent(self) -> bool:
-        """Whether a query looks at the absent condition; a whole-image method does not, and asks the same of every concept."""
+        """Whether a query looks at the absent condition; a whole-image method does not, and asks
+        the same of every concept."""
         return any(term.side == "absent" or term.objective.needs_reference for term in self.query)
 
     def training_dict(self) -> dict[str, Any]:
@@ -133,11 +149,13 @@ class Method:
     def from_dict(cls, facts: dict[str, Any]) -> "Method":
         """The method that :meth:`to_dict` described.
 
-        An objective or trajectory of the user's own is found by its place among the classes that are imported.
+        An objective or trajectory of the user's own is found by its place among the classes that
+        are imported.
 
         Raises:
             UnknownMethodError: there is none at that place.
-            ValueError: an argument is unknown here, or a class is no name (a store of a newer version, or an altered one).
+            ValueError: an argument is unknown here, or a class is no name (a store of a newer
+                version, or an altered one).
         """
         try:
             training = facts["training"]
@@ -156,7 +174,9 @@ class Method:
                 ensemble=facts["ensemble"],
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"Method.from_dict: these facts describe no method: {error!r}.") from error
+            raise ValueError(
+                f"Method.from_dict: these facts describe no method: {error!r}."
+            ) from error
 
 
 def _built(known: dict[str, Any], facts: dict[str, Any]) -> Any:
@@ -164,27 +184,35 @@ def _built(known: dict[str, Any], facts: dict[str, Any]) -> Any:
     name = arguments.pop("class")
     if name == Joint.__name__ and known is OBJECTIVES:
         return Joint(*(_built(known, part) for part in arguments["parts"]))
-    return (known.get(name) or _own(Objective if known is OBJECTIVES else Trajectory, name))(**arguments)
+    return (known.get(name) or _own(Objective if known is OBJECTIVES else Trajectory, name))(
+        **arguments
+    )
 
 
 def _own(base: type, place: str) -> Any:
-    """A user's class: the subclass that is imported from that place. Nothing is imported for a store's sake, and nothing else is run."""
+    """A user's class: the subclass that is imported from that place. Nothing is imported for a
+    store's sake, and nothing else is run."""
     if not (isinstance(place, str) and place):
         raise ValueError(f"Method.from_dict: unknown class {place!r}, which is no name of one.")
-    # By place, since @dataclass(slots=True) and a notebook's cell that is run again leave earlier ones behind.
+    # By place, since @dataclass(slots=True) and a notebook's cell that is run again leave earlier
+    # ones behind.
     imported = {place_of(cls): cls for cls in _subclasses(base)}
     if place in imported:
         return imported[place]
     module, _, name = place.rpartition(".")
-    # A script's own classes are elsewhere when another one asks; earlier stores have the name alone.
-    found = [one for one in imported if one.rpartition(".")[2] == name and module in ("", "__main__")]
+    # A script's own classes are elsewhere when another one asks; earlier stores have the name
+    # alone.
+    found = [
+        one for one in imported if one.rpartition(".")[2] == name and module in ("", "__main__")
+    ]
     if len(found) == 1:
         return imported[found[0]]
     there = f"there are several: {sorted(found)}" if found else "none is imported"
     raise UnknownMethodError(
-        f"The method has a {base.__name__.lower()} of the unknown class {place!r}. It is none of the library's; expected one from there, "
-        f"and {there}. HINT: import the module that defines it before, or give the method itself: Attributor(store, module, method=...), "
-        "or `--method package.module.name`."
+        f"The method has a {base.__name__.lower()} of the unknown class {place!r}. It is none of "
+        f"the library's; expected one from there, and {there}. HINT: import the module that "
+        "defines it before, or give the method itself: Attributor(store, module, method=...), or "
+        "`--method package.module.name`."
     )
 
 

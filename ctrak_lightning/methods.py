@@ -25,21 +25,24 @@ def concept_trak(
     normalisation: Normalisation = "layer",
     channel_probes: int = 3,
 ) -> Method:
-    """The default: how much a sample's gradient moves the output *because of* the concept, through fixed linear probes.
+    """The default: how much a sample's gradient moves the output *because of* the concept, through
+    fixed linear probes.
 
-    It keeps Concept-TRAK's question (the same image with and without the concept) and its trajectory, and changes the parts
-    that the benchmarks did not bear out: the difference is taken between gradients, not between predictions; the objectives
-    are fixed linear functionals of the output on both sides (its mean, and means in which every channel has a random
-    weight); every layer weighs the same; and the damping is where the checkpoints agree most.
-    ``recipes/benchmarks/README.md`` has what each is worth, and where it loses. The published setting is
-    :func:`concept_trak_paper`; :func:`concept_trak_norm` costs less and finds more images with the same label, and misses
-    combinations that training never showed.
+    It keeps Concept-TRAK's question (the same image with and without the concept) and its
+    trajectory, and changes the parts that the benchmarks did not bear out: the difference is taken
+    between gradients, not between predictions; the objectives are fixed linear functionals of the
+    output on both sides (its mean, and means in which every channel has a random weight); every
+    layer weighs the same; and the damping is where the checkpoints agree most.
+    ``recipes/benchmarks/README.md`` has what each is worth, and where it loses. The published
+    setting is :func:`concept_trak_paper`; :func:`concept_trak_norm` costs less and finds more
+    images with the same label, and misses combinations that training never showed.
 
     Args:
-        timesteps: states per sample and per query; each costs a forward pass and ``1 + channel_probes`` vector-Jacobian
-            products.
+        timesteps: states per sample and per query; each costs a forward pass and ``1 +
+            channel_probes`` vector-Jacobian products.
         damping: see :class:`~ctrak_lightning.method.Method`.
-        normalisation: ``"layer"`` lets every layer weigh the same, ``"sample"`` every sample as a whole.
+        normalisation: ``"layer"`` lets every layer weigh the same, ``"sample"`` every sample as a
+            whole.
         channel_probes: how many random probes beside the mean.
 
     Raises:
@@ -54,8 +57,8 @@ def concept_trak(
 def concept_trak_norm(
     timesteps: int = 5, damping: Damping = "agreement", normalisation: Normalisation = "layer"
 ) -> Method:
-    """:func:`concept_trak` with D-TRAK's objective, ``mean(e^2)`` (arXiv 2311.00500), in place of the probes: one
-    vector-Jacobian product per state.
+    """:func:`concept_trak` with D-TRAK's objective, ``mean(e^2)`` (arXiv 2311.00500), in place of
+    the probes: one vector-Jacobian product per state.
 
     Args:
         timesteps: states per sample and per query.
@@ -68,14 +71,15 @@ def concept_trak_norm(
 def concept_trak_paper(
     timesteps: int = 10, inversion_steps: int = 10, guidance: float = 3.0, damping: Damping = 1.0
 ) -> Method:
-    """Concept-TRAK as published (ICLR 2026, arXiv 2507.06547): posterior-sampling traces on inverted trajectories, asked
-    with the concept direction.
+    """Concept-TRAK as published (ICLR 2026, arXiv 2507.06547): posterior-sampling traces on
+    inverted trajectories, asked with the concept direction.
 
     Args:
         timesteps: states per sample and per query.
         inversion_steps: DDIM inversion steps of a training sample.
         guidance: classifier-free guidance of the inversion.
-        damping: see :class:`~ctrak_lightning.method.Method`. (The paper picks it with the benchmark's labels.)
+        damping: see :class:`~ctrak_lightning.method.Method`. (The paper picks it with the
+            benchmark's labels.)
     """
     return Method(
         name="concept_trak_paper",
@@ -88,7 +92,8 @@ def concept_trak_paper(
 
 
 def d_trak(timesteps: int = 10, damping: Damping = 1.0) -> Method:
-    """D-TRAK (Zheng et al. 2024, arXiv 2311.00500): ``mean(e^2)`` of the whole image, whatever the concept."""
+    """D-TRAK (Zheng et al. 2024, arXiv 2311.00500): ``mean(e^2)`` of the whole image, whatever the
+    concept."""
     return _whole_image("d_trak", SquaredNorm(), timesteps, damping)
 
 
@@ -100,13 +105,15 @@ def trak(timesteps: int = 10, damping: Damping = 1.0) -> Method:
 def inline_trak(
     timesteps: int = 10, damping: Damping = "agreement", normalisation: Normalisation = "layer"
 ) -> Method:
-    """For ``ConceptTracer(mode="inline")``: the gradients that training itself computed, asked as :func:`concept_trak` asks:
-    the same objective, the denoising loss, on both sides, under the present less the absent condition.
+    """For ``ConceptTracer(mode="inline")``: the gradients that training itself computed, asked as
+    :func:`concept_trak` asks: the same objective, the denoising loss, on both sides, under the
+    present less the absent condition.
 
     Denoising traces rank worse than the default's in the benchmarks; see ``docs/inline.md``.
 
     Args:
-        timesteps: states per query; on the training side they are as many as training steps saw the sample.
+        timesteps: states per query; on the training side they are as many as training steps saw the
+            sample.
         damping: see :class:`~ctrak_lightning.method.Method`.
         normalisation: of each training step's gradient, before the steps' mean is taken.
     """
@@ -122,8 +129,8 @@ def inline_trak(
 
 
 def das(timesteps: int = 10, damping: Damping = 1.0, absolute: bool = False) -> Method:
-    """DAS (arXiv 2410.18639): the mean output's gradient, unit-normalised per timestep; a sample's score is multiplied by its
-    denoising loss.
+    """DAS (arXiv 2410.18639): the mean output's gradient, unit-normalised per timestep; a sample's
+    score is multiplied by its denoising loss.
 
     Args:
         timesteps: states per sample and per query.
@@ -135,22 +142,23 @@ def das(timesteps: int = 10, damping: Damping = 1.0, absolute: bool = False) -> 
 
 
 def journey_trak(timesteps: int = 10, damping: Damping = 1.0) -> Method:
-    """Journey-TRAK (arXiv 2312.06205): the denoising loss along the generation, against the clean image predicted at each
-    step. (Training timesteps are evenly spaced, where the paper draws them.)"""
+    """Journey-TRAK (arXiv 2312.06205): the denoising loss along the generation, against the clean
+    image predicted at each step. (Training timesteps are evenly spaced, where the paper draws
+    them.)"""
     method = _whole_image("journey_trak", Denoising(), timesteps, damping)
     return replace(method, query_trajectory=Renoised(timesteps=timesteps))
 
 
 def tracin(timesteps: int = 10) -> Method:
-    """Diffusion-TracIn (arXiv 2401.09031, eq. 5): denoising gradients' inner products, added over checkpoints times the
-    learning rate; no kernel."""
+    """Diffusion-TracIn (arXiv 2401.09031, eq. 5): denoising gradients' inner products, added over
+    checkpoints times the learning rate; no kernel."""
     method = _whole_image("tracin", Denoising(), timesteps, None)
     return replace(method, ensemble="learning_rate")
 
 
 def retrac(timesteps: int = 10) -> Method:
-    """Diffusion-ReTrac (arXiv 2401.09031): TracIn with gradients of unit norm, so that timesteps and samples with large
-    gradients do not decide alone."""
+    """Diffusion-ReTrac (arXiv 2401.09031): TracIn with gradients of unit norm, so that timesteps
+    and samples with large gradients do not decide alone."""
     return replace(tracin(timesteps), name="retrac", normalisation="sample")
 
 

@@ -1,4 +1,5 @@
-"""Names by which a store knows things again: of classes, and of what is in a module, whether or not ``torch.compile`` has wrapped it."""
+"""Names by which a store knows things again: of classes, and of what is in a module, whether or not
+``torch.compile`` has wrapped it."""
 
 from collections.abc import Iterator
 

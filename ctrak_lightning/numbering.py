@@ -13,16 +13,18 @@ _SHOWN = 5
 
 
 def numbered(batches: Iterable[Any], column: str) -> Iterable[Any]:
-    """The same batches, with a column of the samples' positions in the data set where they have no such column.
+    """The same batches, with a column of the samples' positions in the data set where they have no
+    such column.
 
     Args:
-        batches: a DataLoader; of anything else, and of a data set that is a stream, positions are not known, and it is returned as
-            it is.
-        column: the name of the ids in a batch. A batch that is a tuple becomes a mapping with the keys ``"0"``, ``"1"``, ...
+        batches: a DataLoader; of anything else, and of a data set that is a stream, positions are
+            not known, and it is returned as it is.
+        column: the name of the ids in a batch. A batch that is a tuple becomes a mapping with the
+            keys ``"0"``, ``"1"``, ...
 
     Raises:
-        BatchError: by the batches, where a ``collate_fn`` leaves samples out and it cannot be known which. Samples that are None
-            are known to be left out.
+        BatchError: by the batches, where a ``collate_fn`` leaves samples out and it cannot be known
+            which. Samples that are None are known to be left out.
     """
     if not isinstance(batches, DataLoader) or isinstance(batches.dataset, IterableDataset):
         return batches
@@ -30,14 +32,19 @@ def numbered(batches: Iterable[Any], column: str) -> Iterable[Any]:
         return batches
     collate = _Collate(batches.collate_fn, column)
     return reloaded(
-        batches, _Positions(batches.dataset), batch_sampler=batches.batch_sampler, collate_fn=collate
+        batches,
+        _Positions(batches.dataset),
+        batch_sampler=batches.batch_sampler,
+        collate_fn=collate,
     )
 
 
 def reloaded(loader: DataLoader[Any], dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
-    """A DataLoader that loads as ``loader`` does, by as many workers of the same kind, but another selection of samples.
+    """A DataLoader that loads as ``loader`` does, by as many workers of the same kind, but another
+    selection of samples.
 
-    It has no generator of its own: whoever goes through it seeds torch's, so that every pass is the same.
+    It has no generator of its own: whoever goes through it seeds torch's, so that every pass is the
+    same.
     """
     if loader.num_workers > 0:
         options |= {
@@ -89,14 +96,18 @@ class _Collate:
         if not lengths or len(kept) in lengths:
             return kept
         raise BatchError(
-            f"The collate_fn made a batch of {sorted(lengths)} rows of the {len(rows)} samples at positions {every[:_SHOWN]}"
-            f"{'...' if len(every) > _SHOWN else ''} of the data set, of which {len(rows) - len(kept)} are None. Samples are "
-            "numbered by these positions, and which of them are in the batch cannot be known. HINT: let the data set return None "
-            f"for a sample that is to be left out, or give every sample an id of its own in the column {self.column!r}."
+            f"The collate_fn made a batch of {sorted(lengths)} rows of the {len(rows)} samples at "
+            f"positions {every[:_SHOWN]}{'...' if len(every) > _SHOWN else ''} of the data set, of "
+            f"which {len(rows) - len(kept)} are None. Samples are numbered by these positions, and "
+            "which of them are in the batch cannot be known. HINT: let the data set return None "
+            "for a sample that is to be left out, or give every sample an id of its own in the "
+            f"column {self.column!r}."
         )
 
 
 def _lengths(batch: Mapping[Any, Any]) -> set[int]:
     """How many rows the columns of a batch have: its tensors, or where it has none, its lists."""
-    tensors = {len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim > 0}
+    tensors = {
+        len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim > 0
+    }
     return tensors or {len(value) for value in batch.values() if isinstance(value, (list, tuple))}

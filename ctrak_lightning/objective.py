@@ -1,7 +1,9 @@
-"""Attribution objectives: each is the cotangent ``v`` of one vector-Jacobian product ``J^T v`` (METHODS, first table).
+"""Attribution objectives: each is the cotangent ``v`` of one vector-Jacobian product ``J^T v``
+(METHODS, first table).
 
-``J = d e / d theta``; ``D`` is the number of elements of a latent. A cotangent is always a constant: the published losses
-stop the gradient through their targets, and for the losses that do not, the cotangent is already their derivative.
+``J = d e / d theta``; ``D`` is the number of elements of a latent. A cotangent is always a
+constant: the published losses stop the gradient through their targets, and for the losses that do
+not, the cotangent is already their derivative.
 """
 
 from abc import ABC, abstractmethod
@@ -28,8 +30,8 @@ class Prediction:
         x0: the sample's clean latents [B, ...].
         output: what the network returned [B, ...], with its graph.
         e: the noise prediction that the output stands for [B, ...], with its graph.
-        reference: noise prediction under the concept's other condition [B, ...] (the absent one, for a term on the present
-            side), without graph, or None.
+        reference: noise prediction under the concept's other condition [B, ...] (the absent one,
+            for a term on the present side), without graph, or None.
         schedule: the noise levels.
     """
 
@@ -59,7 +61,8 @@ class Objective(ABC):
 
     @property
     def parts(self) -> "tuple[Objective, ...]":
-        """The objectives whose gradients are taken apart, normalised and sketched each on its own: this one alone."""
+        """The objectives whose gradients are taken apart, normalised and sketched each on its own:
+        this one alone."""
         return (self,)
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,7 +72,8 @@ class Objective(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Denoising(Objective):
-    """The training loss ``mean((e - eps)^2)`` (TRAK on diffusion; Park et al. 2023, arXiv 2303.14186)."""
+    """The training loss ``mean((e - eps)^2)`` (TRAK on diffusion; Park et al. 2023, arXiv
+    2303.14186)."""
 
     def cotangent(self, prediction: Prediction) -> Tensor:
         a, s = prediction.schedule.levels(prediction.t, prediction.x_t)
@@ -88,7 +92,8 @@ class SquaredNorm(Objective):
 
 @dataclass(frozen=True, slots=True)
 class MeanOutput(Objective):
-    """``mean(e)``, the output function of DAS (arXiv 2410.18639), or ``mean(|e|)`` as Concept-TRAK's authors re-ran it.
+    """``mean(e)``, the output function of DAS (arXiv 2410.18639), or ``mean(|e|)`` as
+    Concept-TRAK's authors re-ran it.
 
     Args:
         absolute: take the mean of absolute values.
@@ -103,10 +108,12 @@ class MeanOutput(Objective):
 
 @dataclass(frozen=True, slots=True)
 class ChannelProbe(Objective):
-    """``mean(w e)`` with one standard normal weight per channel, the same at every position, for every sample and timestep.
+    """``mean(w e)`` with one standard normal weight per channel, the same at every position, for
+    every sample and timestep.
 
-    Inner products of ``J^T w`` are an estimate of the empirical tangent kernel (Jacot et al. 2018, arXiv 1806.07572) of the
-    output's mean colour: :class:`MeanOutput` is the probe whose weights are all 1.
+    Inner products of ``J^T w`` are an estimate of the empirical tangent kernel (Jacot et al. 2018,
+    arXiv 1806.07572) of the output's mean colour: :class:`MeanOutput` is the probe whose weights
+    are all 1.
 
     Args:
         seed: of the weights.
@@ -123,8 +130,9 @@ class ChannelProbe(Objective):
 
 @dataclass(frozen=True, slots=True)
 class PosteriorSampling(Objective):
-    """Concept-TRAK's training loss (arXiv 2507.06547): ``mean((stop[e + d] - e)^2)`` with the diffusion-posterior-sampling
-    direction ``d = grad_{x_t} mean((x0_hat - x0)^2)``. Needs states that require grad."""
+    """Concept-TRAK's training loss (arXiv 2507.06547): ``mean((stop[e + d] - e)^2)`` with the
+    diffusion-posterior-sampling direction ``d = grad_{x_t} mean((x0_hat - x0)^2)``. Needs states
+    that require grad."""
 
     needs_input_gradient: ClassVar[bool] = True
 
@@ -136,24 +144,28 @@ class PosteriorSampling(Objective):
 
 @dataclass(frozen=True, slots=True)
 class ConceptDirection(Objective):
-    """Concept-TRAK's concept loss (arXiv 2507.06547): ``mean((stop[e + w u] - e)^2)`` with the direction
-    ``u = e(c) - e(c_minus)`` that tells the condition with the concept from the one without. On the absent side of a query
-    the direction is ``-u``, so that terms on both sides, added, give ``(J(c) - J(c_minus))^T u``."""
+    """Concept-TRAK's concept loss (arXiv 2507.06547): ``mean((stop[e + w u] - e)^2)`` with the
+    direction ``u = e(c) - e(c_minus)`` that tells the condition with the concept from the one
+    without. On the absent side of a query the direction is ``-u``, so that terms on both sides,
+    added, give ``(J(c) - J(c_minus))^T u``."""
 
     needs_reference: ClassVar[bool] = True
 
     def cotangent(self, prediction: Prediction) -> Tensor:
         if prediction.reference is None:
             raise ValueError(
-                "ConceptDirection needs the prediction under the other condition; it serves queries only."
+                "ConceptDirection needs the prediction under the other condition; it serves "
+                "queries only."
             )
         return -2 * (prediction.e.detach() - prediction.reference) / _elements(prediction)
 
 
 class Joint(Objective):
-    """Several objectives from one forward pass: each is one vector-Jacobian product, normalised and sketched on its own.
+    """Several objectives from one forward pass: each is one vector-Jacobian product, normalised and
+    sketched on its own.
 
-    The sketches are independent, so that inner products of features are the sum of the objectives' own, in expectation.
+    The sketches are independent, so that inner products of features are the sum of the objectives'
+    own, in expectation.
 
     Args:
         parts: two objectives or more.
@@ -164,7 +176,9 @@ class Joint(Objective):
 
     def __init__(self, *parts: Objective) -> None:
         if len(parts) < 2 or any(isinstance(part, Joint) for part in parts):
-            raise ValueError(f"Joint{parts}: expected two objectives or more, none of them a Joint.")
+            raise ValueError(
+                f"Joint{parts}: expected two objectives or more, none of them a Joint."
+            )
         self._parts = parts
 
     @property
@@ -209,7 +223,8 @@ class Term:
 
 
 def contrast(objective: Objective) -> tuple[Term, Term]:
-    """``J(c)^T v(c) - J(c_minus)^T v(c_minus)``: cancels what the two conditions share in the weights' space."""
+    """``J(c)^T v(c) - J(c_minus)^T v(c_minus)``: cancels what the two conditions share in the
+    weights' space."""
     return Term(objective, "present", 1.0), Term(objective, "absent", -1.0)
 
 

@@ -1,4 +1,5 @@
-"""What a network predicts, as the noise ``e`` and the clean latent ``x0_hat`` (METHODS notation: ``x_t = a x0 + s eps``)."""
+"""What a network predicts, as the noise ``e`` and the clean latent ``x0_hat`` (METHODS notation:
+``x_t = a x0 + s eps``)."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,11 +18,12 @@ SPACINGS = ("leading", "trailing", "linspace")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoiseSchedule(Schedule):
-    """The noise levels of a variance-preserving diffusion process and the meaning of its network's output.
+    """The noise levels of a variance-preserving diffusion process and the meaning of its network's
+    output.
 
     Args:
-        alpha_bar: cumulative signal power per timestep [T], in [0, 1], decreasing; ``a = sqrt(alpha_bar)`` and
-            ``s = sqrt(1 - alpha_bar)``.
+        alpha_bar: cumulative signal power per timestep [T], in [0, 1], decreasing; ``a =
+            sqrt(alpha_bar)`` and ``s = sqrt(1 - alpha_bar)``.
         prediction_type: what the network predicts.
         spacing: how DDIM with fewer than T steps places them (diffusers' ``timestep_spacing``).
         steps_offset: added to the timesteps of ``"leading"`` spacing.
@@ -42,41 +44,52 @@ class NoiseSchedule(Schedule):
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
-                f"NoiseSchedule(prediction_type={self.prediction_type!r}): expected one of {PREDICTION_TYPES}."
+                f"NoiseSchedule(prediction_type={self.prediction_type!r}): expected one of "
+                f"{PREDICTION_TYPES}."
             )
         if self.spacing not in SPACINGS:
-            raise ValueError(f"NoiseSchedule(spacing={self.spacing!r}): expected one of {SPACINGS}.")
+            raise ValueError(
+                f"NoiseSchedule(spacing={self.spacing!r}): expected one of {SPACINGS}."
+            )
         if self.alpha_bar.ndim != 1 or not ((self.alpha_bar >= 0) & (self.alpha_bar < 1)).all():
-            raise ValueError("NoiseSchedule(alpha_bar=...): expected a 1-d tensor of values in [0, 1).")
+            raise ValueError(
+                "NoiseSchedule(alpha_bar=...): expected a 1-d tensor of values in [0, 1)."
+            )
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, *, tokens: int | None = None) -> Schedule:
-        """The schedule of a diffusers scheduler: of the DDPM family (DDPM, DDIM and others with ``alphas_cumprod``), or of
-        ``FlowMatchEulerDiscreteScheduler`` (then a :class:`FlowSchedule`).
+        """The schedule of a diffusers scheduler: of the DDPM family (DDPM, DDIM and others with
+        ``alphas_cumprod``), or of ``FlowMatchEulerDiscreteScheduler`` (then a
+        :class:`FlowSchedule`).
 
         Args:
             scheduler: the scheduler.
-            tokens: how many positions an image has in the network, for a flow whose shift depends on it.
+            tokens: how many positions an image has in the network, for a flow whose shift depends
+                on it.
 
         Raises:
             TypeError: the scheduler is neither (sigma-space and other flow schedulers).
             ValueError: it uses an option that cannot be followed here, or needs ``tokens``.
         """
-        if any(base.__name__ == "FlowMatchEulerDiscreteScheduler" for base in type(scheduler).__mro__):
+        if any(
+            base.__name__ == "FlowMatchEulerDiscreteScheduler" for base in type(scheduler).__mro__
+        ):
             return FlowSchedule.from_scheduler(scheduler, tokens=tokens)
         alpha_bar = getattr(scheduler, "alphas_cumprod", None)
         config = getattr(scheduler, "config", None)
         if alpha_bar is None or config is None:
             raise TypeError(
-                f"NoiseSchedule.from_scheduler({type(scheduler).__name__}): expected a diffusers scheduler with "
-                "`alphas_cumprod` (DDPMScheduler, DDIMScheduler), or FlowMatchEulerDiscreteScheduler. HINT: build one with the "
-                "same betas via `DDIMScheduler.from_config(scheduler.config)`."
+                f"NoiseSchedule.from_scheduler({type(scheduler).__name__}): expected a diffusers "
+                "scheduler with `alphas_cumprod` (DDPMScheduler, DDIMScheduler), or "
+                "FlowMatchEulerDiscreteScheduler. HINT: build one with the same betas via "
+                "`DDIMScheduler.from_config(scheduler.config)`."
             )
         refuse_unfollowed(scheduler, FOLLOWED)
         if len(alpha_bar) != config["num_train_timesteps"]:
             raise ValueError(
                 f"NoiseSchedule.from_scheduler({type(scheduler).__name__}(num_train_timesteps={config['num_train_timesteps']})): "
-                f"expected as many timesteps as the scheduler has levels, {len(alpha_bar)}. HINT: `trained_betas` of that length."
+                f"expected as many timesteps as the scheduler has levels, {len(alpha_bar)}. HINT: "
+                "`trained_betas` of that length."
             )
         final = getattr(scheduler, "final_alpha_cumprod", 1.0)
         return cls(
@@ -124,7 +137,8 @@ class NoiseSchedule(Schedule):
         """The clean latent that a network's output stands for [B, ...]; differentiable in both.
 
         Raises:
-            ValueError: a noise prediction at a timestep without signal (zero terminal SNR) says nothing of x0.
+            ValueError: a noise prediction at a timestep without signal (zero terminal SNR) says
+                nothing of x0.
         """
         a, s = self.levels(t, x_t)
         if self.prediction_type == "sample":
@@ -133,9 +147,9 @@ class NoiseSchedule(Schedule):
             return a * x_t - s * output
         if bool((a == 0).any()):
             raise ValueError(
-                "NoiseSchedule(prediction_type='epsilon') has a timestep with zero signal (zero terminal SNR), where "
-                "x0_hat is undefined. HINT: train with prediction_type='v_prediction', or without "
-                "rescale_betas_zero_snr."
+                "NoiseSchedule(prediction_type='epsilon') has a timestep with zero signal (zero "
+                "terminal SNR), where x0_hat is undefined. HINT: train with "
+                "prediction_type='v_prediction', or without rescale_betas_zero_snr."
             )
         return (x_t - s * output) / a
 
@@ -151,14 +165,16 @@ class NoiseSchedule(Schedule):
         grid: list[int] = scheduler.timesteps.tolist()
         if grid[0] >= len(self):
             raise ValueError(
-                f"sampling_timesteps({steps}): with steps_offset={self.steps_offset} the first of so many steps is at timestep {grid[0]}, "
-                f"expected below {len(self)}, the number of levels. HINT: fewer steps."
+                f"sampling_timesteps({steps}): with steps_offset={self.steps_offset} the first of "
+                f"so many steps is at timestep {grid[0]}, expected below {len(self)}, the number "
+                "of levels. HINT: fewer steps."
             )
         return grid
 
     def sampling_levels(self, steps: int) -> list[tuple[float, float]]:
-        """``(a, s)`` that each step of DDIM ends at: diffusers goes ``T // steps`` timesteps further, which is beside the next
-        timestep in ``"linspace"`` spacing and where ``steps`` does not divide T."""
+        """``(a, s)`` that each step of DDIM ends at: diffusers goes ``T // steps`` timesteps
+        further, which is beside the next timestep in ``"linspace"`` spacing and where ``steps``
+        does not divide T."""
         grid = self.sampling_timesteps(steps)
         ends = [timestep - len(self) // steps for timestep in grid]
         return [self.level(end) if end >= 0 else self.final_level for end in ends]
@@ -168,8 +184,10 @@ class NoiseSchedule(Schedule):
 
 
 def _ddim(timesteps: int, spacing: Spacing, offset: int) -> Any:
-    # Here, for importing diffusers takes seconds. Its own places are taken because its rounding is no simple rule (`np.arange` with
-    # a step that is no integer, halves to even).
+    # Here, for importing diffusers takes seconds. Its own places are taken because its rounding is
+    # no simple rule (`np.arange` with a step that is no integer, halves to even).
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler(num_train_timesteps=timesteps, timestep_spacing=spacing, steps_offset=offset)
+    return DDIMScheduler(
+        num_train_timesteps=timesteps, timestep_spacing=spacing, steps_offset=offset
+    )

@@ -1,4 +1,5 @@
-"""The processes of one run, and what they tell each other: one alone, or those that a Trainer or Fabric has launched."""
+"""The processes of one run, and what they tell each other: one alone, or those that a Trainer or
+Fabric has launched."""
 
 from __future__ import annotations
 
@@ -43,18 +44,20 @@ class Processes:
         return self.gather(value)[0]
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Every ``count``-th of ``items``, from the ``rank``-th on: those that are this process's."""
+        """Every ``count``-th of ``items``, from the ``rank``-th on: those that are this
+        process's."""
         return items[self.rank :: self.count]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Work that all processes do, or one for all: one's error is raised in all, once they have ended it.
+        """Work that all processes do, or one for all: one's error is raised in all, once they have
+        ended it.
 
         A process that raised alone would leave the others waiting for it for ever.
 
         Raises:
-            Exception: its own; or, in the others, an error of the same kind if it is one of :mod:`ctrak_lightning.errors`,
-                else a RuntimeError, that names the rank.
+            Exception: its own; or, in the others, an error of the same kind if it is one of
+                :mod:`ctrak_lightning.errors`, else a RuntimeError, that names the rank.
         """
         own: Exception | None = None
         try:
@@ -67,25 +70,30 @@ class Processes:
         for rank, other in enumerate(told):
             if other is not None:
                 kind, message = other
-                raise getattr(errors, kind, RuntimeError)(f"The process of rank {rank}: {kind}: {message}")
+                raise getattr(errors, kind, RuntimeError)(
+                    f"The process of rank {rank}: {kind}: {message}"
+                )
 
 
 class DistributedProcesses(Processes):
-    """The processes of ``torch.distributed``, as Lightning's DDP and Fabric start them; all of them make one of these.
+    """The processes of ``torch.distributed``, as Lightning's DDP and Fabric start them; all of them
+    make one of these.
 
-    They talk over a group of their own, on the CPU, so that nothing comes between the messages of training, and so that a
-    process may wait for an hour while another reads its traces, which NCCL would take for a failure.
+    They talk over a group of their own, on the CPU, so that nothing comes between the messages of
+    training, and so that a process may wait for an hour while another reads its traces, which NCCL
+    would take for a failure.
 
     Raises:
         RuntimeError: ``torch.distributed`` has no processes yet.
-        ProcessLostError: by :meth:`gather` and :meth:`sum`, where another process has died, or has not answered for a day.
+        ProcessLostError: by :meth:`gather` and :meth:`sum`, where another process has died, or has
+            not answered for a day.
     """
 
     def __init__(self) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
-                "DistributedProcesses(): torch.distributed is not initialised. HINT: make it after `fabric.launch()`, or in a "
-                "hook of a Trainer that runs DDP."
+                "DistributedProcesses(): torch.distributed is not initialised. HINT: make it "
+                "after `fabric.launch()`, or in a hook of a Trainer that runs DDP."
             )
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST)
@@ -109,8 +117,9 @@ class DistributedProcesses(Processes):
             yield
         except RuntimeError as error:  # PyTorch has no kind of its own for a connection that breaks
             raise errors.ProcessLostError(
-                f"Process {self.rank} of {self.count}: another process of this run has gone ({error}). What was sealed stays. HINT: "
-                "its own error, or a kill for lack of memory, stands before this one; then go on with `fit(ckpt_path=...)`, with any "
+                f"Process {self.rank} of {self.count}: another process of this run has gone "
+                f"({error}). What was sealed stays. HINT: its own error, or a kill for lack of "
+                "memory, stands before this one; then go on with `fit(ckpt_path=...)`, with any "
                 "number of processes."
             ) from error
 

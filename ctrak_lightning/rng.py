@@ -12,7 +12,8 @@ from torch import Tensor
 
 @contextmanager
 def isolated_rng(seed: int) -> Iterator[None]:
-    """Seeds python, numpy and torch inside the block and restores all three afterwards, also after an exception.
+    """Seeds python, numpy and torch inside the block and restores all three afterwards, also after
+    an exception.
 
     (Lightning's ``isolate_rng`` does not restore after an exception.)
     """

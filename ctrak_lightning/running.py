@@ -11,10 +11,11 @@ _SHOWN = 5
 
 
 class RunningTraces:
-    """The mean row of every sample over the training steps of a window, which lasts from one checkpoint to the next.
+    """The mean row of every sample over the training steps of a window, which lasts from one
+    checkpoint to the next.
 
-    A sample that no step of the window saw (a shuffled loader with ``drop_last``, say) keeps the mean of the last window that
-    did. Memory: N x k float32.
+    A sample that no step of the window saw (a shuffled loader with ``drop_last``, say) keeps the
+    mean of the last window that did. Memory: N x k float32.
 
     Args:
         sample_ids: the samples, in the order of the sample table.
@@ -31,8 +32,11 @@ class RunningTraces:
         self._window = 1
         self._seen: list[tuple[Tensor, Tensor, Tensor, int]] = []
 
-    def add(self, positions: Tensor, rows: Tensor, *, loss: float, timesteps: Tensor, step: int) -> None:
-        """The rows [b, k] that one training step gave the samples at ``positions`` [b] of the table.
+    def add(
+        self, positions: Tensor, rows: Tensor, *, loss: float, timesteps: Tensor, step: int
+    ) -> None:
+        """The rows [b, k] that one training step gave the samples at ``positions`` [b] of the
+        table.
 
         Args:
             positions: int64; a sample may be there more than once.
@@ -52,22 +56,28 @@ class RunningTraces:
         self._seen.append((positions, timesteps.float(), steps, self._window))
 
     def require_all(self, exposures: Tensor | None = None) -> None:
-        """Raises a StoreError that names samples which no training step has seen yet, but for those whose ``exposures`` [N] are
-        known to be 0: nothing was trained on them."""
+        """Raises a StoreError that names samples which no training step has seen yet, but for those
+        whose ``exposures`` [N] are known to be 0: nothing was trained on them."""
         missing = self._counts == 0
-        unseen = (missing if exposures is None else missing & (exposures > 0)).nonzero().flatten().tolist()
+        unseen = (
+            (missing if exposures is None else missing & (exposures > 0))
+            .nonzero()
+            .flatten()
+            .tolist()
+        )
         if unseen:
             shown = ", ".join(repr(self._sample_ids[i]) for i in unseen[:_SHOWN])
             more = f" and {len(unseen) - _SHOWN} more" if len(unseen) > _SHOWN else ""
             raise StoreError(
-                f"{len(unseen)} of {len(self._sample_ids)} samples have been in no training step yet: {shown}{more}. Expected "
-                "each of them once at least before a checkpoint. HINT: trace with every_n_epochs; let trace_dataloader() give "
-                "the samples that are trained on, with the ids that training batches have."
+                f"{len(unseen)} of {len(self._sample_ids)} samples have been in no training step "
+                f"yet: {shown}{more}. Expected each of them once at least before a checkpoint. "
+                "HINT: trace with every_n_epochs; let trace_dataloader() give the samples that "
+                "are trained on, with the ids that training batches have."
             )
 
     def means(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean rows [b, k] of samples, and the mean loss [b] of the batches that they were in; zeros for samples that were in
-        none."""
+        """The mean rows [b, k] of samples, and the mean loss [b] of the batches that they were in;
+        zeros for samples that were in none."""
         counts = self._counts[positions].clamp(min=1).float()
         return self._sums[positions] / counts.unsqueeze(1), self._losses[positions] / counts
 
@@ -87,7 +97,8 @@ class RunningTraces:
         self._window += 1
 
     def continue_from(self, rows: Tensor, losses: Tensor, visits: Visits) -> None:
-        """Takes the means [N, k] of a sealed checkpoint for those of the last window, where a run is resumed."""
+        """Takes the means [N, k] of a sealed checkpoint for those of the last window, where a run
+        is resumed."""
         self._counts = visits.counts.clone()
         self._sums = rows * self._counts.unsqueeze(1)
         self._losses = losses * self._counts
@@ -97,7 +108,8 @@ class RunningTraces:
         self.begin_window()
 
     def _current(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples, timesteps and steps of the visits that the means are over, in the order of time."""
+        """Samples, timesteps and steps of the visits that the means are over, in the order of
+        time."""
         parts = [
             (samples[kept], timesteps[kept], steps[kept])
             for samples, timesteps, steps, window in self._seen

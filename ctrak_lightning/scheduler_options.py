@@ -11,7 +11,8 @@ FOLLOWED = frozenset(
         "clip_sample_range",
     }
 )  # fmt: skip
-"""Options of the DDPM family that decide noise levels, timesteps or the meaning of the output, and are read."""
+"""Options of the DDPM family that decide noise levels, timesteps or the meaning of the output, and
+are read."""
 FLOW_FOLLOWED = frozenset(
     {
         "num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len",
@@ -27,22 +28,28 @@ _OF_A_SOLVER = frozenset(
     }
 )  # fmt: skip
 """How other samplers go from one level to the next: not read, for sampling is DDIM's step."""
-_PARTS = frozenset({"dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"})
-"""Details of options (``thresholding``, ``use_flow_sigmas``, ``use_dynamic_shifting``) that are refused themselves."""
+_PARTS = frozenset(
+    {"dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"}
+)
+"""Details of options (``thresholding``, ``use_flow_sigmas``, ``use_dynamic_shifting``) that are
+refused themselves."""
 _OFF: Mapping[str, Any] = {
     "interpolation_type": "linear",
     "timestep_type": "discrete",
     "final_sigmas_type": "zero",
     "lambda_min_clipped": -float("inf"),
 }
-"""What options that are not followed are where they change nothing; None or False, unless they stand here."""
+"""What options that are not followed are where they change nothing; None or False, unless they
+stand here."""
 
 
 def refuse_unfollowed(scheduler: Any, followed: Collection[str]) -> None:
-    """Refuses a scheduler with an option that would change noise levels or timesteps and is not followed.
+    """Refuses a scheduler with an option that would change noise levels or timesteps and is not
+    followed.
 
-    Options that its class does not have, such as are carried along by ``from_config``, mean nothing to it and nothing here.
-    Options that are not known here, of other versions and of derived classes, must be as they are by default.
+    Options that its class does not have, such as are carried along by ``from_config``, mean nothing
+    to it and nothing here. Options that are not known here, of other versions and of derived
+    classes, must be as they are by default.
 
     Args:
         scheduler: a diffusers scheduler.
@@ -69,16 +76,23 @@ def refuse_unfollowed(scheduler: Any, followed: Collection[str]) -> None:
     if changed:
         given = ", ".join(f"{name}={value!r}" for name, value in changed.items())
         raise ValueError(
-            f"NoiseSchedule.from_scheduler({type(scheduler).__name__}({given})): expected a scheduler without "
-            f"{'this option' if len(changed) == 1 else 'these options'}, which would change which noise levels and timesteps are "
-            f"used, or what the output stands for, in a way that is not followed here. HINT: {_hint(scheduler, changed)}."
+            f"NoiseSchedule.from_scheduler({type(scheduler).__name__}({given})): expected a "
+            f"scheduler without {'this option' if len(changed) == 1 else 'these options'}, which "
+            "would change which noise levels and timesteps are used, or what the output stands "
+            f"for, in a way that is not followed here. HINT: {_hint(scheduler, changed)}."
         )
 
 
 def _hint(scheduler: Any, changed: Collection[str]) -> str:
     if hasattr(scheduler, "alphas_cumprod") and set(changed) - {"thresholding", "use_flow_sigmas"}:
-        return "`DDIMScheduler.from_config(scheduler.config)` has the same training levels, without them"
-    return f"`{type(scheduler).__name__}.from_config(scheduler.config, ...)` with {', '.join(changed)} off"
+        return (
+            "`DDIMScheduler.from_config(scheduler.config)` has the same training levels, "
+            "without them"
+        )
+    return (
+        f"`{type(scheduler).__name__}.from_config(scheduler.config, ...)` with "
+        f"{', '.join(changed)} off"
+    )
 
 
 def _options(scheduler: type) -> dict[str, Any]:
@@ -87,7 +101,9 @@ def _options(scheduler: type) -> dict[str, Any]:
     for base in reversed(scheduler.__mro__[:-1]):
         if "__init__" in vars(base):
             _, *options = inspect.signature(vars(base)["__init__"]).parameters.values()
-            found |= {each.name: each.default for each in options if each.kind is not each.VAR_KEYWORD}
+            found |= {
+                each.name: each.default for each in options if each.kind is not each.VAR_KEYWORD
+            }
     return found
 
 

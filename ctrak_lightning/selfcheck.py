@@ -1,4 +1,5 @@
-"""Selfcheck: are traces right on this model? The numeric promises of the library, tried on the user's own network and data."""
+"""Selfcheck: are traces right on this model? The numeric promises of the library, tried on the
+user's own network and data."""
 
 import math
 import random
@@ -26,12 +27,14 @@ Outcome = Literal["pass", "note", "fail"]
 DUPLICATE_TOLERANCE = 1e-6
 TIMESTEPS = 5
 NORM_RANGE = 1e4
-"""Beyond this ratio of the largest to the smallest norm of a trace, one sample outweighs the others."""
+"""Beyond this ratio of the largest to the smallest norm of a trace, one sample outweighs the
+others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was tried: its ``name``, the ``outcome``, what was ``found``, and what to do (``hint``) if it failed.
+    """One thing that was tried: its ``name``, the ``outcome``, what was ``found``, and what to do
+    (``hint``) if it failed.
 
     A ``"note"`` is no failure: something to know of."""
 
@@ -54,13 +57,15 @@ def selfcheck(
 ) -> list[Check]:
     """Tries on ``samples`` images of a batch what traces promise.
 
-    Relative differences are ``max over samples of ||a - b|| / ||b||`` of the features; they may be as large as the square
-    root of the network's machine epsilon (3e-4 in float32), which is half of its digits.
+    Relative differences are ``max over samples of ||a - b|| / ||b||`` of the features; they may be
+    as large as the square root of the network's machine epsilon (3e-4 in float32), which is half of
+    its digits.
 
     Args:
         module: a LightningModule that is, or carries as ``task``, a DiffusionTask; or a task.
         batch: of the loader that is traced.
-        method: as of the tracer; its training side is tried. Training-step traces (``InTraining``) are tried at noised states.
+        method: as of the tracer; its training side is tried. Training-step traces (``InTraining``)
+            are tried at noised states.
         projection: as of the tracer.
         layers: as of the tracer.
         engine: the engine that is held against the per-sample loop.
@@ -81,7 +86,8 @@ def selfcheck(
         encoded = encode(task, batch).rows(0, samples)
     if len(encoded.sample_ids) < 2:
         raise BatchError(
-            f"selfcheck(batch of {len(encoded.sample_ids)}, samples={samples}): expected at least two samples, to compare."
+            f"selfcheck(batch of {len(encoded.sample_ids)}, samples={samples}): expected at least "
+            "two samples, to compare."
         )
     before = _Surroundings(owner)
     trial = _Trial(task, used, projection or Projection(), layers, engine, seed, encoded)
@@ -119,12 +125,16 @@ class _Trial:
         self.count = len(encoded.sample_ids)
         self.tracer = self._tracer(engine)
         dtypes = {parameter.dtype for parameter in task.denoiser.parameters()}
-        self.tolerance = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point) ** 0.5
+        self.tolerance = (
+            max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point) ** 0.5
+        )
 
     def features(self, rows: Sequence[int], tracer: GradientTracer | None = None) -> Tensor:
         """Features [len(rows), k] of these samples, traced together."""
         chosen = _chosen(self.encoded, rows)
-        return trace_batch(self.task, tracer or self.tracer, self.method, chosen, self.seed).features
+        return trace_batch(
+            self.task, tracer or self.tracer, self.method, chosen, self.seed
+        ).features
 
     def looped(self) -> Tensor:
         return self.features(range(self.count), self._tracer("loop"))
@@ -167,11 +177,15 @@ class _Trial:
         found = f"relative difference {difference:.1e}, at most {self.tolerance:.1e}"
         # Written so that NaN fails.
         return (
-            Check(name, "pass", found) if difference <= self.tolerance else Check(name, "fail", found, hint)
+            Check(name, "pass", found)
+            if difference <= self.tolerance
+            else Check(name, "fail", found, hint)
         )
 
     def _tracer(self, engine: Engine) -> GradientTracer:
-        return GradientTracer(self.task.denoiser, self._projection, layers=self._layers, engine=engine)
+        return GradientTracer(
+            self.task.denoiser, self._projection, layers=self._layers, engine=engine
+        )
 
 
 class _Surroundings:
@@ -185,7 +199,9 @@ class _Surroundings:
         name = "the model and the random generators are as before"
         changed = [key for key, value in self._now().items() if value != self.facts[key]]
         if changed:
-            return Check(name, "fail", f"changed: {', '.join(changed)}", "please report this as a bug.")
+            return Check(
+                name, "fail", f"changed: {', '.join(changed)}", "please report this as a bug."
+            )
         return Check(name, "pass", ", ".join(self.facts))
 
     def _now(self) -> dict[str, Any]:
@@ -209,7 +225,9 @@ def _chosen(encoded: Encoded, rows: Sequence[int]) -> Encoded:
     index = torch.tensor(list(rows), device=encoded.latents.device)
     return Encoded(
         latents=encoded.latents[index],
-        condition={name: value[index.to(value.device)] for name, value in encoded.condition.items()},
+        condition={
+            name: value[index.to(value.device)] for name, value in encoded.condition.items()
+        },
         sample_ids=[encoded.sample_ids[row] for row in rows],
     )
 
@@ -222,15 +240,22 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 def _finite(features: Tensor, sample_ids: Sequence[str]) -> Check:
     name = "every trace is finite and not zero"
     norms = features.norm(dim=1)
-    bad = [sample_ids[i] for i in (~torch.isfinite(norms) | (norms == 0)).nonzero().flatten().tolist()]
+    bad = [
+        sample_ids[i] for i in (~torch.isfinite(norms) | (norms == 0)).nonzero().flatten().tolist()
+    ]
     if bad:
-        hint = "look at these images, at the loss, and at the precision (float16 overflows at 65504)."
+        hint = (
+            "look at these images, at the loss, and at the precision (float16 overflows at 65504)."
+        )
         return Check(name, "fail", f"not so: {', '.join(bad)}", hint)
     low, high = float(norms.min()), float(norms.max())
     found = f"norms from {low:.2e} to {high:.2e}"
     if high > NORM_RANGE * low:
         return Check(
-            name, "note", f"{found}: one sample outweighs the others", "methods normalise by sample or layer."
+            name,
+            "note",
+            f"{found}: one sample outweighs the others",
+            "methods normalise by sample or layer.",
         )
     return Check(name, "pass", found)
 
@@ -253,14 +278,15 @@ def _repeated(first: Tensor, second: Tensor) -> Check:
         name,
         "fail",
         f"relative difference {_difference(first, second):.1e}",
-        "something in the network draws random numbers in evaluation mode, or an operation is not deterministic "
-        "(torch.use_deterministic_algorithms).",
+        "something in the network draws random numbers in evaluation mode, or an operation is "
+        "not deterministic (torch.use_deterministic_algorithms).",
     )
 
 
 @torch.no_grad()
 def _denoises(task: Any, encoded: Encoded) -> Check:
-    """Whether the output, read as the scheduler says, tells noise from image: under a wrong ``prediction_type`` it does not."""
+    """Whether the output, read as the scheduler says, tells noise from image: under a wrong
+    ``prediction_type`` it does not."""
     name = "the network's output, read by the schedule, predicts the noise"
     x0, schedule = encoded.latents, task.noise_schedule
     errors = {}
@@ -270,14 +296,21 @@ def _denoises(task: Any, encoded: Encoded) -> Check:
         ):
             a, s = schedule.levels(state.t, x0)
             noise = (state.x_t - a * x0) / s
-            e = schedule.epsilon(task.predict(state.x_t, state.t, encoded.condition), state.x_t, state.t)
+            e = schedule.epsilon(
+                task.predict(state.x_t, state.t, encoded.condition), state.x_t, state.t
+            )
             errors[float(state.t[0])] = float((e - noise).square().mean() / noise.square().mean())
-    found = "error / noise " + ", ".join(f"{error:.2g} at timestep {t:g}" for t, error in errors.items())
+    found = "error / noise " + ", ".join(
+        f"{error:.2g} at timestep {t:g}" for t, error in errors.items()
+    )
     if not all(map(math.isfinite, errors.values())):
         return Check(name, "fail", found, _SCHEDULE_HINT)
-    # Near the image the best guess of the noise is bad; a network that has learnt nothing is no better than zero anywhere.
+    # Near the image the best guess of the noise is bad; a network that has learnt nothing is no
+    # better than zero anywhere.
     return (
-        Check(name, "pass", found) if min(errors.values()) < 1 else Check(name, "note", found, _SCHEDULE_HINT)
+        Check(name, "pass", found)
+        if min(errors.values()) < 1
+        else Check(name, "note", found, _SCHEDULE_HINT)
     )
 
 
@@ -306,9 +339,15 @@ def _listed(names: Sequence[str], most: int = 5) -> str:
 
 
 _LOOP_HINT = (
-    "some layer is not traced as it computes; GradientTracer.check names the layers. Leave them out with `layers=`, or use "
-    'engine="loop".'
+    "some layer is not traced as it computes; GradientTracer.check names the layers. Leave them "
+    'out with `layers=`, or use engine="loop".'
 )
-_BATCH_HINT = "samples are not independent: look for batch norm, losses over the batch, or layers that do not put the batch first."
+_BATCH_HINT = (
+    "samples are not independent: look for batch norm, losses over the batch, or layers that do "
+    "not put the batch first."
+)
 _THREAD_HINT = "the network's own results depend on the number of threads more than on rounding."
-_SCHEDULE_HINT = "the scheduler's prediction_type must be what the network was trained for; an untrained network is no better than this."
+_SCHEDULE_HINT = (
+    "the scheduler's prediction_type must be what the network was trained for; an untrained "
+    "network is no better than this."
+)

@@ -1,4 +1,5 @@
-"""A pass over the data before it is traced: who the samples are. It must have an end, and give each sample once."""
+"""A pass over the data before it is traced: who the samples are. It must have an end, and give each
+sample once."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from ctrak_lightning.traces import SampleTable
 THUMBNAIL = 64
 
 NO_AUGMENTATION = (
-    "HINT: define `trace_dataloader()` on the DataModule or module: the same samples in a fixed order, without augmentation, and "
-    "let `encode` draw nothing."
+    "HINT: define `trace_dataloader()` on the DataModule or module: the same samples in a fixed "
+    "order, without augmentation, and let `encode` draw nothing."
 )
 
 
@@ -33,8 +34,8 @@ def bounded(batches: Iterable[Any]) -> Iterator[Any]:
     for number, batch in enumerate(batches):
         if number >= count:
             raise BatchError(
-                f"The data to trace has a length of {count} batches and goes on after them: it may have no end. HINT: let "
-                "trace_dataloader() give each sample once, then end."
+                f"The data to trace has a length of {count} batches and goes on after them: it may "
+                "have no end. HINT: let trace_dataloader() give each sample once, then end."
             )
         yield batch
 
@@ -54,17 +55,20 @@ class Once:
             self._seen.add(name)
         if again:
             raise BatchError(
-                f"The data to trace gives {len(again)} samples a second time, for example {again[:5]}, after {others} others. "
-                "Expected each sample once, under an id of its own. HINT: let trace_dataloader() give each once, then end. A stream "
-                "that repeats itself has no end; a data set that repeats its samples, or gives another in a broken one's place, gives it twice."
+                f"The data to trace gives {len(again)} samples a second time, for example "
+                f"{again[:5]}, after {others} others. Expected each sample once, under an id of "
+                "its own. HINT: let trace_dataloader() give each once, then end. A stream that "
+                "repeats itself has no end; a data set that repeats its samples, or gives another "
+                "in a broken one's place, gives it twice."
             )
 
 
 def require_same(first: tuple[Any, Encoded] | None, again: tuple[Any, Encoded]) -> None:
-    """Holds a batch, and what it was encoded to, against the same batch loaded and encoded a second time.
+    """Holds a batch, and what it was encoded to, against the same batch loaded and encoded a second
+    time.
 
-    What draws from a generator of its own, which cannot be put back afterwards, would make every capture's states others, and change
-    what training draws from it.
+    What draws from a generator of its own, which cannot be put back afterwards, would make every
+    capture's states others, and change what training draws from it.
 
     Raises:
         DatasetChangedError: they differ; names where.
@@ -81,14 +85,16 @@ def require_same(first: tuple[Any, Encoded] | None, again: tuple[Any, Encoded]) 
         found = _difference(a, b, where)
         if found is not None:
             raise DatasetChangedError(
-                f"Loaded and encoded twice, from the same random state of torch, numpy and Python, the first samples are not the same: "
-                f"{found} differs. So a generator of its own is drawn from, which every capture would advance: training would not be what it "
+                "Loaded and encoded twice, from the same random state of torch, numpy and Python, "
+                f"the first samples are not the same: {found} differs. So a generator of its own "
+                "is drawn from, which every capture would advance: training would not be what it "
                 f"is without traces. {NO_AUGMENTATION}"
             )
 
 
 def _difference(a: Any, b: Any, where: str) -> str | None:
-    """Where two values of the same structure differ by more than rounding; None where they do not, or cannot be compared."""
+    """Where two values of the same structure differ by more than rounding; None where they do not,
+    or cannot be compared."""
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and a.dtype.kind in "biufc":
         a, b = torch.as_tensor(a), torch.as_tensor(b)
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -100,10 +106,14 @@ def _difference(a: Any, b: Any, where: str) -> str | None:
     elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         if len(a) != len(b):
             return where
-        inside = (_difference(x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True)))
+        inside = (
+            _difference(x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True))
+        )
     else:
         plain = (str, bytes, int, float, bool, np.generic)
-        is_other = isinstance(a, plain) and isinstance(b, plain) and a != b and not (a != a and b != b)
+        is_other = (
+            isinstance(a, plain) and isinstance(b, plain) and a != b and not (a != a and b != b)
+        )
         return where if is_other else None
     return next((found for found in inside if found is not None), None)
 
@@ -150,19 +160,23 @@ def table_of(batches: Sequence[Surveyed]) -> tuple[SampleTable, torch.Size]:
     for batch in batches:
         if batch.shape != first.shape:
             raise GradientError(
-                f"Latents of shapes {tuple(first.shape)} and {tuple(batch.shape)} in one data set; expected "
-                "one shape. HINT: trace buckets of different sizes into stores of their own."
+                f"Latents of shapes {tuple(first.shape)} and {tuple(batch.shape)} in one data set; "
+                "expected one shape. HINT: trace buckets of different sizes into stores of their "
+                "own."
             )
         if batch.metadata.keys() != first.metadata.keys():
             raise DatasetChangedError(
-                f"Metadata columns {sorted(first.metadata)} and {sorted(batch.metadata)} in one data set; expected the "
-                "same columns in every batch."
+                f"Metadata columns {sorted(first.metadata)} and {sorted(batch.metadata)} in one "
+                "data set; expected the same columns in every batch."
             )
     images = [batch.thumbnails for batch in batches if batch.thumbnails is not None]
     table = SampleTable(
         [sample_id for batch in batches for sample_id in batch.sample_ids],
         [digest for batch in batches for digest in batch.hashes],
-        {name: [value for batch in batches for value in batch.metadata[name]] for name in first.metadata},
+        {
+            name: [value for batch in batches for value in batch.metadata[name]]
+            for name in first.metadata
+        },
         torch.cat(images) if images else None,
     )
     return table, first.shape
@@ -173,5 +187,7 @@ def thumbnails_of(images: Tensor) -> Tensor:
     images, longest = images.float(), max(images.shape[-2:])
     if longest > THUMBNAIL:
         scale = THUMBNAIL / longest
-        images = torch.nn.functional.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
+        images = torch.nn.functional.interpolate(
+            images, scale_factor=scale, mode="bilinear", antialias=True
+        )
     return images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()

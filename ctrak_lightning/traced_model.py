@@ -1,4 +1,5 @@
-"""The model of a capture: what of it trains, what stays as it is, and the function that both make."""
+"""The model of a capture: what of it trains, what stays as it is, and the function that both
+make."""
 
 import json
 import warnings
@@ -63,19 +64,27 @@ class TracedModel:
 
     def noticing(self) -> AbstractContextManager[None]:
         """Notices what encoding a batch computes with; once, in the first process."""
-        return self._used.watching() if self._first is None and self._processes.is_first else nullcontext()
+        return (
+            self._used.watching()
+            if self._first is None and self._processes.is_first
+            else nullcontext()
+        )
 
     def notice(self, encoded: Encoded) -> None:
         """What that batch became, of which one sample is kept until :meth:`observe`."""
         if self._first is None and self._processes.is_first:
             self._first = encoded.rows(0, 1)
 
-    def observe(self, latent_shape: Sequence[int], stored: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Looks which parts of the owner the task computes with, and hashes what is frozen of them; all processes call it.
+    def observe(
+        self, latent_shape: Sequence[int], stored: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """Looks which parts of the owner the task computes with, and hashes what is frozen of them;
+        all processes call it.
 
         Args:
             latent_shape: of one sample.
-            stored: the header's facts of a run that is resumed. What it computes again may be less, so its parts are looked at.
+            stored: the header's facts of a run that is resumed. What it computes again may be less,
+                so its parts are looked at.
 
         Returns:
             the header's facts of the model.
@@ -100,10 +109,12 @@ class TracedModel:
         self._has_function = problem is None
         if problem is not None:
             warnings.warn(
-                f"{name_of(self._task)}.condition({{}}, 1) gives no null condition ({problem}), under which the network's outputs would be "
-                "recorded without anything of a training sample. A question will not notice another network with the same weights "
-                "(another adapter scale, say). HINT: let condition() take `{}`: what a spec does not name is dropped; or define "
-                "known_attributes(), whose first value is taken instead.",
+                f"{name_of(self._task)}.condition({{}}, 1) gives no null condition ({problem}), "
+                "under which the network's outputs would be recorded without anything of a "
+                "training sample. A question will not notice another network with the same "
+                "weights (another adapter scale, say). HINT: let condition() take `{}`: what a "
+                "spec does not name is dropped; or define known_attributes(), whose first value "
+                "is taken instead.",
                 UnrecordedFunctionWarning,
                 stacklevel=4,
             )
@@ -113,8 +124,8 @@ class TracedModel:
         """The ``weights`` and ``buffers`` to store with a checkpoint; all processes call it.
 
         Raises:
-            TrainingChangedError: other parameters train than at the start, or what was frozen has changed, or how adapters are applied,
-                or the noise schedule.
+            TrainingChangedError: other parameters train than at the start, or what was frozen has
+                changed, or how adapters are applied, or the noise schedule.
         """
         with self._processes.together():
             weights = self.trained.now()
@@ -130,14 +141,20 @@ class TracedModel:
 
     def _require_settings(self) -> None:
         now = self._settings_now()
-        changed = {name for name in now.keys() | self._settings if now.get(name) != self._settings.get(name)}
+        changed = {
+            name
+            for name in now.keys() | self._settings
+            if now.get(name) != self._settings.get(name)
+        }
         if changed:
             told = "; ".join(
-                f"{name}: {self._settings.get(name)}, now {now.get(name)}" for name in sorted(changed)
+                f"{name}: {self._settings.get(name)}, now {now.get(name)}"
+                for name in sorted(changed)
             )
             raise TrainingChangedError(
-                f"The same weights make another function than when the traces began ({told}). No one model could be asked about both. "
-                "HINT: leave an adapter's scaling and state, and the noise schedule, as they are during a traced run; unmerge and enable "
+                f"The same weights make another function than when the traces began ({told}). No "
+                "one model could be asked about both. HINT: leave an adapter's scaling and state, "
+                "and the noise schedule, as they are during a traced run; unmerge and enable "
                 "adapters before the next trace."
             )
 
@@ -148,13 +165,19 @@ class TracedModel:
 
     @contextmanager
     def alike(self) -> Iterator[None]:
-        """Gives all processes the first one's buffers: each has its own running means after a training step."""
-        buffers = {name: value.cpu() for name, value in changing_buffers(self._owner, self._parts).items()}
-        with lent(self._owner, self._processes.from_first(buffers) if self._processes.count > 1 else {}):
+        """Gives all processes the first one's buffers: each has its own running means after a
+        training step."""
+        buffers = {
+            name: value.cpu() for name, value in changing_buffers(self._owner, self._parts).items()
+        }
+        with lent(
+            self._owner, self._processes.from_first(buffers) if self._processes.count > 1 else {}
+        ):
             yield
 
     def write_function(self, checkpoint: CheckpointWriter) -> None:
-        """Stores what the network answers to a fixed input with its present weights; all processes call it."""
+        """Stores what the network answers to a fixed input with its present weights; all processes
+        call it."""
         with self._processes.together(), undisturbed(self._owner, *task_modules(self._task)):
             if self._has_function and self._processes.is_first:
                 function = function_of(self._task, self._latent_shape)
@@ -165,7 +188,8 @@ class TracedModel:
         if self._task.denoiser is self._owner:
             return [""]
         with self._used.watching():
-            # A network may have parts for some noise levels alone; which those are, one of the conditions tells.
+            # A network may have parts for some noise levels alone; which those are, one of the
+            # conditions tells.
             for each, timesteps in (
                 (encoded.condition, TIMESTEPS),
                 (fixed_condition(self._task).condition, 1),
@@ -184,4 +208,6 @@ def _parts_in(stored: Mapping[str, str]) -> list[str] | None:
         parts = json.loads(stored.get("frozen_parts", "null"))
     except ValueError:  # the store is damaged: its writer says so
         return None
-    return parts if isinstance(parts, list) and all(isinstance(part, str) for part in parts) else None
+    return (
+        parts if isinstance(parts, list) and all(isinstance(part, str) for part in parts) else None
+    )

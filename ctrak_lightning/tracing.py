@@ -1,4 +1,5 @@
-"""One batch through the four rooms: trajectory, network, objective, gradient tracer. Both sides, training and query."""
+"""One batch through the four rooms: trajectory, network, objective, gradient tracer. Both sides,
+training and query."""
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -24,7 +25,8 @@ FAINT = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Projected gradients of a batch, summed over the states: ``features`` [B, k], and the mean denoising ``loss`` [B]."""
+    """Projected gradients of a batch, summed over the states: ``features`` [B, k], and the mean
+    denoising ``loss`` [B]."""
 
     features: Tensor
     loss: Tensor
@@ -32,9 +34,11 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class FeatureParts:
-    """Where in a trajectory and in a network features arise: two ways to split them, each of which adds up to them.
+    """Where in a trajectory and in a network features arise: two ways to split them, each of which
+    adds up to them.
 
-    ``timesteps`` of the S states, ``by_timestep`` [S, B, k], and ``by_layer_group`` [B, k] of each group of layers."""
+    ``timesteps`` of the S states, ``by_timestep`` [S, B, k], and ``by_layer_group`` [B, k] of each
+    group of layers."""
 
     timesteps: list[int]
     by_timestep: Tensor
@@ -48,9 +52,9 @@ class FeatureParts:
 
 @dataclass(frozen=True, slots=True)
 class QueryTrace:
-    """Projected gradients of queries: ``features`` [B, k], and ``strength`` [B], the mean over the states of
-    ``||e(c) - e(c_minus)|| / ||e(c)||``, or NaN where the method looks at one condition only; the features' ``parts`` where
-    they were asked for."""
+    """Projected gradients of queries: ``features`` [B, k], and ``strength`` [B], the mean over the
+    states of ``||e(c) - e(c_minus)|| / ||e(c)||``, or NaN where the method looks at one condition
+    only; the features' ``parts`` where they were asked for."""
 
     features: Tensor
     strength: Tensor
@@ -65,7 +69,8 @@ def trace_batch(
     seed: int,
     row_limit: RowLimit | None = None,
 ) -> Trace:
-    """The training side: one forward pass and one or two vector-Jacobian products per state (``method.training``).
+    """The training side: one forward pass and one or two vector-Jacobian products per state
+    (``method.training``).
 
     Args:
         task: a DiffusionTask.
@@ -82,10 +87,14 @@ def trace_batch(
         len(encoded.latents),
         lambda start, stop: _trace_rows(task, tracer, method, encoded.rows(start, stop), seed),
     )
-    return Trace(torch.cat([part.features for part in parts]), torch.cat([part.loss for part in parts]))
+    return Trace(
+        torch.cat([part.features for part in parts]), torch.cat([part.loss for part in parts])
+    )
 
 
-def _trace_rows(task: Any, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int) -> Trace:
+def _trace_rows(
+    task: Any, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
+) -> Trace:
     states = _states(task, tracer, method, encoded, seed)
     features = torch.zeros(len(encoded.latents), tracer.dim)
     loss = torch.zeros(len(encoded.latents))
@@ -97,28 +106,36 @@ def _trace_rows(task: Any, tracer: GradientTracer, method: Method, encoded: Enco
     return Trace(features, loss)
 
 
-def _states(task: Any, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int) -> list[State]:
+def _states(
+    task: Any, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
+) -> list[State]:
     with tracing_mode(tracer.module), torch.no_grad():
         trajectory = method.training_trajectory
-        return list(trajectory.states(task, encoded.latents, encoded.condition, encoded.sample_ids, seed))
+        return list(
+            trajectory.states(task, encoded.latents, encoded.condition, encoded.sample_ids, seed)
+        )
 
 
 def check_batch(
     task: Any, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
 ) -> tuple[Trace, set[str]]:
-    """The traces of a batch at the middle one of its states, whose rows are held against a pass for each sample alone.
+    """The traces of a batch at the middle one of its states, whose rows are held against a pass for
+    each sample alone.
 
     Args:
         task, tracer, method, encoded, seed: as of :func:`trace_batch`.
 
     Returns:
-        the traces, and the names of the blocks that a gradient reached; nothing was seen of the others.
+        the traces, and the names of the blocks that a gradient reached; nothing was seen of the
+        others.
 
     Raises:
         GradientError: the rows differ; names the layers.
     """
     states = _states(task, tracer, method, encoded, seed)
-    evaluation = _Evaluation(task, states[len(states) // 2], encoded.latents, encoded.condition, None)
+    evaluation = _Evaluation(
+        task, states[len(states) // 2], encoded.latents, encoded.condition, None
+    )
     forward, cotangents = evaluation.passes(method.training)
     checked = tracer.check(forward, cotangents, len(encoded.latents))
     features = joined([row.cpu() for row in checked.rows], tracer, method.normalisation)
@@ -136,7 +153,8 @@ def trace_query(
     weights: Tensor | None = None,
     parts: bool = False,
 ) -> QueryTrace:
-    """The query side: at every state the weighted sum of the terms' vector-Jacobian products (``method.query``).
+    """The query side: at every state the weighted sum of the terms' vector-Jacobian products
+    (``method.query``).
 
     Args:
         task: a DiffusionTask.
@@ -145,9 +163,10 @@ def trace_query(
         states: the states of the queries, each [B, ...].
         x0: the queries' clean latents [B, ...]; a state's own ``x0`` goes before it.
         conditions: the condition with and without the concept.
-        weights: of the part of the image that is asked about [B, ...], 0 to 1; every cotangent is multiplied by them. (Scales
-            are normalised afterwards.) None is all of it.
-        parts: also split the features by state and by group of layers, for a sketch per group and state.
+        weights: of the part of the image that is asked about [B, ...], 0 to 1; every cotangent is
+            multiplied by them. (Scales are normalised afterwards.) None is all of it.
+        parts: also split the features by state and by group of layers, for a sketch per group and
+            state.
     """
     features = torch.zeros(len(x0), tracer.dim)
     strength = torch.zeros(len(x0))
@@ -174,7 +193,9 @@ def trace_query(
     if not parts:
         return QueryTrace(features, strength)
     timesteps = [int(state.t[0]) for state in states]
-    return QueryTrace(features, strength, FeatureParts(timesteps, torch.stack(by_timestep), by_group))
+    return QueryTrace(
+        features, strength, FeatureParts(timesteps, torch.stack(by_timestep), by_group)
+    )
 
 
 def _term(
@@ -211,21 +232,28 @@ class _Evaluation:
         reference: Tensor | None,
         weights: Tensor | None = None,
     ) -> None:
-        self.task, self.state, self.x0, self.condition, self.reference = task, state, x0, condition, reference
+        self.task, self.state, self.x0, self.condition, self.reference = (
+            task,
+            state,
+            x0,
+            condition,
+            reference,
+        )
         self.weights = weights
         self.e = torch.empty_like(x0)
         self.prediction: Prediction | None = None
 
     def vjps(self, tracer: GradientTracer, objective: Objective) -> list[Tensor]:
-        """``J^T v`` of the objective's parts, projected but not sketched, each [B, P] on the CPU."""
+        """``J^T v`` of the objective's parts, projected but not sketched, each [B, P] on the
+        CPU."""
         forward, cotangents = self.passes(objective)
         found = [row.cpu() for row in tracer.vjps(forward, cotangents, len(self.x0), sketch=False)]
         self.prediction = None
         return found
 
     def passes(self, objective: Objective) -> tuple[Forward, list[Cotangent]]:
-        """What a :class:`~ctrak_lightning.gradients.GradientTracer` is given: the network's noise prediction of some rows, and
-        the cotangents of the objective's parts."""
+        """What a :class:`~ctrak_lightning.gradients.GradientTracer` is given: the network's noise
+        prediction of some rows, and the cotangents of the objective's parts."""
         x_t = self.state.x_t.detach().requires_grad_(objective.needs_input_gradient)
 
         def forward(rows: Tensor) -> Tensor:
@@ -255,7 +283,9 @@ class _Evaluation:
 
 @torch.no_grad()
 def _noise_prediction(task: Any, state: State, condition: Condition) -> Tensor:
-    e: Tensor = task.noise_schedule.epsilon(task.predict(state.x_t, state.t, condition), state.x_t, state.t)
+    e: Tensor = task.noise_schedule.epsilon(
+        task.predict(state.x_t, state.t, condition), state.x_t, state.t
+    )
     return e
 
 
@@ -263,7 +293,9 @@ def _relative_difference(predictions: Mapping[Side, Tensor], weights: Tensor | N
     if len(predictions) < 2:
         return torch.tensor(float("nan"))
     seen = (predictions[side] for side in ("present", "absent"))
-    present, absent = ((e if weights is None else e * weights.to(e)).flatten(1).float().cpu() for e in seen)
+    present, absent = (
+        (e if weights is None else e * weights.to(e)).flatten(1).float().cpu() for e in seen
+    )
     ratio: Tensor = (present - absent).norm(dim=1) / present.norm(dim=1).clamp(min=1e-12)
     return ratio
 
@@ -274,8 +306,8 @@ def joined(
     normalisation: Normalisation,
     blocks: Collection[str] | None = None,
 ) -> Tensor:
-    """Features [B, k] of the parts' rows, each [B, P], with a sketch of its own for each part; of some ``blocks`` only, the
-    part of the features that comes from them."""
+    """Features [B, k] of the parts' rows, each [B, P], with a sketch of its own for each part; of
+    some ``blocks`` only, the part of the features that comes from them."""
     return torch.stack(
         [normalised(row, tracer, normalisation, salt, blocks) for salt, row in enumerate(rows)]
     ).sum(0)
@@ -288,9 +320,11 @@ def normalised(
     salt: int = 0,
     blocks: Collection[str] | None = None,
 ) -> Tensor:
-    """Features [B, k] of rows [B, P]; what is all zero stays zero, so that a state without gradient counts for nothing.
+    """Features [B, k] of rows [B, P]; what is all zero stays zero, so that a state without gradient
+    counts for nothing.
 
-    Of some ``blocks`` only, what they add to the features of the whole: they are scaled by the norm of the whole."""
+    Of some ``blocks`` only, what they add to the features of the whole: they are scaled by the norm
+    of the whole."""
     unit_layers = normalisation == "layer"
     features = tracer.sketch(rows, unit_layers=unit_layers, salt=salt)
     part = features
@@ -303,7 +337,8 @@ def normalised(
 
 
 def warn_if_faint(strength: Tensor, names: Sequence[str], threshold: float = FAINT) -> None:
-    """Warns of concepts whose direction is within noise: the model tells the two conditions hardly apart."""
+    """Warns of concepts whose direction is within noise: the model tells the two conditions hardly
+    apart."""
     faint = [
         f"{visible(name)} ({value:.1e})"
         for name, value in zip(names, strength.tolist(), strict=True)
@@ -311,9 +346,9 @@ def warn_if_faint(strength: Tensor, names: Sequence[str], threshold: float = FAI
     ]
     if faint:
         warnings.warn(
-            f"The concept direction ||e(c) - e(c_minus)|| / ||e(c)|| is below {threshold} for: {', '.join(faint)}. The "
-            "model has hardly learnt these concepts and their scores say nothing. HINT: look at the generated images "
-            "first, and train longer.",
+            f"The concept direction ||e(c) - e(c_minus)|| / ||e(c)|| is below {threshold} for: "
+            f"{', '.join(faint)}. The model has hardly learnt these concepts and their scores say "
+            "nothing. HINT: look at the generated images first, and train longer.",
             UserWarning,
             stacklevel=3,
         )

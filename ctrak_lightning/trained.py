@@ -16,14 +16,20 @@ class UntrainedParameterWarning(UserWarning):
     """Parameters require a gradient but are in no optimizer; the message names them."""
 
 
-def trained_parameters(module: nn.Module, optimizers: Sequence[Optimizer] = ()) -> dict[str, Tensor]:
-    """The parameters that training changes, by qualified name (no copies): those that require grad and are in an optimizer.
+def trained_parameters(
+    module: nn.Module, optimizers: Sequence[Optimizer] = ()
+) -> dict[str, Tensor]:
+    """The parameters that training changes, by qualified name (no copies): those that require grad
+    and are in an optimizer.
 
     Args:
         module: what trains.
-        optimizers: of the run; where there are none, they are not known, and what requires grad is taken to train.
+        optimizers: of the run; where there are none, they are not known, and what requires grad is
+            taken to train.
     """
-    held = {id(value) for one in optimizers for group in one.param_groups for value in group["params"]}
+    held = {
+        id(value) for one in optimizers for group in one.param_groups for value in group["params"]
+    }
     return {
         name: value
         for name, value in parameters_of(module).items()
@@ -48,8 +54,9 @@ class Trained:
         idle = sorted(trained_parameters(module).keys() - self.names)
         if idle:
             warnings.warn(
-                f"These parameters require a gradient but are in no optimizer, so they do not train and are not traced: "
-                f"{_listed(idle)}. HINT: give them to an optimizer, or `requires_grad_(False)`.",
+                "These parameters require a gradient but are in no optimizer, so they do not "
+                f"train and are not traced: {_listed(idle)}. HINT: give them to an optimizer, or "
+                "`requires_grad_(False)`.",
                 UntrainedParameterWarning,
                 stacklevel=4,
             )
@@ -58,7 +65,8 @@ class Trained:
         """The trained parameters by name (no copies).
 
         Raises:
-            TrainingChangedError: they are not those of the start; names which joined and which left.
+            TrainingChangedError: they are not those of the start; names which joined and which
+                left.
         """
         found = trained_parameters(self._module, self._optimizers)
         joined, left = sorted(found.keys() - self.names), sorted(self.names - found.keys())
@@ -66,9 +74,11 @@ class Trained:
             changes = [f"{len(joined)} joined ({_listed(joined)})"] if joined else []
             changes += [f"{len(left)} left ({_listed(left)})"] if left else []
             raise TrainingChangedError(
-                f"The parameters that train are not those that the traces began with: {', '.join(changes)}. Traces of the two are "
-                "not comparable, and the earlier ones stay as they are. HINT: unfreeze, or change adapters, before training starts; "
-                "or trace the run from here on into a store of its own, as a run that starts with these weights."
+                "The parameters that train are not those that the traces began with: "
+                f"{', '.join(changes)}. Traces of the two are not comparable, and the earlier ones "
+                "stay as they are. HINT: unfreeze, or change adapters, before training starts; or "
+                "trace the run from here on into a store of its own, as a run that starts with "
+                "these weights."
             )
         return found
 

@@ -1,4 +1,5 @@
-"""Which states ``(x_t, t)`` of a sample are used: noised, inverted, or those of the generation itself."""
+"""Which states ``(x_t, t)`` of a sample are used: noised, inverted, or those of the generation
+itself."""
 
 import warnings
 from abc import ABC, abstractmethod
@@ -16,9 +17,11 @@ from ctrak_lightning.task import Condition
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Noisy latents ``x_t`` [B, ...] and the timestep ``t`` [B] (int64; float32 of a flow) they are at.
+    """Noisy latents ``x_t`` [B, ...] and the timestep ``t`` [B] (int64; float32 of a flow) they are
+    at.
 
-    ``x0`` [B, ...] is the clean latent that the state is taken to be a noising of, where that is not the finished image.
+    ``x0`` [B, ...] is the clean latent that the state is taken to be a noising of, where that is
+    not the finished image.
     """
 
     x_t: Tensor
@@ -32,8 +35,8 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A finished generation: its ``states``, most noise first, each with the ``x0`` predicted there, and the clean
-    ``latents`` [B, ...]."""
+    """A finished generation: its ``states``, most noise first, each with the ``x0`` predicted
+    there, and the clean ``latents`` [B, ...]."""
 
     states: list[State]
     latents: Tensor
@@ -63,8 +66,9 @@ class Noised(Trajectory):
 
     Args:
         timesteps: how many.
-        shared_noise: draw ``eps`` per timestep, the same for all samples; otherwise per (sample id, timestep). Either way
-            it depends on nothing else: not on the batch, its order, or the device.
+        shared_noise: draw ``eps`` per timestep, the same for all samples; otherwise per (sample id,
+            timestep). Either way it depends on nothing else: not on the batch, its order, or the
+            device.
         start: where the timesteps begin, as a share of the schedule; 0 is no noise.
         end: where they end; 1 is all noise.
     """
@@ -87,13 +91,16 @@ class Noised(Trajectory):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inverted(Trajectory):
-    """Deterministic DDIM inversion (eta = 0; Song et al. 2021, arXiv 2010.02502, eq. 14) of the clean latents.
+    """Deterministic DDIM inversion (eta = 0; Song et al. 2021, arXiv 2010.02502, eq. 14) of the
+    clean latents.
 
-    The network is told the timestep of the state it is given; the clean latents count as timestep 0.
+    The network is told the timestep of the state it is given; the clean latents count as timestep
+    0.
 
     Args:
         steps: inversion steps, evenly spaced; every step costs one forward pass, with guidance two.
-        guidance: classifier-free guidance scale; 1 is none. ``condition({})`` is the unconditional side.
+        guidance: classifier-free guidance scale; 1 is none. ``condition({})`` is the unconditional
+            side.
         timesteps: how many of the states to use, evenly spaced; None uses all.
     """
 
@@ -104,7 +111,8 @@ class Inverted(Trajectory):
     def __post_init__(self) -> None:
         if self.timesteps is not None and not 1 <= self.timesteps <= self.steps:
             raise ValueError(
-                f"Inverted(steps={self.steps}, timesteps={self.timesteps}): expected 1 <= timesteps <= steps."
+                f"Inverted(steps={self.steps}, timesteps={self.timesteps}): expected 1 <= "
+                "timesteps <= steps."
             )
 
     def states(
@@ -127,19 +135,20 @@ class Inverted(Trajectory):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InTraining(Trajectory):
-    """The states that the training steps themselves drew, at random and under changing weights (training side only).
+    """The states that the training steps themselves drew, at random and under changing weights
+    (training side only).
 
-    A trace is the mean over a sample's training steps since the last checkpoint. The loss is the steps' own, with whatever
-    weights and dropout it has, so that ``Denoising()`` stands for it. Which timesteps they were, the store says
-    (:meth:`ctrak_lightning.traces.Checkpoint.visits`).
+    A trace is the mean over a sample's training steps since the last checkpoint. The loss is the
+    steps' own, with whatever weights and dropout it has, so that ``Denoising()`` stands for it.
+    Which timesteps they were, the store says (:meth:`ctrak_lightning.traces.Checkpoint.visits`).
     """
 
     def states(
         self, task: Any, latents: Tensor, condition: Condition, sample_ids: Sequence[str], seed: int
     ) -> Iterator[State]:
         raise TypeError(
-            "InTraining() has no states of its own: they pass by while the model trains. HINT: ConceptTracer(mode='inline'), "
-            "or Noised() to make states."
+            "InTraining() has no states of its own: they pass by while the model trains. HINT: "
+            "ConceptTracer(mode='inline'), or Noised() to make states."
         )
 
 
@@ -157,12 +166,13 @@ class Generated(Trajectory):
         self, task: Any, latents: Tensor, condition: Condition, sample_ids: Sequence[str], seed: int
     ) -> Iterator[State]:
         raise TypeError(
-            "Generated() gives the states of a generation; a stored image has none. HINT: use Inverted() or Noised() "
-            "for the training side, and Generated() for queries."
+            "Generated() gives the states of a generation; a stored image has none. HINT: use "
+            "Inverted() or Noised() for the training side, and Generated() for queries."
         )
 
     def select(self, generation: Generation, schedule: Any) -> list[State]:
-        """The states to use, most noise first. States without any signal are left out: no gradient passes there.
+        """The states to use, most noise first. States without any signal are left out: no gradient
+        passes there.
 
         Raises:
             ValueError: the generation has fewer usable states than ``timesteps``.
@@ -174,31 +184,37 @@ class Generated(Trajectory):
         count = self.timesteps or len(usable)
         if count > len(usable):
             raise ValueError(
-                f"Generated(timesteps={count}): the generation has {len(usable)} usable states. HINT: use "
-                f"Sampler(steps={count + 1}) or more, or fewer timesteps."
+                f"Generated(timesteps={count}): the generation has {len(usable)} usable states. "
+                f"HINT: use Sampler(steps={count + 1}) or more, or fewer timesteps."
             )
         return [usable[i] for i in _evenly(len(usable), count)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Renoised(Generated):
-    """Journey-TRAK's states (arXiv 2312.06205): at evenly spaced timesteps of the generation, the clean latent predicted
-    there is noised again, with noise that the timestep fixes; the loss is held against that prediction."""
+    """Journey-TRAK's states (arXiv 2312.06205): at evenly spaced timesteps of the generation, the
+    clean latent predicted there is noised again, with noise that the timestep fixes; the loss is
+    held against that prediction."""
 
     def select(self, generation: Generation, schedule: Any) -> list[State]:
         chosen = []
         for state in self._chosen(generation, schedule):
             assert state.x0 is not None
             timestep = state.t[0].item()
-            noise = seeded_noise(state.x0.shape[1:], 0, timestep, "renoised").to(state.x0).expand_as(state.x0)
+            noise = (
+                seeded_noise(state.x0.shape[1:], 0, timestep, "renoised")
+                .to(state.x0)
+                .expand_as(state.x0)
+            )
             chosen.append(State(schedule.add_noise(state.x0, noise, state.t), state.t, state.x0))
         return chosen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampler:
-    """Deterministic DDIM sampling (eta = 0, arXiv 2010.02502), step by step that of diffusers' ``DDIMScheduler`` with the
-    scheduler's configuration, whatever number of steps; of a flow, Euler's method, which is the same step.
+    """Deterministic DDIM sampling (eta = 0, arXiv 2010.02502), step by step that of diffusers'
+    ``DDIMScheduler`` with the scheduler's configuration, whatever number of steps; of a flow,
+    Euler's method, which is the same step.
 
     Args:
         steps: sampling steps.
@@ -209,14 +225,18 @@ class Sampler:
     guidance: float = 2.0
 
     @torch.no_grad()
-    def run(self, task: Any, noise: Tensor, condition: Condition, null: Condition | None) -> Generation:
-        """Denoises ``noise`` [B, ...] under ``condition``; ``null`` is the unconditional side of the guidance, if there is any."""
+    def run(
+        self, task: Any, noise: Tensor, condition: Condition, null: Condition | None
+    ) -> Generation:
+        """Denoises ``noise`` [B, ...] under ``condition``; ``null`` is the unconditional side of
+        the guidance, if there is any."""
         schedule = task.noise_schedule
         grid = schedule.sampling_timesteps(self.steps)
         if grid[-1] < 0:
             warnings.warn(
-                f"{self}: diffusers' DDIM takes {len(grid)} steps for so many with this spacing, the last at timestep {grid[-1]}, by a "
-                "fault of its rounding, and so does this generation; its images are noise. HINT: another number of steps.",
+                f"{self}: diffusers' DDIM takes {len(grid)} steps for so many with this spacing, "
+                f"the last at timestep {grid[-1]}, by a fault of its rounding, and so does this "
+                "generation; its images are noise. HINT: another number of steps.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -236,7 +256,8 @@ def guided_output(
     task: Any, x: Tensor, t: Tensor, condition: Condition, null: Condition | None, guidance: float
 ) -> Tensor:
     """The network's output [B, ...] under classifier-free guidance."""
-    # Guidance acts on the raw output: every parameterization is affine in it, and at zero signal it is all that is defined.
+    # Guidance acts on the raw output: every parameterization is affine in it, and at zero signal it
+    # is all that is defined.
     output: Tensor = task.predict(x, t, condition)
     if guidance == 1.0 or null is None:
         return output

@@ -1,4 +1,5 @@
-"""A trial before the first step: two samples traced as a capture will, and held against a pass for each sample alone."""
+"""A trial before the first step: two samples traced as a capture will, and held against a pass for
+each sample alone."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ _TYPED = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What was tried: so many ``samples``, and so many of the tracer's ``blocks`` that a gradient reached, of ``all_blocks``, in so
-    many ``seconds``."""
+    """What was tried: so many ``samples``, and so many of the tracer's ``blocks`` that a gradient
+    reached, of ``all_blocks``, in so many ``seconds``."""
 
     samples: int
     blocks: int
@@ -41,15 +42,16 @@ class Trial:
 
     def __str__(self) -> str:
         return (
-            f"the trial on {self.samples} sample{'s' * (self.samples > 1)} passed in {self.seconds:.1f} s: data, task, network and "
-            f"method fit together, and the gradients of {self.blocks} of {self.all_blocks} layers are those of a pass for each sample."
+            f"the trial on {self.samples} sample{'s' * (self.samples > 1)} passed in "
+            f"{self.seconds:.1f} s: data, task, network and method fit together, and the gradients "
+            f"of {self.blocks} of {self.all_blocks} layers are those of a pass for each sample."
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question that will be asked: the specs of its two conditions, and whether its image is generated with guidance, which
-    needs the null condition."""
+    """A question that will be asked: the specs of its two conditions, and whether its image is
+    generated with guidance, which needs the null condition."""
 
     name: str
     present: Spec
@@ -58,7 +60,8 @@ class Question:
 
 
 def first_samples(batches: Iterable[Encoded]) -> Encoded | None:
-    """The first two samples, of the first batch or, where that has one, of the first two; None of no batches."""
+    """The first two samples, of the first batch or, where that has one, of the first two; None of
+    no batches."""
     found: Encoded | None = None
     for batch in batches:
         found = batch.rows(0, SAMPLES) if found is None else _joined(found, batch.rows(0, 1))
@@ -75,13 +78,16 @@ def try_samples(
     seed: int,
     row_limit: RowLimit,
 ) -> Trial:
-    """Traces samples at one of their states, as a capture will, and compares their rows with a pass for each sample alone.
+    """Traces samples at one of their states, as a capture will, and compares their rows with a pass
+    for each sample alone.
 
-    A single sample is taken twice, the second time negated: that a network mixes the samples of a batch shows in two that differ.
+    A single sample is taken twice, the second time negated: that a network mixes the samples of a
+    batch shows in two that differ.
 
     Raises:
-        TrialError: the method asks of conditions that the model does not have, a member of the task or the network raises, a
-            gradient is not finite, or the rows are not each sample's own; names the member or the layers.
+        TrialError: the method asks of conditions that the model does not have, a member of the task
+            or the network raises, a gradient is not finite, or the rows are not each sample's own;
+            names the member or the layers.
     """
     refuse_undescribed(method)
     refuse_without_condition(task, method, samples)
@@ -109,20 +115,26 @@ def try_samples(
         lost = (~values.isfinite().all(1)).nonzero().flatten().tolist()
         if lost:
             raise TrialError(
-                f"The {name} of {sorted({rows.sample_ids[i] for i in lost})} is not finite before the first training step. "
-                f"Latents between {float(rows.latents.min()):.3g} and {float(rows.latents.max()):.3g}. HINT: look at what "
-                "`encode` makes of these samples, and at the precision of the weights."
+                f"The {name} of {sorted({rows.sample_ids[i] for i in lost})} is not finite before "
+                f"the first training step. Latents between {float(rows.latents.min()):.3g} and "
+                f"{float(rows.latents.max()):.3g}. HINT: look at what `encode` makes of these "
+                "samples, and at the precision of the weights."
             )
     return Trial(len(samples.latents), len(reached), len(tracer.block_names))
 
 
 def refuse_undescribed(method: Method) -> None:
-    """Refuses a method that a store cannot describe, so that it could not be told what its traces are.
+    """Refuses a method that a store cannot describe, so that it could not be told what its traces
+    are.
 
     Raises:
-        TrialError: an objective or trajectory of the user's own is no dataclass, or has arguments that JSON has not.
+        TrialError: an objective or trajectory of the user's own is no dataclass, or has arguments
+            that JSON has not.
     """
-    hint = "HINT: objectives and trajectories of your own are dataclasses, @dataclass(frozen=True), with numbers and texts as arguments."
+    hint = (
+        "HINT: objectives and trajectories of your own are dataclasses, "
+        "@dataclass(frozen=True), with numbers and texts as arguments."
+    )
     try:
         again = Method.from_dict(json.loads(json.dumps(method.to_dict())))
     except (TypeError, ValueError) as error:
@@ -131,7 +143,8 @@ def refuse_undescribed(method: Method) -> None:
         ) from error
     if again != method:
         raise TrialError(
-            f"The method {method.name!r} cannot be described in the store: read back it would be {again}, expected {method}. {hint}"
+            f"The method {method.name!r} cannot be described in the store: read back it would be "
+            f"{again}, expected {method}. {hint}"
         )
 
 
@@ -149,17 +162,19 @@ def refuse_without_condition(task: Any, method: Method, samples: Encoded) -> Non
         else "methods.d_trak()"
     )
     raise TrialError(
-        f"The method {method.name!r} asks what a concept adds: it compares the network under two conditions, and {name_of(task)} has "
-        f"none (`encode(batch).condition` is empty), so that nobody could be answered. HINT: trace with {instead}, which looks "
-        "at the whole image."
+        f"The method {method.name!r} asks what a concept adds: it compares the network under two "
+        f"conditions, and {name_of(task)} has none (`encode(batch).condition` is empty), so that "
+        f"nobody could be answered. HINT: trace with {instead}, which looks at the whole image."
     )
 
 
 def conditions_of(task: Any, question: Question) -> dict[str, Condition]:
-    """The conditions of a question, one row each: ``present``, ``absent``, and ``null`` where its image is generated with guidance.
+    """The conditions of a question, one row each: ``present``, ``absent``, and ``null`` where its
+    image is generated with guidance.
 
     Raises:
-        TrialError: the task cannot make them, or they are not one row each with the same names; names the question.
+        TrialError: the task cannot make them, or they are not one row each with the same names;
+            names the question.
     """
     specs: dict[str, Spec] = {"present": question.present, "absent": question.absent}
     if question.is_guided:
@@ -167,7 +182,9 @@ def conditions_of(task: Any, question: Question) -> dict[str, Condition]:
     found: dict[str, Condition] = {}
     for side, spec in specs.items():
         shown = spec if isinstance(spec, str) else dict(spec)
-        with named(f"Concept({question.name!r}, {side}={shown!r}): {name_of(task)}.condition({shown!r}, 1)"):
+        with named(
+            f"Concept({question.name!r}, {side}={shown!r}): {name_of(task)}.condition({shown!r}, 1)"
+        ):
             with torch.no_grad():
                 found[side] = task.condition(spec, 1)
             wrong = {
@@ -177,7 +194,8 @@ def conditions_of(task: Any, question: Question) -> dict[str, Condition]:
             }
             if wrong or found[side].keys() != found["present"].keys():
                 raise TrialError(
-                    f"it gave {_shapes(found[side])}, expected one row [1, ...] of each of {sorted(found['present'])}."
+                    f"it gave {_shapes(found[side])}, expected one row [1, ...] of each of "
+                    f"{sorted(found['present'])}."
                 )
     return found
 
@@ -190,7 +208,8 @@ def try_questions(
     questions: Sequence[Question],
     seed: int,
 ) -> None:
-    """Makes the conditions of all questions, and asks the first of them at one state of a training sample.
+    """Makes the conditions of all questions, and asks the first of them at one state of a training
+    sample.
 
     Raises:
         TrialError: a question cannot be asked; names it.
@@ -201,7 +220,9 @@ def try_questions(
     one, first = samples.rows(0, 1), conditions[0]
     watched = Watched(task)
     with named(f"asking Concept({questions[0].name!r})"):
-        states = list(Noised(timesteps=1).states(watched, one.latents, one.condition, one.sample_ids, seed))
+        states = list(
+            Noised(timesteps=1).states(watched, one.latents, one.condition, one.sample_ids, seed)
+        )
         sides = {"present": first["present"], "absent": first["absent"]}
         trace_query(watched, tracer, method, states, one.latents, sides)  # type: ignore[arg-type]
         if hasattr(watched, "decode"):
@@ -235,13 +256,15 @@ def named(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise _failed(what, error) from (error.__cause__ if isinstance(error, TrialError) else error)
+        raise _failed(what, error) from (
+            error.__cause__ if isinstance(error, TrialError) else error
+        )
 
 
 @contextmanager
 def told_of_buffers(changed: Callable[[], list[str]]) -> Iterator[None]:
-    """Names, where rows are not each sample's own, the buffers that a pass changes: an output that depends on them is another one in
-    every pass.
+    """Names, where rows are not each sample's own, the buffers that a pass changes: an output that
+    depends on them is another one in every pass.
 
     Raises:
         TrialError: as was raised inside.
@@ -254,8 +277,9 @@ def told_of_buffers(changed: Callable[[], list[str]]) -> Iterator[None]:
             raise
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         raise TrialError(
-            f"{error} A likely cause: a pass in evaluation mode changes the buffers {names[:_SHOWN]}{more}, so that an output which depends "
-            "on them, such as a running estimate, is another one in every pass. HINT: let `forward` update them only where "
+            f"{error} A likely cause: a pass in evaluation mode changes the buffers "
+            f"{names[:_SHOWN]}{more}, so that an output which depends on them, such as a running "
+            "estimate, is another one in every pass. HINT: let `forward` update them only where "
             "`self.training` is set."
         ) from error.__cause__
 
@@ -264,21 +288,26 @@ def _failed(what: str, error: Exception) -> TrialError:
     if isinstance(error, _TYPED):
         return TrialError(f"{what}: {error}")
     return TrialError(
-        f"{what}: {type(error).__name__}: {error} HINT: so it would be called at every checkpoint, in evaluation mode; make the same "
-        "call by hand."
+        f"{what}: {type(error).__name__}: {error} HINT: so it would be called at every checkpoint, "
+        "in evaluation mode; make the same call by hand."
     )
 
 
 def _joined(a: Encoded, b: Encoded) -> Encoded:
     return Encoded(
         latents=torch.cat([a.latents, b.latents]),
-        condition={name: torch.cat([value, b.condition[name]]) for name, value in a.condition.items()},
+        condition={
+            name: torch.cat([value, b.condition[name]]) for name, value in a.condition.items()
+        },
         sample_ids=[*a.sample_ids, *b.sample_ids],
     )
 
 
 def _described(samples: Encoded) -> str:
-    return f"{samples.sample_ids} (latents {_shape(samples.latents)}, condition {_shapes(samples.condition)})"
+    return (
+        f"{samples.sample_ids} (latents {_shape(samples.latents)}, condition "
+        f"{_shapes(samples.condition)})"
+    )
 
 
 def _shapes(condition: Mapping[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""A toy of a few steps has learnt nothing, and answers about it say so first; for tests of what is shown of models that have."""
+"""A toy of a few steps has learnt nothing, and answers about it say so first; for tests of what is
+shown of models that have."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

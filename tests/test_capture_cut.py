@@ -14,7 +14,8 @@ from tests.stress.subject import Subject
 from tests.toy import Toys
 
 SHARD, BATCH = 5, 4
-"""Twelve samples: the first shard ends behind the first sample of the second batch, the second behind the second of the third."""
+"""Twelve samples: the first shard ends behind the first sample of the second batch, the second
+behind the second of the third."""
 
 
 class Stopped(Subject):
@@ -36,20 +37,29 @@ def capture(folder: Path, fails_at: int = -1) -> None:
     method = methods.d_trak(timesteps=1)
     tracer = GradientTracer(task.denoiser, Projection(rank=4, dim=32))
     made = Capture(
-        str(folder), task, task, DataLoader(Toys(), BATCH), method=method, tracer=tracer, progress=False
+        str(folder),
+        task,
+        task,
+        DataLoader(Toys(), BATCH),
+        method=method,
+        tracer=tracer,
+        progress=False,
     )
     task.passes = 0
     made.run(1, epoch=0)
 
 
-@pytest.mark.parametrize("passes", [2, -1], ids=["cut in the second batch", "cut in the third batch"])
+@pytest.mark.parametrize(
+    "passes", [2, -1], ids=["cut in the second batch", "cut in the third batch"]
+)
 def test_a_capture_that_was_cut_inside_a_batch_goes_on_with_the_next_sample(
     tmp_path: Path, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "default_shard_rows", lambda *_: SHARD)
     capture(tmp_path / "whole")
     whole = TraceStore(tmp_path / "whole")
-    # d_trak has one pass a state: two batches were traced, of which a shard is on disk, or all three, of which two are.
+    # d_trak has one pass a state: two batches were traced, of which a shard is on disk, or all
+    # three, of which two are.
     with pytest.MonkeyPatch.context() as patched:
         if passes < 0:
             patched.setattr("ctrak_lightning.traces.CheckpointWriter.seal", _interrupted)
@@ -62,9 +72,13 @@ def test_a_capture_that_was_cut_inside_a_batch_goes_on_with_the_next_sample(
     found, expected = (store.checkpoints[0] for store in (TraceStore(tmp_path / "cut"), whole))
     assert torch.equal(found.features(), expected.features())
     assert torch.equal(found.losses(), expected.losses())
-    names = {str(path.relative_to(tmp_path / "whole")) for path in (tmp_path / "whole").rglob("*.h5")}
+    names = {
+        str(path.relative_to(tmp_path / "whole")) for path in (tmp_path / "whole").rglob("*.h5")
+    }
     for name in names:
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (
+            name
+        )
 
 
 def _interrupted(*_: object) -> None:

@@ -17,7 +17,9 @@ from ctrak_lightning.processes import ALONE, DistributedProcesses, Processes
 from .threads import together
 from .toy import QuickDiffusion, Toys
 
-MODULE = QuickDiffusion()  # made once: threads that seed the global generator get in each other's way
+MODULE = (
+    QuickDiffusion()
+)  # made once: threads that seed the global generator get in each other's way
 
 
 class Counted(Dataset[dict[str, Any]]):
@@ -62,7 +64,9 @@ def test_the_store_is_that_of_one_process(tmp_path: Path, count: int, kind: str)
         all_batches = list(loader)
         return [all_batches[i] for i in order]
 
-    ended = together(count, lambda processes: capture(tmp_path / "many", batches(), processes, runs=2))
+    ended = together(
+        count, lambda processes: capture(tmp_path / "many", batches(), processes, runs=2)
+    )
     assert [error for error in ended if isinstance(error, Exception)] == []
     capture(tmp_path / "one", batches(), ALONE, runs=2)
     many, one = TraceStore(tmp_path / "many"), TraceStore(tmp_path / "one")
@@ -86,7 +90,8 @@ def test_a_loader_in_order_loads_no_others_samples(tmp_path: Path) -> None:
         seen[processes.rank] = data.seen
 
     assert together(2, one) == [None, None]
-    # The first batch on trial; all once to see who they are; the first again, whether it is the same; all to trace them.
+    # The first batch on trial; all once to see who they are; the first again, whether it is the
+    # same; all to trace them.
     own = [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]
     assert seen == [[*batches[:3], *batches, *batches[:3], *batches] for batches in own]
 
@@ -112,7 +117,9 @@ def test_an_order_that_changes_is_refused_by_all(tmp_path: Path) -> None:
         def __iter__(self) -> Any:
             self.times += 1
             batches = list(DataLoader(Toys(), batch_size=3))
-            return iter(batches[:: 1 if self.times <= 2 else -1])  # on trial, and to see who they are
+            return iter(
+                batches[:: 1 if self.times <= 2 else -1]
+            )  # on trial, and to see who they are
 
     errors = together(2, lambda processes: capture(tmp_path, Unsteady(), processes))
     assert [type(error) for error in errors] == [DatasetChangedError] * 2

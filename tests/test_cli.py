@@ -21,7 +21,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ctrak_lightning
 from ctrak_lightning import Concept, Method, TraceStore, methods
 from ctrak_lightning.cli import main, report
-from ctrak_lightning.cli.question import add_question, concepts_of, load_module, method_at, parse_spec
+from ctrak_lightning.cli.question import (
+    add_question,
+    concepts_of,
+    load_module,
+    method_at,
+    parse_spec,
+)
 from ctrak_lightning.errors import ConceptError
 from ctrak_lightning.provenance import Ledger, verify
 from ctrak_lightning.provenance.recording import record_run
@@ -65,7 +71,8 @@ def write_callback(folder: Path, name: str = "concept_tracer.yaml") -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run: ``ctrak fit`` with the callback's YAML as a second ``--config``."""
+    """A folder with a finished run: ``ctrak fit`` with the callback's YAML as a second
+    ``--config``."""
     folder = tmp_path_factory.mktemp("run")
     command = [
         sys.executable,
@@ -98,8 +105,16 @@ def test_the_yaml_of_the_monitor(tmp_path: Path, form: str) -> None:
     facts = yaml.safe_load((ROOT / "callbacks" / "concept_monitor.yaml").read_text())
     tracer, monitor = facts["trainer"]["callbacks+"]
     tracer["init_args"]["dirpath"] = str(tmp_path / "traces")
-    facts["trainer"]["logger"]["init_args"] |= {"save_dir": str(tmp_path), "name": "board", "version": ""}
-    asked = {"name": "red", "present": {"colour": "red", "shape": "bar"}, "absent": {"shape": "bar"}}
+    facts["trainer"]["logger"]["init_args"] |= {
+        "save_dir": str(tmp_path),
+        "name": "board",
+        "version": "",
+    }
+    asked = {
+        "name": "red",
+        "present": {"colour": "red", "shape": "bar"},
+        "absent": {"shape": "bar"},
+    }
     asked_otherwise = {"class_path": "ctrak_lightning.Concept", "init_args": asked}
     assert all(concept.keys() == asked.keys() for concept in monitor["init_args"]["concepts"])
     monitor["init_args"]["concepts"] = [asked if form == "plain" else asked_otherwise]
@@ -121,7 +136,9 @@ def test_fit_attaches_the_callback_from_its_yaml(run: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:damping='agreement' compares checkpoints")
-def test_attribute_prints_and_writes_the_ranking(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_attribute_prints_and_writes_the_ranking(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [
         "attribute",
         str(run / "traces"),
@@ -135,7 +152,16 @@ def test_attribute_prints_and_writes_the_ranking(run: Path, capsys: pytest.Captu
     question = ["--present", "colour=red", "shape=bar", "--absent", "shape=bar", "--group", "owner"]
     with lenient():
         main(
-            [*arguments, *question, "--top", "3", "--csv", str(run / "r.csv"), "--json", str(run / "r.json")]
+            [
+                *arguments,
+                *question,
+                "--top",
+                "3",
+                "--csv",
+                str(run / "r.csv"),
+                "--json",
+                str(run / "r.json"),
+            ]
         )
     printed = capsys.readouterr().out
     document = json.loads((run / "r.json").read_text())
@@ -158,10 +184,15 @@ def test_report_asks_each_attribute_and_splits_the_scores(
 ) -> None:
     out = run / "page.html"
     arguments = ["report", str(run / "traces"), "--config", str(run / "run.yaml"), "--steps", "6"]
-    main([*arguments, "--present", "colour=red", "shape=bar", "--out", str(out), "--group", "shape"])
+    main(
+        [*arguments, "--present", "colour=red", "shape=bar", "--out", str(out), "--group", "shape"]
+    )
     assert f"{out}: red, bar" in capsys.readouterr().out
     page = Page(out)
-    assert [a["id"] for a in page.all("section") if "data-concept" in a] == ["concept-1", "concept-2"]
+    assert [a["id"] for a in page.all("section") if "data-concept" in a] == [
+        "concept-1",
+        "concept-2",
+    ]
     assert page.data["columns"][page.data["group"]]["name"] == "shape"
     assert all(concept["by_timestep"] for concept in page.data["concepts"])
     assert "rests on a single checkpoint" in page.text
@@ -183,26 +214,46 @@ def test_files_and_groups_are_checked_before_any_work(
         ([option, str(tmp_path)], "is a folder"),
         ([option, str(tmp_path / "kept")], "exists. HINT.*--force"),
         ([option, str(tmp_path / "link")], "exists. HINT.*--force"),
-        ([option, str(tmp_path / "kept" / "x.csv")], "cannot be written: its folder cannot be made"),
+        (
+            [option, str(tmp_path / "kept" / "x.csv")],
+            "cannot be written: its folder cannot be made",
+        ),
         ([option, str(run / "traces" / "x.csv")], "lies in the folder of the traces"),
         (["--group", "nobody"], "--group 'nobody'.*The store has: colour, owner, shape"),
     ]
     if os.geteuid() != 0:  # root may write everywhere
-        wrong.append(([option, str(tmp_path / "locked" / "x")], "cannot be written: this user may not"))
+        wrong.append(
+            ([option, str(tmp_path / "locked" / "x")], "cannot be written: this user may not")
+        )
     if command == "attribute":
         wrong += [
-            (["--csv", str(tmp_path / "n"), "--json", str(tmp_path / "." / "n")], "is also what --csv names"),
+            (
+                ["--csv", str(tmp_path / "n"), "--json", str(tmp_path / "." / "n")],
+                "is also what --csv names",
+            ),
             (["--json", str(tmp_path / "kept")], "exists"),
         ]
-    arguments = [command, str(run / "traces"), "--config", str(run / "run.yaml"), "--present", "colour=red"]
+    arguments = [
+        command,
+        str(run / "traces"),
+        "--config",
+        str(run / "run.yaml"),
+        "--present",
+        "colour=red",
+    ]
     monkeypatch.chdir(tmp_path)
     for words, message in wrong:
         with pytest.raises(SystemExit, match=f"ctrak {command}: .*{message}"):
             main([*arguments, *words])
     assert (tmp_path / "kept").read_text() == "years of work"
     assert not (tmp_path / "n").exists()
-    # What is allowed gets as far as the model: --force, and what is no regular file. Missing folders are made.
-    for words in ([option, str(tmp_path / "kept"), "--force"], [option, "/dev/null"], [option, "a/b/c"]):
+    # What is allowed gets as far as the model: --force, and what is no regular file. Missing
+    # folders are made.
+    for words in (
+        [option, str(tmp_path / "kept"), "--force"],
+        [option, "/dev/null"],
+        [option, "a/b/c"],
+    ):
         with pytest.raises(AssertionError, match="the model was loaded"):
             main([*arguments, *words])
     assert (tmp_path / "a" / "b").is_dir()
@@ -214,7 +265,10 @@ def test_files_and_groups_are_checked_before_any_work(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["a=1", "b=2"], [("1", {"a": "1", "b": "2"}, {"b": "2"}), ("2", {"a": "1", "b": "2"}, {"a": "1"})]),
+        (
+            ["a=1", "b=2"],
+            [("1", {"a": "1", "b": "2"}, {"b": "2"}), ("2", {"a": "1", "b": "2"}, {"a": "1"})],
+        ),
         (["a=1", "b=2", "--absent", "b=2"], [("1", {"a": "1", "b": "2"}, {"b": "2"})]),
         (["a=1", "--absent"], [("1", {"a": "1"}, {})]),
         (["an owl"], [("an owl", "an owl", {})]),
@@ -227,13 +281,18 @@ def test_files_and_groups_are_checked_before_any_work(
     ],
 )
 def test_concepts_of_a_report(
-    words: list[str], expected: list[tuple[str, Spec, Spec]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    words: list[str],
+    expected: list[tuple[str, Spec, Spec]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """What the command asks, without a model."""
     asked: list[Concept] = []
 
     class Asked:
-        def attribute_many(self, concepts: list[Concept], seed: int, *, parts: bool) -> list[object]:
+        def attribute_many(
+            self, concepts: list[Concept], seed: int, *, parts: bool
+        ) -> list[object]:
             assert parts
             asked.extend(concepts)
             return []
@@ -241,7 +300,9 @@ def test_concepts_of_a_report(
     monkeypatch.setattr(report, "opened_store", lambda args: None)
     monkeypatch.setattr(report, "attributor_of", lambda args, store: Asked())
     monkeypatch.setattr(report, "write_report", lambda out, results, group: None)
-    report.run(["store", "--config", "x.yaml", "--out", str(tmp_path / "p.html"), "--present", *words])
+    report.run(
+        ["store", "--config", "x.yaml", "--out", str(tmp_path / "p.html"), "--present", *words]
+    )
     assert asked == [Concept(*each) for each in expected]
 
 
@@ -255,7 +316,9 @@ def test_concepts_of_a_report(
         (["--concept", "x: b='2"], "quotation"),
     ],
 )
-def test_concepts_of_a_report_that_say_nothing(words: list[str], message: str, tmp_path: Path) -> None:
+def test_concepts_of_a_report_that_say_nothing(
+    words: list[str], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(SystemExit, match=f"ctrak report: .*{message}"):
         main(["report", str(tmp_path), "--config", "x.yaml", "--present", "a=1", *words])
 
@@ -319,10 +382,22 @@ def test_images_masks_and_no_image_at_all(tmp_path: Path) -> None:
         ([], "expected --prompt or --present, and not both"),
         (["--prompt", PROMPT, "--present", "a=1"], "and not both"),
         (["--prompt", PROMPT], "expected --concept with words of it"),
-        (["--prompt", PROMPT, "--concept", "cat", "--absent", "a dog"], "no --absent. HINT: --absent-prompt"),
+        (
+            ["--prompt", PROMPT, "--concept", "cat", "--absent", "a dog"],
+            "no --absent. HINT: --absent-prompt",
+        ),
         (["--prompt", PROMPT, "--concept", "dog"], "'dog'.*: the concept is not in the prompt"),
         (
-            ["--prompt", PROMPT, "--concept", "cat", "--concept", "Picasso", "--absent-prompt", "a dog"],
+            [
+                "--prompt",
+                PROMPT,
+                "--concept",
+                "cat",
+                "--concept",
+                "Picasso",
+                "--absent-prompt",
+                "a dog",
+            ],
             "expected one with --absent-prompt",
         ),
         (["--present", "a=1", "--absent-prompt", "a dog"], "--absent-prompt goes with --prompt"),
@@ -340,7 +415,14 @@ def test_questions_that_say_nothing(words: list[str], message: str, tmp_path: Pa
 def test_several_concepts_a_part_and_the_distribution(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["attribute", str(run / "traces"), "--config", str(run / "run.yaml"), "--steps", "6"]
+    arguments = [
+        "attribute",
+        str(run / "traces"),
+        "--config",
+        str(run / "run.yaml"),
+        "--steps",
+        "6",
+    ]
     question = [
         "--present",
         "colour=red",
@@ -370,7 +452,9 @@ def test_several_concepts_a_part_and_the_distribution(
     assert f"cosine of 'red' and 'bar': {cosine:.2f}" in printed
     with open(tmp_path / "t.csv", newline="") as file:
         rows = {row["sample_id"]: row for row in csv.DictReader(file)}
-    by_rank = [sample for sample, row in sorted(rows.items(), key=lambda pair: int(pair[1]["rank bar"]))]
+    by_rank = [
+        sample for sample, row in sorted(rows.items(), key=lambda pair: int(pair[1]["rank bar"]))
+    ]
     ranked = re.findall(r"^ +\d+ +-?\d+\.\d+ +(\S+)$", printed, re.MULTILINE)
     assert ranked[3:6] == by_rank[:3]
     mask = np.zeros((8, 8), np.uint8)
@@ -382,7 +466,10 @@ def test_several_concepts_a_part_and_the_distribution(
     assert "Asked of a part of the image only, 25 % of it." in Page(tmp_path / "p.html").text
     main([*report_of, *single, "--global"])
     text = Page(tmp_path / "p.html").text
-    assert "told colour: red, what would it not show when it is told nothing (the null condition)" in text
+    assert (
+        "told colour: red, what would it not show when it is told nothing (the null condition)"
+        in text
+    )
     assert "Asked of several images of the concept alone" in text
     with pytest.raises(SystemExit, match="ctrak attribute: ToyDiffusion has no `latents`"):
         main([*arguments, *single, "--image", str(tmp_path / "m.png")])
@@ -413,7 +500,9 @@ def test_attribute_reports_an_unknown_value(run: Path) -> None:
         main([*arguments, "--present", "colour=rad"])
 
 
-def test_info_shows_and_verifies(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_shows_and_verifies(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["info", str(run / "traces"), "--verify"])
     printed = capsys.readouterr().out
     assert "concept_trak" in printed
@@ -431,7 +520,8 @@ def test_info_shows_and_verifies(run: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_mistakes_end_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
-        SystemExit, match=r"unknown command 'atribute'\. Did you mean 'attribute'\? Known: fit, attribute"
+        SystemExit,
+        match=r"unknown command 'atribute'\. Did you mean 'attribute'\? Known: fit, attribute",
     ):
         main(["atribute"])
     with pytest.raises(SystemExit, match="ctrak info: .*nowhere"):
@@ -462,10 +552,13 @@ def test_a_method_is_named_by_its_place() -> None:
 
 def test_help_and_version_wait_for_nothing() -> None:
     code = (
-        "import sys; from ctrak_lightning.cli import main; main(['--help']); main(['help']); main(['--version']); "
-        "print(sorted({'torch', 'lightning', 'numpy', 'h5py', 'diffusers'} & set(sys.modules)))"
+        "import sys; from ctrak_lightning.cli import main; main(['--help']); main(['help']); "
+        "main(['--version']); print(sorted({'torch', 'lightning', 'numpy', 'h5py', 'diffusers'} & "
+        "set(sys.modules)))"
     )
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert printed.count("usage: ctrak COMMAND") == 2
     assert printed.endswith(f"ctrak-lightning {ctrak_lightning.__version__}\n[]\n")
 
@@ -487,7 +580,9 @@ def test_a_config_builds_the_module_of_the_run(tmp_path: Path) -> None:
     bare = load_module(tmp_path / "bare.yaml", "tests.toy.ToyDiffusion")
     expected = ToyDiffusion(seed=3).state_dict()
     for module in (load_module(write_config(tmp_path)), bare):
-        assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
+        assert all(
+            torch.equal(value, expected[name]) for name, value in module.state_dict().items()
+        )
 
 
 def test_specs() -> None:

@@ -49,7 +49,9 @@ def test_verify_prints_the_head_and_names_what_differs(
     assert "verified" not in text
 
 
-def test_verify_without_a_ledger_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_without_a_ledger_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = printed(capsys, "verify", Capture().run(tmp_path / "store"))
     assert "ledger     none: only the manifest vouches" in text
     assert "verified" in text
@@ -74,7 +76,9 @@ def test_forget_and_its_mistakes(store: Path, capsys: pytest.CaptureFixture[str]
         SystemExit, match=r"ctrak forget: .*no sample 'image/03\.png'.*Near: 'image/003\.png'"
     ):
         main(["forget", str(store), "--sample", "image/03.png", "--yes"])
-    text = printed(capsys, "forget", store, "--sample", "image/003.png", "--sample=image/008.png", "--yes")
+    text = printed(
+        capsys, "forget", store, "--sample", "image/003.png", "--sample=image/008.png", "--yes"
+    )
     assert "forgotten  2 samples, 8 remain" in text
     assert text.count("tombstone  ") == 2
     assert len(TraceStore(store)) == 8
@@ -101,15 +105,27 @@ def test_who_would_go_is_said_and_nothing_is_changed(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--where", "owner=ann"], r"no such metadata column.*The store has: 'artist', 'licence/url'.*HINT"),
-        (["--where", "artist=anne"], r"no sample has that value.*Near: 'ann'\..*'noto' \(5\), 'ann' \(5\)"),
+        (
+            ["--where", "owner=ann"],
+            r"no such metadata column.*The store has: 'artist', 'licence/url'.*HINT",
+        ),
+        (
+            ["--where", "artist=anne"],
+            r"no sample has that value.*Near: 'ann'\..*'noto' \(5\), 'ann' \(5\)",
+        ),
         (["--where", "artist"], "no such metadata column"),
-        (["--where", "artist=ann", "--where", "artist=noto"], "no sample meets all.*5 have 'artist=ann'"),
+        (
+            ["--where", "artist=ann", "--where", "artist=noto"],
+            "no sample meets all.*5 have 'artist=ann'",
+        ),
         (["--where", "artist=ann", "--sample", "image/003.png"], "expected one or the other"),
         (["--where", "licence/url="], "these are all of its 10 samples"),
         (["--ids-from", "missing"], "--ids-from missing: cannot be read.*HINT"),
         (["--dry-run"], "of no samples.*HINT"),
-        (["--sample", "image/003.png"], "1 of 10 samples would be forgotten.*no terminal to ask at.*--yes"),
+        (
+            ["--sample", "image/003.png"],
+            "1 of 10 samples would be forgotten.*no terminal to ask at.*--yes",
+        ),
     ],
 )
 def test_what_is_not_clear_is_not_forgotten(
@@ -123,9 +139,15 @@ def test_what_is_not_clear_is_not_forgotten(
     assert read_bytes(store) == before
 
 
-@pytest.mark.parametrize(("answer", "goes"), [("5\n", True), ("y\n", False), ("\n", False), ("", False)])
+@pytest.mark.parametrize(
+    ("answer", "goes"), [("5\n", True), ("y\n", False), ("\n", False), ("", False)]
+)
 def test_a_terminal_is_asked_for_the_number(
-    store: Path, answer: str, goes: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: Path,
+    answer: str,
+    goes: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     terminal = io.StringIO(answer)
     terminal.isatty = lambda: True  # type: ignore[method-assign]
@@ -138,7 +160,9 @@ def test_a_terminal_is_asked_for_the_number(
         with pytest.raises(SystemExit, match="expected '5'; nothing was forgotten"):
             main(command)
     assert len(TraceStore(store)) == (5 if goes else 10)
-    assert set(TraceStore(store).samples.metadata["artist"]) == ({"noto"} if goes else {"noto", "ann"})
+    assert set(TraceStore(store).samples.metadata["artist"]) == (
+        {"noto"} if goes else {"noto", "ann"}
+    )
 
 
 def test_lineage_prints_the_chain(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,22 +64,36 @@ def test_a_field_of_any_kind_is_in_the_hash(kind: str) -> None:
     rows = content_hashes(batch(one, other, one), encoded(3))
     assert rows[0] == rows[2] != rows[1]
     assert content_hashes(batch(one), encoded(1)) == rows[:1]
-    assert changed_samples(["a", "b", "c"], rows, content_hashes(batch(one, one, one), encoded(3))) == ["b"]
+    assert changed_samples(
+        ["a", "b", "c"], rows, content_hashes(batch(one, one, one), encoded(3))
+    ) == ["b"]
 
 
 def test_collated_columns_are_those_of_any_batch_size() -> None:
-    """default_collate makes columns of nested mappings, of tuples of numbers and of tuples of text."""
+    """default_collate makes columns of nested mappings, of tuples of numbers and of tuples of
+    text."""
     samples = [
-        {"id": f"{i}", "image": {"x": torch.full((2, 2), float(i))}, "size": (i, 8), "words": ("a", f"{i}")}
+        {
+            "id": f"{i}",
+            "image": {"x": torch.full((2, 2), float(i))},
+            "size": (i, 8),
+            "words": ("a", f"{i}"),
+        }
         for i in range(4)
     ]
     whole = content_hashes(default_collate(samples), encoded(4))
     assert len(set(whole)) == 4
-    assert whole == [content_hashes(default_collate([sample]), encoded(1))[0] for sample in samples] or whole[
-        :3
-    ] == content_hashes(default_collate(samples[:3]), encoded(3))
-    for name, value in {"image": {"x": torch.zeros(2, 2)}, "size": (3, 9), "words": ("b", "3")}.items():
-        changed = content_hashes(default_collate([*samples[:3], samples[3] | {name: value}]), encoded(4))
+    assert whole == [
+        content_hashes(default_collate([sample]), encoded(1))[0] for sample in samples
+    ] or whole[:3] == content_hashes(default_collate(samples[:3]), encoded(3))
+    for name, value in {
+        "image": {"x": torch.zeros(2, 2)},
+        "size": (3, 9),
+        "words": ("b", "3"),
+    }.items():
+        changed = content_hashes(
+            default_collate([*samples[:3], samples[3] | {name: value}]), encoded(4)
+        )
         assert [a == b for a, b in zip(whole, changed, strict=True)] == [True, True, True, False]
 
 
@@ -101,7 +115,8 @@ def test_latents_and_tokens_stand_in_for_what_cannot_be_taken_apart() -> None:
         ) == ["b"]
         other = content_hashes(batch, encoded(2, latents, tokens=torch.tensor([[1], [3]])))
         assert changed_samples("ab", before, other) == ["b"]
-    # Embeddings, which training may change, are not content; nor are latents where the images themselves are there.
+    # Embeddings, which training may change, are not content; nor are latents where the images
+    # themselves are there.
     batch = {"image": torch.ones(2, 4), "epoch": 3}
     one = content_hashes(batch, encoded(2, latents, states=torch.zeros(2, 3)))
     assert one == content_hashes(batch, encoded(2, latents + 1, states=torch.ones(2, 3)))

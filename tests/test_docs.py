@@ -1,4 +1,5 @@
-"""README and docs: blocks of code run as they stand, links lead somewhere, the front page stays short."""
+"""README and docs: blocks of code run as they stand, links lead somewhere, the front page stays
+short."""
 
 import hashlib
 import re
@@ -32,7 +33,9 @@ class Worded(Seeing):
 
     def condition(self, spec: Mapping[str, str] | str, n: int) -> dict[str, Tensor]:
         words = spec.split() if isinstance(spec, str) else []
-        places = [1 + int(hashlib.sha256(word.encode()).hexdigest(), 16) % 7 for word in words] or [0]
+        places = [1 + int(hashlib.sha256(word.encode()).hexdigest(), 16) % 7 for word in words] or [
+            0
+        ]
         rows = self.embedding(torch.tensor(places)).mean(0).expand(n, 2, -1)
         return {"encoder_hidden_states": rows}
 
@@ -90,7 +93,9 @@ def test_every_link_leads_somewhere() -> None:
             if link.startswith(("http", "mailto:")):
                 continue
             target = (page.parent / name).resolve() if name else page
-            if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            if not target.exists() or (
+                anchor and target.suffix == ".md" and anchor not in anchors(target)
+            ):
                 dead.append(f"{page.relative_to(ROOT)}: {link}")
     assert dead == []
 
@@ -108,7 +113,9 @@ def test_the_front_page_is_read_in_two_minutes() -> None:
 
 
 def test_an_objective_of_ones_own_is_traced_and_described() -> None:
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.DOTALL)
+    [code] = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.DOTALL
+    )
     names: dict[str, Any] = {"__name__": "mine"}
     exec(code, names)
     method = names["quartic"]()
@@ -126,7 +133,9 @@ def test_the_page_of_methods_names_them_all() -> None:
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
 @pytest.mark.filterwarnings("ignore:.*the tokenizers cut")  # to the tiny one's 16 tokens
 def test_the_front_pages_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training, asking = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    training, asking = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
     torch.manual_seed(5)  # one with which some sample has a positive score
     pipeline = build("sd1")
     pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
@@ -135,7 +144,9 @@ def test_the_front_pages_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"pipeline": pipeline, "loader": DataLoader(Samples(), 2)}
     # As it stands, but for the number of epochs and what the Trainer prints.
-    shorter = training.replace("max_epochs=30", "max_epochs=2, logger=False, enable_progress_bar=False")
+    shorter = training.replace(
+        "max_epochs=30", "max_epochs=2, logger=False, enable_progress_bar=False"
+    )
     exec(shorter.replace("every_n_epochs=10", "every_n_epochs=1"), names)
     assert [one.step for one in TraceStore("runs/x/traces").checkpoints] == [2, 4]
     exec(asking, names)

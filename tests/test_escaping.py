@@ -1,4 +1,5 @@
-"""Other people's text does nothing: on a terminal, in a spreadsheet, as a second column of our own name."""
+"""Other people's text does nothing: on a terminal, in a spreadsheet, as a second column of our own
+name."""
 
 import csv
 from pathlib import Path
@@ -37,7 +38,9 @@ PLAIN = ["ok", "a=1", "ünï 猫", " padded", "10 %", ""]
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_a_cell_is_no_formula_and_can_be_read_back(text: str) -> None:
     cell = csv_cell(text)
-    assert cell[:1] not in set("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20") | {chr(code) for code in range(32)}
+    assert cell[:1] not in set("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20") | {
+        chr(code) for code in range(32)
+    }
     assert cell.removeprefix("'") == text
 
 
@@ -58,7 +61,10 @@ def test_what_is_shown_is_printable_and_on_one_line(text: str) -> None:
 
 
 @given(
-    st.lists(st.sampled_from(["score", "metadata.score", "metadata.metadata.score", "owner"]), unique=True)
+    st.lists(
+        st.sampled_from(["score", "metadata.score", "metadata.metadata.score", "owner"]),
+        unique=True,
+    )
 )
 def test_no_two_columns_have_one_name(columns: list[str]) -> None:
     heads = ["rank", "score", *metadata_heads(columns, ["rank", "score"])]
@@ -107,14 +113,23 @@ def test_several_rankings_side_by_side_are_written_so_too(tmp_path: Path) -> Non
     results = Attributions([answer("owl", **columns), answer("cat", **columns)], torch.eye(2))
     results.to_csv(tmp_path / "two.csv")
     [first, second, *_] = rows_of(tmp_path / "two.csv")
-    assert (first["sample_id"], first["owner"], first["metadata.sample_id"]) == ("'=1+1", "'=x", "'+")
-    assert (first["metadata.score owl"], float(first["score owl"])) == ("9", float(results[0].scores[0]))
+    assert (first["sample_id"], first["owner"], first["metadata.sample_id"]) == (
+        "'=1+1",
+        "'=x",
+        "'+",
+    )
+    assert (first["metadata.score owl"], float(first["score owl"])) == (
+        "9",
+        float(results[0].scores[0]),
+    )
     assert second["sample_id"] == "'-2"
     assert "c\\nd" in results.table()
 
 
 def test_no_two_rankings_have_one_name() -> None:
-    names = Attributions([answer(name) for name in ("owl", "owl", "owl (1)", "cat")], torch.eye(4)).names
+    names = Attributions(
+        [answer(name) for name in ("owl", "owl", "owl (1)", "cat")], torch.eye(4)
+    ).names
     assert names == ["owl (1) (1)", "owl (2)", "owl (1) (3)", "cat"]
 
 
@@ -123,7 +138,9 @@ def test_a_warning_shows_a_name_and_does_not_obey_it() -> None:
         warn_if_faint(torch.zeros(1), ["owl\x1b[2J"])
 
 
-def test_commands_print_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_print_no_control_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     say("cat\x1b[2J", "verified\r\x9b31m\u202e")
     assert capsys.readouterr().out == "cat\\x1b[2J\nverified\\r\\x9b31m\\u202e\n"
     path = Capture(steps=(300,)).run(tmp_path / "store")

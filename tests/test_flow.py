@@ -1,4 +1,5 @@
-"""Flow matching as noise and clean latents, against hand-written formulas and diffusers' own scheduler."""
+"""Flow matching as noise and clean latents, against hand-written formulas and diffusers' own
+scheduler."""
 
 from typing import Any
 
@@ -16,7 +17,8 @@ SHAPE = (2, 3, 4, 4)
 
 
 class Flow:
-    """A task whose network is a function of the state, the time and a condition; it remembers the times it was told."""
+    """A task whose network is a function of the state, the time and a condition; it remembers the
+    times it was told."""
 
     def __init__(self, **options: Any) -> None:
         self.scheduler = FlowMatchEulerDiscreteScheduler(**options)
@@ -42,14 +44,20 @@ def test_velocity_becomes_noise_and_clean_latents() -> None:
     t = torch.tensor([250.0, 900.0])
     x0, noise = torch.tensor([[2.0], [4.0]]), torch.tensor([[6.0], [-1.0]])
     x_t = schedule.add_noise(x0, noise, t)
-    torch.testing.assert_close(x_t, torch.tensor([[3.0], [-0.5]]))  # 0.75 * 2 + 0.25 * 6 and 0.1 * 4 - 0.9
+    torch.testing.assert_close(
+        x_t, torch.tensor([[3.0], [-0.5]])
+    )  # 0.75 * 2 + 0.25 * 6 and 0.1 * 4 - 0.9
     velocity = schedule.target(x0, noise, t)
     torch.testing.assert_close(velocity, torch.tensor([[4.0], [-5.0]]))
     torch.testing.assert_close(schedule.epsilon(velocity, x_t, t), noise)
     torch.testing.assert_close(schedule.x0_hat(velocity, x_t, t), x0)
     # A wrong velocity is wrong by (1 - sigma) in the noise and by -sigma in the clean latents.
-    torch.testing.assert_close(schedule.epsilon(velocity + 1, x_t, t) - noise, torch.tensor([[0.75], [0.1]]))
-    torch.testing.assert_close(schedule.x0_hat(velocity + 1, x_t, t) - x0, torch.tensor([[-0.25], [-0.9]]))
+    torch.testing.assert_close(
+        schedule.epsilon(velocity + 1, x_t, t) - noise, torch.tensor([[0.75], [0.1]])
+    )
+    torch.testing.assert_close(
+        schedule.x0_hat(velocity + 1, x_t, t) - x0, torch.tensor([[-0.25], [-0.9]])
+    )
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -59,7 +67,9 @@ def test_noise_is_that_of_the_scheduler(shift: float, latents: Tensor) -> None:
     x0, noise = latents
     for index in (0, 300, 998):
         t = scheduler.timesteps[index].repeat(2)
-        torch.testing.assert_close(schedule.add_noise(x0, noise, t), scheduler.scale_noise(x0, t, noise))
+        torch.testing.assert_close(
+            schedule.add_noise(x0, noise, t), scheduler.scale_noise(x0, t, noise)
+        )
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
@@ -68,7 +78,9 @@ def test_sampling_timesteps_are_those_of_diffusers(shift: float, steps: int) -> 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     schedule = NoiseSchedule.from_scheduler(scheduler)
     scheduler.set_timesteps(steps)
-    assert schedule.sampling_timesteps(steps) == pytest.approx(scheduler.timesteps.tolist(), rel=1e-6)
+    assert schedule.sampling_timesteps(steps) == pytest.approx(
+        scheduler.timesteps.tolist(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
@@ -83,7 +95,9 @@ def test_shift_by_image_size_is_that_of_diffusers(kind: str, tokens: int) -> Non
     )
     assert isinstance(schedule, FlowSchedule)
     without_ends = FlowSchedule(shift=schedule.shift)
-    assert without_ends.sampling_timesteps(7) == pytest.approx(scheduler.timesteps.tolist(), rel=1e-5)
+    assert without_ends.sampling_timesteps(7) == pytest.approx(
+        scheduler.timesteps.tolist(), rel=1e-5
+    )
 
 
 def test_even_and_random_timesteps_follow_the_shift() -> None:
@@ -103,7 +117,9 @@ def test_even_and_random_timesteps_follow_the_shift() -> None:
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_sampler_equals_the_schedulers_own_steps(shift: float, guidance: float, latents: Tensor) -> None:
+def test_sampler_equals_the_schedulers_own_steps(
+    shift: float, guidance: float, latents: Tensor
+) -> None:
     task = Flow(shift=shift)
     condition, null = task.condition("a cat", 2), task.condition({}, 2)
     generation = Sampler(steps=9, guidance=guidance).run(task, latents[0], condition, null)
@@ -145,7 +161,10 @@ def test_trajectories_take_real_timesteps(latents: Tensor) -> None:
     task = Flow(shift=3.0)
     condition = task.condition("a cat", 2)
     states = list(Noised(timesteps=2).states(task, latents[0], condition, ["a", "b"], 0))
-    assert [state.t.tolist() for state in states] == [pytest.approx([500.0] * 2), pytest.approx([900.0] * 2)]
+    assert [state.t.tolist() for state in states] == [
+        pytest.approx([500.0] * 2),
+        pytest.approx([900.0] * 2),
+    ]
     noise = (states[1].x_t - 0.1 * latents[0]) / 0.9
     assert noise.std().item() == pytest.approx(1, abs=0.3)
     torch.testing.assert_close(noise[0], noise[1], rtol=1e-4, atol=1e-4)  # shared by the samples
@@ -185,7 +204,8 @@ def test_a_flow_needs_a_positive_shift_and_says_what_it_is() -> None:
     with pytest.raises(ValueError, match="shift=0"):
         FlowSchedule(shift=0)
     described = [
-        NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=s)).to_dict() for s in (1, 3)
+        NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=s)).to_dict()
+        for s in (1, 3)
     ]
     assert described[0] == {"timesteps": 1000, "prediction_type": "flow", "shift": 1.0}
     assert described[0] != described[1]

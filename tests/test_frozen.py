@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ctrak_lightning import Attributor, Capture, GradientTracer, Projection, TraceStore, frozen, methods
+from ctrak_lightning import (
+    Attributor,
+    Capture,
+    GradientTracer,
+    Projection,
+    TraceStore,
+    frozen,
+    methods,
+)
 from ctrak_lightning.errors import StoreMismatchError, TrainingChangedError
 from ctrak_lightning.frozen import (
     BUFFER_LIMIT,
@@ -28,7 +36,8 @@ from .toy import CHANNELS, ToyDiffusion, Toys
 
 
 class Nested(nn.Module):
-    """A network in pieces, of which some are used by a call, some functionally, and some not at all."""
+    """A network in pieces, of which some are used by a call, some functionally, and some not at
+    all."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +77,10 @@ def test_parts_for_some_noise_levels_alone_are_found(tmp_path: Path) -> None:
             self.clean, self.noisy, self.idle = (nn.Conv2d(CHANNELS, CHANNELS, 1) for _ in range(3))
 
         def forward(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-            rows = [(self.noisy if level > 50 else self.clean)(row) for row, level in zip(x, t, strict=True)]
+            rows = [
+                (self.noisy if level > 50 else self.clean)(row)
+                for row, level in zip(x, t, strict=True)
+            ]
             return super().forward(torch.stack(rows), t, *args, **kwargs)
 
     module = ToyDiffusion(denoiser=Experts())
@@ -77,7 +89,9 @@ def test_parts_for_some_noise_levels_alone_are_found(tmp_path: Path) -> None:
         module.denoiser.get_submodule(name).requires_grad_(False)
     tracer = GradientTracer(module.denoiser, Projection(rank=2, dim=32))
     loader, method = DataLoader(Toys(), 6), methods.trak(timesteps=2)
-    capture = Capture(str(tmp_path), module, module, loader, method=method, tracer=tracer, progress=False)
+    capture = Capture(
+        str(tmp_path), module, module, loader, method=method, tracer=tracer, progress=False
+    )
     parts = json.loads(capture.writer.header.model["frozen_parts"])
     assert {"denoiser.clean", "denoiser.noisy", "embedding"} <= set(parts)
     assert not {"denoiser", "denoiser.idle"} & set(parts)
@@ -131,7 +145,9 @@ def test_a_hash_is_of_the_frozen_parts_alone() -> None:
 def test_each_weight_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     module, hashed = Nested(), []
     plain = frozen._bytes
-    monkeypatch.setattr(frozen, "_bytes", lambda value: hashed.append(value.numel()) or plain(value))
+    monkeypatch.setattr(
+        frozen, "_bytes", lambda value: hashed.append(value.numel()) or plain(value)
+    )
     Frozen(module, [""], [])
     assert max(hashed) > BUFFER_LIMIT
     hashed.clear()
@@ -164,7 +180,11 @@ def preview(weight: Tensor, times: int = 1) -> None:
     before = weight.detach().clone()
     with torch.no_grad():
         for _ in range(times):
-            delta = torch.randn(weight.shape, generator=generator).to(weight) * 0.3 * weight.float().std()
+            delta = (
+                torch.randn(weight.shape, generator=generator).to(weight)
+                * 0.3
+                * weight.float().std()
+            )
             weight.add_(delta).sub_(delta)
     assert not torch.equal(weight, before)
 
@@ -194,7 +214,9 @@ def test_rounding_is_told_once_and_a_change_is_refused(dtype: torch.dtype) -> No
     with torch.no_grad():
         for size in changes:
             weight[7, 11] += size * weight.norm()  # one element
-            with pytest.raises(TrainingChangedError, match=r"^1 weights.*'0\.weight'.*HINT.*merged"):
+            with pytest.raises(
+                TrainingChangedError, match=r"^1 weights.*'0\.weight'.*HINT.*merged"
+            ):
                 known.require_unchanged()
             weight.copy_(kept)
             weight.mul_(1 + 2 * size)  # all of them a little
@@ -209,7 +231,9 @@ def test_rounding_is_told_once_and_a_change_is_refused(dtype: torch.dtype) -> No
 
 def test_a_sketch_tells_rounding_from_everything_else() -> None:
     def network(a: int = 0, b: int = 1) -> nn.ModuleDict:
-        made = nn.ModuleDict({"a": nn.Linear(30, 30, bias=False), "b": nn.Linear(30, 30, bias=False)})
+        made = nn.ModuleDict(
+            {"a": nn.Linear(30, 30, bias=False), "b": nn.Linear(30, 30, bias=False)}
+        )
         for name, seed in (("a", a), ("b", b)):
             nn.init.normal_(made[name].weight, generator=torch.Generator().manual_seed(seed))
         made.register_buffer("codes", torch.arange(3))

@@ -1,4 +1,5 @@
-"""What tells one network from another with the same weights: its answers, its conditions and how its adapters are applied."""
+"""What tells one network from another with the same weights: its answers, its conditions and how
+its adapters are applied."""
 
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -41,7 +42,11 @@ class Zeros(ToyDiffusion):
     def condition(self, spec: Mapping[str, str] | str, n: int) -> dict[str, Tensor]:
         given = super().condition(spec, n)
         tokens = given["encoder_hidden_states"] if spec else given["encoder_hidden_states"] * 0
-        return {"encoder_hidden_states": tokens, "mask": torch.ones(n, 2), "size": torch.full((n, 1), 7)}
+        return {
+            "encoder_hidden_states": tokens,
+            "mask": torch.ones(n, 2),
+            "size": torch.full((n, 1), 7),
+        }
 
     def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         assert (condition["mask"] == 1).all()
@@ -166,7 +171,9 @@ class Prompts:
         return {"ids": torch.tensor([[self.first, *map(ord, spec)]]), "text": torch.ones(1, 5)}
 
 
-def test_tokenizers_are_told_apart_by_whole_numbers_that_are_far_larger_than_their_difference() -> None:
+def test_tokenizers_are_told_apart_by_whole_numbers_that_are_far_larger_than_their_difference() -> (
+    None
+):
     (mine, count), (same, _), (other, _) = (
         conditions_of(Prompts(first)) for first in (10**6, 10**6, 10**6 + 1)
     )
@@ -188,7 +195,9 @@ def test_a_task_without_specs_of_ours_has_no_conditions_recorded() -> None:
 
 
 def adapted(**kwargs: Any) -> nn.Module:
-    network = nn.ModuleDict({"net": nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), "copy": nn.Linear(3, 3)})
+    network = nn.ModuleDict(
+        {"net": nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), "copy": nn.Linear(3, 3)}
+    )
     inject_adapter_in_model(LoraConfig(r=4, target_modules=["0", "1", "copy"], **kwargs), network)
     return network
 
@@ -199,7 +208,8 @@ def test_how_adapters_are_applied_is_readable_and_told_apart() -> None:
     assert facts["adapters"].startswith("default, scaling 2 (layers: 2); sha256 ")
     assert adapter_facts(adapted(lora_alpha=8), ["net.0.lora_A", "net.1"]) == facts
     assert (
-        "scaling 4 (layers: 2)" in adapter_facts(adapted(lora_alpha=8, use_rslora=True), ["net"])["adapters"]
+        "scaling 4 (layers: 2)"
+        in adapter_facts(adapted(lora_alpha=8, use_rslora=True), ["net"])["adapters"]
     )
     assert "scaling 2 (layers: 3)" in adapter_facts(network, [""])["adapters"]
     found = {facts["adapters"]}

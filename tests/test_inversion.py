@@ -22,11 +22,16 @@ TOLERANCES = {
     "flow": 2e-3,
     "flow, shifted": 2e-3,
 }
-"""Relative, of every state; plain DDIM inversion, one evaluation per step, misses them by a factor of 5 to 50."""
+"""Relative, of every state; plain DDIM inversion, one evaluation per step, misses them by a factor
+of 5 to 50."""
 
 
 def ddim(kind: str, **options: Any) -> Schedule:
-    arguments = {"num_train_timesteps": 100, "prediction_type": kind, "clip_sample": False} | options
+    arguments = {
+        "num_train_timesteps": 100,
+        "prediction_type": kind,
+        "clip_sample": False,
+    } | options
     return NoiseSchedule.from_scheduler(DDIMScheduler(**arguments))
 
 
@@ -34,23 +39,30 @@ SCHEDULES = {
     "epsilon": ddim("epsilon"),
     "epsilon, offset": ddim("epsilon", steps_offset=1, set_alpha_to_one=False),
     "epsilon, linspace": ddim("epsilon", timestep_spacing="linspace"),
-    "v, zero terminal SNR": ddim("v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True),
+    "v, zero terminal SNR": ddim(
+        "v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True
+    ),
     "flow": FlowSchedule(timesteps=100),
     "flow, shifted": FlowSchedule(timesteps=100, shift=3.0),
 }
 
 
-def setup(schedule: Schedule) -> tuple[ToyDiffusion, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def setup(
+    schedule: Schedule,
+) -> tuple[ToyDiffusion, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     task = ToyDiffusion().eval()
     task.noise_schedule = schedule
-    with torch.no_grad():  # so that the output depends on the timestep as much as a trained network's
+    with (
+        torch.no_grad()
+    ):  # so that the output depends on the timestep as much as a trained network's
         task.denoiser.time_embedding.linear_1.weight.mul_(3)
     return task, task.condition({"colour": "red", "shape": "dot"}, 2), task.condition({}, 2)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "guidance"), [*((name, 1.0) for name in SCHEDULES), ("epsilon", 2.0), ("flow, shifted", 2.0)]
+    ("name", "guidance"),
+    [*((name, 1.0) for name in SCHEDULES), ("epsilon", 2.0), ("flow, shifted", 2.0)],
 )
 def test_inversion_recovers_the_states_of_the_generation(name: str, guidance: float) -> None:
     task, condition, null = setup(SCHEDULES[name])
@@ -58,7 +70,9 @@ def test_inversion_recovers_the_states_of_the_generation(name: str, guidance: fl
     sampler = Sampler(steps=STEPS, guidance=guidance)
     generation = sampler.run(task, torch.randn(2, 3, 8, 8), condition, null)
     found = inverted(sampler, task, generation.latents, condition, null)
-    expected = [state for state in generation.states if task.noise_schedule.level(state.t[0].item())[0] > 0]
+    expected = [
+        state for state in generation.states if task.noise_schedule.level(state.t[0].item())[0] > 0
+    ]
     assert len(found.states) == len(expected) >= STEPS - 1
     assert torch.equal(found.latents, generation.latents)
     for mine, theirs in zip(found.states, expected, strict=True):
@@ -66,7 +80,8 @@ def test_inversion_recovers_the_states_of_the_generation(name: str, guidance: fl
         assert mine.x0 is not None
         assert theirs.x0 is not None
         assert float((mine.x_t - theirs.x_t).norm() / theirs.x_t.norm()) < TOLERANCES[name]
-        # The predicted clean image is what is left when the noise is taken out, and where there is much of it is less certain.
+        # The predicted clean image is what is left when the noise is taken out, and where there is
+        # much of it is less certain.
         assert float((mine.x0 - theirs.x0).norm() / theirs.x0.norm()) < 20 * TOLERANCES[name]
 
 

@@ -35,7 +35,8 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(autouse=True)
 def quick_collections() -> Iterator[None]:
-    """Every pass that fails collects garbage; all that tests import is looked through then, for half a second."""
+    """Every pass that fails collects garbage; all that tests import is looked through then, for
+    half a second."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -43,7 +44,9 @@ def quick_collections() -> Iterator[None]:
 
 ERRORS = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
-    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    ),
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
     MemoryError(),
 )
@@ -142,7 +145,9 @@ def fitted(path: Path, module: QuickDiffusion) -> TraceStore:
 
     L.seed_everything(2, verbose=False)
     contrastive = methods.concept_trak(timesteps=2)
-    fit(module, [ConceptTracer(str(path), contrastive, rank=4, dim=64, batch_size=12)], max_epochs=1)
+    fit(
+        module, [ConceptTracer(str(path), contrastive, rank=4, dim=64, batch_size=12)], max_epochs=1
+    )
     return TraceStore(path)
 
 

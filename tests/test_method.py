@@ -49,7 +49,9 @@ def test_presets_with_the_same_traces_say_so() -> None:
     assert methods.tracin().training_dict() == methods.trak().training_dict()
     assert methods.retrac().training_dict() != methods.tracin().training_dict()
     assert methods.d_trak().training_dict() != methods.trak().training_dict()
-    assert methods.d_trak(timesteps=4).training_dict() != methods.d_trak(timesteps=5).training_dict()
+    assert (
+        methods.d_trak(timesteps=4).training_dict() != methods.d_trak(timesteps=5).training_dict()
+    )
     assert methods.d_trak(damping=2.0).training_dict() == methods.d_trak().training_dict()
 
 
@@ -110,10 +112,18 @@ def test_an_objective_of_ones_own_is_found_among_the_imported_classes() -> None:
     facts = json.loads(json.dumps(method.to_dict()))
     assert Method.from_dict(facts) == method
     assert facts["training"]["objective"]["class"] == f"{__name__}.FourthPower"
-    for place in ("FourthPower", "__main__.FourthPower"):  # an earlier store's, and that of a script
+    for place in (
+        "FourthPower",
+        "__main__.FourthPower",
+    ):  # an earlier store's, and that of a script
         facts["training"]["objective"]["class"] = place
         assert Method.from_dict(facts) == method
-    for place in ("FifthPower", "another.module.FourthPower", "collections.OrderedDict", "os.system"):
+    for place in (
+        "FifthPower",
+        "another.module.FourthPower",
+        "collections.OrderedDict",
+        "os.system",
+    ):
         facts["training"]["objective"]["class"] = place
         told = rf"unknown class '{place}'.*none is imported.*HINT.*method="
         with pytest.raises(UnknownMethodError, match=told):
@@ -126,7 +136,9 @@ def test_an_objective_of_ones_own_is_found_among_the_imported_classes() -> None:
     Other.__qualname__ = "Elsewhere.FourthPower"
     assert Method.from_dict(method.to_dict()) == method
     facts["training"]["objective"]["class"] = "FourthPower"
-    with pytest.raises(UnknownMethodError, match=r"there are several: .*Elsewhere\.FourthPower.*HINT"):
+    with pytest.raises(
+        UnknownMethodError, match=r"there are several: .*Elsewhere\.FourthPower.*HINT"
+    ):
         Method.from_dict(facts)
 
 
@@ -141,7 +153,9 @@ def test_a_method_that_a_store_cannot_describe_is_refused_at_the_trial() -> None
 
     Shadow.__name__ = "MeanOutput"
     method = replace(methods.d_trak(), training=Plain(), query=contrast(Plain()))
-    with pytest.raises(TrialError, match="'d_trak' cannot be described in the store: .*dataclass.*HINT"):
+    with pytest.raises(
+        TrialError, match="'d_trak' cannot be described in the store: .*dataclass.*HINT"
+    ):
         refuse_undescribed(method)
     # A name that the library has as well is one at another place.
     refuse_undescribed(replace(methods.d_trak(), training=Shadow(), query=contrast(Shadow())))

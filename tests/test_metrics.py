@@ -1,4 +1,5 @@
-"""The metrics against scikit-learn, scipy, torchmetrics, and the mean over every order of tied samples."""
+"""The metrics against scikit-learn, scipy, torchmetrics, and the mean over every order of tied
+samples."""
 
 from collections.abc import Callable
 from itertools import combinations, permutations
@@ -76,7 +77,8 @@ def positional(scores: Tensor, relevant: Tensor, k: int) -> dict[str, float]:
 
 
 def mean_over_orders(scores: Tensor, relevant: Tensor, k: int) -> dict[str, float]:
-    """The mean of :func:`positional` over every order of the samples, which breaks ties in every way."""
+    """The mean of :func:`positional` over every order of the samples, which breaks ties in every
+    way."""
     orders = [torch.tensor(order) for order in permutations(range(len(scores)))]
     found = [positional(scores + 1e-3 * order, relevant, k) for order in orders]
     return {name: float(np.mean([values[name] for values in found])) for name in found[0]}
@@ -87,14 +89,19 @@ def tied_rankings(draw: st.DrawFn, most: int = 12, least: int = 2) -> tuple[Tens
     """Few distinct scores of both signs; at least one relevant sample and one other."""
     n = draw(st.integers(least, most))
     scores = draw(st.lists(st.integers(-2, 2), min_size=n, max_size=n))
-    relevant = draw(st.lists(st.booleans(), min_size=n, max_size=n).filter(lambda x: any(x) and not all(x)))
+    relevant = draw(
+        st.lists(st.booleans(), min_size=n, max_size=n).filter(lambda x: any(x) and not all(x))
+    )
     return torch.tensor(scores, dtype=torch.float64), torch.tensor(relevant)
 
 
 def untied(queries: int = 6, n: int = 40) -> tuple[Tensor, Tensor]:
-    """Scores in (0, 1) without ties [Q, N], the only kind torchmetrics handles, and relevance with 1 to 8 samples each."""
+    """Scores in (0, 1) without ties [Q, N], the only kind torchmetrics handles, and relevance with
+    1 to 8 samples each."""
     generator = torch.Generator().manual_seed(0)
-    scores = torch.stack([torch.randperm(n, generator=generator) + 1 for _ in range(queries)]) / (n + 1)
+    scores = torch.stack([torch.randperm(n, generator=generator) + 1 for _ in range(queries)]) / (
+        n + 1
+    )
     counts = torch.tensor([1, 2, 3, 5, 8, 8])[:queries, None]
     order = torch.stack([torch.randperm(n, generator=generator) for _ in range(queries)])
     return scores, order < counts
@@ -128,7 +135,10 @@ class TestRetrieval:
             (ConceptPrecision(k=5), RetrievalPrecision(top_k=5, empty_target_action="error")),
             (ConceptPrecision(k=1), RetrievalPrecision(top_k=1, empty_target_action="error")),
             (ConceptRPrecision(), RetrievalRPrecision(empty_target_action="error")),
-            (ConceptRecall(k=8), RetrievalRecall(top_k=8, empty_target_action="error")),  # n_relevant <= k
+            (
+                ConceptRecall(k=8),
+                RetrievalRecall(top_k=8, empty_target_action="error"),
+            ),  # n_relevant <= k
             (ConceptMAP(), RetrievalMAP(empty_target_action="error")),
             (ConceptAUROC(), RetrievalAUROC(empty_target_action="error")),
         ],
@@ -137,13 +147,17 @@ class TestRetrieval:
     def test_torchmetrics_agrees_without_ties_and_signs(self, ours, theirs) -> None:
         scores, relevant = untied()
         ours.update(scores, relevant)
-        theirs.update(scores, relevant, indexes=torch.arange(len(scores))[:, None].expand_as(scores))
+        theirs.update(
+            scores, relevant, indexes=torch.arange(len(scores))[:, None].expand_as(scores)
+        )
         torch.testing.assert_close(ours.compute(), theirs.compute(), **SINGLE)
 
     @given(tied_rankings(most=30))
     def test_sklearn_agrees_with_ties_and_signs(self, ranking: tuple[Tensor, Tensor]) -> None:
         scores, relevant = ranking
-        assert auroc(scores, relevant).item() == pytest.approx(roc_auc_score(relevant, scores), abs=1e-12)
+        assert auroc(scores, relevant).item() == pytest.approx(
+            roc_auc_score(relevant, scores), abs=1e-12
+        )
         expected = average_precision_score(relevant, scores)
         assert average_precision(scores, relevant).item() == pytest.approx(expected, abs=1e-12)
 
@@ -170,12 +184,16 @@ class TestRetrieval:
             chance = n_relevant / 6
             assert precision_at_k(scores, relevant, k=3).item() == pytest.approx(chance)
             assert r_precision(scores, relevant).item() == pytest.approx(chance)
-            assert recall_at_k(scores, relevant, k=3).item() == pytest.approx(3 * chance / min(3, n_relevant))
+            assert recall_at_k(scores, relevant, k=3).item() == pytest.approx(
+                3 * chance / min(3, n_relevant)
+            )
             assert average_precision(scores, relevant).item() == pytest.approx(chance)
             assert auroc(scores, relevant).item() == pytest.approx(0.5)
 
     @pytest.mark.parametrize("n_relevant", [1, 2, 3, 4, 5])
-    def test_average_precision_of_a_constant_never_beats_a_random_order(self, n_relevant: int) -> None:
+    def test_average_precision_of_a_constant_never_beats_a_random_order(
+        self, n_relevant: int
+    ) -> None:
         scores, relevant = torch.zeros(5), torch.arange(5) < n_relevant
         random = mean_over_orders(scores, relevant, k=1)["average_precision"]
         assert average_precision(scores, relevant).item() <= random + 1e-12
@@ -209,7 +227,9 @@ class TestRetrieval:
         for function in RETRIEVAL.values():
             value = function(scores, torch.tensor([False, True, True]))
             assert value.dtype == torch.float64
-            torch.testing.assert_close(value, function(scores.double(), torch.tensor([False, True, True])))
+            torch.testing.assert_close(
+                value, function(scores.double(), torch.tensor([False, True, True]))
+            )
 
 
 RETRIEVAL_METRICS = {
@@ -272,7 +292,9 @@ class TestRetrievalErrors:
     @pytest.mark.parametrize("kind", [ConceptPrecision, ConceptRecall])
     def test_k(self, kind: Callable[..., ConceptPrecision]) -> None:
         for k in (0, -1, 2.5):
-            with pytest.raises(ValueError, match=rf"{kind.__name__}\(k={k}\): expected an int of at least 1"):
+            with pytest.raises(
+                ValueError, match=rf"{kind.__name__}\(k={k}\): expected an int of at least 1"
+            ):
                 kind(k=k)
         with pytest.raises(
             ValueError, match=r"\(k=4\): there are only 3 samples. HINT: choose k of at most 3"
@@ -301,9 +323,13 @@ class TestRetrievalErrors:
 class TestSpearman:
     @given(st.integers(2, 15), st.data())
     def test_scipy_agrees_with_ties(self, n: int, data: st.DataObject) -> None:
-        lists = st.lists(st.integers(-3, 3), min_size=n, max_size=n).filter(lambda x: len(set(x)) > 1)
+        lists = st.lists(st.integers(-3, 3), min_size=n, max_size=n).filter(
+            lambda x: len(set(x)) > 1
+        )
         a, b = (torch.tensor(data.draw(lists), dtype=torch.float64) for _ in range(2))
-        assert spearman(a, b).item() == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-12)
+        assert spearman(a, b).item() == pytest.approx(
+            scipy.stats.spearmanr(a, b).statistic, abs=1e-12
+        )
 
     def test_leading_dimensions_and_strides(self) -> None:
         a, b = torch.randn(2, 3, 4, 7).unbind()
@@ -331,7 +357,9 @@ class TestSpearman:
             spearman(torch.rand(2, 5), torch.rand(5))
         with pytest.raises(ValueError, match="S of 2 or more"):
             spearman(torch.rand(3, 1), torch.rand(3, 1))
-        with pytest.raises(ValueError, match=r"b has 1 values that are not finite, the first at \[0\]"):
+        with pytest.raises(
+            ValueError, match=r"b has 1 values that are not finite, the first at \[0\]"
+        ):
             spearman(torch.rand(2), torch.tensor([float("nan"), 1.0]))
 
 
@@ -360,8 +388,12 @@ class TestLinearDatamodelingScore:
         scores, subsets, _ = datamodel()
         outcomes = scores @ subsets.float().T
         ones = torch.ones(3, dtype=torch.float64)
-        torch.testing.assert_close(datamodeling_correlations(scores, subsets, outcomes), ones, **EXACT)
-        torch.testing.assert_close(datamodeling_correlations(-scores, subsets, outcomes), -ones, **EXACT)
+        torch.testing.assert_close(
+            datamodeling_correlations(scores, subsets, outcomes), ones, **EXACT
+        )
+        torch.testing.assert_close(
+            datamodeling_correlations(-scores, subsets, outcomes), -ones, **EXACT
+        )
 
     @pytest.mark.parametrize("value", [0.1, -1 / 3, 1e-310, 1e300, 0.0])
     @pytest.mark.parametrize("n", [20, 37, 1000])
@@ -373,15 +405,20 @@ class TestLinearDatamodelingScore:
     def test_equal_sums_tie_whatever_they_are_made_of(self) -> None:
         subsets = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 0], [1, 0, 1, 0], [0, 0, 0, 1]]).bool()
         for scale in (1.0, 2.0**-60, 2.0**-1000, 2.0**900):
-            scores = torch.tensor([[1.0, 2.0, 3.0, -5.0]], dtype=torch.float64) * scale  # sums 3, 3, 4, -5
+            scores = (
+                torch.tensor([[1.0, 2.0, 3.0, -5.0]], dtype=torch.float64) * scale
+            )  # sums 3, 3, 4, -5
             outcomes = torch.tensor([[1.0, 2.0, 3.0, 0.0]])
             expected = scipy.stats.spearmanr([3, 3, 4, -5], outcomes[0]).statistic
             found = datamodeling_correlations(scores, subsets, outcomes).item()
             assert found == pytest.approx(expected, abs=1e-12)
 
     def test_subsets_of_equal_scores_tie_exactly(self) -> None:
-        """Every subset takes one copy of each value, here or there: sums of one kind, in another order."""
-        values = torch.randn(1, 50, dtype=torch.float64) * torch.logspace(-6, 0, 50, dtype=torch.float64)
+        """Every subset takes one copy of each value, here or there: sums of one kind, in another
+        order."""
+        values = torch.randn(1, 50, dtype=torch.float64) * torch.logspace(
+            -6, 0, 50, dtype=torch.float64
+        )
         first = torch.rand(16, 50) < 0.5
         subsets, outcomes = torch.cat([first, ~first], 1), torch.randn(1, 16)
         assert datamodeling_correlations(values.repeat(1, 2), subsets, outcomes).tolist() == [0]
@@ -455,7 +492,9 @@ class TestNoiseCeiling:
         torch.testing.assert_close(noise_ceiling(a, b), reached, rtol=0, atol=0.02)
 
     def test_errors(self) -> None:
-        with pytest.raises(ValueError, match=r"noise_ceiling: outcomes_a is \[4\], expected \[Q, S\]"):
+        with pytest.raises(
+            ValueError, match=r"noise_ceiling: outcomes_a is \[4\], expected \[Q, S\]"
+        ):
             noise_ceiling(torch.rand(4), torch.rand(4))
         with pytest.raises(ValueError, match="expected one shape"):
             noise_ceiling(torch.rand(2, 4), torch.rand(2, 5))
@@ -493,11 +532,20 @@ class TestBootstrap:
         assert bootstrap_difference(self.values, other, 0.8, 100, 3) == expected
 
     def test_errors(self) -> None:
-        with pytest.raises(ValueError, match=r"values is \[\], .* HINT: give the values of each query"):
+        with pytest.raises(
+            ValueError, match=r"values is \[\], .* HINT: give the values of each query"
+        ):
             bootstrap_interval(torch.tensor(0.5))
-        with pytest.raises(ValueError, match=r"values is \[1\], expected \[Q\] with 2 queries or more"):
+        with pytest.raises(
+            ValueError, match=r"values is \[1\], expected \[Q\] with 2 queries or more"
+        ):
             bootstrap_interval(torch.tensor([0.5]))
-        for options in ({"confidence": 0.0}, {"confidence": 1.0}, {"confidence": 95}, {"resamples": 0}):
+        for options in (
+            {"confidence": 0.0},
+            {"confidence": 1.0},
+            {"confidence": 95},
+            {"resamples": 0},
+        ):
             with pytest.raises(
                 ValueError, match="expected a confidence between 0 and 1 and 1 resample or more"
             ):
@@ -516,14 +564,18 @@ class TestCounterfactualDrop:
         assert absolute.tolist() == pytest.approx([0.6, -0.1, 0.5], abs=1e-6)
         relative = counterfactual_drop(self.before, self.after, relative=True)
         assert relative.tolist() == pytest.approx([0.75, -0.25, 1.0], abs=1e-6)
-        assert not counterfactual_drop(self.before.clone().requires_grad_(), self.after).requires_grad
+        assert not counterfactual_drop(
+            self.before.clone().requires_grad_(), self.after
+        ).requires_grad
         for flag, expected in ((False, 1 / 3), (True, 0.5)):
             metric = CounterfactualDrop(relative=flag)
             metric.update(self.before, self.after)
             assert metric.compute().item() == pytest.approx(expected, abs=1e-6)
 
     def test_errors(self) -> None:
-        with pytest.raises(ValueError, match=r"before is \[3\] and after is \[2\], expected one shape \[Q\]"):
+        with pytest.raises(
+            ValueError, match=r"before is \[3\] and after is \[2\], expected one shape \[Q\]"
+        ):
             counterfactual_drop(self.before, self.after[:2])
         with pytest.raises(ValueError, match=r"before is \[1, 3\]"):
             counterfactual_drop(self.before[None], self.after[None])
@@ -594,7 +646,9 @@ class TestEveryMetric:
     def test_compute_without_a_query(self, name: str) -> None:
         metric = METRICS[name]()
         metric._update_count = 1  # torchmetrics would warn first
-        with pytest.raises(ValueError, match=rf"{type(metric).__name__}.compute\(\): no query yet. HINT"):
+        with pytest.raises(
+            ValueError, match=rf"{type(metric).__name__}.compute\(\): no query yet. HINT"
+        ):
             metric.compute()
 
     def test_plot(self, name: str) -> None:
@@ -637,7 +691,8 @@ def test_by_name_lists_the_known_names() -> None:
 
 
 def test_a_collection_keeps_metrics_apart_that_start_equal() -> None:
-    """MetricCollection merges metrics with equal states after the first update; here all of them are 1 then."""
+    """MetricCollection merges metrics with equal states after the first update; here all of them
+    are 1 then."""
     found = {
         "p1": ConceptPrecision(k=1),
         "p2": ConceptPrecision(k=2),

@@ -29,7 +29,10 @@ def test_positions_in_the_data_set_in_any_order() -> None:
 def test_their_own_ids_and_collation_stay() -> None:
     named = [row | {"name": f"image {i}"} for i, row in enumerate(ROWS)]
     batches = list(numbered(DataLoader(named, 3), "name"))  # type: ignore[arg-type]
-    assert [batch["name"] for batch in batches] == [["image 0", "image 1", "image 2"], ["image 3", "image 4"]]
+    assert [batch["name"] for batch in batches] == [
+        ["image 0", "image 1", "image 2"],
+        ["image 3", "image 4"],
+    ]
 
     def doubled(rows: list[Any]) -> Any:
         return {"x": default_collate(rows)["x"] * 2}

@@ -1,4 +1,5 @@
-"""Each cotangent's ``J^T v`` against autograd on the published loss, written out as its paper has it."""
+"""Each cotangent's ``J^T v`` against autograd on the published loss, written out as its paper has
+it."""
 
 from collections.abc import Callable
 
@@ -46,7 +47,9 @@ class Setting:
         output = self.task.predict(self.x_t, self.t, condition)
         e = self.task.noise_schedule.epsilon(output, self.x_t, self.t)
         reference = self.e(self.absent).detach()
-        prediction = Prediction(self.x_t, self.t, self.x0, output, e, reference, self.task.noise_schedule)
+        prediction = Prediction(
+            self.x_t, self.t, self.x0, output, e, reference, self.task.noise_schedule
+        )
         v = objective.cotangent(prediction)
         assert not v.requires_grad
         assert v.shape == e.shape
@@ -61,7 +64,8 @@ class Setting:
 
 
 def per_sample_mean(x: Tensor) -> Tensor:
-    """The mean over a sample's elements, summed over the batch: what a loss per sample adds up to."""
+    """The mean over a sample's elements, summed over the batch: what a loss per sample adds up
+    to."""
     return x.flatten(1).mean(1).sum()
 
 
@@ -73,7 +77,10 @@ def close(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_denoising_is_the_gradient_of_the_noise_prediction_loss(kind: str) -> None:
     s = Setting(kind)
-    close(s.vjp(Denoising()), s.loss_gradient(lambda: per_sample_mean((s.e(s.present) - s.noise).square())))
+    close(
+        s.vjp(Denoising()),
+        s.loss_gradient(lambda: per_sample_mean((s.e(s.present) - s.noise).square())),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,7 +130,9 @@ def test_posterior_sampling_is_the_gradient_of_concept_traks_training_loss(kind:
         e = s.e(s.present, x_t)
         a, sigma = s.task.noise_schedule.levels(s.t, x_t)
         x0_hat = (x_t - sigma * e) / a  # Tweedie, from the noise prediction
-        guide = torch.autograd.grad(per_sample_mean((x0_hat - s.x0).square()), x_t, retain_graph=True)[0]
+        guide = torch.autograd.grad(
+            per_sample_mean((x0_hat - s.x0).square()), x_t, retain_graph=True
+        )[0]
         target = (e + guide).detach()
         return per_sample_mean((target - e).square())
 
@@ -154,7 +163,8 @@ def test_contrast_is_the_difference_of_the_two_conditions_gradients() -> None:
 
 
 def test_posterior_sampling_points_at_the_sample() -> None:
-    """The sign convention: a step of theta against the gradient (a descent of the loss) brings x0_hat nearer to x0."""
+    """The sign convention: a step of theta against the gradient (a descent of the loss) brings
+    x0_hat nearer to x0."""
     s = Setting("epsilon")
     gradient = s.vjp(PosteriorSampling())
 

@@ -26,12 +26,18 @@ KINDS = ("epsilon", "v_prediction", "sample")
 def outputs(
     x0: torch.Tensor, noise: torch.Tensor, a: torch.Tensor, s: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """What a perfect network of each kind returns, from the definitions (v: Salimans & Ho 2022, arXiv 2202.00512)."""
+    """What a perfect network of each kind returns, from the definitions (v: Salimans & Ho 2022,
+    arXiv 2202.00512)."""
     return {"epsilon": noise, "v_prediction": a * noise - s * x0, "sample": x0}
 
 
 @settings(max_examples=60)
-@given(seed=st.integers(0, 10**6), t=st.integers(0, 999), kind=st.sampled_from(KINDS), ddpm=st.booleans())
+@given(
+    seed=st.integers(0, 10**6),
+    t=st.integers(0, 999),
+    kind=st.sampled_from(KINDS),
+    ddpm=st.booleans(),
+)
 def test_every_parameterization_recovers_the_same_clean_latents_and_noise(
     seed: int, t: int, kind: str, ddpm: bool
 ) -> None:
@@ -49,7 +55,9 @@ def test_every_parameterization_recovers_the_same_clean_latents_and_noise(
     torch.testing.assert_close(schedule.target(x0, noise, timesteps), output, rtol=1e-5, atol=1e-5)
     tolerance = 1e-6 / float(min(a, s))
     torch.testing.assert_close(schedule.x0_hat(output, x_t, timesteps), x0, rtol=0, atol=tolerance)
-    torch.testing.assert_close(schedule.epsilon(output, x_t, timesteps), noise, rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        schedule.epsilon(output, x_t, timesteps), noise, rtol=0, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
@@ -74,7 +82,8 @@ def test_noise_prediction_without_signal_is_refused() -> None:
 
 
 def ends_of_diffusers_steps(scheduler: DDIMScheduler) -> list[float]:
-    """Signal power that each step of diffusers' DDIM ends at, read off its own step: of a network without noise, sqrt(power)."""
+    """Signal power that each step of diffusers' DDIM ends at, read off its own step: of a network
+    without noise, sqrt(power)."""
     one, found = torch.ones(1, dtype=torch.float64), []
     for t in scheduler.timesteps:
         x = one * scheduler.alphas_cumprod[t].sqrt().double()
@@ -88,14 +97,20 @@ def test_timesteps_and_levels_are_those_of_diffusers_for_every_number_of_steps(
     spacing: str, offset: int
 ) -> None:
     total = 40
-    options = {"clip_sample": False, "set_alpha_to_one": offset == 0, "beta_schedule": "scaled_linear"}
+    options = {
+        "clip_sample": False,
+        "set_alpha_to_one": offset == 0,
+        "beta_schedule": "scaled_linear",
+    }
     scheduler = DDIMScheduler(
         num_train_timesteps=total, timestep_spacing=spacing, steps_offset=offset, **options
     )
     schedule = NoiseSchedule.from_scheduler(scheduler)
     for steps in range(1, total + 1):
         scheduler.set_timesteps(steps)
-        if int(scheduler.timesteps[0]) == total:  # one beyond the last level, where diffusers' step fails
+        if (
+            int(scheduler.timesteps[0]) == total
+        ):  # one beyond the last level, where diffusers' step fails
             assert (spacing, offset, steps) == ("leading", 1, total)
             with pytest.raises(ValueError, match="steps_offset=1 .* at timestep 40.*HINT: fewer"):
                 schedule.sampling_timesteps(steps)
@@ -106,7 +121,9 @@ def test_timesteps_and_levels_are_those_of_diffusers_for_every_number_of_steps(
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_timesteps_are_those_of_diffusers_for_every_number_of_steps_of_a_thousand(spacing: str) -> None:
+def test_timesteps_are_those_of_diffusers_for_every_number_of_steps_of_a_thousand(
+    spacing: str,
+) -> None:
     scheduler = DDIMScheduler(timestep_spacing=spacing)
     schedule = NoiseSchedule.from_scheduler(scheduler)
     for steps in range(1, 1001):
@@ -118,7 +135,11 @@ def test_timesteps_are_those_of_diffusers_for_every_number_of_steps_of_a_thousan
     "cls", [PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, DDPMScheduler]
 )
 def test_other_schedulers_of_pipelines_stand_for_the_same_levels(cls: type) -> None:
-    config = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "steps_offset": 1}
+    config = {
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "v_prediction",
+        "steps_offset": 1,
+    }
     expected = NoiseSchedule.from_scheduler(DDIMScheduler(timestep_spacing="leading", **config))
     schedule = NoiseSchedule.from_scheduler(
         cls.from_config(DDIMScheduler(timestep_spacing="leading", **config).config)
@@ -126,7 +147,9 @@ def test_other_schedulers_of_pipelines_stand_for_the_same_levels(cls: type) -> N
     assert schedule.to_dict() == expected.to_dict()
     assert schedule.sampling_timesteps(25) == expected.sampling_timesteps(25)
     t = torch.tensor([0, 500, 999])
-    for ours, theirs in zip(schedule.signal_and_noise(t), expected.signal_and_noise(t), strict=True):
+    for ours, theirs in zip(
+        schedule.signal_and_noise(t), expected.signal_and_noise(t), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -169,17 +192,27 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("cls", "options"), REFUSED, ids=lambda each: str(getattr(each, "__name__", each)))
-def test_options_that_would_change_levels_are_refused_by_name(cls: Any, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("cls", "options"), REFUSED, ids=lambda each: str(getattr(each, "__name__", each))
+)
+def test_options_that_would_change_levels_are_refused_by_name(
+    cls: Any, options: dict[str, Any]
+) -> None:
     [(name, value)] = options.items()
-    with pytest.raises(ValueError, match=rf"{cls.__name__}\(.*{name}={value}|{name}='{value}'.*HINT"):
+    with pytest.raises(
+        ValueError, match=rf"{cls.__name__}\(.*{name}={value}|{name}='{value}'.*HINT"
+    ):
         NoiseSchedule.from_scheduler(cls(**options))
 
 
 def test_every_option_of_diffusers_schedulers_is_followed_refused_or_of_another_sampler() -> None:
-    """Whatever a scheduler's option does, its being set is no news to us: none is passed over unknown."""
+    """Whatever a scheduler's option does, its being set is no news to us: none is passed over
+    unknown."""
     known = (
-        options_module.FOLLOWED | options_module._KNOWN | options_module._OF_A_SOLVER | options_module._PARTS
+        options_module.FOLLOWED
+        | options_module._KNOWN
+        | options_module._OF_A_SOLVER
+        | options_module._PARTS
     )
     seen = 0
     for name in dir(diffusers.schedulers):
@@ -188,7 +221,9 @@ def test_every_option_of_diffusers_schedulers_is_followed_refused_or_of_another_
             continue
         try:
             made = cls()
-        except Exception:  # one that needs arguments or packages; none of these has `alphas_cumprod`
+        except (
+            Exception
+        ):  # one that needs arguments or packages; none of these has `alphas_cumprod`
             continue
         if hasattr(made, "alphas_cumprod"):
             seen += 1
@@ -219,10 +254,14 @@ def test_options_of_derived_schedulers_must_be_as_by_default() -> None:
 
 
 def test_the_last_level_is_the_schedulers_own() -> None:
-    """Where a sampling step ends: at no noise, or at the first timestep's level where the scheduler says so."""
+    """Where a sampling step ends: at no noise, or at the first timestep's level where the scheduler
+    says so."""
     ddpm = NoiseSchedule.from_scheduler(DDPMScheduler())
     assert ddpm.final_level == (1.0, 0.0)
-    assert NoiseSchedule.from_scheduler(DDIMScheduler(set_alpha_to_one=True)).final_level == (1.0, 0.0)
+    assert NoiseSchedule.from_scheduler(DDIMScheduler(set_alpha_to_one=True)).final_level == (
+        1.0,
+        0.0,
+    )
     scheduler = DDIMScheduler(set_alpha_to_one=False)
     first = float(scheduler.alphas_cumprod[0])
     found = NoiseSchedule.from_scheduler(scheduler).final_level

@@ -105,7 +105,9 @@ def test_what_is_wrong_is_found(denoiser: type[nn.Module], name: str) -> None:
 
 
 def test_samples_that_depend_on_each_other_are_refused() -> None:
-    with pytest.raises(GradientError, match=r"depends on the other samples.*conv_in, conv_out, text.*HINT"):
+    with pytest.raises(
+        GradientError, match=r"depends on the other samples.*conv_in, conv_out, text.*HINT"
+    ):
         checked(Mixing())
 
 
@@ -123,7 +125,8 @@ def test_a_network_that_predicts_nothing_is_noted() -> None:
 
 def test_a_network_that_predicts_the_noise_passes() -> None:
     class Blurry(ToyDiffusion):
-        """Takes every image for one of a single colour, which is right enough to tell most of the noise."""
+        """Takes every image for one of a single colour, which is right enough to tell most of the
+        noise."""
 
         def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
             _, s = self.noise_schedule.levels(t, x_t)

@@ -23,11 +23,18 @@ class Recorder(ToyDiffusion):
         return super().predict(x_t, t, condition)
 
 
-def setup(kind: str, **kwargs: object) -> tuple[Recorder, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+def setup(
+    kind: str, **kwargs: object
+) -> tuple[Recorder, Tensor, dict[str, Tensor], dict[str, Tensor]]:
     task = Recorder(DDIMScheduler(num_train_timesteps=100, prediction_type=kind, **kwargs))  # type: ignore[arg-type]
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, 8)
-    return task.eval(), x, task.condition({"colour": "red", "shape": "dot"}, 2), task.condition({}, 2)
+    return (
+        task.eval(),
+        x,
+        task.condition({"colour": "red", "shape": "dot"}, 2),
+        task.condition({}, 2),
+    )
 
 
 @torch.no_grad()
@@ -43,7 +50,9 @@ def setup(kind: str, **kwargs: object) -> tuple[Recorder, Tensor, dict[str, Tens
     ],
 )
 def test_sampler_equals_diffusers_ddim(kind: str, clip: bool, spacing: str, steps: int) -> None:
-    task, x, condition, null = setup(kind, clip_sample=clip, timestep_spacing=spacing, steps_offset=1)
+    task, x, condition, null = setup(
+        kind, clip_sample=clip, timestep_spacing=spacing, steps_offset=1
+    )
     generation = Sampler(steps=steps, guidance=2.5).run(task, x, condition, null)
     scheduler = task.scheduler
     scheduler.set_timesteps(steps)
@@ -73,11 +82,14 @@ def test_inversion_equals_diffusers_inverse_scheduler_with_the_states_own_timest
 ) -> None:
     task, x, condition, null = setup(kind, clip_sample=False)
     steps = 10
-    states = list(Inverted(steps=steps, guidance=guidance).states(task, x, condition, ["a", "b"], 0))
+    states = list(
+        Inverted(steps=steps, guidance=guidance).states(task, x, condition, ["a", "b"], 0)
+    )
     told = task.told
     grid = [5 + 10 * i for i in range(steps)]
     assert [int(state.t[0]) for state in states] == grid
-    # The network hears of the state it is given: the clean image (timestep 0), then each state's own timestep.
+    # The network hears of the state it is given: the clean image (timestep 0), then each state's
+    # own timestep.
     assert told[:: 1 if guidance == 1.0 else 2] == [0, *grid[:-1]]
     inverse = DDIMInverseScheduler.from_config(task.scheduler.config)
     inverse.set_timesteps(steps)
@@ -86,7 +98,8 @@ def test_inversion_equals_diffusers_inverse_scheduler_with_the_states_own_timest
         t = torch.full((2,), 0 if i == 0 else grid[i - 1])
         with_concept, without = (task.predict(expected, t, c) for c in (condition, null))
         output = without + guidance * (with_concept - without)
-        # diffusers' step moves from timestep - T / steps to timestep; at the first, the clean image counts as no noise.
+        # diffusers' step moves from timestep - T / steps to timestep; at the first, the clean image
+        # counts as no noise.
         if i == 0:
             x0_hat = expected
             e = task.noise_schedule.epsilon(output, expected, t)
@@ -100,7 +113,9 @@ def test_inversion_equals_diffusers_inverse_scheduler_with_the_states_own_timest
 @torch.no_grad()
 def test_inversion_then_sampling_returns_to_the_image() -> None:
     """With many steps DDIM is a reversible flow; a sign or a timestep error would not come back."""
-    task, _, condition, null = setup("epsilon", clip_sample=False, timestep_spacing="leading", steps_offset=0)
+    task, _, condition, null = setup(
+        "epsilon", clip_sample=False, timestep_spacing="leading", steps_offset=0
+    )
     for parameter in task.denoiser.conv_out.parameters():
         parameter.mul_(0.3)
     x0 = torch.stack([Toys()[i]["image"] for i in range(2)])
@@ -141,7 +156,9 @@ def test_generated_selects_states_with_signal() -> None:
     assert int(generation.states[0].t[0]) == 99
     chosen = Generated().select(generation, task.noise_schedule)
     assert [int(state.t[0]) for state in chosen] == [89, 79, 69, 59, 49, 39, 29, 19, 9]
-    assert [int(state.t[0]) for state in Generated(timesteps=3).select(generation, task.noise_schedule)] == [
+    assert [
+        int(state.t[0]) for state in Generated(timesteps=3).select(generation, task.noise_schedule)
+    ] == [
         79,
         49,
         19,

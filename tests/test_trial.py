@@ -1,4 +1,5 @@
-"""A trial before the first step: what a capture could not do is refused by name, and nothing has been written or moved."""
+"""A trial before the first step: what a capture could not do is refused by name, and nothing has
+been written or moved."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -45,11 +46,16 @@ class Images(Dataset[dict[str, Any]]):
 
 
 class Network(nn.Module):
-    """Two convolutions and a table of words; told, with its samples mixed, or with a layer that sees them second."""
+    """Two convolutions and a table of words; told, with its samples mixed, or with a layer that
+    sees them second."""
 
     def __init__(self, mixes: str = "") -> None:
         super().__init__()
-        self.first, self.words, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(5, 4), nn.Conv2d(4, 3, 1)
+        self.first, self.words, self.last = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.Linear(5, 4),
+            nn.Conv2d(4, 3, 1),
+        )
         self.mixes = mixes
 
     def forward(self, x: Tensor, words: Tensor | None) -> Tensor:
@@ -66,7 +72,9 @@ class Network(nn.Module):
 class Task(DiffusionTask, nn.Module):
     """Its members raise what ``faults`` has under their names."""
 
-    def __init__(self, faults: dict[str, Exception] | None = None, has_words: bool = True, mixes: str = ""):
+    def __init__(
+        self, faults: dict[str, Exception] | None = None, has_words: bool = True, mixes: str = ""
+    ):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -115,7 +123,12 @@ def capture(
 ) -> Capture:
     tracer = GradientTracer(task.denoiser, Projection(rank=2, dim=16))
     batches = DataLoader(Images(), 3) if batches is None else batches
-    options = {"method": method, "tracer": tracer, "progress": False, "processes": processes} | kwargs
+    options = {
+        "method": method,
+        "tracer": tracer,
+        "progress": False,
+        "processes": processes,
+    } | kwargs
     return Capture(str(path / "store"), task, task, batches, **options)
 
 
@@ -154,7 +167,9 @@ def test_a_broken_data_set_and_a_missing_field_are_told(tmp_path: Path) -> None:
         def __getitem__(self, i: int) -> dict[str, Any]:
             return {"image": self.images[i]}
 
-    with pytest.raises(TrialError, match="loading the first samples.*OSError: the image is truncated"):
+    with pytest.raises(
+        TrialError, match="loading the first samples.*OSError: the image is truncated"
+    ):
         capture(tmp_path, Task(), DataLoader(Broken(), 3))
     with pytest.raises(
         TrialError, match=r"asked for 'sample_id', and the batch has \['image'\].*HINT"
@@ -176,12 +191,17 @@ def test_a_network_that_mixes_the_samples_of_a_batch_is_refused_by_layer(
     ) as found:
         capture(tmp_path, Task(mixes="in both passes"), batches)
     assert isinstance(found.value.__cause__, GradientError)
-    assert capture(tmp_path, Task(mixes="in both passes"), batches, rows_at_once=1).trial is not None
+    assert (
+        capture(tmp_path, Task(mixes="in both passes"), batches, rows_at_once=1).trial is not None
+    )
 
 
-def test_buffers_that_every_pass_changes_are_named_where_rows_are_not_a_samples_own(tmp_path: Path) -> None:
+def test_buffers_that_every_pass_changes_are_named_where_rows_are_not_a_samples_own(
+    tmp_path: Path,
+) -> None:
     class Running(Network):
-        """A running estimate of the size of its inputs, in evaluation mode too; and a counter that nothing depends on."""
+        """A running estimate of the size of its inputs, in evaluation mode too; and a counter that
+        nothing depends on."""
 
         estimate: Tensor
 
@@ -329,11 +349,14 @@ def test_one_process_that_fails_is_told_to_all(tmp_path: Path) -> None:
 def test_questions_are_tried(tmp_path: Path) -> None:
     class Wordless(Task):
         def condition(self, spec: Any, n: int) -> dict[str, Tensor]:
-            return super().condition(spec, n) if isinstance(spec, str) else {"words": torch.ones(n, 7)}
+            return (
+                super().condition(spec, n) if isinstance(spec, str) else {"words": torch.ones(n, 7)}
+            )
 
     asked = Question("cat", {"object": "cat"}, {}, is_guided=False)
     with pytest.raises(
-        TrialError, match=r"asking Concept\('cat'\).*Wordless\.predict\(.*words float32 \[1, 7\].*HINT"
+        TrialError,
+        match=r"asking Concept\('cat'\).*Wordless\.predict\(.*words float32 \[1, 7\].*HINT",
     ):
         capture(tmp_path, Wordless(), questions=[asked])
     capture(tmp_path, Task(), questions=[asked])
@@ -407,7 +430,9 @@ def test_a_network_that_takes_its_first_values_from_a_batch_is_refused(tmp_path:
     task.denoiser = ActNorm()
     with torch.no_grad():
         task.denoiser.last.bias.fill_(float("nan"))
-    with pytest.raises(TrialError, match=r"changed 1 parameters, such as \['denoiser\.last\.bias'\]"):
+    with pytest.raises(
+        TrialError, match=r"changed 1 parameters, such as \['denoiser\.last\.bias'\]"
+    ):
         capture(tmp_path, task)
     assert not (tmp_path / "store").exists()
     capture(tmp_path, task)  # it has seen a batch now

@@ -1,4 +1,5 @@
-"""Threads that stand for processes, so that what several do together is tested fast, and in any order."""
+"""Threads that stand for processes, so that what several do together is tested fast, and in any
+order."""
 
 import threading
 from collections.abc import Callable

@@ -17,8 +17,8 @@ CHANNELS, SIZE = 3, 8
 
 
 def tiny_unet(dropout: float = 0.0) -> UNet2DConditionModel:
-    """Convolutions, self- and cross-attention, skips, down- and upsampling, in as few layers as have all of them: a layer costs much
-    the same however narrow it is."""
+    """Convolutions, self- and cross-attention, skips, down- and upsampling, in as few layers as
+    have all of them: a layer costs much the same however narrow it is."""
     return UNet2DConditionModel(
         sample_size=SIZE,
         in_channels=CHANNELS,
@@ -36,7 +36,8 @@ def tiny_unet(dropout: float = 0.0) -> UNet2DConditionModel:
 
 
 class Layers(nn.Module):
-    """A few layers that take what the UNet takes, and use all of it: for where the architecture does not matter."""
+    """A few layers that take what the UNet takes, and use all of it: for where the architecture
+    does not matter."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -58,12 +59,17 @@ class Layers(nn.Module):
 
 
 def scheduler(prediction_type: str = "epsilon", **kwargs: Any) -> DDIMScheduler:
-    arguments = {"clip_sample": False, "num_train_timesteps": 100, "prediction_type": prediction_type}
+    arguments = {
+        "clip_sample": False,
+        "num_train_timesteps": 100,
+        "prediction_type": prediction_type,
+    }
     return DDIMScheduler(**(arguments | kwargs))
 
 
 class Toys(Dataset[dict[str, Any]]):
-    """Coloured noise with a mean per (colour, shape): 12 samples and their labels, ``copies`` times over."""
+    """Coloured noise with a mean per (colour, shape): 12 samples and their labels, ``copies`` times
+    over."""
 
     def __init__(self, copies: int = 1) -> None:
         generator = torch.Generator().manual_seed(7)

@@ -15,7 +15,12 @@ from ctrak_lightning.attribution.lending import LentModel
 from ctrak_lightning.attribution.parts import concatenated
 from ctrak_lightning.attribution.pictures import weights_of
 from ctrak_lightning.attribution.query import Query, spec_key
-from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreMismatchError, UnknownMethodError
+from ctrak_lightning.errors import (
+    CorruptStoreError,
+    GradientError,
+    StoreMismatchError,
+    UnknownMethodError,
+)
 from ctrak_lightning.fingerprint import as_stored, model_fingerprint
 from ctrak_lightning.function import refuse_another_function
 from ctrak_lightning.gradients import GradientTracer, Projection
@@ -29,7 +34,14 @@ from ctrak_lightning.task import Condition, Spec
 from ctrak_lightning.traces import TraceStore
 from ctrak_lightning.traces.schema import differences
 from ctrak_lightning.tracing import FeatureParts, QueryTrace, trace_query, warn_if_faint
-from ctrak_lightning.trajectory import Generated, Generation, Sampler, State, Trajectory, seeded_noise
+from ctrak_lightning.trajectory import (
+    Generated,
+    Generation,
+    Sampler,
+    State,
+    Trajectory,
+    seeded_noise,
+)
 
 Built = TypeVar("Built")
 
@@ -47,8 +59,9 @@ def described(store: TraceStore, what: str, build: Callable[[], Built]) -> Built
         raise UnknownMethodError(f"{store.path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptStoreError(
-            f"{store.path}: its manifest describes no {what} that is known here ({error}). HINT: a store of a newer version wants that "
-            "version of ctrak-lightning; an altered one, its backup."
+            f"{store.path}: its manifest describes no {what} that is known here ({error}). HINT: a "
+            "store of a newer version wants that version of ctrak-lightning; an altered one, its "
+            "backup."
         ) from error
 
 
@@ -64,7 +77,8 @@ def latent_shape(store: TraceStore) -> list[int]:
 
 
 class Asker:
-    """Asks the model, under the weights of a store's checkpoints; afterwards its weights and flags are what they were.
+    """Asks the model, under the weights of a store's checkpoints; afterwards its weights and flags
+    are what they were.
 
     Args:
         store: the traces.
@@ -95,7 +109,8 @@ class Asker:
         self._compared: set[int] = set()
 
     def generate(self, specs: Sequence[Spec], seeds: Sequence[int]) -> Generation:
-        """Generates one image per (spec, seed) with the last checkpoint's weights; the same seed gives the same noise.
+        """Generates one image per (spec, seed) with the last checkpoint's weights; the same seed
+        gives the same noise.
 
         Equal (spec, seed) are generated once.
         """
@@ -108,11 +123,14 @@ class Asker:
             rows = torch.tensor([where[unique[key]] for key in keys])
             return made.rows(rows)
         shape = latent_shape(self.store)
-        noise = torch.stack([seeded_noise(shape, seed, 0, "generation") for seed in seeds]).to(self.like)
+        noise = torch.stack([seeded_noise(shape, seed, 0, "generation") for seed in seeds]).to(
+            self.like
+        )
         return self._sampled(self.sampler, self.sampler.run, "generate", specs, noise)
 
     def invert(self, specs: Sequence[Spec], latents: Tensor, guidance: float) -> Generation:
-        """The states through which the sampler would have made images [B, ...], with the last checkpoint's weights.
+        """The states through which the sampler would have made images [B, ...], with the last
+        checkpoint's weights.
 
         Raises:
             InversionError: the schedule cannot be inverted.
@@ -175,7 +193,8 @@ class Asker:
         *,
         parts: bool = False,
     ) -> Query:
-        """The gradients of questions about the images of a ``generation``, one each, under the weights of every checkpoint.
+        """The gradients of questions about the images of a ``generation``, one each, under the
+        weights of every checkpoint.
 
         Raises:
             GradientError: a gradient is zero or not finite.
@@ -190,9 +209,13 @@ class Asker:
                 rows = torch.cat([trace.features for trace in traces])
                 self._refuse_unusable(rows, concepts)
                 features.append(rows)
-                strength += torch.cat([trace.strength for trace in traces]) / len(self.store.checkpoints)
+                strength += torch.cat([trace.strength for trace in traces]) / len(
+                    self.store.checkpoints
+                )
                 if parts:
-                    split.append(concatenated([trace.parts for trace in traces if trace.parts is not None]))
+                    split.append(
+                        concatenated([trace.parts for trace in traces if trace.parts is not None])
+                    )
         warn_if_faint(strength, [concept.name for concept in concepts])
         return Query(
             concepts=list(concepts),
@@ -200,7 +223,9 @@ class Asker:
             features=torch.stack(features),
             strength=strength,
             images=self.decode(generation.latents),
-            parts=[[at_one.query(i) for at_one in split] for i in range(len(concepts))] if parts else None,
+            parts=[[at_one.query(i) for at_one in split] for i in range(len(concepts))]
+            if parts
+            else None,
         )
 
     def _query_traces(
@@ -222,7 +247,9 @@ class Asker:
                     "absent": self._condition([concept.absent for concept in part]),
                 }
             x0 = generation.latents[rows]
-            states = self._states(method.query_trajectory, generation, rows, x0, conditions["present"])
+            states = self._states(
+                method.query_trajectory, generation, rows, x0, conditions["present"]
+            )
             weights = weights_of(self.task, part, x0)
             return trace_query(
                 self.task, tracer, method, states, x0, conditions, weights=weights, parts=with_parts
@@ -231,7 +258,8 @@ class Asker:
         return self._row_limit.run(len(concepts), traced)
 
     def _take_on(self, index: int) -> None:
-        """Gives the model the weights of a checkpoint, and at the first time looks whether it is then the one that was traced."""
+        """Gives the model the weights of a checkpoint, and at the first time looks whether it is
+        then the one that was traced."""
         self.model.load(index)
         if index in self._compared:
             return
@@ -252,7 +280,9 @@ class Asker:
         if self._tracer is None:
             facts = self.store.header.projection
             projection, layers = described(
-                self.store, "projection", lambda: (Projection(**facts["projection"]), facts["layers"])
+                self.store,
+                "projection",
+                lambda: (Projection(**facts["projection"]), facts["layers"]),
             )
             made = partial(GradientTracer, self.task.denoiser, projection, layers=layers)
             # Stores of training steps hold what has a hook and nothing else.
@@ -272,7 +302,9 @@ class Asker:
         if isinstance(trajectory, Generated):
             return trajectory.select(generation.rows(rows), self.task.noise_schedule)
         with torch.no_grad():
-            return list(trajectory.states(self.task, x0, condition, [f"query-{int(i)}" for i in rows], 0))
+            return list(
+                trajectory.states(self.task, x0, condition, [f"query-{int(i)}" for i in rows], 0)
+            )
 
     def _condition(self, specs: Sequence[Spec]) -> Condition:
         parts = [self.task.condition(spec, 1) for spec in specs]
@@ -284,8 +316,9 @@ class Asker:
         if bad.any():
             names = [concepts[i].name for i in bad.nonzero().flatten().tolist()]
             raise GradientError(
-                f"The gradients of these concepts are zero or not finite: {names}. Expected a model that tells `present` "
-                "from `absent`. HINT: look at the generated images, and at the loss of the run."
+                f"The gradients of these concepts are zero or not finite: {names}. Expected a "
+                "model that tells `present` from `absent`. HINT: look at the generated images, "
+                "and at the loss of the run."
             )
 
 
@@ -302,10 +335,13 @@ def _joined(states: Sequence[State]) -> State:
 def model_facts(
     store: TraceStore, owner: nn.Module, trained: Sequence[str], schedule: Schedule
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """What the store's header says of its model, as far as another one can be compared with it, and the same of ``owner``."""
+    """What the store's header says of its model, as far as another one can be compared with it, and
+    the same of ``owner``."""
     stored = {name: fact for name, fact in store.header.model.items() if name != "weights"}
     parts = described(
-        store, "model", lambda: json.loads(stored["frozen_parts"]) if "frozen_parts" in stored else None
+        store,
+        "model",
+        lambda: json.loads(stored["frozen_parts"]) if "frozen_parts" in stored else None,
     )
     mine = as_stored(stored, model_fingerprint(owner, trained, schedule, parts))
     if "adapters" not in stored:
@@ -321,7 +357,8 @@ def refuse_differences(where: str, stored: Any, mine: Any) -> None:
             f"{field}: the store has {a!r}, this model or method has {b!r}" for field, a, b in found
         )
         raise StoreMismatchError(
-            f"The store was made with another set-up: {listed}. HINT: build the module as in the traced run (same base "
-            "weights, same adapters, same scheduler), or name the store's own method. Base weights that LoRA was merged into, and "
-            "unmerged from, have been rounded: load them as that run did when it began."
+            f"The store was made with another set-up: {listed}. HINT: build the module as in the "
+            "traced run (same base weights, same adapters, same scheduler), or name the store's "
+            "own method. Base weights that LoRA was merged into, and unmerged from, have been "
+            "rounded: load them as that run did when it began."
         )

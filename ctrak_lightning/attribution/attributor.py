@@ -38,16 +38,19 @@ class Attributor(Questions):
 
     Args:
         store: the traces, or the path of their folder.
-        module: the model that was traced: a LightningModule that is, or carries as ``task``, a DiffusionTask. Its present
-            weights do not matter (each checkpoint's are taken from the store and the present ones put back afterwards), the
-            frozen ones must be those of the traced run.
-        task: how the module is addressed, if it is no DiffusionTask itself: the :class:`~ctrak_lightning.DiffusersTask` that the
-            tracer had, say.
+        module: the model that was traced: a LightningModule that is, or carries as ``task``, a
+            DiffusionTask. Its present weights do not matter (each checkpoint's are taken from the
+            store and the present ones put back afterwards), the frozen ones must be those of the
+            traced run.
+        task: how the module is addressed, if it is no DiffusionTask itself: the
+            :class:`~ctrak_lightning.DiffusersTask` that the tracer had, say.
         method: how to ask; by default as the store was made. Its training side must be the store's.
         sampler: how images are generated.
-        given: where the method looks at the states of a generation, which states of an existing image it gets: ``"inverted"``,
-            those through which the sampler would have made it (:func:`ctrak_lightning.inversion.inverted`), or ``"noised"``.
-        batch_size: queries per forward pass; fewer where memory is short (:class:`~ctrak_lightning.memory.RowLimit`).
+        given: where the method looks at the states of a generation, which states of an existing
+            image it gets: ``"inverted"``, those through which the sampler would have made it
+            (:func:`ctrak_lightning.inversion.inverted`), or ``"noised"``.
+        batch_size: queries per forward pass; fewer where memory is short
+            (:class:`~ctrak_lightning.memory.RowLimit`).
         progress: show a progress bar.
         record: note every question in the store's ledger, where it has one.
         asker: who asks, for the ledger; may be left out.
@@ -81,20 +84,27 @@ class Attributor(Questions):
         method = method or described(store, "method", lambda: Method.from_dict(store.header.method))
         sampler = sampler or Sampler()
         owner: nn.Module = module if isinstance(module, nn.Module) else task.denoiser
-        questioner = Asker(store, owner, task, sampler=sampler, batch_size=batch_size, progress=progress)
+        questioner = Asker(
+            store, owner, task, sampler=sampler, batch_size=batch_size, progress=progress
+        )
         super().__init__(store, task, method=method, sampler=sampler, given=given, asker=questioner)
         self._log = QueryLog(store.path, store.edition, asker) if record else None
-        refuse_differences("method.training", store.header.method["training"], method.training_dict())
-        refuse_differences("model", *model_facts(store, owner, questioner.model.trained, task.noise_schedule))
+        refuse_differences(
+            "method.training", store.header.method["training"], method.training_dict()
+        )
+        refuse_differences(
+            "model", *model_facts(store, owner, questioner.model.trained, task.noise_schedule)
+        )
 
     def attribute(self, concept: Concept, seed: int = 0, *, parts: bool = False) -> Attribution:
-        """Scores every training sample for the concept, in the image that ``seed`` makes of it, in an image that exists, or in none
-        (:attr:`Concept.image`).
+        """Scores every training sample for the concept, in the image that ``seed`` makes of it, in
+        an image that exists, or in none (:attr:`Concept.image`).
 
         Args:
             concept: the question.
             seed: of the image.
-            parts: also split the scores by timestep and by group of layers (:attr:`Attribution.parts`).
+            parts: also split the scores by timestep and by group of layers
+                (:attr:`Attribution.parts`).
 
         Raises:
             ConceptError, TaskError, InversionError: as :meth:`query`.
@@ -111,14 +121,17 @@ class Attributor(Questions):
         images: int = 8,
         parts: bool = False,
     ) -> Attributions:
-        """The same for several concepts in one pass over the store; :meth:`query`, then :meth:`score`.
+        """The same for several concepts in one pass over the store; :meth:`query`, then
+        :meth:`score`.
 
         Warns:
-            CoincidingConceptsWarning: two concepts of one image ask for nearly the same; it names them.
+            CoincidingConceptsWarning: two concepts of one image ask for nearly the same; it names
+                them.
         """
         query = self.query(concepts, seeds, generation=generation, images=images, parts=parts)
         results = self.score(query)
-        # A method that looks at one condition asks the same of all concepts of an image, as its description says.
+        # A method that looks at one condition asks the same of all concepts of an image, as its
+        # description says.
         if self.method.sees_absent:
             warn_of_alike(query.concepts, query.seeds, results.cosines)
         return results
@@ -168,15 +181,16 @@ class Attributor(Questions):
         damping: Damping | Literal["method"] = "method",
         fabric: Fabric | None = None,
     ) -> list[list[Record]]:
-        """The ``n`` samples that taught each concept most, as :meth:`score` and :meth:`Attribution.top` give them, but without
-        holding the scores of all samples; for stores that are larger than memory.
+        """The ``n`` samples that taught each concept most, as :meth:`score` and
+        :meth:`Attribution.top` give them, but without holding the scores of all samples; for stores
+        that are larger than memory.
 
         Args:
             query: from :meth:`query` or :meth:`query_global`.
             n: how many samples for each question.
             damping: another one than the method's; None leaves the kernel out.
-            fabric: whose processes search together, each its share of the store's files. All of them call this (and
-                :meth:`query` before), and all get the result.
+            fabric: whose processes search together, each its share of the store's files. All of
+                them call this (and :meth:`query` before), and all get the result.
 
         Returns:
             For each question, its samples, best first (ties by position in the data set).
@@ -208,14 +222,18 @@ class Attributor(Questions):
                     samples.metadata_of(i),
                     None if exposures is None else int(exposures[position]),
                 )
-                for rank, (i, position, score) in enumerate(zip(rows, places, scores, strict=True), start=1)
+                for rank, (i, position, score) in enumerate(
+                    zip(rows, places, scores, strict=True), start=1
+                )
             ]
             for rows, places, scores in zip(
                 where.tolist(), found.positions.tolist(), found.scores.tolist(), strict=True
             )
         ]
         if processes.is_first:
-            answers = [([one.sample_id for one in rows], [one.score for one in rows]) for rows in results]
+            answers = [
+                ([one.sample_id for one in rows], [one.score for one in rows]) for rows in results
+            ]
             used = self.method if damping == "method" else replace(self.method, damping=damping)
             self._note(query, _methods(query, used), found.dampings, answers, "top")
         return results
@@ -228,7 +246,8 @@ class Attributor(Questions):
         answers: Iterable[tuple[Sequence[str], Sequence[float]]],
         samples: Literal["all", "top"],
     ) -> None:
-        """Puts the questions and the digests of their answers (sample ids and scores) into the store's ledger."""
+        """Puts the questions and the digests of their answers (sample ids and scores) into the
+        store's ledger."""
         if self._log is not None:
             self._log.note(
                 [concept.to_dict() for concept in query.concepts],
@@ -244,8 +263,8 @@ class Attributor(Questions):
         """The dampings to choose among."""
         if damping == "agreement" and len(self.store.checkpoints) < 2:
             warnings.warn(
-                f"damping='agreement' compares checkpoints and the store has one: {LONE_DAMPING} is used. HINT: trace at two "
-                "or more steps, or give a damping.",
+                f"damping='agreement' compares checkpoints and the store has one: {LONE_DAMPING} "
+                "is used. HINT: trace at two or more steps, or give a damping.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -270,11 +289,14 @@ class Attributor(Questions):
 
     def _learning_rates(self) -> list[float]:
         rates = [checkpoint.learning_rate for checkpoint in self.store.checkpoints]
-        missing = [c.step for c, rate in zip(self.store.checkpoints, rates, strict=True) if rate is None]
+        missing = [
+            c.step for c, rate in zip(self.store.checkpoints, rates, strict=True) if rate is None
+        ]
         if missing:
             raise StoreMismatchError(
-                f"Method({self.method.name!r}, ensemble='learning_rate'): the store has no learning rate for steps {missing}. "
-                "HINT: Capture.run(..., learning_rate=...), or ensemble='standardised'."
+                f"Method({self.method.name!r}, ensemble='learning_rate'): the store has no "
+                f"learning rate for steps {missing}. HINT: Capture.run(..., learning_rate=...), or "
+                "ensemble='standardised'."
             )
         return [float(rate) for rate in rates if rate is not None]
 
@@ -282,4 +304,7 @@ class Attributor(Questions):
 def _methods(query: Query, used: Method) -> list[Method]:
     """As each question was asked."""
     trajectories = [query.trajectory(i) for i in range(len(query.concepts))]
-    return [used if states is None else replace(used, query_trajectory=states) for states in trajectories]
+    return [
+        used if states is None else replace(used, query_trajectory=states)
+        for states in trajectories
+    ]

@@ -1,4 +1,5 @@
-"""Rankings without a gradient: what a user would try first, and what every gradient method must beat."""
+"""Rankings without a gradient: what a user would try first, and what every gradient method must
+beat."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +24,10 @@ def image_similarity(
 
     Args:
         images: generated images [Q, 3, H, W] in [0, 1].
-        known: the training images [N, 3, h, w] in [0, 1], or the samples of a store with thumbnails.
-        encoder: images [B, 3, h, w] in [0, 1] to embeddings [B, d], compared by cosine; without it pixels are compared, by
-            the negative root mean square difference.
+        known: the training images [N, 3, h, w] in [0, 1], or the samples of a store with
+            thumbnails.
+        encoder: images [B, 3, h, w] in [0, 1] to embeddings [B, d], compared by cosine; without it
+            pixels are compared, by the negative root mean square difference.
 
     Raises:
         ValueError: the store has no thumbnails, or the encoder returns another shape.
@@ -33,7 +35,8 @@ def image_similarity(
     if isinstance(known, SampleTable):
         if known.thumbnails is None:
             raise ValueError(
-                "image_similarity: the store has no thumbnails. HINT: trace with thumbnails=True, and a task with decode()."
+                "image_similarity: the store has no thumbnails. HINT: trace with thumbnails=True, "
+                "and a task with decode()."
             )
         known = known.thumbnails.permute(0, 3, 1, 2).float() / 255
     asked = F.interpolate(images.float(), known.shape[-2:], mode="bilinear", antialias=True)
@@ -52,7 +55,8 @@ def label_search(
 
     Args:
         concepts: asked by attributes.
-        known: columns of labels, one label per sample; or the samples of a store whose metadata holds them.
+        known: columns of labels, one label per sample; or the samples of a store whose metadata
+            holds them.
         columns: the column of each attribute; by default the one of the attribute's name.
 
     Raises:
@@ -64,15 +68,17 @@ def label_search(
         alone = concept.isolated().present
         if isinstance(alone, str):
             raise ConceptError(
-                f"label_search(Concept({concept.name!r})): asked by prompt, expected attributes. HINT: use text_search."
+                f"label_search(Concept({concept.name!r})): asked by prompt, expected attributes. "
+                "HINT: use text_search."
             )
         match = torch.ones(len(next(iter(labels.values()), ())), dtype=torch.bool)
         for attribute, value in alone.items():
             column = (columns or {}).get(attribute, attribute)
             if column not in labels:
                 raise ConceptError(
-                    f"label_search(Concept({concept.name!r})): no metadata column {column!r} for attribute {attribute!r}. "
-                    f"Known: {', '.join(sorted(labels)) or 'none'}. HINT: columns={{{attribute!r}: ...}}."
+                    f"label_search(Concept({concept.name!r})): no metadata column {column!r} for "
+                    f"attribute {attribute!r}. Known: {', '.join(sorted(labels)) or 'none'}. HINT: "
+                    f"columns={{{attribute!r}: ...}}."
                 )
             match &= torch.tensor([label == value for label in labels[column]])
         rows.append(match.float())
@@ -80,9 +86,13 @@ def label_search(
 
 
 def text_search(
-    texts: Sequence[str], known: SampleTable | Sequence[str], encoder: TextEncoder, column: str = "caption"
+    texts: Sequence[str],
+    known: SampleTable | Sequence[str],
+    encoder: TextEncoder,
+    column: str = "caption",
 ) -> Tensor:
-    """Scores [Q, N] by the cosine of text embeddings: of the concept's words and of the samples' captions.
+    """Scores [Q, N] by the cosine of text embeddings: of the concept's words and of the samples'
+    captions.
 
     Args:
         texts: one per question, such as ``"a cat"``.
@@ -110,7 +120,11 @@ def random_order(questions: int, samples: int, seed: int = 0) -> Tensor:
 
 
 def as_attributions(
-    name: str, scores: Tensor, concepts: Sequence[Concept], samples: SampleTable, images: Tensor | None = None
+    name: str,
+    scores: Tensor,
+    concepts: Sequence[Concept],
+    samples: SampleTable,
+    images: Tensor | None = None,
 ) -> list[Attribution]:
     """Scores [Q, N] of a baseline as :class:`Attribution`, for the same tables and reports."""
     return [
@@ -133,7 +147,8 @@ def _embedded(encoder: Callable[..., Tensor], inputs: Tensor | Sequence[str]) ->
         embeddings = encoder(inputs)
     if embeddings.ndim != 2 or len(embeddings) != len(inputs):
         raise ValueError(
-            f"The encoder returned shape {tuple(embeddings.shape)} for {len(inputs)} inputs, expected [{len(inputs)}, d]."
+            f"The encoder returned shape {tuple(embeddings.shape)} for {len(inputs)} inputs, "
+            f"expected [{len(inputs)}, d]."
         )
     rows: Tensor = embeddings.float()
     return rows

@@ -11,7 +11,8 @@ _LOW = MOST_SAMPLES - 1
 
 
 class Best:
-    """Keeps the ``n`` best of scores that come some samples at a time; ties go to the lower position.
+    """Keeps the ``n`` best of scores that come some samples at a time; ties go to the lower
+    position.
 
     Args:
         n: how many to keep for each question.
@@ -23,16 +24,20 @@ class Best:
         self._floor: Tensor | None = None
 
     def add(self, scores: Tensor, positions: Tensor) -> None:
-        """Take in the scores [Q, b] of the samples at ``positions`` [b]; each position once in all."""
+        """Take in the scores [Q, b] of the samples at ``positions`` [b]; each position once in
+        all."""
         scores = scores.float()
         if self._floor is not None:
-            # Of a large store most samples are below the n-th best of those before, for every question.
+            # Of a large store most samples are below the n-th best of those before, for every
+            # question.
             hopeful = (scores >= self._floor).any(0)
             scores, positions = scores[:, hopeful], positions[hopeful]
         keys = _keys(scores, positions)
         if self._keys is not None:
             keys = torch.cat([self._keys, keys], 1)
-        self._keys = keys if keys.shape[1] <= self._n else keys.topk(self._n, 1, sorted=False).values
+        self._keys = (
+            keys if keys.shape[1] <= self._n else keys.topk(self._n, 1, sorted=False).values
+        )
         if self._keys.shape[1] == self._n:
             self._floor = _scores(self._keys.amin(1, keepdim=True))
 
@@ -45,7 +50,8 @@ class Best:
         return self
 
     def sorted(self) -> tuple[Tensor, Tensor]:
-        """Positions [Q, n], int64, and scores [Q, n], float32, best first; fewer where fewer were added."""
+        """Positions [Q, n], int64, and scores [Q, n], float32, best first; fewer where fewer were
+        added."""
         if self._keys is None:
             raise ValueError("Best.sorted(): expected scores; add() was never called.")
         keys = self._keys.sort(1, descending=True).values
@@ -53,8 +59,10 @@ class Best:
 
 
 def _keys(scores: Tensor, positions: Tensor) -> Tensor:
-    """int64 [Q, b] whose order is that of the scores, then of the positions, descending: no two are equal."""
-    # Adding zero makes -0.0 the 0.0 that it equals. IEEE 754 floats order like integers once negative ones are mirrored.
+    """int64 [Q, b] whose order is that of the scores, then of the positions, descending: no two are
+    equal."""
+    # Adding zero makes -0.0 the 0.0 that it equals. IEEE 754 floats order like integers once
+    # negative ones are mirrored.
     bits = (scores + 0.0).view(torch.int32)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     return (ordered << 32) | (_LOW - positions)

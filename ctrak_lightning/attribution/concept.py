@@ -18,19 +18,25 @@ from ctrak_lightning.task import Spec
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Concept:
-    """A concept inside an image: the condition that stands for the image, and the same with the concept taken out.
+    """A concept inside an image: the condition that stands for the image, and the same with the
+    concept taken out.
 
     Args:
         name: shown in results.
         present: attributes (or the prompt) the image was made with.
-        absent: the same without the concept. What it does not name is dropped; ``{}`` is the null condition.
-        alone: the concept and nothing else, for global queries; of attributes it is what ``absent`` lacks.
-        image: which image is asked about: ``"generated"``, made from ``present`` with a seed; a tensor [3, H, W] in [-1, 1], an
-            image that exists; or None, no image but the model's own distribution (a global query).
-        mask: the part of the image that the question is about [H, W], bool or 0 to 1; None is all of it.
+        absent: the same without the concept. What it does not name is dropped; ``{}`` is the null
+            condition.
+        alone: the concept and nothing else, for global queries; of attributes it is what ``absent``
+            lacks.
+        image: which image is asked about: ``"generated"``, made from ``present`` with a seed; a
+            tensor [3, H, W] in [-1, 1], an image that exists; or None, no image but the model's own
+            distribution (a global query).
+        mask: the part of the image that the question is about [H, W], bool or 0 to 1; None is all
+            of it.
 
     Raises:
-        ConceptError: the name is empty, both sides are the same, or an image or a mask is not as it should be.
+        ConceptError: the name is empty, both sides are the same, or an image or a mask is not as it
+            should be.
 
     Example:
         >>> Concept("cat", present={"object": "cat", "artist": "noto"}, absent={"artist": "noto"}).name
@@ -52,28 +58,38 @@ class Concept:
             raise ConceptError("Concept(name=''): expected a name.")
         if self.present == self.absent:
             raise ConceptError(
-                f"Concept({self.name!r}): present and absent are both {self.present!r}; expected the absent side to lack "
-                "the concept. HINT: absent is `present` without the concept's attribute or words."
+                f"Concept({self.name!r}): present and absent are both {self.present!r}; expected "
+                "the absent side to lack the concept. HINT: absent is `present` without the "
+                "concept's attribute or words."
             )
         self._check_image()
         self._check_mask()
 
     @classmethod
     def from_prompt(
-        cls, prompt: str, concept: str, *, absent: str | None = None, alone: str | None = None, **rest: Any
+        cls,
+        prompt: str,
+        concept: str,
+        *,
+        absent: str | None = None,
+        alone: str | None = None,
+        **rest: Any,
     ) -> "Concept":
-        """A concept that a prompt names: ``present`` is the prompt, ``absent`` the prompt without the concept's words
-        (:func:`~ctrak_lightning.attribution.prompts.counter_prompt`, by rules for English). Look at both: ``print(concept)``.
+        """A concept that a prompt names: ``present`` is the prompt, ``absent`` the prompt without
+        the concept's words (:func:`~ctrak_lightning.attribution.prompts.counter_prompt`, by rules
+        for English). Look at both: ``print(concept)``.
 
         Args:
             prompt: the prompt.
-            concept: words of it; whole words, whatever the case, in the singular or plural. All their places count.
+            concept: words of it; whole words, whatever the case, in the singular or plural. All
+                their places count.
             absent: another counter-prompt than by the rules.
             alone: the prompt of the concept alone; by default its words.
             rest: ``name`` (by default the concept's words), ``image``, ``mask``.
 
         Raises:
-            ConceptError: the prompt is empty, the concept is not in it, or nothing is left without it.
+            ConceptError: the prompt is empty, the concept is not in it, or nothing is left without
+                it.
         """
         prompt, words = " ".join(prompt.split()), " ".join(concept.split())
         called = f"Concept.from_prompt({prompt!r}, {words!r})"
@@ -81,17 +97,20 @@ class Concept:
             raise ConceptError(f"{called}: expected a prompt, and words of it as the concept.")
         if not occurrences(prompt, words):
             raise ConceptError(
-                f"{called}: the concept is not in the prompt. Its words: {', '.join(near_words(prompt, words))}. HINT: "
-                "expected whole words as they stand there, next to each other."
+                f"{called}: the concept is not in the prompt. Its words: "
+                f"{', '.join(near_words(prompt, words))}. HINT: expected whole words as they stand "
+                "there, next to each other."
             )
         if absent is None:
             absent = counter_prompt(prompt, words)
             if not absent:
                 raise ConceptError(
-                    f"{called}: without the concept nothing is left of the prompt. HINT: give the counter-prompt, "
-                    "absent='a picture', or a longer prompt."
+                    f"{called}: without the concept nothing is left of the prompt. HINT: give the "
+                    "counter-prompt, absent='a picture', or a longer prompt."
                 )
-        return cls(rest.pop("name", words), prompt, absent, words if alone is None else alone, **rest)
+        return cls(
+            rest.pop("name", words), prompt, absent, words if alone is None else alone, **rest
+        )
 
     @classmethod
     def split(cls, prompt: str, concepts: Sequence[str], **rest: Any) -> "list[Concept]":
@@ -121,13 +140,15 @@ class Concept:
             for other in longest[i + 1 :]:
                 if any(a < d and c < b for a, b in places[one] for c, d in places[other]):
                     raise ConceptError(
-                        f"Concept.split({prompt!r}): {one!r} and {other!r} overlap; expected parts that share no word. HINT: leave "
-                        "one out, or ask them one by one with from_prompt."
+                        f"Concept.split({prompt!r}): {one!r} and {other!r} overlap; expected parts "
+                        "that share no word. HINT: leave one out, or ask them one by one with "
+                        "from_prompt."
                     )
         return [cls.from_prompt(prompt, concept, **rest) for concept in concepts]
 
     def isolated(self) -> "Concept":
-        """The concept on its own against the null condition, of which global queries generate images.
+        """The concept on its own against the null condition, of which global queries generate
+        images.
 
         Raises:
             ConceptError: the concept is asked by prompt and has no ``alone``.
@@ -136,16 +157,21 @@ class Concept:
         if alone is None:
             if isinstance(self.present, str) or isinstance(self.absent, str):
                 raise ConceptError(
-                    f"Concept({self.name!r}, present={self.present!r}): a global query needs the prompt of the concept alone. "
-                    "HINT: Concept(..., alone='a cat')."
+                    f"Concept({self.name!r}, present={self.present!r}): a global query needs the "
+                    "prompt of the concept alone. HINT: Concept(..., alone='a cat')."
                 )
-            alone = {key: value for key, value in self.present.items() if self.absent.get(key) != value}
+            alone = {
+                key: value for key, value in self.present.items() if self.absent.get(key) != value
+            }
         return Concept(self.name, alone, "" if isinstance(alone, str) else {})
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values: both sides; of a given image and of a mask the shape and sha256, not the content."""
+        """JSON values: both sides; of a given image and of a mask the shape and sha256, not the
+        content."""
         sides = {"present": self.present, "absent": self.absent}
-        facts: dict[str, Any] = {"name": self.name} | {side: _plain(spec) for side, spec in sides.items()}
+        facts: dict[str, Any] = {"name": self.name} | {
+            side: _plain(spec) for side, spec in sides.items()
+        }
         if self.image is None:
             facts |= {"image": None, "alone": _plain(self.isolated().present)}
         if isinstance(self.image, Tensor):
@@ -163,7 +189,10 @@ class Concept:
         asked = "" if self.image == "generated" else f", image={_shown(self.image)}"
         asked += "" if self.mask is None else f", mask={_shown(self.mask)}"
         alone = "" if self.alone is None else f", alone={self.alone!r}"
-        return f"Concept({self.name!r}, present={self.present!r}, absent={self.absent!r}{alone}{asked})"
+        return (
+            f"Concept({self.name!r}, present={self.present!r}, "
+            f"absent={self.absent!r}{alone}{asked})"
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Concept):
@@ -191,8 +220,9 @@ class Concept:
         if image == "generated" if isinstance(image, str) else _is_picture(image):
             return
         raise ConceptError(
-            f"Concept({self.name!r}, image={_shown(image)}): expected 'generated', None (a global query), or an image [3, H, W] "
-            "with values in [-1, 1]. HINT: pixels / 127.5 - 1 of 8-bit pixels."
+            f"Concept({self.name!r}, image={_shown(image)}): expected 'generated', None (a global "
+            "query), or an image [3, H, W] with values in [-1, 1]. HINT: pixels / 127.5 - 1 of "
+            "8-bit pixels."
         )
 
     def _check_mask(self) -> None:
@@ -212,7 +242,8 @@ class Concept:
             problem = "it is zero everywhere; expected a part of the image"
         if problem:
             raise ConceptError(
-                f"Concept({self.name!r}, mask={_shown(mask)}): {problem}. HINT: mask=None asks about all of the image."
+                f"Concept({self.name!r}, mask={_shown(mask)}): {problem}. HINT: mask=None asks "
+                "about all of the image."
             )
 
 
@@ -224,7 +255,11 @@ def _is_picture(image: Any) -> bool:
         or image.numel() == 0
     ):
         return False
-    return image.shape[0] in (1, 3) and bool(image.isfinite().all()) and float(image.abs().max()) <= 1 + 1e-3
+    return (
+        image.shape[0] in (1, 3)
+        and bool(image.isfinite().all())
+        and float(image.abs().max()) <= 1 + 1e-3
+    )
 
 
 def _plain(spec: Spec) -> str | dict[str, str]:
@@ -234,7 +269,9 @@ def _plain(spec: Spec) -> str | dict[str, str]:
 def _quoted(spec: Spec) -> str:
     if isinstance(spec, str):
         return f'"{spec}"'
-    return ", ".join(f"{key}={value}" for key, value in spec.items()) or "nothing (the null condition)"
+    return (
+        ", ".join(f"{key}={value}" for key, value in spec.items()) or "nothing (the null condition)"
+    )
 
 
 def _shown(value: Any) -> str:
@@ -251,7 +288,8 @@ def check_known(concept: Concept, task: Any) -> None:
     """Holds a concept against ``task.known_attributes()``, where the task offers it.
 
     Raises:
-        ConceptError: an attribute or a value is unknown; the message lists the known ones, nearest first.
+        ConceptError: an attribute or a value is unknown; the message lists the known ones, nearest
+            first.
     """
     if hasattr(task, "check_concept"):
         task.check_concept(concept.name, concept.present, concept.absent)
@@ -261,19 +299,19 @@ def check_known(concept: Concept, task: Any) -> None:
     for side, spec in (("present", concept.present), ("absent", concept.absent)):
         if isinstance(spec, str):
             raise ConceptError(
-                f"Concept({concept.name!r}, {side}={spec!r}): this model takes attributes, not prompts. "
-                f"Expected a mapping with keys among {sorted(known)}."
+                f"Concept({concept.name!r}, {side}={spec!r}): this model takes attributes, not "
+                f"prompts. Expected a mapping with keys among {sorted(known)}."
             )
         for attribute, value in spec.items():
             if attribute not in known:
                 raise ConceptError(
-                    f"Concept({concept.name!r}, {side}={dict(spec)!r}): unknown attribute {attribute!r}. "
-                    f"Known: {', '.join(sorted(known))}."
+                    f"Concept({concept.name!r}, {side}={dict(spec)!r}): unknown attribute "
+                    f"{attribute!r}. Known: {', '.join(sorted(known))}."
                 )
             if value not in known[attribute]:
                 raise ConceptError(
-                    f"Concept({concept.name!r}, {side}={dict(spec)!r}): unknown {attribute} {value!r}. "
-                    f"Known: {_nearest(value, list(known[attribute]))}."
+                    f"Concept({concept.name!r}, {side}={dict(spec)!r}): unknown {attribute} "
+                    f"{value!r}. Known: {_nearest(value, list(known[attribute]))}."
                 )
 
 

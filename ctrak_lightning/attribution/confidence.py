@@ -1,7 +1,8 @@
-"""How far one answer can be trusted, and when it says nothing: what a page, the command line and a monitor tell first.
+"""How far one answer can be trusted, and when it says nothing: what a page, the command line and a
+monitor tell first.
 
-No label is needed. The thresholds lie in the gaps between what ``recipes/benchmarks/learnt.py`` measured; what they miss stands in
-``docs/report.md`` and ``recipes/benchmarks/results/learnt.md``.
+No label is needed. The thresholds lie in the gaps between what ``recipes/benchmarks/learnt.py``
+measured; what they miss stands in ``docs/report.md`` and ``recipes/benchmarks/results/learnt.md``.
 """
 
 from __future__ import annotations
@@ -23,16 +24,20 @@ if TYPE_CHECKING:
     from ctrak_lightning.attribution.result import Attribution
 
 UNSTABLE = 0.3
-"""A correlation between the rankings of two halves of the checkpoints below this is none to speak of."""
+"""A correlation between the rankings of two halves of the checkpoints below this is none to speak
+of."""
 UNTOLD = 0.5
-"""A share of training images that rank themselves first below this says that the traces hardly tell them apart."""
+"""A share of training images that rank themselves first below this says that the traces hardly tell
+them apart."""
 BLIND = 0.5
-"""A mean denoising loss ``mean((e - eps)^2)`` of the training images above this: predicting nothing at all has 1."""
+"""A mean denoising loss ``mean((e - eps)^2)`` of the training images above this: predicting nothing
+at all has 1."""
 STILL = 1e-3
-"""Losses that changed by less than this share between the first checkpoint and the last: nothing was learnt in between."""
+"""Losses that changed by less than this share between the first checkpoint and the last: nothing
+was learnt in between."""
 SMOOTH, NOISY = 0.2, 0.5
-"""Where neighbouring pixels of nearly all training images correlate by more than the first, an image with less than this share of
-that correlation is noise."""
+"""Where neighbouring pixels of nearly all training images correlate by more than the first, an
+image with less than this share of that correlation is noise."""
 NOT_LEARNT = "This model has not learnt this concept; the ranking says nothing."
 NOT_SHOWN = "Nothing here shows that this model has learnt this concept; the ranking says nothing."
 
@@ -44,12 +49,16 @@ class Confidence:
     Args:
         strength: of the concept; None where the method looks at one condition only.
         checkpoints: their number.
-        stability: rank correlation of two halves of the checkpoints; None of one checkpoint, or where all score the same.
+        stability: rank correlation of two halves of the checkpoints; None of one checkpoint, or
+            where all score the same.
         self_check: None where the store is not at hand.
-        loss: mean denoising loss of the training images at the last checkpoint; None where the store is not at hand.
-        moved: median share by which an image's loss changed since the first checkpoint; None of one checkpoint.
+        loss: mean denoising loss of the training images at the last checkpoint; None where the
+            store is not at hand.
+        moved: median share by which an image's loss changed since the first checkpoint; None of one
+            checkpoint.
         unlearnt: what was found that says that the concept is not learnt, in sentences.
-        unshown: what was found that leaves it open, so that the ranking says nothing either, in sentences.
+        unshown: what was found that leaves it open, so that the ranking says nothing either, in
+            sentences.
         cautions: what else to bear in mind, in sentences.
     """
 
@@ -65,7 +74,8 @@ class Confidence:
 
     @property
     def says_nothing(self) -> bool:
-        """Whether the ranking says nothing. That it is False proves nothing: look at the generated image first."""
+        """Whether the ranking says nothing. That it is False proves nothing: look at the generated
+        image first."""
         return bool(self.unlearnt or self.unshown)
 
     @property
@@ -110,18 +120,20 @@ def _unlearnt(strength: float | None, loss: float | None) -> list[str]:
     found = []
     if strength is not None and strength < FAINT:
         found.append(
-            f"It hardly tells “with the concept” from “without it”: the concept's strength is {strength:.1e}, below {FAINT:g}."
+            "It hardly tells “with the concept” from “without it”: the concept's strength is "
+            f"{strength:.1e}, below {FAINT:g}."
         )
     if loss is not None and loss > BLIND:
         found.append(
-            f"It has hardly learnt to draw at all: its loss on the training images is {loss:.2f}, above {BLIND:g}, where predicting "
-            "nothing has 1."
+            f"It has hardly learnt to draw at all: its loss on the training images is {loss:.2f}, "
+            f"above {BLIND:g}, where predicting nothing has 1."
         )
     return found
 
 
 def _noise(attribution: Attribution) -> list[str]:
-    """Says so where the generated image is noise; a given one does not show what the model has learnt."""
+    """Says so where the generated image is noise; a given one does not show what the model has
+    learnt."""
     image, thumbnails = attribution.image, attribution.samples.thumbnails
     if image is None or isinstance(attribution.concept.image, Tensor) or thumbnails is None:
         return []
@@ -131,14 +143,14 @@ def _noise(attribution: Attribution) -> list[str]:
     if not is_noise(own, lowest):
         return []
     return [
-        f"The generated image is noise: its neighbouring pixels correlate by {own:.2f}, those of the training images by at least "
-        f"{lowest:.2f} (in 99 % of them)."
+        f"The generated image is noise: its neighbouring pixels correlate by {own:.2f}, those of "
+        f"the training images by at least {lowest:.2f} (in 99 % of them)."
     ]
 
 
 def is_noise(own: float, lowest: float) -> bool:
-    """Whether an image whose neighbouring pixels correlate by ``own`` is noise, where nearly all training images have at least
-    ``lowest``."""
+    """Whether an image whose neighbouring pixels correlate by ``own`` is noise, where nearly all
+    training images have at least ``lowest``."""
     return lowest > SMOOTH and own < NOISY * lowest
 
 
@@ -146,17 +158,19 @@ def _unshown(moved: float | None, check: SelfCheck | None, halves: float | None)
     found = []
     if moved is not None and moved < STILL:
         found.append(
-            f"Between the first checkpoint and the last the loss of a training image changed by {moved:.1e} of itself (median), below "
-            f"{STILL:g}: what the model knows of the concept, it did not learn in between."
+            "Between the first checkpoint and the last the loss of a training image changed by "
+            f"{moved:.1e} of itself (median), below {STILL:g}: what the model knows of the "
+            "concept, it did not learn in between."
         )
     if check is not None and check.first < UNTOLD * check.asked:
         found.append(
-            f"Only {check.first} of {check.asked} training images, taken as questions, rank themselves first: these traces "
-            "hardly tell the images apart."
+            f"Only {check.first} of {check.asked} training images, taken as questions, rank "
+            "themselves first: these traces hardly tell the images apart."
         )
     if halves is not None and halves < UNSTABLE:
         found.append(
-            f"The rankings of the two halves of the checkpoints hardly agree (rank correlation {halves:.2f})."
+            "The rankings of the two halves of the checkpoints hardly agree (rank correlation "
+            f"{halves:.2f})."
         )
     return found
 
@@ -167,14 +181,16 @@ def _cautions(attribution: Attribution) -> list[str]:
         found.append("No training image has a positive score for this concept.")
     if len(attribution.steps) < 2:
         found.append(
-            "The ranking rests on a single checkpoint, so nothing can be said of its stability or of when the concept was learnt."
+            "The ranking rests on a single checkpoint, so nothing can be said of its stability or "
+            "of when the concept was learnt."
         )
     return found
 
 
 _Checks = dict[tuple[float | None, bool, tuple[float, ...] | None], SelfCheck]
 _CHECKS: WeakKeyDictionary[TraceStore, _Checks] = WeakKeyDictionary()
-"""A self-check reads the whole store, so each is made once for all concepts that were asked of it."""
+"""A self-check reads the whole store, so each is made once for all concepts that were asked of
+it."""
 
 
 def _self_check(attribution: Attribution) -> SelfCheck | None:
@@ -185,16 +201,18 @@ def _self_check(attribution: Attribution) -> SelfCheck | None:
     residual = bool(attribution.method["residual"])
     key = (attribution.damping, residual, None if weights is None else tuple(weights))
     if key not in known:
-        known[key] = self_check(store.checkpoints, attribution.damping, residual=residual, weights=weights)
+        known[key] = self_check(
+            store.checkpoints, attribution.damping, residual=residual, weights=weights
+        )
     return known[key]
 
 
 def _losses(attribution: Attribution) -> tuple[float | None, float | None]:
-    """The mean loss of the training images at the last checkpoint, and the median share by which theirs changed since the first: of
-    those that had been trained on at the last one.
+    """The mean loss of the training images at the last checkpoint, and the median share by which
+    theirs changed since the first: of those that had been trained on at the last one.
 
-    None where the store is not at hand, no image had been trained on, or the losses are those of training steps, whose scale and
-    timesteps are training's own.
+    None where the store is not at hand, no image had been trained on, or the losses are those of
+    training steps, whose scale and timesteps are training's own.
     """
     store = attribution.store
     if store is None or attribution.method["training"]["trajectory"]["class"] == "InTraining":

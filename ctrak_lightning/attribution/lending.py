@@ -1,4 +1,5 @@
-"""The user's model, lent to a query: under the weights of a checkpoint for a while, then as it was."""
+"""The user's model, lent to a query: under the weights of a checkpoint for a while, then as it
+was."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,13 +34,15 @@ class LentModel:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Puts everything that the task computes with into the state in which it is traced, as a capture does."""
+        """Puts everything that the task computes with into the state in which it is traced, as a
+        capture does."""
         with undisturbed(self.module, *task_modules(self.task)):
             yield
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Lends the module, in evaluation mode: afterwards its weights and flags are what they were."""
+        """Lends the module, in evaluation mode: afterwards its weights and flags are what they
+        were."""
         parameters = parameters_of(self.module)
         flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
         try:
@@ -55,21 +58,27 @@ class LentModel:
         """Takes on the weights of a checkpoint; only while borrowed.
 
         Raises:
-            StoreMismatchError: they are not those of the first checkpoint, or not of the model's shapes.
+            StoreMismatchError: they are not those of the first checkpoint, or not of the model's
+                shapes.
         """
         own, checkpoint = tensors_of(self.module), self.checkpoints[index]
         values = checkpoint.weights() | checkpoint.buffers()
         wrong = sorted(values.keys() ^ self._taken)
         if wrong:
             raise StoreMismatchError(
-                f"What was trained at step {checkpoint.step} is not what was at step {self.checkpoints[0].step}: {wrong[:5]} are in one "
-                "checkpoint only. Traces of the two cannot be asked together. HINT: parameters were frozen or unfrozen in that run; "
-                "trace each part of it into a store of its own."
+                f"What was trained at step {checkpoint.step} is not what was at step "
+                f"{self.checkpoints[0].step}: {wrong[:5]} are in one checkpoint only. Traces of "
+                "the two cannot be asked together. HINT: parameters were frozen or unfrozen in "
+                "that run; trace each part of it into a store of its own."
             )
-        wrong = [name for name, value in values.items() if name not in own or own[name].shape != value.shape]
+        wrong = [
+            name
+            for name, value in values.items()
+            if name not in own or own[name].shape != value.shape
+        ]
         if wrong:
             raise StoreMismatchError(
-                f"The weights of step {checkpoint.step} do not fit the model: {wrong[:5]} are missing in it, or of another shape. HINT: "
-                "build the module as in the traced run."
+                f"The weights of step {checkpoint.step} do not fit the model: {wrong[:5]} are "
+                "missing in it, or of another shape. HINT: build the module as in the traced run."
             )
         take_on(self.module, values)

@@ -6,15 +6,19 @@ from torch import Tensor
 from ctrak_lightning.processes import Processes
 
 ROUNDING = 1e-4
-"""Scores that differ by less, relative to their size, are equal: they hold to this (docs/reliability.md)."""
+"""Scores that differ by less, relative to their size, are equal: they hold to this
+(docs/reliability.md)."""
 
 
 def units(deviation: Tensor, mean: Tensor) -> Tensor:
-    """What scores of this deviation and mean are measured in, all of one shape: their deviation; of scores that are equal up to
-    rounding their size, so that rounding stays small beside other checkpoints' scores; 1 of scores that are all zero."""
+    """What scores of this deviation and mean are measured in, all of one shape: their deviation; of
+    scores that are equal up to rounding their size, so that rounding stays small beside other
+    checkpoints' scores; 1 of scores that are all zero."""
     size = torch.hypot(deviation, mean)
     found = torch.where(differ(deviation, mean), deviation, size)
-    return torch.where(found > 0, found.clamp(min=torch.finfo(found.dtype).tiny), torch.ones_like(found))
+    return torch.where(
+        found > 0, found.clamp(min=torch.finfo(found.dtype).tiny), torch.ones_like(found)
+    )
 
 
 def differ(deviation: Tensor, mean: Tensor) -> Tensor:
@@ -37,13 +41,15 @@ class Moments:
 
         Args:
             scores: of all checkpoints.
-            exposed: bool [M, b]; scores where it is False are passed over. Means and deviations alone can be asked of such sums.
+            exposed: bool [M, b]; scores where it is False are passed over. Means and deviations
+                alone can be asked of such sums.
         """
         if not scores.shape[-1]:
             return
         wide = scores.double()
         if self._shift is None:
-            # Sums of squares cancel where the mean is far from zero: all are taken around the first block's mean.
+            # Sums of squares cancel where the mean is far from zero: all are taken around the first
+            # block's mean.
             self._shift = wide.mean(-1, keepdim=True)
         wide = wide - self._shift
         if exposed is None:
@@ -71,7 +77,8 @@ class Moments:
         return mean if self._shift is None else mean + self._shift.squeeze(-1)
 
     def agreement(self) -> Tensor:
-        """Mean Pearson correlation over the pairs of checkpoints [...]; 0 for those whose scores are equal up to rounding."""
+        """Mean Pearson correlation over the pairs of checkpoints [...]; 0 for those whose scores
+        are equal up to rounding."""
         spread = self.deviation()
         spread = torch.where(differ(spread, self.mean()), spread, 0.0)
         both = spread.unsqueeze(-1) * spread.unsqueeze(-2)
@@ -90,7 +97,9 @@ class Moments:
         d = (other._shift - self._shift).squeeze(-1)
         cross = other._sums.unsqueeze(-1) * d.unsqueeze(-2)
         outer = d.unsqueeze(-1) * d.unsqueeze(-2)
-        self._products = self._products + other._products + cross + cross.mT + _rows(other.count) * outer
+        self._products = (
+            self._products + other._products + cross + cross.mT + _rows(other.count) * outer
+        )
         self._sums = self._sums + other._sums + other.count * d
         self.count = self.count + other.count
 

@@ -1,4 +1,5 @@
-"""Whether a generated image is noise, told by how its neighbouring pixels go together beside those of the training images."""
+"""Whether a generated image is noise, told by how its neighbouring pixels go together beside those
+of the training images."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ LOOKED_AT = 256
 
 
 def neighbours(images: Tensor) -> Tensor:
-    """Correlation of neighbouring pixels [B] of images [B, C, H, W]: near 0 of noise, 1 of a flat image."""
+    """Correlation of neighbouring pixels [B] of images [B, C, H, W]: near 0 of noise, 1 of a flat
+    image."""
     centred = images.double() - images.double().mean((2, 3), keepdim=True)
     pairs = [(centred[..., :-1], centred[..., 1:]), (centred[..., :-1, :], centred[..., 1:, :])]
     products = torch.stack([(a * b).flatten(1).sum(1) for a, b in pairs]).sum(0)
@@ -20,7 +22,8 @@ def neighbours(images: Tensor) -> Tensor:
 
 
 def beside(image: Tensor, thumbnails: Tensor) -> tuple[float, float]:
-    """The correlation of an image's neighbouring pixels at the size of the thumbnails, and the 1 % quantile of theirs.
+    """The correlation of an image's neighbouring pixels at the size of the thumbnails, and the 1 %
+    quantile of theirs.
 
     Args:
         image: [3, H, W].

@@ -1,7 +1,8 @@
-"""Where influence arises: scores split exactly, by the query's timesteps and by its groups of layers.
+"""Where influence arises: scores split exactly, by the query's timesteps and by its groups of
+layers.
 
-A score is linear in the query's features, and these are a sum over states and over layers. So each part of the features has
-a score of its own, and the parts add up.
+A score is linear in the query's features, and these are a sum over states and over layers. So each
+part of the features has a score of its own, and the parts add up.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ def score_parts(
     names = list(features[0].by_layer_group)
     timesteps = features[0].timesteps
     rows = torch.stack(
-        [torch.cat([*part.by_timestep, *(part.by_layer_group[name] for name in names)]) for part in features]
+        [
+            torch.cat([*part.by_timestep, *(part.by_layer_group[name] for name in names)])
+            for part in features
+        ]
     )  # [M, S + G, k]
     split, _ = chosen_scores(rows, checkpoints, (damping,), residual=residual)  # [M, S + G, N]
     # The checkpoints' units are those of the whole: a part in units of its own would not add up.
@@ -75,7 +79,10 @@ def concatenated(parts: Sequence[FeatureParts]) -> FeatureParts:
     return FeatureParts(
         parts[0].timesteps,
         torch.cat([part.by_timestep for part in parts], 1),
-        {name: torch.cat([part.by_layer_group[name] for part in parts]) for name in parts[0].by_layer_group},
+        {
+            name: torch.cat([part.by_layer_group[name] for part in parts])
+            for name in parts[0].by_layer_group
+        },
     )
 
 

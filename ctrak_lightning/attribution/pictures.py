@@ -29,27 +29,30 @@ def latents_of(task: Any, concept: Concept, shape: Sequence[int], like: Tensor) 
     assert isinstance(concept.image, Tensor)
     if not callable(getattr(task, "latents", None)):
         raise TaskError(
-            f"{name_of(task)} has no `latents`, which a question about an existing image needs: expected a method "
-            "latents(images [B, 3, H, W] in [-1, 1]) that returns clean latents [B, ...], as encode(batch) makes them. HINT: move "
-            "those lines of encode into it."
+            f"{name_of(task)} has no `latents`, which a question about an existing image needs: "
+            "expected a method latents(images [B, 3, H, W] in [-1, 1]) that returns clean latents "
+            "[B, ...], as encode(batch) makes them. HINT: move those lines of encode into it."
         )
     latents: Tensor = task.latents(concept.image[None].to(like))
     if list(latents.shape[1:]) != list(shape):
         raise ConceptError(
-            f"Concept({concept.name!r}, image of {list(concept.image.shape)}): its latents are {list(latents.shape[1:])}, expected "
-            f"{list(shape)}, as of the traced images. HINT: resize or crop the image to their size."
+            f"Concept({concept.name!r}, image of {list(concept.image.shape)}): its latents are "
+            f"{list(latents.shape[1:])}, expected {list(shape)}, as of the traced images. HINT: "
+            "resize or crop the image to their size."
         )
     return latents.to(like)
 
 
 def weights_of(task: Any, concepts: Sequence[Concept], like: Tensor) -> Tensor | None:
-    """The concepts' masks as weights of latents [B, ...] like ``like``, 1 where there is no mask; None if no concept has one.
+    """The concepts' masks as weights of latents [B, ...] like ``like``, 1 where there is no mask;
+    None if no concept has one.
 
-    ``task.latent_mask(mask [H, W])`` gives the weights, where the task has it; else, of latents [C, h, w], the mean of the mask
-    over what each latent position covers.
+    ``task.latent_mask(mask [H, W])`` gives the weights, where the task has it; else, of latents [C,
+    h, w], the mean of the mask over what each latent position covers.
 
     Raises:
-        TaskError: the latents have another form and the task no ``latent_mask``, or one that gives another shape.
+        TaskError: the latents have another form and the task no ``latent_mask``, or one that gives
+            another shape.
         ConceptError: the mask has other proportions than the latents, or fewer pixels.
     """
     if all(concept.mask is None for concept in concepts):
@@ -69,19 +72,21 @@ def _weights(task: Any, concept: Concept, mask: Tensor | None, like: Tensor) -> 
             return found.to(like).expand(shape)
         except RuntimeError as error:
             raise TaskError(
-                f"{name_of(task)}.latent_mask(mask {list(mask.shape)}) returned {list(found.shape)}, expected weights of a "
-                f"latent {shape}, or what broadcasts to it."
+                f"{name_of(task)}.latent_mask(mask {list(mask.shape)}) returned "
+                f"{list(found.shape)}, expected weights of a latent {shape}, or what broadcasts to "
+                "it."
             ) from error
     if len(shape) != 3:
         raise TaskError(
-            f"{name_of(task)} has latents {shape} and no `latent_mask`, which a question about a part of an image needs: "
-            "expected a method latent_mask(mask [H, W]) that returns weights of that shape."
+            f"{name_of(task)} has latents {shape} and no `latent_mask`, which a question about a "
+            "part of an image needs: expected a method latent_mask(mask [H, W]) that returns "
+            "weights of that shape."
         )
     (height, width), (rows, columns) = mask.shape, shape[1:]
     if height * columns != width * rows or height < rows:
         raise ConceptError(
-            f"Concept({concept.name!r}, mask {[height, width]}): expected as many pixels as the image, whose latents are "
-            f"{[rows, columns]}. HINT: resize the mask to the image."
+            f"Concept({concept.name!r}, mask {[height, width]}): expected as many pixels as the "
+            f"image, whose latents are {[rows, columns]}. HINT: resize the mask to the image."
         )
     # The mean over the area that a latent covers: complementary masks add up to 1 everywhere.
     area: Tensor = F.interpolate(mask[None, None].to(like), (rows, columns), mode="area")[0]

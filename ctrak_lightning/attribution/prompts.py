@@ -1,7 +1,8 @@
 """A prompt without a concept's words: the counter-prompt of a question. Pure functions on text.
 
-Words are found in any script; what is left is made good by rules for English (articles, prepositions, "in the style of"). They
-are rules, not a parser, so look at what they give (``print(concept)``), and give a counter-prompt of your own where it is odd.
+Words are found in any script; what is left is made good by rules for English (articles,
+prepositions, "in the style of"). They are rules, not a parser, so look at what they give
+(``print(concept)``), and give a counter-prompt of your own where it is odd.
 """
 
 import re
@@ -41,10 +42,12 @@ ING_NOUNS = _listed(
     lightning morning offering painting printing pudding railing rendering ring setting spring string
     swing thing wedding wing anything everything nothing something"""
 )
-PARTICIPLES = frozenset({"drawn", "made", "done", "shown", "taken", "shot", "seen", "built", "written"})
+PARTICIPLES = frozenset(
+    {"drawn", "made", "done", "shown", "taken", "shot", "seen", "built", "written"}
+)
 STAND_INS = ("a picture", "an image")
-"""For a subject that is lost: "in the style of Picasso" becomes "a picture in the style of Picasso"; the second, where the first
-is the concept itself."""
+"""For a subject that is lost: "in the style of Picasso" becomes "a picture in the style of
+Picasso"; the second, where the first is the concept itself."""
 THING, SOMETHING = "thing", "something"
 _FEW = 2
 
@@ -55,9 +58,9 @@ _BRACKETS = {"(": ")", "[": "]", "{": "}", "\u201c": "\u201d", "\u00ab": "\u00bb
 def counter_prompt(prompt: str, concept: str) -> str:
     """The prompt without the concept's words, at none of their places; ``""`` if nothing is left.
 
-    What led to the words goes with them ("in the style of", "by", "of", "with", "and", an article). A subject that is lost
-    leaves ``"a picture"``, so that the rest still says something of something; a noun that had a word of its own leaves
-    ``"thing"``.
+    What led to the words goes with them ("in the style of", "by", "of", "with", "and", an article).
+    A subject that is lost leaves ``"a picture"``, so that the rest still says something of
+    something; a noun that had a word of its own leaves ``"thing"``.
 
     Example:
         >>> counter_prompt("Pikachu in the style of Picasso", "Pikachu")
@@ -73,7 +76,8 @@ def counter_prompt(prompt: str, concept: str) -> str:
     while places := occurrences(text, concept):
         start, stop = places[0]
         shorter = _without(text, start, stop, concept)
-        # A word put in instead may be the concept's own ("picture", "thing"); then nothing is put in.
+        # A word put in instead may be the concept's own ("picture", "thing"); then nothing is put
+        # in.
         if len(occurrences(shorter, concept)) >= len(places):
             shorter = tidied(text[:start] + " " + text[stop:])
         text = shorter
@@ -81,14 +85,16 @@ def counter_prompt(prompt: str, concept: str) -> str:
 
 
 def tidied(text: str) -> str:
-    """A text without doubled spaces, empty brackets, stray commas, and articles, conjunctions or prepositions that lead
-    nowhere at its end, or conjunctions at its beginning."""
+    """A text without doubled spaces, empty brackets, stray commas, and articles, conjunctions or
+    prepositions that lead nowhere at its end, or conjunctions at its beginning."""
     before = None
     while text != before:
         before = text
         text = " ".join(text.split())
         for opening, closing in _BRACKETS.items():
-            text = re.sub(rf"{re.escape(opening)}[\s{re.escape(_STOPS)}]*{re.escape(closing)}", " ", text)
+            text = re.sub(
+                rf"{re.escape(opening)}[\s{re.escape(_STOPS)}]*{re.escape(closing)}", " ", text
+            )
         text = re.sub(r"\s+([,;:.!?)\]}])", r"\1", text)
         text = re.sub(r"([(\[{])\s+", r"\1", text)
         text = re.sub(r"([,;:|])(?:\s*[,;:|])+", r"\1", text)
@@ -114,8 +120,11 @@ def _without(text: str, start: int, stop: int, concept: str) -> str:
     determined = bool(before) and before[-1] in DETERMINERS
     qualifiers = _qualifiers(before)
     if qualifiers and not is_clause_start:
-        # A noun that was told more of, "a cute cat on a beach", or what a verb was about, "a girl riding Pikachu".
-        noun = THING if len(before) > qualifiers and before[-qualifiers - 1] in ARTICLES else SOMETHING
+        # A noun that was told more of, "a cute cat on a beach", or what a verb was about, "a girl
+        # riding Pikachu".
+        noun = (
+            THING if len(before) > qualifiers and before[-qualifiers - 1] in ARTICLES else SOMETHING
+        )
         if before[-1].endswith("ing") and before[-1] not in ING_NOUNS:
             noun = SOMETHING
         elif noun == SOMETHING and qualifiers > _FEW:
@@ -167,10 +176,12 @@ def _without_determiners(text: str) -> str:
 
 
 def _without_leads(text: str) -> str:
-    """Without the words at its end that led to what is gone: "in the style of", "painted by", "and a", "with the"."""
+    """Without the words at its end that led to what is gone: "in the style of", "painted by", "and
+    a", "with the"."""
     while last := _last_words(text):
         lead = next(
-            (lead for lead in LEADS if tuple(last[-len(lead.split()) :]) == tuple(lead.split())), None
+            (lead for lead in LEADS if tuple(last[-len(lead.split()) :]) == tuple(lead.split())),
+            None,
         )
         if lead is None and last[-1] not in DETERMINERS | CONJUNCTIONS | PREPOSITIONS:
             break
@@ -187,7 +198,8 @@ def _without_leads(text: str) -> str:
 
 
 def _without_dangling(text: str) -> str:
-    """Without glue at the end of the text or of a bracket, before a comma, or a conjunction at the beginning."""
+    """Without glue at the end of the text or of a bracket, before a comma, or a conjunction at the
+    beginning."""
     have = words(text)
     for i, word in enumerate(have):
         rest = text[word.stop :].lstrip()
@@ -201,7 +213,8 @@ def _without_dangling(text: str) -> str:
 
 
 def _qualifiers(before: Sequence[str]) -> int:
-    """How many words directly before tell more of a noun: content words back to an article, or to the clause's beginning."""
+    """How many words directly before tell more of a noun: content words back to an article, or to
+    the clause's beginning."""
     count = 0
     while count < len(before) and not _is_glue(before[-count - 1]):
         count += 1
@@ -221,7 +234,8 @@ def _last_words(text: str) -> list[str]:
 
 
 def _first_words(text: str) -> list[str]:
-    """The keys of the words that a text begins with; none where it begins with a stop other than a comma's list."""
+    """The keys of the words that a text begins with; none where it begins with a stop other than a
+    comma's list."""
     have = words(text)
     if not have:
         return []
@@ -233,7 +247,13 @@ def _first_words(text: str) -> list[str]:
 
 
 def _is_glue(key: str) -> bool:
-    return key == "," or key in DETERMINERS or key in CONJUNCTIONS or key in PREPOSITIONS or key in _VERBS
+    return (
+        key == ","
+        or key in DETERMINERS
+        or key in CONJUNCTIONS
+        or key in PREPOSITIONS
+        or key in _VERBS
+    )
 
 
 _VERBS = frozenset({"is", "are", "was", "were", "has", "have", "which", "who", "whose"})

@@ -58,7 +58,9 @@ def assembled(queries: Sequence[Query], places: Sequence[Sequence[int]]) -> Quer
         features=torch.cat([query.features for query in queries], 1)[:, order],
         strength=torch.cat([query.strength for query in queries])[order],
         images=torch.cat(images)[order] if len(images) == len(queries) else None,
-        trajectories=ordered([query.trajectory(i) for query in queries for i in range(len(query.concepts))]),
+        trajectories=ordered(
+            [query.trajectory(i) for query in queries for i in range(len(query.concepts))]
+        ),
         parts=None
         if any(query.parts is None for query in queries)
         else ordered([parts for query in queries for parts in query.parts or []]),

@@ -58,26 +58,29 @@ class Questions:
         images: int = 8,
         parts: bool = False,
     ) -> Query:
-        """The questions' own gradients, under the weights of every checkpoint; each as its :attr:`Concept.image` says.
+        """The questions' own gradients, under the weights of every checkpoint; each as its
+        :attr:`Concept.image` says.
 
         Args:
             concepts: the questions.
-            seeds: of their images, one for all or one for each; of a global query, of its first image, the others follow. An
-                existing image needs none.
-            generation: the images, one for each concept, where :meth:`generate` has made them before (with the same
-                sampler, for another store of the same run).
+            seeds: of their images, one for all or one for each; of a global query, of its first
+                image, the others follow. An existing image needs none.
+            generation: the images, one for each concept, where :meth:`generate` has made them
+                before (with the same sampler, for another store of the same run).
             images: how many images stand for the model's own distribution, in a global query.
             parts: also split the gradients by timestep and by group of layers.
 
         Raises:
-            ConceptError: the model does not know an attribute, or an image or a mask is not of its size.
+            ConceptError: the model does not know an attribute, or an image or a mask is not of its
+                size.
             TaskError: the task lacks a method that an image or a mask needs.
             InversionError: the schedule cannot be inverted for an existing image.
         """
         seeds = [seeds] * len(concepts) if isinstance(seeds, int) else list(seeds)
         if not concepts or len(seeds) != len(concepts):
             raise ValueError(
-                f"query({len(concepts)} concepts, {len(seeds)} seeds): expected at least one concept, and one seed for each."
+                f"query({len(concepts)} concepts, {len(seeds)} seeds): expected at least one "
+                "concept, and one seed for each."
             )
         if images < 1:
             raise ValueError(f"query(images={images}): expected at least 1.")
@@ -88,11 +91,15 @@ class Questions:
             set(kinds) != {"generated"} or len(generation.latents) != len(concepts)
         ):
             raise ValueError(
-                f"query({len(concepts)} concepts, generation of {len(generation.latents)}): expected one image for each "
-                "concept, and no concept with an image of its own or without any."
+                f"query({len(concepts)} concepts, generation of {len(generation.latents)}): "
+                "expected one image for each concept, and no concept with an image of its own or "
+                "without any."
             )
         found: dict[str, Query] = {}
-        places = {kind: [i for i, each in enumerate(kinds) if each == kind] for kind in dict.fromkeys(kinds)}
+        places = {
+            kind: [i for i, each in enumerate(kinds) if each == kind]
+            for kind in dict.fromkeys(kinds)
+        }
         for kind, rows in places.items():
             some, own_seeds = [concepts[i] for i in rows], [seeds[i] for i in rows]
             if kind == "given":
@@ -103,14 +110,22 @@ class Questions:
             else:
                 made = generation or self.generate([concept.present for concept in some], own_seeds)
                 found[kind] = self._asker.gradients(some, own_seeds, made, self.method, parts=parts)
-        return assembled(list(found.values()), list(places.values())) if len(found) > 1 else found[kinds[0]]
+        return (
+            assembled(list(found.values()), list(places.values()))
+            if len(found) > 1
+            else found[kinds[0]]
+        )
 
-    def query_given(self, concepts: Sequence[Concept], latents: Tensor, *, parts: bool = False) -> Query:
-        """Questions about images that are there as latents already; ``Concept(..., image=...)`` takes the image itself.
+    def query_given(
+        self, concepts: Sequence[Concept], latents: Tensor, *, parts: bool = False
+    ) -> Query:
+        """Questions about images that are there as latents already; ``Concept(..., image=...)``
+        takes the image itself.
 
         Args:
             concepts: the questions.
-            latents: clean latents of their images, one each [Q, ...], as ``task.encode`` gives them.
+            latents: clean latents of their images, one each [Q, ...], as ``task.encode`` gives
+                them.
             parts: as in :meth:`query`.
 
         Raises:
@@ -120,16 +135,18 @@ class Questions:
         """
         if not concepts or list(latents.shape) != [len(concepts), *self._latent_shape]:
             raise ValueError(
-                f"query_given({len(concepts)} concepts, latents {list(latents.shape)}): expected at least one concept, and "
-                f"latents of {self._latent_shape} for each. HINT: task.encode(batch).latents."
+                f"query_given({len(concepts)} concepts, latents {list(latents.shape)}): expected "
+                f"at least one concept, and latents of {self._latent_shape} for each. HINT: "
+                "task.encode(batch).latents."
             )
         for concept in concepts:
             check_known(concept, self.task)
         return self._of_latents(concepts, latents.to(self._asker.like), parts)
 
     def query_global(self, concepts: Sequence[Concept], seed: int = 0, *, images: int = 8) -> Query:
-        """The concepts themselves rather than one image of each, whatever their ``image``: the mean gradient over images generated
-        from the concept alone, against the null condition. Equal concepts are asked once.
+        """The concepts themselves rather than one image of each, whatever their ``image``: the mean
+        gradient over images generated from the concept alone, against the null condition. Equal
+        concepts are asked once.
 
         Args:
             concepts: the questions; see :meth:`Concept.isolated`.
@@ -166,7 +183,9 @@ class Questions:
         isolated = [concept.isolated() for concept in concepts]
         for concept in isolated:
             check_known(concept, self.task)
-        keys = [(spec_key(concept.present), seed) for concept, seed in zip(isolated, seeds, strict=True)]
+        keys = [
+            (spec_key(concept.present), seed) for concept, seed in zip(isolated, seeds, strict=True)
+        ]
         once = dict(zip(keys, isolated, strict=True))
         several = [concept for concept in once.values() for _ in range(images)]
         of_each = [seed + i for _, seed in once for i in range(images)]
@@ -188,21 +207,25 @@ class Questions:
         )
 
     def generate(self, specs: Sequence[Spec], seeds: Sequence[int]) -> Generation:
-        """Generates one image per (spec, seed) with the last checkpoint's weights; the same seed gives the same noise.
+        """Generates one image per (spec, seed) with the last checkpoint's weights; the same seed
+        gives the same noise.
 
         Equal (spec, seed) are generated once.
         """
         return self._asker.generate(specs, seeds)
 
-    def invert(self, specs: Sequence[Spec], latents: Tensor, *, guidance: float = 1.0) -> Generation:
-        """The states through which the sampler would have made images, given as clean latents [B, ...]
-        (:func:`ctrak_lightning.inversion.inverted`), with the last checkpoint's weights.
+    def invert(
+        self, specs: Sequence[Spec], latents: Tensor, *, guidance: float = 1.0
+    ) -> Generation:
+        """The states through which the sampler would have made images, given as clean latents [B,
+        ...] (:func:`ctrak_lightning.inversion.inverted`), with the last checkpoint's weights.
 
         Args:
             specs: what the images show.
             latents: of the images.
-            guidance: classifier-free guidance scale, instead of the sampler's. Guidance doubles the cost and adds up errors (Mokady
-                et al. 2023, arXiv 2211.09794), and ranked no better (``recipes/emoji_artists/results/inversion.md``).
+            guidance: classifier-free guidance scale, instead of the sampler's. Guidance doubles the
+                cost and adds up errors (Mokady et al. 2023, arXiv 2211.09794), and ranked no better
+                (``recipes/emoji_artists/results/inversion.md``).
 
         Raises:
             InversionError: the schedule cannot be inverted.

@@ -15,7 +15,12 @@ from ctrak_lightning.attribution.confidence import Confidence, confidence_of
 from ctrak_lightning.attribution.parts import Parts
 from ctrak_lightning.attribution.shares import bootstrapped_shares, group_shares
 from ctrak_lightning.attribution.showing import html_of, text_of
-from ctrak_lightning.attribution.solve import drawn_ensemble, ensemble, soft_thresholded, standardised
+from ctrak_lightning.attribution.solve import (
+    drawn_ensemble,
+    ensemble,
+    soft_thresholded,
+    standardised,
+)
 from ctrak_lightning.escaping import csv_cell, metadata_heads
 from ctrak_lightning.traces import SampleTable, TraceStore
 
@@ -26,8 +31,8 @@ NEVER = "never trained on up to this checkpoint"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One training sample in a ranking; rank 1 taught the concept most. ``exposures``: how often it had entered an optimizer step at
-    the last checkpoint; None where that is not known."""
+    """One training sample in a ranking; rank 1 taught the concept most. ``exposures``: how often it
+    had entered an optimizer step at the last checkpoint; None where that is not known."""
 
     sample_id: str
     score: float
@@ -49,7 +54,8 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Attribution:
-    """Scores of every training sample for one concept; higher means that the sample taught the concept.
+    """Scores of every training sample for one concept; higher means that the sample taught the
+    concept.
 
     Args:
         concept: the question.
@@ -58,15 +64,19 @@ class Attribution:
         steps: training step of each checkpoint.
         samples: ids and metadata of the N samples.
         method: the method's facts, as JSON values.
-        strength: relative size of the concept direction (see :func:`ctrak_lightning.tracing.trace_query`).
+        strength: relative size of the concept direction (see
+            :func:`ctrak_lightning.tracing.trace_query`).
         image: the generated image [3, H, W] in [0, 1], or None.
-        damping: of the kernel, as used for this query (where the method's is ``"agreement"``, the one it chose); None: no
-            kernel.
-        weights: of the checkpoints, where the method adds them with weights of their own (learning rates); else None.
+        damping: of the kernel, as used for this query (where the method's is ``"agreement"``, the
+            one it chose); None: no kernel.
+        weights: of the checkpoints, where the method adds them with weights of their own (learning
+            rates); else None.
         parts: the scores split by timestep and by group of layers, where that was asked for.
-        exposures: how often each sample had entered an optimizer step at each checkpoint, int64 [M, N]; -1 at one where that is not
-            known, None where it is at none. A sample with 0 scores 0 at that checkpoint.
-        store: the traces that were asked, where they are at hand; a report takes self-check and provenance from them.
+        exposures: how often each sample had entered an optimizer step at each checkpoint, int64 [M,
+            N]; -1 at one where that is not known, None where it is at none. A sample with 0 scores
+            0 at that checkpoint.
+        store: the traces that were asked, where they are at hand; a report takes self-check and
+            provenance from them.
     """
 
     concept: Concept
@@ -92,30 +102,35 @@ class Attribution:
 
     @property
     def scores(self) -> Tensor:
-        """Checkpoint-ensembled scores [N], float32: each checkpoint in units of its own standard deviation (over the samples that had
-        been trained on), averaged; or the sum with the method's own weights."""
+        """Checkpoint-ensembled scores [N], float32: each checkpoint in units of its own standard
+        deviation (over the samples that had been trained on), averaged; or the sum with the
+        method's own weights."""
         return ensemble(self.checkpoint_scores.double(), self.weights, self.exposed).float()
 
     @property
     def untrained(self) -> Tensor:
-        """Which samples had entered no optimizer step at the last checkpoint, as far as is known, bool [N]."""
+        """Which samples had entered no optimizer step at the last checkpoint, as far as is known,
+        bool [N]."""
         if self.exposures is None:
             return torch.zeros(len(self.samples), dtype=torch.bool)
         return self.exposures[-1] == 0
 
     @property
     def exposed(self) -> Tensor | None:
-        """Which samples had been trained on at each checkpoint, bool [M, N]; None where all had, as far as is known."""
+        """Which samples had been trained on at each checkpoint, bool [M, N]; None where all had, as
+        far as is known."""
         return None if self.exposures is None or bool(self.exposures.all()) else self.exposures != 0
 
     def _trained(self) -> Tensor | None:
-        """Which samples had been trained on at the last checkpoint, bool [N]; None where all had, as far as is known."""
+        """Which samples had been trained on at the last checkpoint, bool [N]; None where all had,
+        as far as is known."""
         untrained = self.untrained
         return ~untrained if bool(untrained.any()) else None
 
     @cached_property
     def confidence(self) -> Confidence:
-        """How far the ranking can be trusted, and whether it says anything at all: look here, and at the generated image, first.
+        """How far the ranking can be trusted, and whether it says anything at all: look here, and
+        at the generated image, first.
 
         The self-check reads the traces once for each damping that was used, not for each concept.
 
@@ -125,11 +140,11 @@ class Attribution:
         return confidence_of(self)
 
     def contributions(self, threshold: float = 2.0) -> Tensor:
-        """What each sample adds, for sums over groups of samples [N], float32: the scores in units of their own standard
-        deviation around their median, soft-thresholded.
+        """What each sample adds, for sums over groups of samples [N], float32: the scores in units
+        of their own standard deviation around their median, soft-thresholded.
 
-        A concept is taught by few samples; the small scores of all the others are noise that adds up in a sum. The ranking is
-        that of the scores; samples within the threshold add nothing.
+        A concept is taught by few samples; the small scores of all the others are noise that adds
+        up in a sum. The ranking is that of the scores; samples within the threshold add nothing.
 
         Args:
             threshold: in standard deviations; 0 keeps all.
@@ -140,8 +155,9 @@ class Attribution:
         return soft_thresholded(self.scores.double(), _checked(threshold), self._trained()).float()
 
     def effective_contributors(self, threshold: float = 2.0) -> float:
-        """How many samples the concept is spread over: the inverse Simpson index ``1 / sum(p^2)`` of the shares ``p`` of the
-        positive :meth:`contributions` (Hill 1973, order 2); n if n samples contribute equally, 0 if none does.
+        """How many samples the concept is spread over: the inverse Simpson index ``1 / sum(p^2)``
+        of the shares ``p`` of the positive :meth:`contributions` (Hill 1973, order 2); n if n
+        samples contribute equally, 0 if none does.
 
         Args:
             threshold: of the contributions.
@@ -154,8 +170,8 @@ class Attribution:
         return float(total.square() / positive.square().sum()) if total > 0 else 0.0
 
     def order(self) -> Tensor:
-        """The positions of all samples [N], int64, best first (ties by position in the data set); those that were never trained on
-        are the last."""
+        """The positions of all samples [N], int64, best first (ties by position in the data set);
+        those that were never trained on are the last."""
         scores = self.scores.masked_fill(self.untrained, -torch.inf)
         return torch.argsort(scores, descending=True, stable=True)
 
@@ -165,12 +181,13 @@ class Attribution:
         return order[: len(order) - int(self.untrained.sum())]
 
     def timeline(self) -> Tensor:
-        """The scores of each checkpoint [M, N], float32, each in units of its own standard deviation."""
+        """The scores of each checkpoint [M, N], float32, each in units of its own standard
+        deviation."""
         return standardised(self.checkpoint_scores.double(), self.exposed).float()
 
     def top(self, n: int = 10) -> list[Record]:
-        """The ``n`` samples that taught the concept most, best first (ties by position in the data set); none that was never
-        trained on.
+        """The ``n`` samples that taught the concept most, best first (ties by position in the data
+        set); none that was never trained on.
 
         Raises:
             ValueError: ``n`` is below 1.
@@ -180,7 +197,8 @@ class Attribution:
         return self._records(self.ranked()[:n])
 
     def bottom(self, n: int = 10) -> list[Record]:
-        """The ``n`` samples with the lowest scores, the opponents of the concept, lowest first; ranks are those of :meth:`top`.
+        """The ``n`` samples with the lowest scores, the opponents of the concept, lowest first;
+        ranks are those of :meth:`top`.
 
         Raises:
             ValueError: ``n`` is below 1.
@@ -190,7 +208,8 @@ class Attribution:
         return self._records(self.ranked()[-n:], last=True)[::-1]
 
     def _records(self, positions: Tensor, last: bool = False) -> list[Record]:
-        """Records of consecutive places of the ranking: its first ones, or the last ones of those that were trained on."""
+        """Records of consecutive places of the ranking: its first ones, or the last ones of those
+        that were trained on."""
         scores = self.scores
         before = len(self.ranked()) - len(positions) if last else 0
         exposures = None if self.exposures is None else self.exposures[-1]
@@ -214,32 +233,38 @@ class Attribution:
         resamples: int = 1000,
         seed: int = 0,
     ) -> list[Share]:
-        """Each group's share of the concept, largest first: the positive scores of its samples over all positive scores.
+        """Each group's share of the concept, largest first: the positive scores of its samples over
+        all positive scores.
 
-        The interval is the percentile bootstrap (Efron 1979) over samples and over checkpoints, both drawn anew in every
-        resample: it says how much the shares hang on single images and on single moments of the run, not whether the method
-        is right. Where ``confidence.says_nothing``, neither do shares; pages, exports and panels withhold them then, so that nobody
-        pays by them. It is narrower than what another run of the same fine-tune may say: on EmojiArtists it covered that in 70 %
-        of the cases, with ``threshold=2`` in 91 % (``recipes/emoji_artists/README.md``).
+        The interval is the percentile bootstrap (Efron 1979) over samples and over checkpoints,
+        both drawn anew in every resample: it says how much the shares hang on single images and on
+        single moments of the run, not whether the method is right. Where
+        ``confidence.says_nothing``, neither do shares; pages, exports and panels withhold them
+        then, so that nobody pays by them. It is narrower than what another run of the same
+        fine-tune may say: on EmojiArtists it covered that in 70 % of the cases, with
+        ``threshold=2`` in 91 % (``recipes/emoji_artists/README.md``).
 
         Args:
             column: a metadata column, such as ``"owner"``.
-            threshold: share out the :meth:`contributions` at this threshold instead of the scores, so that the many small
-                scores of a large data set do not add up to a share.
+            threshold: share out the :meth:`contributions` at this threshold instead of the scores,
+                so that the many small scores of a large data set do not add up to a share.
             confidence: of the interval.
             resamples: bootstrap resamples.
             seed: of the resampling.
 
         Raises:
-            ValueError: no such column (the message lists them), an argument out of range, or nothing positive to share out.
+            ValueError: no such column (the message lists them), an argument out of range, or
+                nothing positive to share out.
         """
         if column not in self.samples.metadata:
             known = ", ".join(sorted(self.samples.metadata)) or "none"
-            raise ValueError(f"by_group({column!r}): no such metadata column. The store has: {known}.")
+            raise ValueError(
+                f"by_group({column!r}): no such metadata column. The store has: {known}."
+            )
         if not 0 < confidence < 1 or resamples < 1:
             raise ValueError(
-                f"by_group({column!r}, confidence={confidence}, resamples={resamples}): expected a confidence between 0 and "
-                "1, and at least one resample."
+                f"by_group({column!r}, confidence={confidence}, resamples={resamples}): expected a "
+                "confidence between 0 and 1, and at least one resample."
             )
         values = self.samples.metadata[column]
         groups = sorted(set(values))
@@ -249,8 +274,8 @@ class Attribution:
         found = group_shares(self._positive(every, threshold), membership, len(groups))
         if not found.sum() > 0:
             raise ValueError(
-                f"by_group({column!r}, threshold={threshold}): no sample has a positive score for {self.concept.name!r}. HINT: a "
-                "lower threshold, or None."
+                f"by_group({column!r}, threshold={threshold}): no sample has a positive score for "
+                f"{self.concept.name!r}. HINT: a lower threshold, or None."
             )
         low, high = bootstrapped_shares(
             lambda drawn: self._positive(drawn, threshold),
@@ -269,19 +294,22 @@ class Attribution:
         return sorted(shares, key=lambda share: (-share.share, share.group))
 
     def _positive(self, drawn: Tensor, threshold: float | None) -> Tensor:
-        """What each sample adds to a share [N], float64, from checkpoints that were drawn so many times each [M]."""
+        """What each sample adds to a share [N], float64, from checkpoints that were drawn so many
+        times each [M]."""
         scores = drawn_ensemble(self.checkpoint_scores.double(), drawn, self.weights, self.exposed)
         if threshold is not None:
             scores = soft_thresholded(scores, _checked(threshold), self._trained())
         return scores.clamp(min=0)
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes the whole ranking, one row per sample: verdict (empty, or in every row the sentence that the ranking says nothing), rank,
-        score, sample_id, how often the sample had entered an optimizer step (empty where that is not known), a remark where it never
-        had, and the metadata columns.
+        """Writes the whole ranking, one row per sample: verdict (empty, or in every row the
+        sentence that the ranking says nothing), rank, score, sample_id, how often the sample had
+        entered an optimizer step (empty where that is not known), a remark where it never had, and
+        the metadata columns.
 
-        Text that a spreadsheet would compute gets an apostrophe before it (:func:`ctrak_lightning.escaping.csv_cell`); a metadata
-        column of the name of one of ours becomes ``metadata.score``, say.
+        Text that a spreadsheet would compute gets an apostrophe before it
+        (:func:`ctrak_lightning.escaping.csv_cell`); a metadata column of the name of one of ours
+        becomes ``metadata.score``, say.
         """
         columns = sorted(self.samples.metadata)
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -291,10 +319,13 @@ class Attribution:
                 known = "" if record.exposures is None else record.exposures
                 facts = [csv_cell(record.sample_id), known, NEVER if record.exposures == 0 else ""]
                 texts = [csv_cell(record.metadata[column]) for column in columns]
-                writer.writerow([self.confidence.verdict, record.rank, repr(record.score), *facts, *texts])
+                writer.writerow(
+                    [self.confidence.verdict, record.rank, repr(record.score), *facts, *texts]
+                )
 
     def to_json(self, path: str | Path) -> None:
-        """Writes whether the ranking says anything and why not, the question, the method, the ranking and the scores per checkpoint."""
+        """Writes whether the ranking says anything and why not, the question, the method, the
+        ranking and the scores per checkpoint."""
         timeline = self.timeline()
         positions = {sample_id: i for i, sample_id in enumerate(self.samples.sample_ids)}
         document = {
@@ -322,13 +353,15 @@ class Attribution:
         )
 
     def report(self, path: str | Path, *, group: str | None = None) -> None:
-        """Writes one self-contained HTML page: the image, the ranking with opponents, the owners' shares, when and where the
-        influence arises, how far to trust it, and where the traces come from
-        (:func:`ctrak_lightning.attribution.report.write_report`, which puts several concepts on one page).
+        """Writes one self-contained HTML page: the image, the ranking with opponents, the owners'
+        shares, when and where the influence arises, how far to trust it, and where the traces come
+        from (:func:`ctrak_lightning.attribution.report.write_report`, which puts several concepts
+        on one page).
 
         Args:
             path: of the file, replaced if it exists.
-            group: the metadata column whose values share out the concept; by default ``owner``, else ``artist``, else none.
+            group: the metadata column whose values share out the concept; by default ``owner``,
+                else ``artist``, else none.
 
         Raises:
             ReportError: no such column, or the file cannot be written.

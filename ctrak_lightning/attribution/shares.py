@@ -55,7 +55,9 @@ def bootstrapped_shares(
             draws = torch.randint(samples, (len(part), samples), generator=generator)
             sums = torch.zeros(len(part), groups, dtype=torch.float64)
             sums.scatter_add_(1, membership[draws], adds[draws])
-            shares[part] = sums / sums.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+            shares[part] = sums / sums.sum(1, keepdim=True).clamp(
+                min=torch.finfo(torch.float64).tiny
+            )
     tail = (1 - confidence) / 2
     low, high = torch.quantile(shares, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
     return low, high

@@ -11,11 +11,15 @@ if TYPE_CHECKING:
     from ctrak_lightning.attribution.result import Attribution
 
 ROWS = 10
-_LOOK = "Look at the generated image and at `.confidence` first: if the concept is not learnt, the ranking says nothing."
+_LOOK = (
+    "Look at the generated image and at `.confidence` first: if the concept is not learnt, the "
+    "ranking says nothing."
+)
 
 
 def text_of(attribution: Attribution) -> str:
-    """The question, how far it can be trusted where that was looked at, and the ten highest scores."""
+    """The question, how far it can be trusted where that was looked at, and the ten highest
+    scores."""
     rows = [[visible(cell) for cell in row] for row in _rows(attribution)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -49,23 +53,33 @@ def _rows(attribution: Attribution) -> list[list[str]]:
     rows = [[*own, *metadata_heads(columns, own)]]
     for one in attribution.top(ROWS):
         rows.append(
-            [str(one.rank), f"{one.score:.3f}", one.sample_id, *(one.metadata[name] for name in columns)]
+            [
+                str(one.rank),
+                f"{one.score:.3f}",
+                one.sample_id,
+                *(one.metadata[name] for name in columns),
+            ]
         )
     return rows
 
 
 def _head(attribution: Attribution) -> str:
     return (
-        f"Attribution of {attribution.concept.name!r}: {len(attribution.samples)} samples, checkpoints at steps {attribution.steps}, "
-        f"method {attribution.method['name']!r}"
+        f"Attribution of {attribution.concept.name!r}: {len(attribution.samples)} samples, "
+        f"checkpoints at steps {attribution.steps}, method {attribution.method['name']!r}"
     )
 
 
 def _trust(attribution: Attribution) -> str:
-    """The verdict, where it was asked for: it reads the whole store, which showing a result must not."""
+    """The verdict, where it was asked for: it reads the whole store, which showing a result must
+    not."""
     known = vars(attribution).get("confidence")
     return _LOOK if known is None or not known.says_nothing else known.verdict
 
 
 def _picture(uri: str | None, size: int) -> str:
-    return "" if uri is None else f'<img src="{uri}" width="{size}" style="image-rendering: pixelated">'
+    return (
+        ""
+        if uri is None
+        else f'<img src="{uri}" width="{size}" style="image-rendering: pixelated">'
+    )

@@ -1,4 +1,5 @@
-"""Scores of one checkpoint: ``q (K + lambda I)^-1 Phi^T`` with ``K = Phi^T Phi`` (TRAK, arXiv 2303.14186, eq. 13)."""
+"""Scores of one checkpoint: ``q (K + lambda I)^-1 Phi^T`` with ``K = Phi^T Phi`` (TRAK, arXiv
+2303.14186, eq. 13)."""
 
 from collections.abc import Sequence
 
@@ -9,24 +10,41 @@ from ctrak_lightning.attribution.dots import Dots
 from ctrak_lightning.attribution.moments import Moments, units
 from ctrak_lightning.traces import Checkpoint
 
-AGREEMENT_GRID: tuple[float | None, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, None)
+AGREEMENT_GRID: tuple[float | None, ...] = (
+    0.03,
+    0.1,
+    0.3,
+    1.0,
+    3.0,
+    10.0,
+    30.0,
+    100.0,
+    300.0,
+    None,
+)
 """Dampings among which ``damping="agreement"`` chooses."""
 LONE_DAMPING = 10.0
-"""What ``damping="agreement"`` uses where there is one checkpoint only, and so nothing to agree with."""
+"""What ``damping="agreement"`` uses where there is one checkpoint only, and so nothing to agree
+with."""
 SCORES_AT_ONCE = 2**27
 """float64 numbers, one gigabyte."""
 
 
 def checkpoint_scores(queries: Tensor, checkpoint: Checkpoint, damping: float | None) -> Tensor:
-    """Scores [Q, N] of queries [Q, k] against a checkpoint's traces, in float64; see :func:`scores_by_damping`."""
+    """Scores [Q, N] of queries [Q, k] against a checkpoint's traces, in float64; see
+    :func:`scores_by_damping`."""
     return scores_by_damping(queries, checkpoint, [damping])[0]
 
 
-def scores_by_damping(queries: Tensor, checkpoint: Checkpoint, dampings: Sequence[float | None]) -> Tensor:
-    """Scores [D, Q, N] of queries [Q, k] at several dampings, in float64, in one pass over a checkpoint's traces.
+def scores_by_damping(
+    queries: Tensor, checkpoint: Checkpoint, dampings: Sequence[float | None]
+) -> Tensor:
+    """Scores [D, Q, N] of queries [Q, k] at several dampings, in float64, in one pass over a
+    checkpoint's traces.
 
-    The smaller of the two equal forms is solved, ``(Phi^T Phi + lambda I)^-1 Phi^T = Phi^T (Phi Phi^T + lambda I)^-1``,
-    with ``lambda = damping * tr(K) / min(N, k)``; for the query alone, never as an inverse of the store's size.
+    The smaller of the two equal forms is solved, ``(Phi^T Phi + lambda I)^-1 Phi^T = Phi^T (Phi
+    Phi^T + lambda I)^-1``, with ``lambda = damping * tr(K) / min(N, k)``; for the query alone,
+    never as an inverse of the store's size.
 
     Args:
         queries: projected gradients of the queries [Q, k].
@@ -49,13 +67,14 @@ def chosen_scores(
     *,
     residual: bool = False,
 ) -> tuple[Tensor, list[float | None]]:
-    """Scores [M, Q, N] of queries [M, Q, k] at every checkpoint, and the damping used for each query. A sample that had not been
-    trained on at a checkpoint scores 0 there.
+    """Scores [M, Q, N] of queries [M, Q, k] at every checkpoint, and the damping used for each
+    query. A sample that had not been trained on at a checkpoint scores 0 there.
 
     Args:
         queries: projected gradients of the queries, for each of the M checkpoints.
         checkpoints: sealed checkpoints of one store.
-        grid: the damping; of several, each query uses the one at which the checkpoints agree most (:func:`agreement`).
+        grid: the damping; of several, each query uses the one at which the checkpoints agree most
+            (:func:`agreement`).
         residual: multiply the scores, once the damping is chosen, by the samples' losses (DAS).
     """
     parts, chosen = [], []
@@ -78,7 +97,8 @@ def chosen_scores(
 
 
 def exposed_at(checkpoints: Sequence[Checkpoint]) -> Tensor | None:
-    """Which samples had been trained on at each checkpoint, bool [M, N]; None where all had, as far as is known."""
+    """Which samples had been trained on at each checkpoint, bool [M, N]; None where all had, as far
+    as is known."""
     each = [checkpoint.exposed() for checkpoint in checkpoints]
     if all(one is None for one in each):
         return None
@@ -87,8 +107,8 @@ def exposed_at(checkpoints: Sequence[Checkpoint]) -> Tensor | None:
 
 
 def exposures_at(checkpoints: Sequence[Checkpoint]) -> Tensor | None:
-    """How often each sample had entered an optimizer step at each checkpoint, int64 [M, N]; -1 at one where that is not known,
-    None where it is at none."""
+    """How often each sample had entered an optimizer step at each checkpoint, int64 [M, N]; -1 at
+    one where that is not known, None where it is at none."""
     each = [checkpoint.exposures() for checkpoint in checkpoints]
     if all(one is None for one in each):
         return None
@@ -97,17 +117,19 @@ def exposures_at(checkpoints: Sequence[Checkpoint]) -> Tensor | None:
 
 
 def compared(exposed: Tensor) -> Tensor:
-    """Over which samples checkpoints are compared, bool [N]: those that had been trained on at all of them, ``exposed`` [M, N]; all
-    samples, if there are not two of these."""
+    """Over which samples checkpoints are compared, bool [N]: those that had been trained on at all
+    of them, ``exposed`` [M, N]; all samples, if there are not two of these."""
     both = exposed.all(0)
     return both if int(both.sum()) > 1 else torch.ones_like(both)
 
 
 def agreement(scores: Tensor, exposed: Tensor | None = None) -> Tensor:
-    """How much checkpoints agree: the mean Pearson correlation over pairs of them, of scores [M, ..., N] over the samples [...].
+    """How much checkpoints agree: the mean Pearson correlation over pairs of them, of scores [M,
+    ..., N] over the samples [...].
 
-    It needs no label. What a concept owes its samples is the same at every checkpoint of a run that has learnt it; the noise
-    that a kernel's inverse amplifies is not. Checkpoints whose scores are equal up to rounding agree with nothing (0).
+    It needs no label. What a concept owes its samples is the same at every checkpoint of a run that
+    has learnt it; the noise that a kernel's inverse amplifies is not. Checkpoints whose scores are
+    equal up to rounding agree with nothing (0).
 
     Args:
         scores: of the checkpoints.
@@ -118,7 +140,9 @@ def agreement(scores: Tensor, exposed: Tensor | None = None) -> Tensor:
     """
     count = len(scores)
     if count < 2:
-        raise ValueError(f"agreement(scores {list(scores.shape)}): expected two checkpoints or more.")
+        raise ValueError(
+            f"agreement(scores {list(scores.shape)}): expected two checkpoints or more."
+        )
     moments = Moments()
     moments.add((scores if exposed is None else scores[..., compared(exposed)]).movedim(0, -2))
     return moments.agreement()
@@ -129,14 +153,16 @@ def ensemble(
 ) -> Tensor:
     """Checkpoints' scores [M, ..., N] as one [..., N].
 
-    Without weights, the mean of the checkpoints, each scaled by its own standard deviation over the samples first.
-    (Gradients shrink as training proceeds; without the scaling the first checkpoint would decide alone.) With weights, the
-    weighted sum of the scores as they are. ``exposed`` [M, N]: whose scores count for the deviations.
+    Without weights, the mean of the checkpoints, each scaled by its own standard deviation over the
+    samples first. (Gradients shrink as training proceeds; without the scaling the first checkpoint
+    would decide alone.) With weights, the weighted sum of the scores as they are. ``exposed`` [M,
+    N]: whose scores count for the deviations.
     """
     if weights is None:
         return standardised(per_checkpoint, exposed).mean(0)
     return sum(
-        (w * scores for w, scores in zip(weights, per_checkpoint, strict=True)), per_checkpoint.new_zeros(())
+        (w * scores for w, scores in zip(weights, per_checkpoint, strict=True)),
+        per_checkpoint.new_zeros(()),
     )
 
 
@@ -146,22 +172,23 @@ def drawn_ensemble(
     weights: Sequence[float] | None = None,
     exposed: Tensor | None = None,
 ) -> Tensor:
-    """:func:`ensemble` of checkpoints' scores [M, N] of which each was drawn so many times [M], as in a bootstrap over
-    checkpoints."""
+    """:func:`ensemble` of checkpoints' scores [M, N] of which each was drawn so many times [M], as
+    in a bootstrap over checkpoints."""
     if weights is None:
         return (drawn.unsqueeze(1) * standardised(per_checkpoint, exposed)).sum(0) / drawn.sum()
     return ((drawn * torch.tensor(weights, dtype=drawn.dtype)).unsqueeze(1) * per_checkpoint).sum(0)
 
 
 def standardised(scores: Tensor, exposed: Tensor | None = None) -> Tensor:
-    """Scores [..., N] in units of their own standard deviation over the samples (:func:`spreads`); not centred, so signs keep their
-    meaning."""
+    """Scores [..., N] in units of their own standard deviation over the samples (:func:`spreads`);
+    not centred, so signs keep their meaning."""
     return scores / spreads(scores, exposed)
 
 
 def spreads(scores: Tensor, exposed: Tensor | None = None) -> Tensor:
-    """The standard deviation over the samples of scores [..., N], as [..., 1]; where they are equal up to rounding, their size
-    (:func:`~ctrak_lightning.attribution.moments.units`). ``exposed`` [M, N] leaves samples out of scores [M, ..., N]."""
+    """The standard deviation over the samples of scores [..., N], as [..., 1]; where they are equal
+    up to rounding, their size (:func:`~ctrak_lightning.attribution.moments.units`). ``exposed`` [M,
+    N] leaves samples out of scores [M, ..., N]."""
     if exposed is None:
         return units(scores.std(-1, keepdim=True, correction=0), scores.mean(-1, keepdim=True))
     while exposed.dim() < scores.dim():  # [M, N] of scores [M, ..., N]
@@ -173,8 +200,9 @@ def spreads(scores: Tensor, exposed: Tensor | None = None) -> Tensor:
 
 
 def soft_thresholded(scores: Tensor, threshold: float, exposed: Tensor | None = None) -> Tensor:
-    """Scores [..., N] in units of their own standard deviation around their median, moved towards zero by ``threshold``; what
-    lies within it becomes zero. (TRAK, arXiv 2303.14186, sec. 3.2, sparsifies so too.)
+    """Scores [..., N] in units of their own standard deviation around their median, moved towards
+    zero by ``threshold``; what lies within it becomes zero. (TRAK, arXiv 2303.14186, sec. 3.2,
+    sparsifies so too.)
 
     Args:
         scores: of the samples.

@@ -17,7 +17,8 @@ from ctrak_lightning.attribution.result import Attribution
 from ctrak_lightning.escaping import csv_cell, metadata_heads, visible
 
 ALIKE = 0.9
-"""Two concepts of one image whose gradients have a larger cosine than this are hardly two questions."""
+"""Two concepts of one image whose gradients have a larger cosine than this are hardly two
+questions."""
 
 
 class CoincidingConceptsWarning(UserWarning):
@@ -48,9 +49,9 @@ class Attributions(list[Attribution]):
 
     Args:
         results: the answers, of one store.
-        cosines: between the questions' gradients [Q, Q], in [-1, 1], mean over the checkpoints. They are those of the
-            gradients themselves, before the kernel: its damping may be another for each question, and questions that coincide
-            before it coincide after it.
+        cosines: between the questions' gradients [Q, Q], in [-1, 1], mean over the checkpoints.
+            They are those of the gradients themselves, before the kernel: its damping may be
+            another for each question, and questions that coincide before it coincide after it.
     """
 
     def __init__(self, results: Iterable[Attribution], cosines: Tensor) -> None:
@@ -59,21 +60,27 @@ class Attributions(list[Attribution]):
 
     @property
     def names(self) -> list[str]:
-        """A name for each question: its concept's, with the place where that is not the only one of it."""
+        """A name for each question: its concept's, with the place where that is not the only one of
+        it."""
         given = [result.concept.name for result in self]
         while len(set(given)) < len(given):  # again, where a concept is called "owl (1)" itself
-            given = [f"{name} ({i + 1})" if given.count(name) > 1 else name for i, name in enumerate(given)]
+            given = [
+                f"{name} ({i + 1})" if given.count(name) > 1 else name
+                for i, name in enumerate(given)
+            ]
         return given
 
     def shared(self, n: int = 10, *, least: int = 2) -> list[Taught]:
-        """The samples in the top ``n`` of at least ``least`` questions, those of most questions first, then by their mean rank.
+        """The samples in the top ``n`` of at least ``least`` questions, those of most questions
+        first, then by their mean rank.
 
         Raises:
             ValueError: ``n`` is below 1, or ``least`` below 2.
         """
         if least < 2:
             raise ValueError(
-                f"shared({n}, least={least}): expected at least 2. HINT: exclusive({n}) for those of one only."
+                f"shared({n}, least={least}): expected at least 2. HINT: exclusive({n}) for those "
+                "of one only."
             )
         found = [sample for sample in self._tops(n) if len(sample.concepts) >= least]
         return sorted(found, key=lambda sample: (-len(sample.concepts), sum(sample.ranks.values())))
@@ -86,11 +93,14 @@ class Attributions(list[Attribution]):
         """
         names = self.names
         found = [sample for sample in self._tops(n) if len(sample.concepts) == 1]
-        return sorted(found, key=lambda one: (names.index(one.concepts[0]), one.ranks[one.concepts[0]]))
+        return sorted(
+            found, key=lambda one: (names.index(one.concepts[0]), one.ranks[one.concepts[0]])
+        )
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes all samples in the data set's order: verdict for each question, sample_id, rank and score for each, and the metadata
-        columns; verdicts, texts and names as :meth:`Attribution.to_csv` writes them."""
+        """Writes all samples in the data set's order: verdict for each question, sample_id, rank
+        and score for each, and the metadata columns; verdicts, texts and names as
+        :meth:`Attribution.to_csv` writes them."""
         names, columns = self.names, sorted(self[0].samples.metadata)
         ranks, scores = self._ranks(), [result.scores.tolist() for result in self]
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -100,13 +110,16 @@ class Attributions(list[Attribution]):
             heads += [*(f"{head} {name}" for name in names for head in ("rank", "score"))]
             writer.writerow([*heads, *map(csv_cell, metadata_heads(columns, heads))])
             for i, sample_id in enumerate(self[0].samples.sample_ids):
-                values = [value for q in range(len(names)) for value in (ranks[q][i], repr(scores[q][i]))]
+                values = [
+                    value for q in range(len(names)) for value in (ranks[q][i], repr(scores[q][i]))
+                ]
                 metadata = self[0].samples.metadata_of(i)
                 texts = [metadata[column] for column in columns]
                 writer.writerow([*verdicts, csv_cell(sample_id), *values, *map(csv_cell, texts)])
 
     def to_json(self, path: str | Path, n: int = 10) -> None:
-        """Writes the questions and whether their rankings say anything, their cosines, and what the top ``n`` share and do not share."""
+        """Writes the questions and whether their rankings say anything, their cosines, and what the
+        top ``n`` share and do not share."""
         document: dict[str, Any] = {
             "concepts": [
                 {"called": name, "confidence": result.confidence.to_dict()}
@@ -124,7 +137,8 @@ class Attributions(list[Attribution]):
         )
 
     def table(self, n: int = 10) -> str:
-        """What the top ``n`` share and do not share, as lines for a terminal: a row for each sample with its ranks, shared ones first."""
+        """What the top ``n`` share and do not share, as lines for a terminal: a row for each sample
+        with its ranks, shared ones first."""
         names = self.names
         shared, exclusive = self.shared(n), self.exclusive(n)
         lines = [
@@ -139,7 +153,9 @@ class Attributions(list[Attribution]):
         heads = [visible(name) for name in names]
         widths = [max(len(head), 6) for head in heads]
         lines.append(
-            "  ".join([*(head.rjust(width) for head, width in zip(heads, widths, strict=True)), "sample"])
+            "  ".join(
+                [*(head.rjust(width) for head, width in zip(heads, widths, strict=True)), "sample"]
+            )
         )
         for sample in [*shared, *exclusive]:
             ranks = [
@@ -154,7 +170,9 @@ class Attributions(list[Attribution]):
 
     def _pairs(self) -> list[tuple[int, int, float]]:
         count = len(self)
-        return [(i, j, float(self.cosines[i, j])) for i in range(count) for j in range(i + 1, count)]
+        return [
+            (i, j, float(self.cosines[i, j])) for i in range(count) for j in range(i + 1, count)
+        ]
 
     def _ranks(self) -> list[list[int]]:
         """By question and sample, from 1."""
@@ -202,8 +220,9 @@ def warn_of_alike(concepts: Sequence[Concept], seeds: Sequence[int], cosines: Te
             alike.append(f"{one.name!r} and {other.name!r} ({float(cosines[i, j]):.2f})")
     if alike:
         warnings.warn(
-            f"The gradients of these concepts nearly coincide (cosine above {ALIKE}): {', '.join(alike)}. Their rankings do "
-            "not tell them apart. HINT: look at what each absent side leaves (print(concept)); the model may not know them as two.",
+            f"The gradients of these concepts nearly coincide (cosine above {ALIKE}): "
+            f"{', '.join(alike)}. Their rankings do not tell them apart. HINT: look at what each "
+            "absent side leaves (print(concept)); the model may not know them as two.",
             CoincidingConceptsWarning,
             stacklevel=3,
         )
@@ -214,7 +233,11 @@ def _are_of_one_image(one: Concept, other: Concept, seed: int, other_seed: int) 
         return torch.equal(one.image, other.image)
     if one.image is None and other.image is None:
         return True
-    return one.image == "generated" == other.image and one.present == other.present and seed == other_seed
+    return (
+        one.image == "generated" == other.image
+        and one.present == other.present
+        and seed == other_seed
+    )
 
 
 def _ask_otherwise(one: Concept, other: Concept) -> bool:

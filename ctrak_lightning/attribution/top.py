@@ -1,4 +1,5 @@
-"""The best samples for each question, from a store of any size: scores are looked at block by block and never kept."""
+"""The best samples for each question, from a store of any size: scores are looked at block by block
+and never kept."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,22 +42,26 @@ def top_scores(
     residual: bool = False,
     processes: Processes = ALONE,
 ) -> TopScores:
-    """The ``n`` best samples for each question, of those that were trained on, as sorting all :func:`~ctrak_lightning.attribution.solve.ensemble` scores
-    would give them (ties by position in the data set).
+    """The ``n`` best samples for each question, of those that were trained on, as sorting all
+    :func:`~ctrak_lightning.attribution.solve.ensemble` scores would give them (ties by position in
+    the data set).
 
-    With no more features than samples, memory does not grow with the samples (but for one bit each). The store is read
-    once, or twice where the scores' own deviations must be known first: several dampings, ``residual``. With fewer samples
-    than features, all scores are kept, which are smaller than the queries.
+    With no more features than samples, memory does not grow with the samples (but for one bit
+    each). The store is read once, or twice where the scores' own deviations must be known first:
+    several dampings, ``residual``. With fewer samples than features, all scores are kept, which are
+    smaller than the queries.
 
     Args:
         queries: projected gradients of the queries [M, Q, k], for each of the M checkpoints.
         checkpoints: sealed checkpoints of one store.
         n: how many samples; all of them where the store has fewer.
-        grid: the damping; of several, each question uses the one at which the checkpoints agree most.
+        grid: the damping; of several, each question uses the one at which the checkpoints agree
+            most.
         weights: of the checkpoints; without them each is scaled by the deviation of its own scores.
         residual: multiply scores by the samples' losses.
-        processes: those that search together, each its share of the shards; all call this with equal arguments, and all get
-            the result. With fewer samples than features each searches all.
+        processes: those that search together, each its share of the shards; all call this with
+            equal arguments, and all get the result. With fewer samples than features each searches
+            all.
 
     Raises:
         ValueError: ``n`` is below 1, or there are more than 2^32 samples.
@@ -66,10 +71,11 @@ def top_scores(
         raise ValueError(f"top_scores(n={n}): expected at least 1.")
     if checkpoints[0].rows > MOST_SAMPLES:
         raise ValueError(
-            f"top_scores: the store has {checkpoints[0].rows} samples, expected at most {MOST_SAMPLES}. HINT: ask stores of "
-            "parts of the data set one by one."
+            f"top_scores: the store has {checkpoints[0].rows} samples, expected at most "
+            f"{MOST_SAMPLES}. HINT: ask stores of parts of the data set one by one."
         )
-    # Rounding differs from one machine to another; scores that are compared with each other must not.
+    # Rounding differs from one machine to another; scores that are compared with each other must
+    # not.
     queries = processes.from_first(queries)
     m, _, k = queries.shape
     streamed = k <= checkpoints[0].rows
@@ -89,7 +95,8 @@ def top_scores(
 
 
 class _Question:
-    """Some queries as directions [M, Q, k] whose products with the rows add up to the ensembled scores."""
+    """Some queries as directions [M, Q, k] whose products with the rows add up to the ensembled
+    scores."""
 
     def __init__(
         self,
@@ -111,12 +118,15 @@ class _Question:
             known.append(torch.stack(kernel.score_moments(solved[-1].flatten(0, 1))))
         directions = torch.stack(solved)  # [M, D, Q, k]
         mean, deviation = torch.stack(known, 1).unflatten(2, (len(grid), -1))  # [M, D, Q] each
-        # A variance that is the small difference of two large numbers is measured rather than computed.
+        # A variance that is the small difference of two large numbers is measured rather than
+        # computed.
         trusted = bool((deviation.square() > _TRUSTED * mean.square()).all()) and not residual
         best = torch.zeros(queries.shape[1], dtype=torch.long)
         if len(grid) > 1 or (weights is None and not trusted):
             raw, scored = self._moments(directions)
-            deviation, mean = (each.permute(2, 0, 1) for each in (scored.deviation(), scored.mean()))
+            deviation, mean = (
+                each.permute(2, 0, 1) for each in (scored.deviation(), scored.mean())
+            )
             if len(grid) > 1:
                 best = raw.agreement().argmax(0)
         each = torch.arange(len(best))
@@ -146,12 +156,13 @@ class _Question:
         everywhere, samples = sum(self._processes.gather(seen)), self._checkpoints[0].rows
         if everywhere != samples:
             raise CorruptStoreError(
-                f"The shards of step {self._checkpoints[0].step} hold {everywhere} rows, expected {samples}. HINT: "
-                "TraceStore.verify() names files that are damaged."
+                f"The shards of step {self._checkpoints[0].step} hold {everywhere} rows, expected "
+                f"{samples}. HINT: TraceStore.verify() names files that are damaged."
             )
 
     def _moments(self, directions: Tensor) -> tuple[Moments, Moments]:
-        """Moments [D, Q, M] of the scores of directions [M, D, Q, k]: without the residual, and as they are scored."""
+        """Moments [D, Q, M] of the scores of directions [M, D, Q, k]: without the residual, and as
+        they are scored."""
         raw = Moments()
         scored = Moments() if self._residual or self._exposed is not None else raw
         known = None if self._exposed is None else compared(self._exposed)
@@ -159,7 +170,9 @@ class _Question:
         with self._processes.together():
             for block in joint_blocks(self._checkpoints, self._processes):
                 products = [product(rows) for product, rows in zip(dots, block, strict=True)]
-                scores = torch.stack(products, 1).unflatten(0, directions.shape[1:3])  # [D, Q, M, b]
+                scores = torch.stack(products, 1).unflatten(
+                    0, directions.shape[1:3]
+                )  # [D, Q, M, b]
                 index = block[0].index
                 raw.add(scores if known is None else scores[..., known[index]])
                 if self._residual:
@@ -170,12 +183,14 @@ class _Question:
         return whole, whole if scored is raw else scored.over(self._processes)
 
 
-def joint_blocks(checkpoints: Sequence[Checkpoint], processes: Processes = ALONE) -> Iterator[list[Rows]]:
-    """Blocks of rows of the same samples at every checkpoint; of several processes, those in this one's share of the first
-    checkpoint's shards.
+def joint_blocks(
+    checkpoints: Sequence[Checkpoint], processes: Processes = ALONE
+) -> Iterator[list[Rows]]:
+    """Blocks of rows of the same samples at every checkpoint; of several processes, those in this
+    one's share of the first checkpoint's shards.
 
-    Checkpoints that were captured in the same order, as they usually are, are read from end to end; the rows of another are
-    looked up one by one, which is slow.
+    Checkpoints that were captured in the same order, as they usually are, are read from end to end;
+    the rows of another are looked up one by one, which is slow.
     """
     first, *others = checkpoints
     streams: list[Iterator[Rows] | None] = [other.blocks(processes) for other in others]
@@ -205,12 +220,15 @@ def _dense(
 ) -> tuple[Tensor, Tensor, list[float | None]]:
     scores, dampings = chosen_scores(queries, checkpoints, grid, residual=residual)
     best, exposed = Best(n), exposed_at(checkpoints)
-    _add_trained(best, ensemble(scores, weights, exposed), torch.arange(checkpoints[0].rows), exposed)
+    _add_trained(
+        best, ensemble(scores, weights, exposed), torch.arange(checkpoints[0].rows), exposed
+    )
     return (*best.sorted(), dampings)
 
 
 def _add_trained(best: Best, scores: Tensor, positions: Tensor, exposed: Tensor | None) -> None:
-    """Takes in scores [Q, b] of the samples at ``positions`` [b] that were trained on at the last checkpoint of ``exposed`` [M, N]."""
+    """Takes in scores [Q, b] of the samples at ``positions`` [b] that were trained on at the last
+    checkpoint of ``exposed`` [M, N]."""
     if exposed is not None:
         trained = exposed[-1, positions]
         scores, positions = scores[:, trained], positions[trained]

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctrak_lightning.attribution.solve import SCORES_AT_ONCE, chosen_scores, compared, ensemble, exposed_at
+from ctrak_lightning.attribution.solve import (
+    SCORES_AT_ONCE,
+    chosen_scores,
+    compared,
+    ensemble,
+    exposed_at,
+)
 from ctrak_lightning.metrics.functional import spearman
 from ctrak_lightning.traces import Checkpoint
 
@@ -31,10 +37,12 @@ def self_check(
     weights: Sequence[float] | None = None,
     asked: int = ASKED,
 ) -> SelfCheck:
-    """Does a training sample attribute to itself? Stored traces, taken as queries through the same kernel.
+    """Does a training sample attribute to itself? Stored traces, taken as queries through the same
+    kernel.
 
-    Where few do, the traces hardly tell the samples apart (too few features, or too little damping), and no ranking of them
-    says much. Where all do, that alone does not make a ranking right.
+    Where few do, the traces hardly tell the samples apart (too few features, or too little
+    damping), and no ranking of them says much. Where all do, that alone does not make a ranking
+    right.
 
     Args:
         checkpoints: of one store.
@@ -64,16 +72,18 @@ def self_check(
 def stability(
     scores: Tensor, weights: Sequence[float] | None = None, exposed: Tensor | None = None
 ) -> float | None:
-    """Spearman's correlation between the rankings of two halves of the checkpoints: every other one, and the rest.
+    """Spearman's correlation between the rankings of two halves of the checkpoints: every other
+    one, and the rest.
 
     Args:
         scores: of each checkpoint [M, N].
         weights: of the checkpoints, as in :func:`~ctrak_lightning.attribution.solve.ensemble`.
-        exposed: which samples had been trained on at each checkpoint, bool [M, N]: those that had at all of them are ranked. None
-            ranks all.
+        exposed: which samples had been trained on at each checkpoint, bool [M, N]: those that had
+            at all of them are ranked. None ranks all.
 
     Returns:
-        In [-1, 1]; None of fewer than two checkpoints or samples, or where all samples of a half score the same.
+        In [-1, 1]; None of fewer than two checkpoints or samples, or where all samples of a half
+        score the same.
     """
     ranked = torch.ones(scores.shape[1], dtype=torch.bool) if exposed is None else exposed.all(0)
     if len(scores) < 2 or int(ranked.sum()) < 2:

@@ -20,8 +20,8 @@ class Word:
 
 
 def words(text: str) -> list[Word]:
-    """The words of a text. Hyphens and apostrophes join; in scripts without spaces every character is a word, and so is every
-    symbol, an emoji for one.
+    """The words of a text. Hyphens and apostrophes join; in scripts without spaces every character
+    is a word, and so is every symbol, an emoji for one.
 
     Example:
         >>> [word.key for word in words("A Christmas-tree, by Picasso \U0001f43a")]
@@ -51,8 +51,9 @@ def words(text: str) -> list[Word]:
 
 
 def occurrences(prompt: str, concept: str) -> list[tuple[int, int]]:
-    """Where the concept's words stand in a prompt, ``(start, stop)`` each: as whole words in their order, whatever the case,
-    the last of them in the singular or plural or with a possessive. An article before the concept's words does not count.
+    """Where the concept's words stand in a prompt, ``(start, stop)`` each: as whole words in their
+    order, whatever the case, the last of them in the singular or plural or with a possessive. An
+    article before the concept's words does not count.
 
     Example:
         >>> occurrences("Cats, a cat's bowl and a catapult", "a cat")
@@ -122,7 +123,10 @@ def _plurals(key: str) -> set[str]:
 def _are_together(prompt: str, concept: str, part: Sequence[Word], asked: Sequence[Word]) -> bool:
     """Whether nothing but spaces, or what stands there in the concept too, is between the words."""
     for i in range(1, len(part)):
-        mine, theirs = prompt[part[i - 1].stop : part[i].start], concept[asked[i - 1].stop : asked[i].start]
+        mine, theirs = (
+            prompt[part[i - 1].stop : part[i].start],
+            concept[asked[i - 1].stop : asked[i].start],
+        )
         if mine.strip() and mine.split() != theirs.split():
             return False
     return True
@@ -134,7 +138,8 @@ def _key(text: str) -> str:
 
 
 def _kind(character: str) -> str:
-    """``"letter"`` (or digit), ``"one"`` (a word in itself), ``"symbol"`` or, of what is no word, ``""``."""
+    """``"letter"`` (or digit), ``"one"`` (a word in itself), ``"symbol"`` or, of what is no word,
+    ``""``."""
     if character.isalnum() or character == "_":
         spaceless = unicodedata.name(character, "").startswith(_SPACELESS)
         return "one" if spaceless else "letter"
@@ -145,7 +150,8 @@ def _kind(character: str) -> str:
 
 
 def _is_mark(character: str) -> bool:
-    """Whether a character belongs to the one before it: combining marks, joiners, the tones of emoji."""
+    """Whether a character belongs to the one before it: combining marks, joiners, the tones of
+    emoji."""
     return (
         unicodedata.category(character) in ("Mn", "Mc", "Me")
         or character in "\u200d\ufe0f"

@@ -1,4 +1,5 @@
-"""Lightning's weight-averaging callbacks: where the average is, and when they put it in place of the weights that train."""
+"""Lightning's weight-averaging callbacks: where the average is, and when they put it in place of
+the weights that train."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,13 +27,17 @@ def averaging_of(trainer: L.Trainer) -> Callback | None:
 
 
 @contextmanager
-def averaged(trainer: L.Trainer, pl_module: L.LightningModule, trained: Sequence[str]) -> Iterator[None]:
-    """Lends the module the averaged weights, also where the callback has put them into it already; on exit it has its own again.
+def averaged(
+    trainer: L.Trainer, pl_module: L.LightningModule, trained: Sequence[str]
+) -> Iterator[None]:
+    """Lends the module the averaged weights, also where the callback has put them into it already;
+    on exit it has its own again.
 
     Args:
         trainer: of the run.
         pl_module: what trains.
-        trained: names of its parameters that train; of the others an average is only a rounding away.
+        trained: names of its parameters that train; of the others an average is only a rounding
+            away.
 
     Raises:
         StoreError: nothing has been averaged yet.
@@ -43,7 +48,8 @@ def averaged(trainer: L.Trainer, pl_module: L.LightningModule, trained: Sequence
     count = getattr(averaging if is_stochastic else model, "n_averaged", None)
     if model is None or count is None or int(count) == 0:
         raise StoreError(
-            f"{type(averaging).__name__} has averaged no weights yet. HINT: trace from the step or epoch on at which it begins."
+            f"{type(averaging).__name__} has averaged no weights yet. HINT: trace from the step or "
+            "epoch on at which it begins."
         )
     values = tensors_of(model if is_stochastic else model.module)
     names = [*trained, *([] if is_stochastic else changing_buffers(pl_module, [""]))]
@@ -52,8 +58,8 @@ def averaged(trainer: L.Trainer, pl_module: L.LightningModule, trained: Sequence
 
 
 def put_first(trainer: L.Trainer, callback: Callback) -> list[Callback]:
-    """Makes ``callback`` the first to be called from the next hook on: when training ends, others may put averaged weights into the
-    module. Returns the order of before."""
+    """Makes ``callback`` the first to be called from the next hook on: when training ends, others
+    may put averaged weights into the module. Returns the order of before."""
     before = _callbacks(trainer)
     trainer.callbacks = [callback, *(one for one in before if one is not callback)]  # type: ignore[attr-defined]
     return before
@@ -67,12 +73,14 @@ def put_back(trainer: L.Trainer, callback: Callback, before: list[Callback]) -> 
 
 
 def is_last_of_raw(trainer: L.Trainer) -> bool:
-    """Whether a StochasticWeightAveraging replaces the weights that train after this epoch, before training ends."""
+    """Whether a StochasticWeightAveraging replaces the weights that train after this epoch, before
+    training ends."""
     return any(trainer.current_epoch == end for end in _stochastic_ends(trainer))
 
 
 def has_replaced(trainer: L.Trainer) -> bool:
-    """Whether one has replaced them: it then only passes over the data once more, for the running means."""
+    """Whether one has replaced them: it then only passes over the data once more, for the running
+    means."""
     return any(trainer.current_epoch > end for end in _stochastic_ends(trainer))
 
 

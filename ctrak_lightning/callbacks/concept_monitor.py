@@ -56,44 +56,52 @@ class _Run:
 
 
 class ConceptMonitor(Callback):
-    """Generates a few concepts at every checkpoint that a :class:`ConceptTracer` of the same Trainer seals, asks the traces so far
-    who taught them, and writes the answers to the run's TensorBoard, under ``ctrak/``.
+    """Generates a few concepts at every checkpoint that a :class:`ConceptTracer` of the same
+    Trainer seals, asks the traces so far who taught them, and writes the answers to the run's
+    TensorBoard, under ``ctrak/``.
 
-    Per concept an image (the generated picture, its proponents and opponents), a table, a histogram of the scores and curves
-    (the owners' shares, the concept's strength, the effective number of contributors); of the run, the norms of the traces and
-    what tracing and monitoring cost; a layout for the Custom Scalars dashboard; the method as hyperparameters; and at the end of
+    Per concept an image (the generated picture, its proponents and opponents), a table, a histogram
+    of the scores and curves (the owners' shares, the concept's strength, the effective number of
+    contributors); of the run, the norms of the traces and what tracing and monitoring cost; a
+    layout for the Custom Scalars dashboard; the method as hyperparameters; and at the end of
     training the traces as points in the Projector. See ``docs/tensorboard.md``.
 
-    The tracer calls the monitor as soon as a checkpoint is sealed, so their order in the list of callbacks does not matter. The
-    weights are the sealed ones, the x axis is that of what the module itself logs in that step. Training is not changed: random
-    state, weights and the modules' flags are afterwards what they were. Under several processes the first one alone does the
-    work, and the others wait for it at their next training step.
+    The tracer calls the monitor as soon as a checkpoint is sealed, so their order in the list of
+    callbacks does not matter. The weights are the sealed ones, the x axis is that of what the
+    module itself logs in that step. Training is not changed: random state, weights and the modules'
+    flags are afterwards what they were. Under several processes the first one alone does the work,
+    and the others wait for it at their next training step.
 
     Args:
-        concepts: what to watch: :class:`~ctrak_lightning.Concept`, or dictionaries of its arguments.
+        concepts: what to watch: :class:`~ctrak_lightning.Concept`, or dictionaries of its
+            arguments.
         group: the metadata column whose values share a concept out; None for no shares.
         seed: of the generated images, the same at every checkpoint.
         top: proponents to show.
         bottom: opponents to show.
         sampler: how images are generated; by default 25 steps with a guidance of 2.
         dirpath: of the tracer to follow, where the Trainer has several.
-        on_error: what becomes of training when a panel cannot be made: ``"warn"`` goes on and tells of the first failure at once
-            and of all steps without panels at the end; ``"raise"`` stops.
+        on_error: what becomes of training when a panel cannot be made: ``"warn"`` goes on and tells
+            of the first failure at once and of all steps without panels at the end; ``"raise"``
+            stops.
 
     Raises:
-        MisconfigurationException: an argument out of range; no ConceptTracer to follow, or several; at the start of training, a
-            concept that the model does not know, or a group that is no column of the samples (the message lists them).
+        MisconfigurationException: an argument out of range; no ConceptTracer to follow, or several;
+            at the start of training, a concept that the model does not know, or a group that is no
+            column of the samples (the message lists them).
 
     Warns:
-        UserWarning: there is no TensorBoardLogger, and so nothing to write to; the samples have no column of owners; the
-            ranking of a concept says nothing; panels are missing. Each is told once.
+        UserWarning: there is no TensorBoardLogger, and so nothing to write to; the samples have no
+            column of owners; the ranking of a concept says nothing; panels are missing. Each is
+            told once.
 
     Example::
 
         tracer = ConceptTracer("runs/x/traces", every_n_epochs=10)
         owl = Concept("owl", present={"object": "owl", "artist": "noto"}, absent={"artist": "noto"})
         logger = TensorBoardLogger("runs/x")
-        L.Trainer(max_epochs=30, logger=logger, callbacks=[tracer, ConceptMonitor([owl])]).fit(module, datamodule=data)
+        L.Trainer(max_epochs=30, logger=logger, callbacks=[tracer,
+        ConceptMonitor([owl])]).fit(module, datamodule=data)
     """
 
     def __init__(
@@ -112,17 +120,19 @@ class ConceptMonitor(Callback):
         self.concepts = [_concept(given) for given in concepts]
         if not self.concepts:
             raise MisconfigurationException(
-                "`ConceptMonitor(concepts=[])`: expected at least one concept. HINT: Concept(name, present=..., absent=...)."
+                "`ConceptMonitor(concepts=[])`: expected at least one concept. HINT: "
+                "Concept(name, present=..., absent=...)."
             )
         for name, value, least in (("top", top, 1), ("bottom", bottom, 0)):
             if value < least:
                 raise MisconfigurationException(
-                    f"`ConceptMonitor({name}={value})`: expected an integer >= {least}. HINT: the defaults are 8 and 4."
+                    f"`ConceptMonitor({name}={value})`: expected an integer >= {least}. HINT: the "
+                    "defaults are 8 and 4."
                 )
         if on_error not in get_args(OnError):
             raise MisconfigurationException(
-                f"`ConceptMonitor(on_error={on_error!r})`: expected one of {get_args(OnError)}. HINT: 'warn' lets training go on "
-                "without the panels."
+                f"`ConceptMonitor(on_error={on_error!r})`: expected one of {get_args(OnError)}. "
+                "HINT: 'warn' lets training go on without the panels."
             )
         self.group, self.seed, self.top, self.bottom = group, seed, top, bottom
         self.sampler = sampler
@@ -152,7 +162,8 @@ class ConceptMonitor(Callback):
         self._run.logger = logger = _logger(trainer)
         if logger is None:
             _tell_nowhere_to_write(trainer)
-        # Lightning's own hyperparameters, which it logs next, come with a metric that would be the only one; see write_hparams.
+        # Lightning's own hyperparameters, which it logs next, come with a metric that would be the
+        # only one; see write_hparams.
         elif logs_a_metric_itself(logger):
             self._write_hparams(self._run, trainer)
 
@@ -162,7 +173,8 @@ class ConceptMonitor(Callback):
             self._run.started = time.monotonic()
             self._run.axis = max(0, _steps_logged(trainer) - 1)
             self._run.tracer.when_sealed(self._on_sealed)
-            # Also where the tracer has no trial: the concepts may be others than those of the run that is resumed.
+            # Also where the tracer has no trial: the concepts may be others than those of the run
+            # that is resumed.
             task = in_precision_of(trainer, resolve_task(pl_module, self._run.tracer.task))
             try:
                 with isolated_rng(self.seed), undisturbed(pl_module, *task_modules(task)):
@@ -213,26 +225,33 @@ class ConceptMonitor(Callback):
         if len(named) != 1:
             found = ", ".join(repr(tracer.dirpath) for tracer in tracers) or "none"
             raise MisconfigurationException(
-                f"`ConceptMonitor(dirpath={self.dirpath!r})`: expected one ConceptTracer to follow, the Trainer has: {found}. HINT: "
-                "attach ConceptTracer(dirpath), or name one of several with `dirpath=`."
+                f"`ConceptMonitor(dirpath={self.dirpath!r})`: expected one ConceptTracer to "
+                f"follow, the Trainer has: {found}. HINT: attach ConceptTracer(dirpath), or name "
+                "one of several with `dirpath=`."
             )
         if len(monitors) > 1:
             raise MisconfigurationException(
-                f"The Trainer has {len(monitors)} ConceptMonitors, which would write over each other. HINT: one with all concepts."
+                f"The Trainer has {len(monitors)} ConceptMonitors, which would write over each "
+                "other. HINT: one with all concepts."
             )
         return named[0]
 
     def _questions(self) -> list[Question]:
         is_guided = (self.sampler or Sampler()).guidance != 1.0
-        asked = [concept.isolated() if concept.image is None else concept for concept in self.concepts]
-        return [Question(concept.name, concept.present, concept.absent, is_guided) for concept in asked]
+        asked = [
+            concept.isolated() if concept.image is None else concept for concept in self.concepts
+        ]
+        return [
+            Question(concept.name, concept.present, concept.absent, is_guided) for concept in asked
+        ]
 
     def _check_sampler(self, trajectory: Trajectory, schedule: Schedule) -> None:
         sampler = self.sampler or Sampler()
         usable = sum(schedule.level(t)[0] > 0 for t in schedule.sampling_timesteps(sampler.steps))
         if isinstance(trajectory, Generated) and usable < (trajectory.timesteps or 1):
             raise ValueError(
-                f"{sampler}: the method looks at {trajectory.timesteps} states of a generation, which has {usable}. HINT: "
+                f"{sampler}: the method looks at {trajectory.timesteps} states of a generation, "
+                f"which has {usable}. HINT: "
                 f"sampler=Sampler(steps={(trajectory.timesteps or 1) + 1}) or more."
             )
 
@@ -245,12 +264,15 @@ class ConceptMonitor(Callback):
             return
         run.group = None
         listed = ", ".join(map(visible, known)) or "none"
-        told = f"ConceptMonitor(group={self.group!r}): the samples have no such metadata column. They have: {listed}."
+        told = (
+            f"ConceptMonitor(group={self.group!r}): the samples have no such metadata column. "
+            f"They have: {listed}."
+        )
         if known and self.group != DEFAULT_GROUP:
             raise MisconfigurationException(f"{told} HINT: name one of these, or group=None.")
         rank_zero_warn(
-            f"{told} No shares are shown. HINT: `encode(batch)` gives columns with Encoded(..., metadata={{...}}); group=None for "
-            "none."
+            f"{told} No shares are shown. HINT: `encode(batch)` gives columns with Encoded(..., "
+            f"metadata={{...}}); group=None for none."
         )
 
     def _on_sealed(self, trainer: L.Trainer) -> None:
@@ -263,7 +285,9 @@ class ConceptMonitor(Callback):
         with self._guarded(run, trainer.global_step):
             if run.board is None:
                 writer = run.logger.experiment
-                run.board = Board(writer, self.concepts, group=run.group, top=self.top, bottom=self.bottom)
+                run.board = Board(
+                    writer, self.concepts, group=run.group, top=self.top, bottom=self.bottom
+                )
                 run.board.write_layout()
             run.store, run.answers = self._watch.ask(
                 run.tracer.dirpath, trainer.lightning_module, run.tracer.task, run.tracer.method
@@ -297,15 +321,18 @@ class ConceptMonitor(Callback):
                 raise
             if not run.failed:
                 rank_zero_warn(
-                    f"ConceptMonitor: the panels of step {step} are missing or incomplete: {type(error).__name__}: {error} Training "
-                    'and tracing go on, and the next checkpoint is tried again. HINT: `on_error="raise"` stops with the error.'
+                    f"ConceptMonitor: the panels of step {step} are missing or incomplete: "
+                    f"{type(error).__name__}: {error} Training and tracing go on, and the next "
+                    'checkpoint is tried again. HINT: `on_error="raise"` stops with the error.'
                 )
             run.failed.append(step)
 
     @staticmethod
     def _tell_failures(run: _Run) -> None:
         if len(run.failed) > 1:
-            rank_zero_warn(f"ConceptMonitor: the panels of steps {run.failed} are missing or incomplete.")
+            rank_zero_warn(
+                f"ConceptMonitor: the panels of steps {run.failed} are missing or incomplete."
+            )
         run.failed = []
 
 
@@ -316,13 +343,15 @@ def _concept(given: Concept | Mapping[str, Any]) -> Concept:
         return Concept(**given)
     except (TypeError, ConceptError) as error:
         raise MisconfigurationException(
-            f"`ConceptMonitor(concepts=[{given!r}])`: {error}. Expected name, present and absent. HINT: {{'name': 'owl', 'present': "
-            "{'object': 'owl'}, 'absent': {}}."
+            f"`ConceptMonitor(concepts=[{given!r}])`: {error}. Expected name, present and absent. "
+            f"HINT: {{'name': 'owl', 'present': {{'object': 'owl'}}, 'absent': {{}}}}."
         ) from error
 
 
 def _logger(trainer: L.Trainer) -> TensorBoardLogger | None:
-    return next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
+    return next(
+        (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None
+    )
 
 
 def _tell_nowhere_to_write(trainer: L.Trainer) -> None:
@@ -331,13 +360,14 @@ def _tell_nowhere_to_write(trainer: L.Trainer) -> None:
     if find_spec("tensorboard") is None:
         hint = "the package tensorboard is not installed: `pip install tensorboard`, then " + hint
     rank_zero_warn(
-        f"ConceptMonitor: no TensorBoardLogger to write to; the Trainer's loggers: {found}. Training and tracing go on without the "
-        f"monitor. HINT: {hint}"
+        f"ConceptMonitor: no TensorBoardLogger to write to; the Trainer's loggers: {found}. "
+        f"Training and tracing go on without the monitor. HINT: {hint}"
     )
 
 
 def _steps_logged(trainer: L.Trainer) -> int:
-    # What Lightning puts on the x axis of `self.log`; its own monitors (LearningRateMonitor) read it so.
+    # What Lightning puts on the x axis of `self.log`; its own monitors (LearningRateMonitor) read
+    # it so.
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 

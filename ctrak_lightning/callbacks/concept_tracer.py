@@ -43,62 +43,76 @@ class ConceptTracer(Callback):
     """Traces the training samples at checkpoints of a run, into a store that
     :class:`~ctrak_lightning.Attributor` reads afterwards.
 
-    The samples are those of ``trace_dataloader()`` of the DataModule or module where it exists (augmentation off), else those
-    that the training loader can draw, in the data set's order. Under DDP every process traces a share of them, into one folder that
-    all must see.
-    Training is not changed: the callback draws from random generators of its own, never
-    calls ``backward()``, and restores every module's training flag. What trains is what requires grad and is in an optimizer; where
-    that changes during a run (unfreezing, another adapter), traces end there, and ``on_error`` says what becomes of training.
+    The samples are those of ``trace_dataloader()`` of the DataModule or module where it exists
+    (augmentation off), else those that the training loader can draw, in the data set's order. Under
+    DDP every process traces a share of them, into one folder that all must see. Training is not
+    changed: the callback draws from random generators of its own, never calls ``backward()``, and
+    restores every module's training flag. What trains is what requires grad and is in an optimizer;
+    where that changes during a run (unfreezing, another adapter), traces end there, and
+    ``on_error`` says what becomes of training.
 
-    The store is opened by the first training batch, when whatever freezes or unfreezes weights as training starts has done so. Two
-    samples are then traced on trial, as a capture will (``docs/attach.md``): what does not fit is told before the first step, and
-    not at the first checkpoint.
+    The store is opened by the first training batch, when whatever freezes or unfreezes weights as
+    training starts has done so. Two samples are then traced on trial, as a capture will
+    (``docs/attach.md``): what does not fit is told before the first step, and not at the first
+    checkpoint.
 
     Args:
         dirpath: the store's folder.
-        method: a :class:`~ctrak_lightning.method.Method`, or the name of a preset in ``ctrak_lightning.methods``; by default
-            ``"concept_trak"``, in mode ``"inline"`` ``"inline_trak"``.
-        task: how the module is addressed, if it is no DiffusionTask itself: a :class:`~ctrak_lightning.DiffusersTask` with the names
-            of its attributes. Samples of batches without ids are then numbered as in the data set.
-        mode: ``"capture"`` traces all samples at a checkpoint, with passes through the network of its own, by any method.
-            ``"inline"`` keeps the per-sample gradients that the training steps compute anyway, at the timesteps that they
-            happened to draw, and seals the means at a checkpoint; see ``docs/inline.md`` for what it can and cannot do.
-        weights: whose traces: ``"raw"``, of the weights that train, also where a weight-averaging callback of Lightning's has put their
-            average into the module when training ends; or ``"ema"``, of that callback's average, at every checkpoint. The store
-            says which, and holds these weights.
+        method: a :class:`~ctrak_lightning.method.Method`, or the name of a preset in
+            ``ctrak_lightning.methods``; by default ``"concept_trak"``, in mode ``"inline"``
+            ``"inline_trak"``.
+        task: how the module is addressed, if it is no DiffusionTask itself: a
+            :class:`~ctrak_lightning.DiffusersTask` with the names of its attributes. Samples of
+            batches without ids are then numbered as in the data set.
+        mode: ``"capture"`` traces all samples at a checkpoint, with passes through the network of
+            its own, by any method. ``"inline"`` keeps the per-sample gradients that the training
+            steps compute anyway, at the timesteps that they happened to draw, and seals the means
+            at a checkpoint; see ``docs/inline.md`` for what it can and cannot do.
+        weights: whose traces: ``"raw"``, of the weights that train, also where a weight-averaging
+            callback of Lightning's has put their average into the module when training ends; or
+            ``"ema"``, of that callback's average, at every checkpoint. The store says which, and
+            holds these weights.
         every_n_epochs: trace at the end of every n-th epoch.
         every_n_train_steps: trace after every n-th optimizer step.
         at_end: trace when training ends, if that step has no trace yet.
-        layers: name patterns of the denoiser's layers to trace; None traces all that train. diffusers' cross-attention alone,
-            ``["*attn2*"]``, costs less and was as good or better wherever it was measured (``recipes/benchmarks/README.md``).
+        layers: name patterns of the denoiser's layers to trace; None traces all that train.
+            diffusers' cross-attention alone, ``["*attn2*"]``, costs less and was as good or better
+            wherever it was measured (``recipes/benchmarks/README.md``).
         rank: of the two-sided projection of each layer.
         dim: length of a trace; None keeps all projected values.
-        batch_size: samples per forward pass; None takes half of the training loader's, with which a capture needs less memory
-            than a training step.
-        dtype: of stored rows, ``"float32"``, ``"float16"`` or ``"int8"`` (a quarter of the size; the ranking keeps).
+        batch_size: samples per forward pass; None takes half of the training loader's, with which a
+            capture needs less memory than a training step.
+        dtype: of stored rows, ``"float32"``, ``"float16"`` or ``"int8"`` (a quarter of the size;
+            the ranking keeps).
         thumbnails: store small images for reports.
         seed: of the projection and of the trajectories' noise.
-        on_error: what becomes of training when a checkpoint cannot be traced: the disk is full, an image is broken, ``encode`` or
-            the network raises, a gradient is not finite, memory runs out. ``"warn"``, the default: days of training are worth
-            more than one checkpoint's traces, so training goes on as if the callback were not there; the first failure is told
-            at once and all steps without a trace when training ends, and the next checkpoint is tried again. ``"raise"`` stops
-            training with the error, where a gap in the record is worse than a lost run. What was sealed before stays either
-            way. What does not fit when training starts always raises, and so does the loss of another process.
-        loader: where the Trainer has several training loaders (a dict or list of them, a CombinedLoader), the name or the position
-            of the one whose samples are traced.
+        on_error: what becomes of training when a checkpoint cannot be traced: the disk is full, an
+            image is broken, ``encode`` or the network raises, a gradient is not finite, memory runs
+            out. ``"warn"``, the default: days of training are worth more than one checkpoint's
+            traces, so training goes on as if the callback were not there; the first failure is told
+            at once and all steps without a trace when training ends, and the next checkpoint is
+            tried again. ``"raise"`` stops training with the error, where a gap in the record is
+            worse than a lost run. What was sealed before stays either way. What does not fit when
+            training starts always raises, and so does the loss of another process.
+        loader: where the Trainer has several training loaders (a dict or list of them, a
+            CombinedLoader), the name or the position of the one whose samples are traced.
 
     Raises:
-        MisconfigurationException: an argument out of range; a module that is no DiffusionTask; a sharded strategy; a folder
-            that cannot be written, or that holds the traces of another run; what the trial found.
-        StoreMismatchError: the folder holds the traces of another method, projection, model or data set.
-        StoreError: a trace cannot be stored, under ``on_error="raise"``. (Other errors come as they are raised.)
+        MisconfigurationException: an argument out of range; a module that is no DiffusionTask; a
+            sharded strategy; a folder that cannot be written, or that holds the traces of another
+            run; what the trial found.
+        StoreMismatchError: the folder holds the traces of another method, projection, model or data
+            set.
+        StoreError: a trace cannot be stored, under ``on_error="raise"``. (Other errors come as they
+            are raised.)
 
     Warns:
         UserWarning: steps have no trace, under ``on_error="warn"``.
-        ChangedWeightsWarning: the weights that are traced are not those that the last optimizer step has left.
+        ChangedWeightsWarning: the weights that are traced are not those that the last optimizer
+            step has left.
         UntracedSampleWarning: training batches have samples that are not in the store.
-        SlowParameterWarning: parameters of no known layer, such as DoRA's magnitudes, are traced by a pass per sample; in mode
-            ``"inline"`` they are not traced (UntracedParameterWarning).
+        SlowParameterWarning: parameters of no known layer, such as DoRA's magnitudes, are traced by
+            a pass per sample; in mode ``"inline"`` they are not traced (UntracedParameterWarning).
 
     Example::
 
@@ -136,27 +150,30 @@ class ConceptTracer(Callback):
         }.items():
             if value is not None and value < 1:
                 raise MisconfigurationException(
-                    f"`ConceptTracer({name}={value})`: expected an integer >= 1, or None. HINT: leave it out to switch it off."
+                    f"`ConceptTracer({name}={value})`: expected an integer >= 1, or None. HINT: "
+                    "leave it out to switch it off."
                 )
         own_rule = type(self).should_trace is not ConceptTracer.should_trace
         if every_n_epochs is None and every_n_train_steps is None and not at_end and not own_rule:
             raise MisconfigurationException(
-                "`ConceptTracer(at_end=False)` without every_n_epochs and every_n_train_steps would never trace. "
-                "HINT: set one of the three, or override should_trace."
+                "`ConceptTracer(at_end=False)` without every_n_epochs and every_n_train_steps "
+                "would never trace. HINT: set one of the three, or override should_trace."
             )
         if on_error not in get_args(OnError):
             raise MisconfigurationException(
-                f"`ConceptTracer(on_error={on_error!r})`: expected one of {get_args(OnError)}. HINT: 'warn' lets training go "
-                "on when a trace cannot be stored."
+                f"`ConceptTracer(on_error={on_error!r})`: expected one of {get_args(OnError)}. "
+                "HINT: 'warn' lets training go on when a trace cannot be stored."
             )
         if mode not in get_args(Mode):
             raise MisconfigurationException(
-                f"`ConceptTracer(mode={mode!r})`: expected one of {get_args(Mode)}. HINT: 'capture' is the default."
+                f"`ConceptTracer(mode={mode!r})`: expected one of {get_args(Mode)}. HINT: "
+                "'capture' is the default."
             )
         if weights not in get_args(Weights) or (weights == "ema" and mode == "inline"):
             raise MisconfigurationException(
-                f"`ConceptTracer(weights={weights!r}, mode={mode!r})`: expected one of {get_args(Weights)}, and 'raw' in mode "
-                "'inline', whose traces are of the training steps themselves. HINT: mode='capture' traces averaged weights."
+                f"`ConceptTracer(weights={weights!r}, mode={mode!r})`: expected one of "
+                f"{get_args(Weights)}, and 'raw' in mode 'inline', whose traces are of the "
+                "training steps themselves. HINT: mode='capture' traces averaged weights."
             )
         if method is None:
             method = "inline_trak" if mode == "inline" else "concept_trak"
@@ -168,9 +185,10 @@ class ConceptTracer(Callback):
         inline_method = isinstance(self.method.training_trajectory, InTraining)
         if inline_method != (mode == "inline"):
             raise MisconfigurationException(
-                f"`ConceptTracer(method={self.method.name!r}, mode={mode!r})`: the method's traces are on "
-                f"{self.method.training_trajectory}. HINT: InTraining() goes with mode='inline', as in methods.inline_trak(), "
-                "and every other trajectory with mode='capture'."
+                f"`ConceptTracer(method={self.method.name!r}, mode={mode!r})`: the method's traces "
+                f"are on {self.method.training_trajectory}. HINT: InTraining() goes with "
+                "mode='inline', as in methods.inline_trak(), and every other trajectory with "
+                "mode='capture'."
             )
         self.task = task
         self.mode = mode
@@ -194,15 +212,17 @@ class ConceptTracer(Callback):
         self._untraced: dict[int, int] = {}  # step: epoch
         self._has_told_dropped = False
         self.untraced_steps: list[int] = []
-        """Steps of this run that have no trace because it could not be stored, known when training ends."""
+        """Steps of this run that have no trace because it could not be stored, known when training
+        ends."""
         self.last_seconds = 0.0
-        """What the last capture took, in seconds of wall time; in mode ``"inline"`` sealing alone."""
+        """What the last capture took, in seconds of wall time; in mode ``"inline"`` sealing
+        alone."""
         self.trial_seconds = 0.0
         """What the trial before training took."""
 
     def when_sealed(self, listener: Callable[[L.Trainer], None]) -> None:
-        """Calls ``listener(trainer)`` in every process after each checkpoint that is sealed from now on, whatever the order of
-        the callbacks; the same listener is called once."""
+        """Calls ``listener(trainer)`` in every process after each checkpoint that is sealed from
+        now on, whatever the order of the callbacks; the same listener is called once."""
         if listener not in self._listeners:
             self._listeners.append(listener)
 
@@ -211,8 +231,9 @@ class ConceptTracer(Callback):
         self.questions = tuple(questions)
 
     def should_trace(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Whether to trace now. Called with ``step_idx`` after an optimizer step (the count of steps done), and with
-        ``epoch_idx`` at the end of an epoch (0-based). Override it for other rules."""
+        """Whether to trace now. Called with ``step_idx`` after an optimizer step (the count of
+        steps done), and with ``epoch_idx`` at the end of an epoch (0-based). Override it for other
+        rules."""
         if step_idx is not None:
             return self.every_n_train_steps is not None and step_idx % self.every_n_train_steps == 0
         if epoch_idx is not None:
@@ -230,15 +251,19 @@ class ConceptTracer(Callback):
             return
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
             raise MisconfigurationException(
-                f"`ConceptTracer` cannot trace under {type(trainer.strategy).__name__}: no process holds the whole of a "
-                "layer. HINT: use DDP or a single device; LoRA makes most models fit."
+                f"`ConceptTracer` cannot trace under {type(trainer.strategy).__name__}: no process "
+                "holds the whole of a layer. HINT: use DDP or a single device; LoRA makes most "
+                "models fit."
             )
         goes_on = (
             trainer.fit_loop.epoch_loop.batch_progress.total.ready > 0
         )  # the same Trainer, with another `fit`
         self._memory = replace(self._memory, is_resumed=False) if goes_on else Memory()
-        # A module may build its networks in its own `setup` or `configure_model`, which come after this.
-        if not any(model_helpers.is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
+        # A module may build its networks in its own `setup` or `configure_model`, which come after
+        # this.
+        if not any(
+            model_helpers.is_overridden(hook, pl_module) for hook in ("setup", "configure_model")
+        ):
             self._task_of(pl_module)
         _check_writable(self.dirpath)
 
@@ -249,8 +274,9 @@ class ConceptTracer(Callback):
         task = self._task_of(pl_module)
         if self.weights == "ema" and averaging.averaging_of(trainer) is None:
             raise MisconfigurationException(
-                '`ConceptTracer(weights="ema")`: the Trainer has no weight-averaging callback. HINT: attach one of '
-                f"{[kind.__name__ for kind in averaging.KINDS]}; an average that the module keeps itself is not known here."
+                '`ConceptTracer(weights="ema")`: the Trainer has no weight-averaging callback. '
+                f"HINT: attach one of {[kind.__name__ for kind in averaging.KINDS]}; an average "
+                "that the module keeps itself is not known here."
             )
         if self.mode == "inline":
             refuse_what_inline_cannot_trace(trainer, pl_module, task.denoiser)
@@ -277,7 +303,9 @@ class ConceptTracer(Callback):
             self._run.exposures.begin(batch)
 
     @override
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
+    ) -> None:
         with self._following(trainer) as inline:
             if inline is not None:
                 inline.before_backward(loss)
@@ -296,13 +324,19 @@ class ConceptTracer(Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         if self._run is None:
             return
         if self._run.exposures is not None:
             self._run.exposures.end()
-        # Under gradient accumulation this hook fires per micro-batch; only a finished optimizer step counts.
+        # Under gradient accumulation this hook fires per micro-batch; only a finished optimizer
+        # step counts.
         if any(self.should_trace(step_idx=step) for step in self._run.steps_taken()):
             self._trace(trainer)
 
@@ -356,7 +390,8 @@ class ConceptTracer(Callback):
         )
 
     def _is_run_of(self, trainer: L.Trainer) -> bool:
-        """Whether it is the traced run's Trainer: another one may validate with the same callbacks meanwhile."""
+        """Whether it is the traced run's Trainer: another one may validate with the same callbacks
+        meanwhile."""
         return self._run is not None and self._run.trainer is trainer
 
     def _close(self) -> None:
@@ -375,7 +410,8 @@ class ConceptTracer(Callback):
             return
         self._begin(self._run)
         step = self._run.steps.now
-        # When training ends the epoch counts one more; a second attempt at a step goes on with the first one's rows.
+        # When training ends the epoch counts one more; a second attempt at a step goes on with the
+        # first one's rows.
         epoch = self._untraced.get(step, trainer.current_epoch)
         try:
             seconds = self._run.seal(step, epoch)
@@ -395,8 +431,8 @@ class ConceptTracer(Callback):
 
     @contextmanager
     def _following(self, trainer: L.Trainer) -> Iterator[InlineCapture | None]:
-        """The inline capture, where there is one. What fails inside costs the rows of one training step and not the run, but for the
-        first one: that is the set-up."""
+        """The inline capture, where there is one. What fails inside costs the rows of one training
+        step and not the run, but for the first one: that is the set-up."""
         capture = None if self._run is None else self._run.capture
         if not isinstance(capture, InlineCapture):
             yield None
@@ -406,22 +442,26 @@ class ConceptTracer(Callback):
         except Exception as error:
             capture.drop_step()
             if not capture.steps_followed:
-                raise MisconfigurationException(f'`ConceptTracer(mode="inline")`: {error}') from error
+                raise MisconfigurationException(
+                    f'`ConceptTracer(mode="inline")`: {error}'
+                ) from error
             if self.on_error == "raise":
                 raise
             if not self._has_told_dropped:
                 self._has_told_dropped = True
                 rank_zero_warn(
-                    f"ConceptTracer(dirpath={self.dirpath!r}): the training step after {trainer.global_step} optimizer steps is in no "
-                    f"trace, or not with all of its samples: {type(error).__name__}: {error} Training goes on; later ones are not told. "
-                    'HINT: `on_error="raise"` stops training instead.'
+                    f"ConceptTracer(dirpath={self.dirpath!r}): the training step after "
+                    f"{trainer.global_step} optimizer steps is in no trace, or not with all of its "
+                    f"samples: {type(error).__name__}: {error} Training goes on; later ones are "
+                    'not told. HINT: `on_error="raise"` stops training instead.'
                 )
 
     def _note_untraced(self, step: int, epoch: int, error: Exception) -> None:
         if not self._untraced:
             rank_zero_warn(
-                f"ConceptTracer(dirpath={self.dirpath!r}): step {step} has no trace: {type(error).__name__}: {error} Training goes "
-                "on, the next checkpoint is tried again, and all steps without a trace are told when training ends. HINT: "
+                f"ConceptTracer(dirpath={self.dirpath!r}): step {step} has no trace: "
+                f"{type(error).__name__}: {error} Training goes on, the next checkpoint is tried "
+                "again, and all steps without a trace are told when training ends. HINT: "
                 '`on_error="raise"` stops training instead.'
             )
         self._untraced.setdefault(step, epoch)
@@ -431,9 +471,10 @@ class ConceptTracer(Callback):
             self._run.capture.exposures.tell_outside()
         if self._untraced:
             rank_zero_warn(
-                f"ConceptTracer(dirpath={self.dirpath!r}): steps {list(self._untraced)} have no trace, because they could not be "
-                "traced or stored. The traces of the other steps are intact. HINT: scores will not know of these steps; resume "
-                "from a checkpoint before them to make up for it."
+                f"ConceptTracer(dirpath={self.dirpath!r}): steps {list(self._untraced)} have no "
+                "trace, because they could not be traced or stored. The traces of the other steps "
+                "are intact. HINT: scores will not know of these steps; resume from a checkpoint "
+                "before them to make up for it."
             )
             self.untraced_steps, self._untraced = list(self._untraced), {}
 
@@ -452,11 +493,12 @@ def _check_writable(dirpath: str) -> None:
     folder = Path(dirpath)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Without a name where the system can: another run that begins now would take it for a file of somebody else's.
+        # Without a name where the system can: another run that begins now would take it for a file
+        # of somebody else's.
         with tempfile.TemporaryFile(dir=folder, suffix=TEMPORARY_SUFFIX):
             pass
     except OSError as error:
         raise MisconfigurationException(
-            f"`ConceptTracer(dirpath={dirpath!r})`: the folder cannot be written ({error}). HINT: name another folder, or "
-            "change its permissions."
+            f"`ConceptTracer(dirpath={dirpath!r})`: the folder cannot be written ({error}). HINT: "
+            "name another folder, or change its permissions."
         ) from error

@@ -16,11 +16,13 @@ from ctrak_lightning.naming import parameters_of
 
 
 class ExposureCounter:
-    """Tells a capture's :class:`~ctrak_lightning.exposures.Exposures` which batches enter which steps.
+    """Tells a capture's :class:`~ctrak_lightning.exposures.Exposures` which batches enter which
+    steps.
 
-    A batch is counted once, in the step that follows its backward pass; not where ``training_step`` returned None, where a
-    GradScaler left the step out, or where no traced parameter has a gradient any more. A step is that of an optimizer which holds
-    a traced parameter. (Under manual optimization without ``manual_backward`` every batch is taken to go backward that ends with a
+    A batch is counted once, in the step that follows its backward pass; not where ``training_step``
+    returned None, where a GradScaler left the step out, or where no traced parameter has a gradient
+    any more. A step is that of an optimizer which holds a traced parameter. (Under manual
+    optimization without ``manual_backward`` every batch is taken to go backward that ends with a
     gradient or a step.) It reads the batch's ids and nothing else, so training stays as it is.
 
     Args:
@@ -31,7 +33,11 @@ class ExposureCounter:
     """
 
     def __init__(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, capture: Capture, loader: TrainingLoader
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        capture: Capture,
+        loader: TrainingLoader,
     ) -> None:
         self._trainer, self._capture, self._loader = trainer, capture, loader
         named = parameters_of(capture.tracer.module)
@@ -40,7 +46,9 @@ class ExposureCounter:
         self._handle = register_optimizer_step_post_hook(self._stepped)
         self._batch: Any = None
         self._first_ids: list[str] | Exception = []
-        self._is_drawn = self._is_counted = self._has_stepped = self._sees_backward = self._is_told = False
+        self._is_drawn = self._is_counted = self._has_stepped = self._sees_backward = (
+            self._is_told
+        ) = False
         self._last_step = int(trainer.global_step)
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
             # Lightning then gives the hooks before a step the batch of the step before.
@@ -54,7 +62,9 @@ class ExposureCounter:
     def backward(self) -> None:
         """Where Lightning goes backward from a loss of the batch."""
         self._sees_backward = True
-        if not _has_gradient(self._traced.values()):  # what earlier batches had left there has been cleared
+        if not _has_gradient(
+            self._traced.values()
+        ):  # what earlier batches had left there has been cleared
             self._drop()
         self._draw()
 
@@ -79,7 +89,8 @@ class ExposureCounter:
             return error
 
     def _drop(self) -> None:
-        """Forgets the batches whose gradients have been cleared; this one may go backward once more, if it has not been counted."""
+        """Forgets the batches whose gradients have been cleared; this one may go backward once
+        more, if it has not been counted."""
         self._capture.exposures.drop()
         self._is_drawn = self._is_counted
 
@@ -100,8 +111,9 @@ class ExposureCounter:
         if why is not None and not self._is_told:
             self._is_told = True
             rank_zero_info(
-                f"`ConceptTracer`: how often each sample entered an optimizer step is not known, and not stored: {why}. HINT: let "
-                "every batch have the samples' ids, or define `sample_ids(batch)`."
+                "`ConceptTracer`: how often each sample entered an optimizer step is not known, "
+                f"and not stored: {why}. HINT: let every batch have the samples' ids, or define "
+                "`sample_ids(batch)`."
             )
 
     def detach(self) -> None:

@@ -12,18 +12,19 @@ from ctrak_lightning.numbering import reloaded
 
 _SHOWN = 10
 _HINT = (
-    "HINT: define `trace_dataloader()` on the DataModule or module: the samples that are trained on, each once, in a fixed "
-    "order, without augmentation."
+    "HINT: define `trace_dataloader()` on the DataModule or module: the samples that are trained "
+    "on, each once, in a fixed order, without augmentation."
 )
 
 
 class TrainingLoader:
-    """The one of a Trainer's training loaders whose samples are traced; made once training has started.
+    """The one of a Trainer's training loaders whose samples are traced; made once training has
+    started.
 
     Args:
         trainer: that trains.
-        name: of the loader, where the Trainer has several: the key or the position that it was given at, with dots between them
-            where they are nested.
+        name: of the loader, where the Trainer has several: the key or the position that it was
+            given at, with dots between them where they are nested.
 
     Raises:
         MisconfigurationException: there is no loader of this name; the message lists the names.
@@ -37,8 +38,8 @@ class TrainingLoader:
         self._described, hint = _described(given, loaders)
         if name is not None and self._path not in loaders:
             raise MisconfigurationException(
-                f"`ConceptTracer(loader={name!r})`: the training data is {self._described}. {hint or 'HINT: give one of these names'}"
-                f"{', or leave `loader` out.' if '' in loaders else '' if hint else '.'}"
+                f"`ConceptTracer(loader={name!r})`: the training data is {self._described}. "
+                f"{hint or 'HINT: give one of these names'}{', or leave `loader` out.' if '' in loaders else '' if hint else '.'}"
             )
         self._hint = hint or "HINT: ConceptTracer(loader=...) names it."
         self._loaders = loaders
@@ -57,31 +58,38 @@ class TrainingLoader:
         loader = self.loader
         if loader is None:
             raise MisconfigurationException(
-                f"`ConceptTracer`: the training data is {self._described}. Expected one DataLoader, or the name of the one "
-                f"whose samples are traced. {self._hint}"
+                f"`ConceptTracer`: the training data is {self._described}. Expected one "
+                f"DataLoader, or the name of the one whose samples are traced. {self._hint}"
             )
         if not isinstance(loader, DataLoader):
             raise MisconfigurationException(
-                f"`ConceptTracer`: the training data is {type(loader).__name__}, expected one DataLoader. {_HINT}"
+                f"`ConceptTracer`: the training data is {type(loader).__name__}, expected one "
+                f"DataLoader. {_HINT}"
             )
         if isinstance(loader.dataset, IterableDataset):
             return self._stream(loader, batch_size)
         return self._known(loader, batch_size)
 
     def apart(self, loader: Any) -> Any:
-        """A loader that gives what ``loader`` does and shares no workers with training, where it is one of training's own."""
-        if not isinstance(loader, DataLoader) or all(loader is not one for one in self._loaders.values()):
+        """A loader that gives what ``loader`` does and shares no workers with training, where it is
+        one of training's own."""
+        if not isinstance(loader, DataLoader) or all(
+            loader is not one for one in self._loaders.values()
+        ):
             return loader
         if loader.batch_sampler is not None:
             return reloaded(loader, loader.dataset, batch_sampler=loader.batch_sampler)
         return reloaded(loader, loader.dataset, batch_size=None, sampler=loader.sampler)
 
     def part(self, batch: Any) -> Any:
-        """What a training batch has of this loader; None where this loader had nothing more to give to it."""
+        """What a training batch has of this loader; None where this loader had nothing more to give
+        to it."""
         for name in self._path.split(".") if self._path else ():
             if batch is None:
                 return None
-            batch = batch[name] if isinstance(batch, Mapping) and name in batch else batch[int(name)]
+            batch = (
+                batch[name] if isinstance(batch, Mapping) and name in batch else batch[int(name)]
+            )
         return batch
 
     @property
@@ -94,13 +102,14 @@ class TrainingLoader:
         if positions is None:
             own = loader.batch_sampler if loader.batch_size is None else loader.sampler
             raise MisconfigurationException(
-                f"`ConceptTracer`: which samples the training loader draws is decided by {type(own).__name__}, and cannot be known "
-                "without drawing. Expected a sampler of torch's, a list, or a batch sampler whose `sampler` is one of these. "
-                f"{_HINT}"
+                "`ConceptTracer`: which samples the training loader draws is decided by "
+                f"{type(own).__name__}, and cannot be known without drawing. Expected a sampler of "
+                f"torch's, a list, or a batch sampler whose `sampler` is one of these. {_HINT}"
             )
         if not positions:
             raise MisconfigurationException(
-                f"`ConceptTracer`: the training loader can draw none of its {len(loader.dataset)} samples. {_HINT}"  # type: ignore[arg-type]
+                "`ConceptTracer`: the training loader can draw none of its "
+                f"{len(loader.dataset)} samples. {_HINT}"  # type: ignore[arg-type]
             )
         size = batch_size or self.batch_size or 1
         chunks = [positions[i : i + size] for i in range(0, len(positions), size)]
@@ -113,20 +122,22 @@ class TrainingLoader:
         kind = type(loader.dataset).__name__
         if hasattr(loader.dataset, "__next__"):
             raise MisconfigurationException(
-                f"`ConceptTracer`: the training data is a stream, {kind}, that is an iterator itself: whoever goes through it, as every "
-                f"capture would, takes from training what it is given. {_HINT}"
+                f"`ConceptTracer`: the training data is a stream, {kind}, that is an iterator "
+                "itself: whoever goes through it, as every capture would, takes from training "
+                f"what it is given. {_HINT}"
             )
         try:
             len(loader)
         except TypeError as error:
             raise MisconfigurationException(
-                f"`ConceptTracer`: the training data is a stream, {kind}, that does not say how long it is: it may have no end. "
-                f"{_HINT}"
+                f"`ConceptTracer`: the training data is a stream, {kind}, that does not say how "
+                f"long it is: it may have no end. {_HINT}"
             ) from error
         if self._trainer.world_size > 1:
             raise MisconfigurationException(
-                f"`ConceptTracer`: the training data is a stream, {kind}, in {self._trainer.world_size} processes, and which samples "
-                f"each of them gets is decided by itself. {_HINT}"
+                f"`ConceptTracer`: the training data is a stream, {kind}, in "
+                f"{self._trainer.world_size} processes, and which samples each of them gets is "
+                f"decided by itself. {_HINT}"
             )
         size = loader.batch_size if loader.batch_size is None else batch_size or loader.batch_size
         return reloaded(loader, loader.dataset, batch_size=size)

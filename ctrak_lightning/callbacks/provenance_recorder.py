@@ -27,28 +27,35 @@ from ctrak_lightning.trained import trained_parameters
 
 
 class ProvenanceRecorder(Callback):
-    """Keeps the ledger of the store that a :class:`~ctrak_lightning.callbacks.ConceptTracer` writes: what the run was made with
-    and of, and what was sealed, as a chain of entries that ``ctrak verify`` holds against every file of the store.
+    """Keeps the ledger of the store that a :class:`~ctrak_lightning.callbacks.ConceptTracer`
+    writes: what the run was made with and of, and what was sealed, as a chain of entries that
+    ``ctrak verify`` holds against every file of the store.
 
-    It only reads: weights, random states and files of the store are left as they are. Its place among the callbacks does not
-    matter. Of several processes the first one records. Settings are recorded as they are: keep secrets out of hyperparameters
-    and configuration files. Once training goes on, a ledger that cannot be written (a full disk, say) is warned of, and made up for
-    at the next checkpoint; it does not stop training.
+    It only reads: weights, random states and files of the store are left as they are. Its place
+    among the callbacks does not matter. Of several processes the first one records. Settings are
+    recorded as they are: keep secrets out of hyperparameters and configuration files. Once training
+    goes on, a ledger that cannot be written (a full disk, say) is warned of, and made up for at the
+    next checkpoint; it does not stop training.
 
     Args:
-        dirpath: the store's folder, where several ConceptTracers are attached; by default that of the one that is.
-        base_model: name of the model that is fine-tuned; by default what the denoiser's configuration says.
+        dirpath: the store's folder, where several ConceptTracers are attached; by default that of
+            the one that is.
+        base_model: name of the model that is fine-tuned; by default what the denoiser's
+            configuration says.
         revision: of the base model.
-        parent: the store of the run whose result is fine-tuned here, where that was traced too. Its run and the head of its
-            ledger are recorded, and whether the weights are those of its last checkpoint.
+        parent: the store of the run whose result is fine-tuned here, where that was traced too. Its
+            run and the head of its ledger are recorded, and whether the weights are those of its
+            last checkpoint.
 
     Raises:
-        MisconfigurationException: there is no ConceptTracer, or several and no ``dirpath`` that tells which.
+        MisconfigurationException: there is no ConceptTracer, or several and no ``dirpath`` that
+            tells which.
         StoreError: ``parent`` is no store with a ledger.
         CorruptStoreError: the store that training resumes with is not what its ledger says.
 
     Warns:
-        UserWarning: the weights are not those of the parent's last checkpoint; something could not be recorded.
+        UserWarning: the weights are not those of the parent's last checkpoint; something could not
+            be recorded.
 
     Example::
 
@@ -88,12 +95,18 @@ class ProvenanceRecorder(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # The tracer, which is called first, has opened its store, and no step has changed the weights yet.
+        # The tracer, which is called first, has opened its store, and no step has changed the
+        # weights yet.
         self._begin(trainer, pl_module)
 
     @override
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         self._follow()
 
@@ -140,7 +153,8 @@ class ProvenanceRecorder(Callback):
         self._seen = _state_of(self._root / MANIFEST)
 
     def _follow(self) -> None:
-        """Records what was sealed since the last call; one look at the manifest's date where nothing was."""
+        """Records what was sealed since the last call; one look at the manifest's date where
+        nothing was."""
         if not self._is_recording or self._root is None:
             return
         state = _state_of(self._root / MANIFEST)
@@ -169,8 +183,9 @@ class ProvenanceRecorder(Callback):
     def _warn(self, error: Exception) -> None:
         if not self._has_warned:
             rank_zero_warn(
-                f"ProvenanceRecorder: the ledger of {self._root} could not be written: {type(error).__name__}: {error} Training goes on; what is missing "
-                "is recorded at the next checkpoint that can be."
+                f"ProvenanceRecorder: the ledger of {self._root} could not be written: "
+                f"{type(error).__name__}: {error} Training goes on; what is missing is recorded at "
+                "the next checkpoint that can be."
             )
         self._has_warned = True
 
@@ -179,29 +194,34 @@ class ProvenanceRecorder(Callback):
         matching = [
             tracer
             for tracer in every
-            if self.dirpath is None or os.path.abspath(tracer.dirpath) == os.path.abspath(self.dirpath)
+            if self.dirpath is None
+            or os.path.abspath(tracer.dirpath) == os.path.abspath(self.dirpath)
         ]
         if len(matching) == 1:
             return matching[0]
         folders = [tracer.dirpath for tracer in every]
         raise MisconfigurationException(
-            f"`ProvenanceRecorder(dirpath={self.dirpath!r})`: the Trainer has {len(every)} ConceptTracers (folders {folders}), "
-            "expected one whose store it is to record. HINT: callbacks=[ConceptTracer('runs/x/traces'), ProvenanceRecorder()]; of "
-            "several, name the folder of one as `dirpath`."
+            f"`ProvenanceRecorder(dirpath={self.dirpath!r})`: the Trainer has {len(every)} "
+            f"ConceptTracers (folders {folders}), expected one whose store it is to record. HINT: "
+            "callbacks=[ConceptTracer('runs/x/traces'), ProvenanceRecorder()]; of several, name "
+            "the folder of one as `dirpath`."
         )
 
     def _facts(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         assert self._root is not None
         parameters = parameters_of(pl_module)
         trained = trained_parameters(pl_module, trainer.optimizers)
-        config = getattr(resolve_task(pl_module, self._tracer(trainer).task).denoiser, "config", None)
+        config = getattr(
+            resolve_task(pl_module, self._tracer(trainer).task).denoiser, "config", None
+        )
         facts: dict[str, Any] = {
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,
             "base_model": {
                 "name": self.base_model
                 or environment.json_value(getattr(config, "_name_or_path", None) or None),
-                "revision": self.revision or environment.json_value(getattr(config, "_commit_hash", None)),
+                "revision": self.revision
+                or environment.json_value(getattr(config, "_commit_hash", None)),
                 "frozen": weights_digest({n: v for n, v in parameters.items() if n not in trained}),
                 "trained": weights_digest(trained),
             },
@@ -209,13 +229,15 @@ class ProvenanceRecorder(Callback):
             "configuration": environment.bounded(_configuration(trainer, pl_module)),
             "seeds": environment.seeds(),
             "hardware": environment.hardware(pl_module.device) | {"processes": trainer.world_size},
-            "parent": None if self.parent is None else parent_facts(self.parent, self._root, parameters),
+            "parent": None
+            if self.parent is None
+            else parent_facts(self.parent, self._root, parameters),
         }
         if facts["parent"] is not None and facts["parent"]["weights"] == "different":
             rank_zero_warn(
-                f"ProvenanceRecorder(parent={self.parent!r}): the weights that training starts with are not those of the "
-                "parent's last checkpoint. The ledger says so. HINT: load the parent's final weights, or name the store of the run "
-                "that they are from."
+                f"ProvenanceRecorder(parent={self.parent!r}): the weights that training starts "
+                "with are not those of the parent's last checkpoint. The ledger says so. HINT: "
+                "load the parent's final weights, or name the store of the run that they are from."
             )
         return facts
 
@@ -226,7 +248,9 @@ def _configuration(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str
     saver = next((c for c in trainer.callbacks if isinstance(c, SaveConfigCallback)), None)  # type: ignore[attr-defined]
     return {
         "module": {"class": _name(pl_module), "hparams": dict(pl_module.hparams_initial)},
-        "data": None if data is None else {"class": _name(data), "hparams": dict(data.hparams_initial)},
+        "data": None
+        if data is None
+        else {"class": _name(data), "hparams": dict(data.hparams_initial)},
         "trainer": {
             "max_epochs": trainer.max_epochs,
             "max_steps": trainer.max_steps,
@@ -237,9 +261,12 @@ def _configuration(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str
             "callbacks": [_name(callback) for callback in trainer.callbacks],  # type: ignore[attr-defined]
         },
         "optimizers": [
-            {"class": _name(optimizer), "defaults": optimizer.defaults} for optimizer in trainer.optimizers
+            {"class": _name(optimizer), "defaults": optimizer.defaults}
+            for optimizer in trainer.optimizers
         ],
-        "cli": None if saver is None else yaml.safe_load(saver.parser.dump(saver.config, skip_none=False)),
+        "cli": None
+        if saver is None
+        else yaml.safe_load(saver.parser.dump(saver.config, skip_none=False)),
     }
 
 

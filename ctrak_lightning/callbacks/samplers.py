@@ -24,20 +24,26 @@ class Drawable:
     positions: list[Any]
     """In ascending order; of a sampler that draws in a fixed order, in that."""
     is_fixed: bool
-    """Whether every epoch draws them in this order from the first one on, so that one that is cut short draws the first ones."""
+    """Whether every epoch draws them in this order from the first one on, so that one that is cut
+    short draws the first ones."""
     processes: int = 1
     """How many draw them together, in turn."""
 
     def first(self, count: int) -> "Drawable":
         """Those that ``count`` draws in each process can give."""
-        return replace(self, positions=self.positions[: count * self.processes]) if self.is_fixed else self
+        return (
+            replace(self, positions=self.positions[: count * self.processes])
+            if self.is_fixed
+            else self
+        )
 
 
 def drawable(loader: DataLoader[Any], batches: float) -> list[Any] | None:
-    """The positions in its data set that a loader can draw in epochs of at most so many batches, in the data set's order.
+    """The positions in its data set that a loader can draw in epochs of at most so many batches, in
+    the data set's order.
 
-    Where an epoch is cut short (``limit_train_batches``, ``drop_last``), a loader that draws in a fixed order can draw only the
-    first samples, one that shuffles all of them.
+    Where an epoch is cut short (``limit_train_batches``, ``drop_last``), a loader that draws in a
+    fixed order can draw only the first samples, one that shuffles all of them.
 
     Args:
         loader: of a data set with positions.
@@ -70,7 +76,8 @@ def batch_size_of(loader: DataLoader[Any]) -> int | None:
 
 
 def _batch_sampler(loader: DataLoader[Any]) -> Any:
-    """What draws the positions of whole batches, or None where the items of the data set are batches themselves."""
+    """What draws the positions of whole batches, or None where the items of the data set are
+    batches themselves."""
     if loader.batch_sampler is None and isinstance(loader.sampler, BatchSampler):
         return loader.sampler
     return loader.batch_sampler
@@ -94,7 +101,8 @@ def _of_batches(loader: DataLoader[Any], batches: float) -> Drawable | None:
 
 
 def _of_sampler(sampler: Any) -> Drawable | None:
-    """What a sampler can draw; judged by the method that draws, which a class of the user's may have replaced."""
+    """What a sampler can draw; judged by the method that draws, which a class of the user's may
+    have replaced."""
     if isinstance(sampler, (list, tuple, range)):
         return Drawable(list(sampler), is_fixed=True)
     draws = getattr(type(sampler), "__iter__", None)
@@ -118,7 +126,9 @@ def _shared(sampler: DistributedSampler[Any], whole: Drawable) -> Drawable:
     """What the processes of a DistributedSampler draw together."""
     if sampler.shuffle or not whole.is_fixed:
         return replace(whole, is_fixed=False)
-    return replace(whole, positions=whole.positions[: sampler.total_size], processes=sampler.num_replicas)
+    return replace(
+        whole, positions=whole.positions[: sampler.total_size], processes=sampler.num_replicas
+    )
 
 
 def _plain(positions: Iterable[Any]) -> Iterable[Hashable]:

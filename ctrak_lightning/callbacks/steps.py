@@ -1,4 +1,5 @@
-"""How many optimizer steps a run has taken, also where Lightning's ``global_step`` does not know of them."""
+"""How many optimizer steps a run has taken, also where Lightning's ``global_step`` does not know of
+them."""
 
 import weakref
 from typing import Any
@@ -9,8 +10,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class StepCounter:
-    """Counts the optimizer steps of a run: those that Lightning counts, and, under manual optimization, those of optimizers that
-    are stepped past it (``use_pl_optimizer=False``, or an optimizer of the module's own).
+    """Counts the optimizer steps of a run: those that Lightning counts, and, under manual
+    optimization, those of optimizers that are stepped past it (``use_pl_optimizer=False``, or an
+    optimizer of the module's own).
 
     Args:
         trainer: of the run.
@@ -34,7 +36,10 @@ class StepCounter:
     def look(self) -> None:
         """Reads the Trainer's optimizers, which may have been replaced by others."""
         own = list(self._trainer.optimizers)
-        self.optimizers[:] = [*own, *(one for one in self._others if not any(one is known for known in own))]
+        self.optimizers[:] = [
+            *own,
+            *(one for one in self._others if not any(one is known for known in own)),
+        ]
 
     @property
     def now(self) -> int:
@@ -58,6 +63,7 @@ class StepCounter:
             self.unseen += 1
 
     def _begun(self) -> int:
-        """Steps that Lightning has begun and not ended: one more than between steps, while it takes one."""
+        """Steps that Lightning has begun and not ended: one more than between steps, while it takes
+        one."""
         progress = self._trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
         return int(progress.ready - progress.completed)

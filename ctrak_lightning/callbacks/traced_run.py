@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from ctrak_lightning.callbacks.concept_tracer import ConceptTracer
 
 WATCHED = 64
-"""Parameters, and numbers of each, at most, by which it is noticed that something else than a step has changed the weights."""
+"""Parameters, and numbers of each, at most, by which it is noticed that something else than a step
+has changed the weights."""
 
 
 class ChangedWeightsWarning(UserWarning):
@@ -41,7 +42,8 @@ class ChangedWeightsWarning(UserWarning):
 
 @dataclass
 class Memory:
-    """What is known of the run so far when it goes on: by a checkpoint of the Trainer's, or by the same Trainer."""
+    """What is known of the run so far when it goes on: by a checkpoint of the Trainer's, or by the
+    same Trainer."""
 
     run_id: str | None = None
     unseen_steps: int = 0
@@ -55,7 +57,8 @@ class Memory:
 
 
 class TracedRun:
-    """Holds the folder from the start of a run, opens the store before its first step, and seals checkpoints.
+    """Holds the folder from the start of a run, opens the store before its first step, and seals
+    checkpoints.
 
     Args:
         tracer: the callback, for its arguments.
@@ -65,7 +68,8 @@ class TracedRun:
         memory: of the run before.
 
     Raises:
-        MisconfigurationException: the training data, or the processes, cannot be traced, or another writer has the folder.
+        MisconfigurationException: the training data, or the processes, cannot be traced, or another
+            writer has the folder.
     """
 
     def __init__(
@@ -98,11 +102,13 @@ class TracedRun:
         self._is_told_of_change = False
 
     def begin(self) -> Trial | None:
-        """Opens the store, unless it is open, and gives what was tried for that. Whatever a module or another callback freezes,
-        unfreezes or loads as training starts has been done by the first batch.
+        """Opens the store, unless it is open, and gives what was tried for that. Whatever a module
+        or another callback freezes, unfreezes or loads as training starts has been done by the
+        first batch.
 
         Raises:
-            MisconfigurationException: what the trial found; the folder holds the traces of another run.
+            MisconfigurationException: what the trial found; the folder holds the traces of another
+                run.
         """
         if self.capture is not None:
             return None
@@ -117,7 +123,8 @@ class TracedRun:
         return self.capture.trial
 
     def steps_taken(self) -> range:
-        """The numbers of the optimizer steps since the last call, none under way: several, where optimizers step in one batch."""
+        """The numbers of the optimizer steps since the last call, none under way: several, where
+        optimizers step in one batch."""
         taken = range(self._last_step + 1, self.steps.now + 1)
         if taken:
             self.steps.look()
@@ -127,7 +134,8 @@ class TracedRun:
         return taken
 
     def seal(self, step: int, epoch: int) -> float | None:
-        """Traces all samples with the present weights; seconds of wall time, or None where the step has its traces already.
+        """Traces all samples with the present weights; seconds of wall time, or None where the step
+        has its traces already.
 
         Raises:
             TrainingChangedError: it has, and the weights are others by now.
@@ -153,7 +161,8 @@ class TracedRun:
 
     @property
     def memory(self) -> Memory:
-        """What a run that goes on from here must know; the exposures with the step up to which they were counted."""
+        """What a run that goes on from here must know; the exposures with the step up to which they
+        were counted."""
         if self.capture is None:
             return replace(self._memory, unseen_steps=self.steps.unseen)
         return Memory(
@@ -203,7 +212,9 @@ class TracedRun:
             lock=self._lock,
         )
         trained = trained_parameters(self._module, self.steps.optimizers)
-        self._watched = dict(itertools.islice(trained.items(), 0, None, len(trained) // WATCHED + 1))
+        self._watched = dict(
+            itertools.islice(trained.items(), 0, None, len(trained) // WATCHED + 1)
+        )
         self._resume(capture, self.steps.now)
         if isinstance(capture, InlineCapture):
             capture.attach()
@@ -213,27 +224,32 @@ class TracedRun:
         """Makes the store describe the run that goes on from ``step``, and nothing else.
 
         Raises:
-            MisconfigurationException: what the folder holds is not shown to be of this run; nothing was changed.
+            MisconfigurationException: what the folder holds is not shown to be of this run; nothing
+                was changed.
         """
         writer, sealed = capture.writer, capture.writer.sealed_steps
         is_same = self._memory.run_id == writer.run_id
         later = [one for one in sealed if one > step]
         if later and not (is_same and self._memory.is_resumed):
             raise MisconfigurationException(
-                f"{self._where}: the folder holds traces of steps {later} of an earlier run, and this run starts at step {step}. "
-                "Nothing was changed. HINT: name a new folder, resume with `trainer.fit(ckpt_path=...)`, or delete the folder."
+                f"{self._where}: the folder holds traces of steps {later} of an earlier run, and "
+                f"this run starts at step {step}. Nothing was changed. HINT: name a new folder, "
+                "resume with `trainer.fit(ckpt_path=...)`, or delete the folder."
             )
         if sealed and not is_same and step not in sealed:
             raise MisconfigurationException(
-                f"{self._where}: the folder holds traces of steps {sealed} of run {writer.run_id!r}, and this run goes on from step "
-                f"{step} of {self._described()}: nothing shows that they are one run. Nothing was changed. HINT: name a new folder; "
-                f"resume from a checkpoint that was saved while this folder was written, by the same `dirpath`; or from one of step "
-                f"{sealed[-1]}, whose weights can be compared."
+                f"{self._where}: the folder holds traces of steps {sealed} of run "
+                f"{writer.run_id!r}, and this run goes on from step {step} of {self._described()}: "
+                "nothing shows that they are one run. Nothing was changed. HINT: name a new "
+                "folder; resume from a checkpoint that was saved while this folder was written, "
+                f"by the same `dirpath`; or from one of step {sealed[-1]}, whose weights can be "
+                "compared."
             )
         if not sealed and step and not is_same and self._memory.run_id is not None:
             rank_zero_warn(
-                f"ConceptTracer(dirpath={self._tracer.dirpath!r}): the checkpoint was made with store {self._memory.run_id!r}, the "
-                f"folder holds store {writer.run_id!r}. Traces of steps before {step} may be missing."
+                f"ConceptTracer(dirpath={self._tracer.dirpath!r}): the checkpoint was made with "
+                f"store {self._memory.run_id!r}, the folder holds store {writer.run_id!r}. Traces "
+                f"of steps before {step} may be missing."
             )
         self._require_one_course(capture, step, is_same)
         state = self._memory.exposures
@@ -246,30 +262,36 @@ class TracedRun:
                 raise MisconfigurationException(f"{self._where}: {error}") from error
         if later:
             rank_zero_warn(
-                f"ConceptTracer(dirpath={self._tracer.dirpath!r}): training resumes at step {step}; the traces of steps {later}, made "
-                "after that checkpoint, are removed and will be made again."
+                f"ConceptTracer(dirpath={self._tracer.dirpath!r}): training resumes at step "
+                f"{step}; the traces of steps {later}, made after that checkpoint, are removed and "
+                "will be made again."
             )
             writer.discard_after(step)
 
     def _require_one_course(self, capture: Capture, step: int, is_same: bool) -> None:
-        """Refuses a checkpoint of this run whose weights are not those it was saved with, or since which the store has been written by
-        another course of the run: one that went on from an earlier checkpoint."""
+        """Refuses a checkpoint of this run whose weights are not those it was saved with, or since
+        which the store has been written by another course of the run: one that went on from an
+        earlier checkpoint."""
         if not is_same or not self._memory.weights:
             return
         now = self._sampled()
-        if len(now) != len(self._memory.weights) or not all(map(_is_same, self._memory.weights, now)):
+        if len(now) != len(self._memory.weights) or not all(
+            map(_is_same, self._memory.weights, now)
+        ):
             raise MisconfigurationException(
-                f"{self._where}: training goes on from step {step} with other weights than it had then. Nothing was changed. HINT: load all "
-                "of the checkpoint's weights (`strict_loading=False` leaves out those of other names), or name a new folder."
+                f"{self._where}: training goes on from step {step} with other weights than it had "
+                "then. Nothing was changed. HINT: load all of the checkpoint's weights "
+                "(`strict_loading=False` leaves out those of other names), or name a new folder."
             )
         known, stored = self._memory.sealed or {}, capture.writer.sealed_weights
         other = [one for one in stored if one < step and stored[one] != known.get(one)]
         other += [step] if step in known and stored.get(step) != known[step] else []
         if other:
             raise MisconfigurationException(
-                f"{self._where}: the traces of steps {other} are not those of the run that this checkpoint of step {step} is of: another run "
-                "went on from an earlier checkpoint into the same folder. Nothing was changed. HINT: go on from a checkpoint of that one, "
-                "or name a new folder."
+                f"{self._where}: the traces of steps {other} are not those of the run that this "
+                f"checkpoint of step {step} is of: another run went on from an earlier checkpoint "
+                "into the same folder. Nothing was changed. HINT: go on from a checkpoint of that "
+                "one, or name a new folder."
             )
 
     def _described(self) -> str:
@@ -280,24 +302,28 @@ class TracedRun:
         )
 
     def _tell_of_change(self, step: int) -> None:
-        """Says once where weights are traced as those that train, and are not what the last step has left."""
+        """Says once where weights are traced as those that train, and are not what the last step
+        has left."""
         if not self._left:
             return
         pairs = zip(self._watched, self._left, self._sampled(), strict=True)
         changed = [name for name, before, now in pairs if not _is_same(before, now)]
         if changed:
             rank_zero_warn(
-                f"ConceptTracer(dirpath={self._tracer.dirpath!r}): the weights that are traced at step {step} are not those that its "
-                f"optimizer step has left: {changed[0]!r} has changed since, as have {len(changed)} of {len(self._watched)} parameters "
-                "that were looked at. They are traced and stored as they are now; it is not told again. HINT: a callback that puts an "
-                "average in their place must do so after this one's hook and take it back before the next step; Lightning's "
+                f"ConceptTracer(dirpath={self._tracer.dirpath!r}): the weights that are traced at "
+                f"step {step} are not those that its optimizer step has left: {changed[0]!r} has "
+                f"changed since, as have {len(changed)} of {len(self._watched)} parameters that "
+                "were looked at. They are traced and stored as they are now; it is not told "
+                "again. HINT: a callback that puts an average in their place must do so after "
+                "this one's hook and take it back before the next step; Lightning's "
                 'EMAWeightAveraging is known here (`weights="ema"`).',
                 category=ChangedWeightsWarning,
             )
             self._left, self._is_told_of_change = [], True
 
     def _sampled(self) -> list[Tensor]:
-        """Some numbers of every watched parameter: an average moves them all. Nothing waits for the device."""
+        """Some numbers of every watched parameter: an average moves them all. Nothing waits for the
+        device."""
         flat = (value.detach().flatten() for value in self._watched.values())
         return [value[:: len(value) // WATCHED + 1].clone() for value in flat]
 
@@ -306,7 +332,9 @@ class TracedRun:
         if self._tracer.weights == "raw":
             return nullcontext()
         return averaging.averaged(
-            self.trainer, self._module, list(trained_parameters(self._module, self.steps.optimizers))
+            self.trainer,
+            self._module,
+            list(trained_parameters(self._module, self.steps.optimizers)),
         )
 
     def _all_processes(self) -> Processes:
@@ -315,8 +343,8 @@ class TracedRun:
             return processes_of(count)
         except RuntimeError as error:
             raise MisconfigurationException(
-                f"`ConceptTracer`: {count} processes under {type(self.trainer.strategy).__name__}: {error} HINT: use "
-                'strategy="ddp", or a single device.'
+                f"`ConceptTracer`: {count} processes under {type(self.trainer.strategy).__name__}: "
+                f'{error} HINT: use strategy="ddp", or a single device.'
             ) from error
 
     def _hold(self) -> WriterLock:
@@ -340,7 +368,8 @@ class TracedRun:
 
 
 def _is_same(before: Tensor, now: Tensor) -> bool:
-    """Whether numbers of a weight are the same: to the bit, or as near as another format has them."""
+    """Whether numbers of a weight are the same: to the bit, or as near as another format has
+    them."""
     now = now.to(before.device)
     near = 0.0 if before.dtype == now.dtype else 1e-2
     return before.shape == now.shape and torch.allclose(

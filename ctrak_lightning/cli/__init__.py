@@ -44,7 +44,8 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the ``ctrak`` command. Ends with a message and exit code 1 on an expected error."""
+    """Entry point of the ``ctrak`` command. Ends with a message and exit code 1 on an expected
+    error."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["help"] and len(arguments) > 1:
         arguments = [arguments[1], "--help"]
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         meant = f" Did you mean {near[0]!r}?" if near else ""
         raise SystemExit(
-            f"ctrak: unknown command {visible(arguments[0])!r}.{meant} Known: {', '.join(COMMANDS)}."
+            f"ctrak: unknown command {visible(arguments[0])!r}.{meant} Known: "
+            f"{', '.join(COMMANDS)}."
         )
     # A recipe's classes are named by import path and live in the folder that the user stands in.
     sys.path.insert(0, str(Path.cwd()))

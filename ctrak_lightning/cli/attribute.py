@@ -14,16 +14,27 @@ from ctrak_lightning.cli.question import add_question, attributor_of, concepts_o
 def run(argv: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="ctrak attribute",
-        description="Which training samples taught the model a concept? Of several concepts of one image also what they share.",
+        description=(
+            "Which training samples taught the model a concept? Of several concepts of one "
+            "image also what they share."
+        ),
     )
     add_question(parser)
     parser.add_argument("--top", type=PositiveInt, default=10, help="rows to print")
-    parser.add_argument("--group", type=str, default=None, help="a metadata column to print shares for")
     parser.add_argument(
-        "--csv", type=str, default=None, help="write the whole ranking; of several concepts, side by side"
+        "--group", type=str, default=None, help="a metadata column to print shares for"
     )
     parser.add_argument(
-        "--json", type=str, default=None, help="write the whole result; of several concepts, what they share"
+        "--csv",
+        type=str,
+        default=None,
+        help="write the whole ranking; of several concepts, side by side",
+    )
+    parser.add_argument(
+        "--json",
+        type=str,
+        default=None,
+        help="write the whole result; of several concepts, what they share",
     )
     add_force(parser)
     args = parser.parse_args(list(argv))
@@ -47,10 +58,14 @@ def _print_result(result: Attribution, args: Namespace) -> None:
     if found.says_nothing:
         say(f"{result.concept.name}: {found.verdict}", *(f"  {reason}" for reason in found.reasons))
     else:
-        say("Look at the generated image first: if it does not show the concept, the ranking says nothing.")
+        say(
+            "Look at the generated image first: if it does not show the concept, the ranking says "
+            "nothing."
+        )
     say(result.concept)
     say(
-        f"{result.concept.name}: {len(result.samples.sample_ids)} samples, checkpoints at steps {result.steps}"
+        f"{result.concept.name}: {len(result.samples.sample_ids)} samples, checkpoints at steps "
+        f"{result.steps}"
     )
     for record in result.top(args.top):
         say(f"{record.rank:4d}  {record.score:8.3f}  {record.sample_id}")
@@ -68,5 +83,6 @@ def _print_shares(result: Attribution, group: str) -> None:
     say(f"share by {group} (95 % bootstrap interval):")
     for share in result.by_group(group):
         say(
-            f"  {share.share:6.1%}  [{share.low:.1%}, {share.high:.1%}]  {share.group} ({share.samples} samples)"
+            f"  {share.share:6.1%}  [{share.low:.1%}, {share.high:.1%}]  {share.group} "
+            f"({share.samples} samples)"
         )

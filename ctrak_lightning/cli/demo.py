@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# The wheel carries the recipe here; the name `recipes` is too common to be taken in everybody's environment.
+# The wheel carries the recipe here; the name `recipes` is too common to be taken in everybody's
+# environment.
 _IN_THE_WHEEL = Path(__file__).parents[1] / "demo_files"
 
 
@@ -18,8 +19,9 @@ def run(argv: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("recipes"):
             raise ValueError(
-                "the demo's recipe is not here, or another package has the name `recipes`. HINT: run `make demo`, or `ctrak demo`, "
-                "in a checkout of the repository, or `ctrak demo` in an environment with nothing but the wheel."
+                "the demo's recipe is not here, or another package has the name `recipes`. HINT: "
+                "run `make demo`, or `ctrak demo`, in a checkout of the repository, or `ctrak "
+                "demo` in an environment with nothing but the wheel."
             ) from error
         raise
     demo.main(argv)

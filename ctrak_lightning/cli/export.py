@@ -15,11 +15,16 @@ from ctrak_lightning.provenance.export_prov import prov_json
 def run(argv: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="ctrak export",
-        description="W3C PROV-JSON of the runs, Croissant of the samples, or a Markdown section for a model card.",
+        description=(
+            "W3C PROV-JSON of the runs, Croissant of the samples, or a Markdown section for a "
+            "model card."
+        ),
     )
     parser.add_argument("store", type=str, help="the folder of the traces")
     parser.add_argument("--format", choices=("prov", "croissant", "model-card"), required=True)
-    parser.add_argument("--out", type=str, default=None, help="the file to write; by default it is printed")
+    parser.add_argument(
+        "--out", type=str, default=None, help="the file to write; by default it is printed"
+    )
     add_force(parser)
     args = parser.parse_args(list(argv))
     check_outputs({"--out": args.out}, store=args.store, force=args.force)
@@ -27,7 +32,8 @@ def run(argv: Sequence[str]) -> None:
         text = model_card(args.store)
     else:
         document = prov_json(args.store) if args.format == "prov" else croissant(args.store)
-        # JSON escapes no more than the first 32 control characters by itself; a terminal obeys others too.
+        # JSON escapes no more than the first 32 control characters by itself; a terminal obeys
+        # others too.
         text = json.dumps(document, indent=1, ensure_ascii=args.out is None, allow_nan=False) + "\n"
     if args.out is None:
         print(text, end="")

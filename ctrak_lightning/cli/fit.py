@@ -18,7 +18,8 @@ def lightning_cli(argv: Sequence[str], **options: Any) -> Any:
     """
     from lightning.pytorch.cli import LightningCLI
 
-    # LightningCLI warns of arguments that are given beside those of the command line, so they are given as these.
+    # LightningCLI warns of arguments that are given beside those of the command line, so they are
+    # given as these.
     before, sys.argv = sys.argv, [sys.argv[0], *argv]
     try:
         return LightningCLI(**options)

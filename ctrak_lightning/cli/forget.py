@@ -20,23 +20,33 @@ _SHOWN = 20
 def run(argv: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="ctrak forget",
-        description="Takes samples out of a trace store, for good: rows, thumbnails, metadata, their part in the kernels. Without any "
-        "samples named: completes a command that was interrupted.",
+        description=(
+            "Takes samples out of a trace store, for good: rows, thumbnails, metadata, their "
+            "part in the kernels. Without any samples named: completes a command that was "
+            "interrupted."
+        ),
     )
     parser.add_argument("store", type=str, help="the folder of the traces")
     # Not `nargs`: an id may begin with a dash, and then --sample=ID names it.
     parser.add_argument(
         "--sample", action="append", type=str, default=[], help="id of a sample; as often as needed"
     )
-    parser.add_argument("--ids-from", type=str, default=None, help="a file of UTF-8 text with an id a line")
+    parser.add_argument(
+        "--ids-from", type=str, default=None, help="a file of UTF-8 text with an id a line"
+    )
     parser.add_argument(
         "--where",
         action="append",
         type=str,
         default=[],
-        help="column=value, such as owner=anna: the samples with that metadata; of several all must hold",
+        help=(
+            "column=value, such as owner=anna: the samples with that metadata; of several all "
+            "must hold"
+        ),
     )
-    parser.add_argument("--dry-run", action="store_true", help="say who would go, and change nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say who would go, and change nothing"
+    )
     parser.add_argument("--yes", action="store_true", help="do not ask")
     args = parser.parse_args(list(argv))
     if not (args.sample or args.where or args.ids_from is not None):
@@ -56,7 +66,9 @@ def run(argv: Sequence[str]) -> None:
 
 def _complete(args: Namespace) -> None:
     if args.dry_run:
-        raise StoreError("--dry-run: of no samples. HINT: name them with --sample, --ids-from or --where.")
+        raise StoreError(
+            "--dry-run: of no samples. HINT: name them with --sample, --ids-from or --where."
+        )
     finish(args.store)
     say("nothing is left to forget")
 
@@ -64,7 +76,8 @@ def _complete(args: Namespace) -> None:
 def _chosen(args: Namespace, table: SampleTable) -> list[str]:
     if args.where and (args.sample or args.ids_from is not None):
         raise StoreError(
-            "--where and --sample or --ids-from: expected one or the other; nothing was forgotten. HINT: one command for each."
+            "--where and --sample or --ids-from: expected one or the other; nothing was "
+            "forgotten. HINT: one command for each."
         )
     if args.where:
         wanted = ids_where(table, args.where)
@@ -76,8 +89,9 @@ def _chosen(args: Namespace, table: SampleTable) -> list[str]:
 def _confirm(chosen: Sequence[str], total: int) -> None:
     if sys.stdin is None or not sys.stdin.isatty():
         raise StoreError(
-            f"{len(chosen)} of {total} samples would be forgotten for good, and there is no terminal to ask at; nothing was forgotten. "
-            "HINT: --dry-run names them, --yes goes ahead."
+            f"{len(chosen)} of {total} samples would be forgotten for good, and there is no "
+            "terminal to ask at; nothing was forgotten. HINT: --dry-run names them, --yes goes "
+            "ahead."
         )
     say(*(f"sample     {sample_id}" for sample_id in chosen[:_SHOWN]))
     if len(chosen) > _SHOWN:
@@ -100,5 +114,6 @@ def _tell(done: Forgotten) -> None:
     if done.unsealed:
         say(f"removed    the unsealed checkpoints of steps {done.unsealed}")
     say(
-        "note       the weights that were trained on these samples are unchanged, and so are copies of this store"
+        "note       the weights that were trained on these samples are unchanged, and so are "
+        "copies of this store"
     )

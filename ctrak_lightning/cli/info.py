@@ -23,8 +23,8 @@ def run(argv: Sequence[str]) -> None:
         exposed = checkpoint.exposed()
         losses = checkpoint.losses() if exposed is None else checkpoint.losses()[exposed]
         say(
-            f"checkpoint step {checkpoint.step}, epoch {checkpoint.epoch}, mean loss {losses.mean():.4f}, "
-            f"{_exposures(checkpoint)}"
+            f"checkpoint step {checkpoint.step}, epoch {checkpoint.epoch}, mean loss "
+            f"{losses.mean():.4f}, {_exposures(checkpoint)}"
         )
     for name, value in header.model.items():
         say(f"model      {name} {value[:16]}")

@@ -18,7 +18,10 @@ _WEIGHTS = {
 def run(argv: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="ctrak lineage",
-        description="The run of a store, its parent's, and so on. Exit code 1 where one is missing or changed.",
+        description=(
+            "The run of a store, its parent's, and so on. Exit code 1 where one is missing or "
+            "changed."
+        ),
     )
     parser.add_argument("store", type=str, help="the folder of the traces")
     args = parser.parse_args(list(argv))
@@ -36,7 +39,8 @@ def _print(generation: int, link: Link) -> None:
         begun, base = history.runs[0], history.runs[0].facts["base_model"]
         say(f"    begun {begun.time}, base model {base['name'] or 'not named'}")
         say(
-            f"    {len(history.checkpoints)} checkpoints, {len(link.entries)} entries, head {link.entries[-1].sha256}"
+            f"    {len(history.checkpoints)} checkpoints, {len(link.entries)} entries, head "
+            f"{link.entries[-1].sha256}"
         )
     if link.weights is not None:
         say(f"    {_WEIGHTS[link.weights]}")

@@ -15,7 +15,8 @@ def add_force(parser: ArgumentParser) -> None:
 
 
 def check_outputs(paths: Mapping[str, str | None], *, store: str, force: bool) -> None:
-    """Makes the folders of the files that a command is going to write, and refuses what could not or should not be written.
+    """Makes the folders of the files that a command is going to write, and refuses what could not
+    or should not be written.
 
     What is no regular file, such as ``/dev/stdout``, is nobody's work and may be written to.
 
@@ -25,7 +26,8 @@ def check_outputs(paths: Mapping[str, str | None], *, store: str, force: bool) -
         force: write over files that exist.
 
     Raises:
-        ReportError: a path is a folder, lies in the store, stands there twice, exists, or cannot be written.
+        ReportError: a path is a folder, lies in the store, stands there twice, exists, or cannot be
+            written.
     """
     taken: dict[Path, str] = {}
     for option, given in paths.items():
@@ -37,13 +39,18 @@ def check_outputs(paths: Mapping[str, str | None], *, store: str, force: bool) -
             raise ReportError(f"{told} is a folder; expected the path of a file.")
         if whole.is_relative_to(Path(store).resolve()):
             raise ReportError(
-                f"{told} lies in the folder of the traces, which holds what was recorded and nothing else. HINT: name another folder."
+                f"{told} lies in the folder of the traces, which holds what was recorded and "
+                "nothing else. HINT: name another folder."
             )
         if whole in taken:
-            raise ReportError(f"{told} is also what {taken[whole]} names; expected a file for each.")
+            raise ReportError(
+                f"{told} is also what {taken[whole]} names; expected a file for each."
+            )
         taken[whole] = option
         if path.is_file() and not force:
-            raise ReportError(f"{told} exists. HINT: name another file, or --force to write over it.")
+            raise ReportError(
+                f"{told} exists. HINT: name another file, or --force to write over it."
+            )
         _check_writable(path, told)
 
 
@@ -55,4 +62,6 @@ def _check_writable(path: Path, told: str) -> None:
             f"{told} cannot be written: its folder cannot be made ({error}). HINT: name another."
         ) from error
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ReportError(f"{told} cannot be written: this user may not write there. HINT: name another.")
+        raise ReportError(
+            f"{told} cannot be written: this user may not write there. HINT: name another."
+        )

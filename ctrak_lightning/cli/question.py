@@ -1,4 +1,5 @@
-"""What the commands that ask a store have in common: the model and the concept, from the command line."""
+"""What the commands that ask a store have in common: the model and the concept, from the command
+line."""
 
 import shlex
 from collections.abc import Sequence
@@ -27,37 +28,53 @@ def add_question(parser: ArgumentParser) -> None:
     """The arguments that :func:`concepts_of` and :func:`attributor_of` read."""
     parser.add_argument("store", type=str, help="the folder of the traces")
     parser.add_argument(
-        "--config", type=str, required=True, help="the YAML of the run (its `model` section is used)"
+        "--config",
+        type=str,
+        required=True,
+        help="the YAML of the run (its `model` section is used)",
     )
     parser.add_argument(
         "--model",
         type=str,
         default=None,
-        help="package.module.Class of the module, where the YAML does not name it: a LightningCLI that was given the class leaves it "
-        "out of the file that it saves",
+        help=(
+            "package.module.Class of the module, where the YAML does not name it: a "
+            "LightningCLI that was given the class leaves it out of the file that it saves"
+        ),
     )
     parser.add_argument(
         "--method",
         type=str,
         default=None,
-        help="a preset, or package.module.name of a Method or of a function that makes one; by default the store's own. One whose "
-        "classes are yours, in a module that the YAML does not name, is found so",
+        help=(
+            "a preset, or package.module.name of a Method or of a function that makes one; by "
+            "default the store's own. One whose classes are yours, in a module that the YAML "
+            "does not name, is found so"
+        ),
     )
     parser.add_argument(
-        "--prompt", type=str, default=None, help="the prompt of the image; name parts of it with --concept"
+        "--prompt",
+        type=str,
+        default=None,
+        help="the prompt of the image; name parts of it with --concept",
     )
     parser.add_argument(
         "--present", nargs="+", default=None, help="attribute=value words, or one quoted prompt"
     )
     parser.add_argument(
-        "--absent", nargs="*", default=None, help="the same without the concept; nothing: the null condition"
+        "--absent",
+        nargs="*",
+        default=None,
+        help="the same without the concept; nothing: the null condition",
     )
     parser.add_argument(
         "--concept",
         action="append",
         default=None,
-        help="words of --prompt; or, with --present, 'NAME: what is left without the concept', such as 'owl: artist=noto'. Repeat "
-        "it for several concepts of one image",
+        help=(
+            "words of --prompt; or, with --present, 'NAME: what is left without the concept', "
+            "such as 'owl: artist=noto'. Repeat it for several concepts of one image"
+        ),
     )
     parser.add_argument(
         "--absent-prompt",
@@ -72,10 +89,15 @@ def add_question(parser: ArgumentParser) -> None:
         help="the concept's name; by default its words, or what `absent` lacks",
     )
     parser.add_argument(
-        "--global", action="store_true", help="ask of the model's own distribution rather than of one image"
+        "--global",
+        action="store_true",
+        help="ask of the model's own distribution rather than of one image",
     )
     parser.add_argument(
-        "--image", type=str, default=None, help="an image file to ask about, instead of generating one"
+        "--image",
+        type=str,
+        default=None,
+        help="an image file to ask about, instead of generating one",
     )
     parser.add_argument(
         "--mask",
@@ -86,7 +108,9 @@ def add_question(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the generated image")
     parser.add_argument("--asker", type=str, default=None, help="who asks, for the store's ledger")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
-    parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance scale")
+    parser.add_argument(
+        "--guidance", type=float, default=2.0, help="classifier-free guidance scale"
+    )
 
 
 def concepts_of(args: Namespace, *, each_attribute: bool = False) -> list[Concept]:
@@ -101,8 +125,9 @@ def concepts_of(args: Namespace, *, each_attribute: bool = False) -> list[Concep
     """
     if (args.prompt is None) == (args.present is None):
         raise ConceptError(
-            "expected --prompt or --present, and not both. HINT: --prompt 'Pikachu in the style of Picasso' --concept Pikachu, or "
-            "--present object=owl artist=noto --absent artist=noto."
+            "expected --prompt or --present, and not both. HINT: --prompt 'Pikachu in the style "
+            "of Picasso' --concept Pikachu, or --present object=owl artist=noto --absent "
+            "artist=noto."
         )
     rest = _image_of(args)
     if args.prompt is not None:
@@ -115,39 +140,51 @@ def concepts_of(args: Namespace, *, each_attribute: bool = False) -> list[Concep
     if args.concept is not None:
         if args.absent is not None or args.name is not None:
             raise ConceptError(
-                "--concept and --absent or --name: expected one or the other. HINT: --concept 'NAME: attribute=value' says both "
-                "the name and what is left without the concept."
+                "--concept and --absent or --name: expected one or the other. HINT: --concept "
+                "'NAME: attribute=value' says both the name and what is left without the concept."
             )
         return [_named(present, text, rest) for text in args.concept]
-    if args.absent is not None or args.name is not None or isinstance(present, str) or not each_attribute:
+    if (
+        args.absent is not None
+        or args.name is not None
+        or isinstance(present, str)
+        or not each_attribute
+    ):
         absent = parse_spec(args.absent)
         return [Concept(args.name or difference(present, absent), present, absent, **rest)]
-    lefts = [{key: value for key, value in present.items() if key != left_out} for left_out in present]
+    lefts = [
+        {key: value for key, value in present.items() if key != left_out} for left_out in present
+    ]
     return [Concept(difference(present, left), present, left, **rest) for left in lefts]
 
 
 def _of_prompt(args: Namespace, rest: dict[str, Any]) -> list[Concept]:
     if not args.concept or args.absent is not None:
         raise ConceptError(
-            f"--prompt {args.prompt!r}: expected --concept with words of it, and no --absent. HINT: --absent-prompt gives another "
-            "prompt without the concept than the rules make."
+            f"--prompt {args.prompt!r}: expected --concept with words of it, and no --absent. "
+            "HINT: --absent-prompt gives another prompt without the concept than the rules make."
         )
     if len(args.concept) > 1:
         if args.absent_prompt is not None or args.name is not None:
             raise ConceptError(
-                f"--concept {' --concept '.join(map(repr, args.concept))}: expected one with --absent-prompt or --name."
+                f"--concept {' --concept '.join(map(repr, args.concept))}: expected one with "
+                "--absent-prompt or --name."
             )
         return Concept.split(args.prompt, args.concept, **rest)
     named = {} if args.name is None else {"name": args.name}
-    return [Concept.from_prompt(args.prompt, args.concept[0], absent=args.absent_prompt, **named, **rest)]
+    return [
+        Concept.from_prompt(
+            args.prompt, args.concept[0], absent=args.absent_prompt, **named, **rest
+        )
+    ]
 
 
 def _named(present: Spec, text: str, rest: dict[str, Any]) -> Concept:
     name, separator, left = text.partition(":")
     if not separator or not name.strip():
         raise ConceptError(
-            f"--concept {text!r}: expected 'NAME: what is left without the concept'. HINT: --concept 'owl: artist=noto'; with "
-            "--prompt, words of it."
+            f"--concept {text!r}: expected 'NAME: what is left without the concept'. HINT: "
+            "--concept 'owl: artist=noto'; with --prompt, words of it."
         )
     prompt = left.strip()
     absent = parse_spec(shlex.split(prompt)) if not prompt or "=" in prompt else prompt
@@ -191,8 +228,9 @@ def opened_store(args: Namespace) -> TraceStore:
     known = store.samples.metadata
     if args.group is not None and args.group not in known:
         raise ReportError(
-            f"--group {args.group!r}: no such metadata column. The store has: {', '.join(sorted(known)) or 'none'}. HINT: `encode` "
-            'gives the columns, for example Encoded(..., metadata={"owner": batch["owner"]}).'
+            f"--group {args.group!r}: no such metadata column. The store has: "
+            f"{', '.join(sorted(known)) or 'none'}. HINT: `encode` gives the columns, for example "
+            'Encoded(..., metadata={"owner": batch["owner"]}).'
         )
     return store
 
@@ -212,7 +250,8 @@ def attributor_of(args: Namespace, store: TraceStore) -> Attributor:
 
 
 def method_at(place: str) -> Method:
-    """The method of a preset's name, or at ``package.module.name``: a Method, or what makes one without arguments.
+    """The method of a preset's name, or at ``package.module.name``: a Method, or what makes one
+    without arguments.
 
     Raises:
         ValueError: there is none.
@@ -224,18 +263,21 @@ def method_at(place: str) -> Method:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"--method {place}: {error}. HINT: package.module.name, from the folder that you stand in."
+            f"--method {place}: {error}. HINT: package.module.name, from the folder that you stand "
+            "in."
         ) from error
     method = found if isinstance(found, Method) or not callable(found) else found()
     if not isinstance(method, Method):
         raise ValueError(
-            f"--method {place}: it is {type(method).__name__}, expected a Method, or a function that makes one."
+            f"--method {place}: it is {type(method).__name__}, expected a Method, or a function "
+            "that makes one."
         )
     return method
 
 
 def parse_spec(words: Sequence[str] | None) -> Spec:
-    """``["object=owl", "artist=noto"]`` as attributes, one word or phrase without ``=`` as a prompt, nothing as ``{}``.
+    """``["object=owl", "artist=noto"]`` as attributes, one word or phrase without ``=`` as a
+    prompt, nothing as ``{}``.
 
     Raises:
         ConceptError: both kinds are mixed, or an attribute is given twice.
@@ -252,7 +294,8 @@ def parse_spec(words: Sequence[str] | None) -> Spec:
         attribute, separator, value = word.partition("=")
         if not separator or not attribute or attribute in spec:
             raise ConceptError(
-                f"{words}: expected attribute=value words, each attribute once (object=owl artist=noto), or one quoted prompt."
+                f"{words}: expected attribute=value words, each attribute once (object=owl "
+                "artist=noto), or one quoted prompt."
             )
         spec[attribute] = value
     return spec
@@ -279,9 +322,10 @@ def load_module(config: str | Path, class_path: str | None = None) -> Any:
         model = {"class_path": class_path, "init_args": model}
     if not isinstance(model, dict) or "class_path" not in model:
         raise ValueError(
-            f"{config}: expected a LightningCLI YAML with `model: {{class_path: ...}}`. HINT: a script that calls "
-            "LightningCLI(MyModule, ...) saves the arguments without the class; name it: --model package.module.MyModule, from where "
-            "that can be imported (values that the script links to others may have to be added to the file)."
+            f"{config}: expected a LightningCLI YAML with `model: {{class_path: ...}}`. HINT: a "
+            "script that calls LightningCLI(MyModule, ...) saves the arguments without the class; "
+            "name it: --model package.module.MyModule, from where that can be imported (values "
+            "that the script links to others may have to be added to the file)."
         )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningModule, "model")
@@ -295,4 +339,6 @@ def difference(present: Spec, absent: Spec) -> str:
     """A name for what ``absent`` lacks."""
     if isinstance(present, str) or isinstance(absent, str):
         return str(present)
-    return " ".join(value for key, value in present.items() if absent.get(key) != value) or "concept"
+    return (
+        " ".join(value for key, value in present.items() if absent.get(key) != value) or "concept"
+    )

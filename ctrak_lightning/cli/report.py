@@ -14,21 +14,27 @@ from ctrak_lightning.errors import ConceptError
 def run(argv: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="ctrak report",
-        description="Which training samples taught the model a concept? As one self-contained HTML page. Without --absent and "
-        "--concept, each attribute of --present is asked as a concept of its own.",
+        description=(
+            "Which training samples taught the model a concept? As one self-contained HTML "
+            "page. Without --absent and --concept, each attribute of --present is asked as a "
+            "concept of its own."
+        ),
     )
     add_question(parser)
     parser.add_argument("--out", type=str, default="report.html", help="the page")
     parser.add_argument(
-        "--group", type=str, default=None, help="the metadata column to give shares for; by default the owner"
+        "--group",
+        type=str,
+        default=None,
+        help="the metadata column to give shares for; by default the owner",
     )
     add_force(parser)
     args = parser.parse_args(list(argv))
     concepts = concepts_of(args, each_attribute=True)
     if getattr(args, "global") and len(concepts) > 1:
         raise ConceptError(
-            f"--global with {len(concepts)} concepts: each has images of its own; expected one. HINT: a page for each, or "
-            "`ctrak attribute`."
+            f"--global with {len(concepts)} concepts: each has images of its own; expected one. "
+            "HINT: a page for each, or `ctrak attribute`."
         )
     store = opened_store(args)
     check_outputs({"--out": args.out}, store=args.store, force=args.force)

@@ -15,14 +15,19 @@ from ctrak_lightning.selfcheck import Check, selfcheck
 def run(argv: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="ctrak selfcheck",
-        description="Tries the numeric promises of traces on your own model and data. Exit code 1: something failed.",
+        description=(
+            "Tries the numeric promises of traces on your own model and data. Exit code 1: "
+            "something failed."
+        ),
     )
     parser.add_argument(
         "--config",
         type=str,
         action="append",
         required=True,
-        help="the YAML of the run, and that of the tracer if it is another file; as for `ctrak fit`",
+        help=(
+            "the YAML of the run, and that of the tracer if it is another file; as for `ctrak fit`"
+        ),
     )
     parser.add_argument("--samples", type=int, default=4, help="how many images")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -41,13 +46,18 @@ def run(argv: Sequence[str]) -> None:
 
 
 def traced_by(callbacks: Sequence[Any]) -> dict[str, Any]:
-    """How the first tracer among the callbacks traces, as arguments of :func:`selfcheck`; none: the defaults."""
+    """How the first tracer among the callbacks traces, as arguments of :func:`selfcheck`; none: the
+    defaults."""
     from ctrak_lightning.callbacks import ConceptTracer
 
     for callback in callbacks:
         if isinstance(callback, ConceptTracer):
             engine = "hooks" if callback.mode == "inline" else "auto"
-            facts = {"method": callback.method, "projection": callback.projection, "layers": callback.layers}
+            facts = {
+                "method": callback.method,
+                "projection": callback.projection,
+                "layers": callback.layers,
+            }
             return facts | {"engine": engine}
     return {}
 
@@ -73,7 +83,8 @@ def first_batch(data: Any, module: Any, samples: int) -> Any:
             if found is not None:
                 return next(iter(found))
     raise BatchError(
-        "ctrak selfcheck: the configuration has no training data. HINT: name the DataModule under `data`, as for `ctrak fit`."
+        "ctrak selfcheck: the configuration has no training data. HINT: name the DataModule under "
+        "`data`, as for `ctrak fit`."
     )
 
 

@@ -11,7 +11,8 @@ from ctrak_lightning.task import DiffusersTask
 
 
 def tracer_task(config: str | Path) -> Any:
-    """The ``task`` of the ConceptTracer among a LightningCLI YAML's callbacks; None where there is none.
+    """The ``task`` of the ConceptTracer among a LightningCLI YAML's callbacks; None where there is
+    none.
 
     Raises:
         ValueError: several tracers of the file have different tasks.
@@ -29,7 +30,8 @@ def tracer_task(config: str | Path) -> Any:
         return None
     if any(task != given[0] for task in given):
         raise ValueError(
-            f"{config}: its ConceptTracers have different tasks: {given}. HINT: keep one of them in the file."
+            f"{config}: its ConceptTracers have different tasks: {given}. HINT: keep one of them "
+            "in the file."
         )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(DiffusersTask, "task")

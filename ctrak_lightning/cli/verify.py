@@ -13,10 +13,15 @@ from ctrak_lightning.provenance.verification import verify
 def run(argv: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="ctrak verify",
-        description="Holds every byte of a trace store against its manifest and its ledger. Exit code 1 on problems.",
+        description=(
+            "Holds every byte of a trace store against its manifest and its ledger. Exit code 1 "
+            "on problems."
+        ),
     )
     parser.add_argument("store", type=str, help="the folder of the traces")
-    parser.add_argument("--deep", action="store_true", help="compute the kernels anew from the shards")
+    parser.add_argument(
+        "--deep", action="store_true", help="compute the kernels anew from the shards"
+    )
     parser.add_argument(
         "--public-key",
         type=str,
@@ -34,7 +39,8 @@ def run(argv: Sequence[str]) -> None:
         say(f"signature  {_signature_of(ledger, len(entries))}")
     else:
         say(
-            "ledger     none: only the manifest vouches for the files (attach ProvenanceRecorder to keep one)"
+            "ledger     none: only the manifest vouches for the files (attach ProvenanceRecorder "
+            "to keep one)"
         )
     say(*problems or ["verified: every file is what was recorded"])
     if problems:
@@ -44,8 +50,14 @@ def run(argv: Sequence[str]) -> None:
 def _signature_of(ledger: Ledger, entries: int) -> str:
     document = read_signature(ledger.root)
     if document is None:
-        return "none: whoever can write the folder could have written the ledger anew; keep its head elsewhere, or sign it"
+        return (
+            "none: whoever can write the folder could have written the ledger anew; keep its "
+            "head elsewhere, or sign it"
+        )
     if "problem" in document:
         return "damaged"
     later = entries - document["entries"]
-    return f"of entry {document['entries'] - 1} by {document['public_key']}, {later} entries later than it"
+    return (
+        f"of entry {document['entries'] - 1} by {document['public_key']}, {later} entries later "
+        "than it"
+    )

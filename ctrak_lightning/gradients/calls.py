@@ -1,4 +1,5 @@
-"""One call of a traced layer: what is kept of it in the forward pass until its output's cotangent arrives."""
+"""One call of a traced layer: what is kept of it in the forward pass until its output's cotangent
+arrives."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,12 +48,15 @@ class Call:
         """
         if self.kept._version != self.version:
             raise GradientError(
-                f"The input of layer {self.name!r} was overwritten in place after the layer used it, expected it "
-                "unchanged. HINT: exclude the layer with `layers=`, or make the operation after it not in-place."
+                f"The input of layer {self.name!r} was overwritten in place after the layer used "
+                "it, expected it unchanged. HINT: exclude the layer with `layers=`, or make the "
+                "operation after it not in-place."
             )
         left, right = projector.matrices(self.name, cotangent.device)
         with full_precision(cotangent.device):
-            return self.layer.contract(self.kept, cotangent.detach(), left, right, layout).flatten(1)
+            return self.layer.contract(self.kept, cotangent.detach(), left, right, layout).flatten(
+                1
+            )
 
 
 def record(
@@ -75,8 +79,8 @@ def record(
 def anchor(output: Tensor) -> Tensor:
     """The tensor at whose graph node the output's cotangent is taken.
 
-    A Linear with a bias returns a view of a matrix. An in-place operation on that view gives it a new node, which would
-    bypass the old one, but still leads to the node of the matrix.
+    A Linear with a bias returns a view of a matrix. An in-place operation on that view gives it a
+    new node, which would bypass the old one, but still leads to the node of the matrix.
     """
     base = output._base
     if base is None or base.grad_fn is None or base.numel() != output.numel():

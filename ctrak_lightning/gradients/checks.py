@@ -1,4 +1,5 @@
-"""What the engines require of a forward pass and its cotangents, and errors that explain autograd's own."""
+"""What the engines require of a forward pass and its cotangents, and errors that explain autograd's
+own."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,13 +30,14 @@ def run_forward(forward: Forward, rows: Tensor) -> Tensor:
         )
     if output.dim() == 0 or len(output) != len(rows):
         raise GradientError(
-            f"`forward(rows)` returned shape {tuple(output.shape)} for {len(rows)} rows, expected [{len(rows)}, ...]. "
-            "HINT: index the inputs with `rows` and keep the batch dimension."
+            f"`forward(rows)` returned shape {tuple(output.shape)} for {len(rows)} rows, expected "
+            f"[{len(rows)}, ...]. HINT: index the inputs with `rows` and keep the batch dimension."
         )
     if not output.requires_grad:
         raise GradientError(
-            "`forward(rows)` returned an output without a graph, so no traced parameter has a gradient. "
-            "HINT: it must call the traced module, without `torch.no_grad()`, `.detach()` or reentrant checkpointing."
+            "`forward(rows)` returned an output without a graph, so no traced parameter has a "
+            "gradient. HINT: it must call the traced module, without `torch.no_grad()`, "
+            "`.detach()` or reentrant checkpointing."
         )
     return output
 
@@ -63,17 +65,21 @@ def pull_back(
     vs: Sequence[Tensor],
     keep_graph: bool,
 ) -> list[Tensor | None]:
-    """`torch.autograd.grad` of outputs with respect to tensors or graph edges; an unused one gives None."""
+    """`torch.autograd.grad` of outputs with respect to tensors or graph edges; an unused one gives
+    None."""
     with explained_errors():
-        return list(torch.autograd.grad(outputs, inputs, vs, retain_graph=keep_graph, allow_unused=True))
+        return list(
+            torch.autograd.grad(outputs, inputs, vs, retain_graph=keep_graph, allow_unused=True)
+        )
 
 
 def require_contribution(has_any: bool) -> None:
     """Raises a GradientError where no traced parameter is in the output's graph."""
     if not has_any:
         raise GradientError(
-            "The output of `forward(rows)` does not depend on any traced parameter. Expected it to call the traced module. "
-            "HINT: give the tracer the module that `forward` calls; avoid `torch.no_grad()` and reentrant checkpointing."
+            "The output of `forward(rows)` does not depend on any traced parameter. Expected it "
+            "to call the traced module. HINT: give the tracer the module that `forward` calls; "
+            "avoid `torch.no_grad()` and reentrant checkpointing."
         )
 
 
@@ -90,8 +96,13 @@ def explained_errors() -> Iterator[None]:
 
 
 _HINTS = {
-    "use_reentrant": "turn on gradient checkpointing with `use_reentrant=False`; reentrant checkpointing cannot be traced.",
+    "use_reentrant": (
+        "turn on gradient checkpointing with `use_reentrant=False`; reentrant checkpointing "
+        "cannot be traced."
+    ),
     "second time": "a cotangent that calls `torch.autograd.grad` must pass `retain_graph=True`.",
-    "modified by an inplace operation": "an operation such as `ReLU(inplace=True)` overwrites what a gradient needs.",
+    "modified by "
+    "an inplace "
+    "operation": "an operation such as `ReLU(inplace=True)` overwrites what a gradient needs.",
     "Inference tensor": "clone the tensors that were made under `torch.inference_mode()`.",
 }

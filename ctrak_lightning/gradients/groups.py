@@ -21,7 +21,8 @@ _KINDS: tuple[tuple[type[Block], str], ...] = (
 def layer_group(root: nn.Module, block: Block) -> str:
     """The group of a block within the network ``root``.
 
-    What is inside an attention or a feed-forward module (an adapter's matrices too) counts with it; other layers by their kind.
+    What is inside an attention or a feed-forward module (an adapter's matrices too) counts with it;
+    other layers by their kind.
 
     Example:
         >>> from ctrak_lightning.gradients.layers import LinearLayer
@@ -43,7 +44,8 @@ def _container_group(module: nn.Module) -> str | None:
         return "feed-forward"
     if not name.endswith("Attention"):
         return None
-    # diffusers' Attention says of itself which kind it is; classes that do not are told by their names.
+    # diffusers' Attention says of itself which kind it is; classes that do not are told by their
+    # names.
     if getattr(module, "added_kv_proj_dim", None) is not None:
         return "joint attention"
     if getattr(module, "is_cross_attention", "Cross" in name):

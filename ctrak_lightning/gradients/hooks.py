@@ -1,4 +1,5 @@
-"""The hook engine: one forward pass, one vector-Jacobian product per cotangent, for all samples of a batch at once."""
+"""The hook engine: one forward pass, one vector-Jacobian product per cotangent, for all samples of
+a batch at once."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +49,8 @@ def hooked_vjps(
         rows: the sample indices [B].
 
     Returns:
-        for each cotangent, blocks [B, p_out * p_in] by name; a layer without a contribution is absent.
+        for each cotangent, blocks [B, p_out * p_in] by name; a layer without a contribution is
+        absent.
 
     Raises:
         GradientError: a layer's gradient would not be exact.
@@ -64,7 +66,9 @@ def hooked_vjps(
         results = []
         for position, cotangent in enumerate(cotangents, start=1):
             v = run_cotangent(cotangent, output, rows)
-            gradients = pull_back([output], edges, [v], keep_graph=has_silent or position < len(cotangents))
+            gradients = pull_back(
+                [output], edges, [v], keep_graph=has_silent or position < len(cotangents)
+            )
             if has_silent:
                 recorder.look_again(output, gradients)
             results.append(recorder.blocks(gradients))
@@ -89,12 +93,15 @@ class _Recorder:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Hooks on the layers; they stay during the backward passes, where checkpointing runs layers again."""
+        """Hooks on the layers; they stay during the backward passes, where checkpointing runs
+        layers again."""
         handles = []
         try:
             for layer in self._layers:
                 hook = self._hook(layer)
-                handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+                handles.append(
+                    layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+                )
             yield
         finally:
             for handle in handles:
@@ -110,40 +117,45 @@ class _Recorder:
             self._is_recording = False
 
     def check(self, output: Tensor) -> None:
-        """Refuses layers whose parameters influence the output in another way than by the recorded calls."""
+        """Refuses layers whose parameters influence the output in another way than by the recorded
+        calls."""
         called = {call.name for call in self.calls}
         if without_graph := sorted(self._without_graph - called):
             raise GradientError(
-                f"These traced layers ran without a graph (`torch.no_grad()` or reentrant checkpointing): {without_graph}. "
-                "Expected gradients to flow through them. HINT: use checkpointing with `use_reentrant=False`, "
-                "or exclude them with `layers=`."
+                "These traced layers ran without a graph (`torch.no_grad()` or reentrant "
+                f"checkpointing): {without_graph}. Expected gradients to flow through them. HINT: "
+                "use checkpointing with `use_reentrant=False`, or exclude them with `layers=`."
             )
         if self._replaced:
             raise GradientError(
-                f"These traced layers were called with other weights than their own: {sorted(self._replaced)[:SHOWN_NAMES]}. Expected "
-                "those of the traced module, which are what a store holds. HINT: put the weights into the module instead of giving "
-                "them to `torch.func.functional_call`."
+                "These traced layers were called with other weights than their own: "
+                f"{sorted(self._replaced)[:SHOWN_NAMES]}. Expected those of the traced module, "
+                "which are what a store holds. HINT: put the weights into the module instead of "
+                "giving them to `torch.func.functional_call`."
             )
         nodes, uses = walk(output)
         if any(node.name() == REENTRANT for node in nodes):
             raise GradientError(
-                "The network uses reentrant checkpointing, which gives no gradients but in a training step. Expected a graph that "
-                "can be asked for gradients. HINT: use checkpointing with `use_reentrant=False`."
+                "The network uses reentrant checkpointing, which gives no gradients but in a "
+                "training step. Expected a graph that can be asked for gradients. HINT: use "
+                "checkpointing with `use_reentrant=False`."
             )
         reached = Counter(call.name for call in self.calls if call.edge.node in nodes)
         for layer in self._layers:
             for name, parameter in layer.parameters.items():
                 if uses[parameter] > reached[layer.name]:
                     raise GradientError(
-                        f"Parameter {name!r} enters the output {uses[parameter]} times, but only {reached[layer.name]} calls "
-                        f"of its {type(layer.module).__name__} could be recorded. HINT: if its weight is used without "
-                        "calling the layer, or its output is overwritten in place, exclude the layer with `layers=` "
-                        'or use `engine="loop"`.'
+                        f"Parameter {name!r} enters the output {uses[parameter]} times, but only "
+                        f"{reached[layer.name]} calls of its {type(layer.module).__name__} could "
+                        "be recorded. HINT: if its weight is used without calling the layer, or "
+                        "its output is overwritten in place, exclude the layer with `layers=` or "
+                        'use `engine="loop"`.'
                     )
         require_contribution(bool(reached))
 
     def look(self, output: Tensor) -> bool:
-        """Learns the layouts of calls that are new; whether there are any whose layout did not show."""
+        """Learns the layouts of calls that are new; whether there are any whose layout did not
+        show."""
         self._layouts.follow([output], self.calls, self._batch_size)
         if self._layouts.fresh(self.calls, self._batch_size):
             self._layouts.learn([output], self.calls, self._batch_size)
@@ -151,14 +163,16 @@ class _Recorder:
         return bool(self._layouts.silent(self.calls, self._batch_size))
 
     def look_again(self, output: Tensor, gradients: Sequence[Tensor | None]) -> None:
-        """Learns the layouts of calls that showed none, once a cotangent other than zero has come to them."""
+        """Learns the layouts of calls that showed none, once a cotangent other than zero has come
+        to them."""
         silent = (gradients[i] for i in self._layouts.silent(self.calls, self._batch_size))
         present = [gradient.count_nonzero() for gradient in silent if gradient is not None]
         if present and torch.stack(present).any():
             self._layouts.learn([output], self.calls, self._batch_size)
 
     def blocks(self, gradients: list[Tensor | None]) -> dict[str, Tensor]:
-        """Blocks from the cotangents of the recorded calls' outputs; consumes the list to free them early."""
+        """Blocks from the cotangents of the recorded calls' outputs; consumes the list to free them
+        early."""
         parts: dict[str, list[Tensor]] = defaultdict(list)
         for position, call in enumerate(self.calls):
             gradient, gradients[position] = gradients[position], None
@@ -179,14 +193,17 @@ class _Recorder:
                 return None
             replaced = None
             if not output.requires_grad:
-                # A leaf, so that a frozen layer on a constant input has a cotangent; the clone may be overwritten in place.
-                # Recomputation under checkpointing must do the same, or it would save other tensors than the first pass.
+                # A leaf, so that a frozen layer on a constant input has a cotangent; the clone may
+                # be overwritten in place. Recomputation under checkpointing must do the same, or it
+                # would save other tensors than the first pass.
                 output = replaced = output.detach().requires_grad_().clone()
             if self._is_recording:
                 pairs = zip(_weights(layer), self._own[layer.name], strict=True)
                 if any(present is not own for present, own in pairs):
                     self._replaced.add(layer.name)
-                call = record(layer, self._counts[layer.name], args, kwargs, output, self._projector)
+                call = record(
+                    layer, self._counts[layer.name], args, kwargs, output, self._projector
+                )
                 self._counts[layer.name] += 1
                 self.calls.append(call)
             return replaced
@@ -199,9 +216,11 @@ def _weights(layer: Layer) -> list[Tensor]:
 
 
 def walk(output: Tensor) -> tuple[set[Node], Counter[Tensor]]:
-    """All nodes of an output's graph, and how many edges lead to each leaf that requires a gradient.
+    """All nodes of an output's graph, and how many edges lead to each leaf that requires a
+    gradient.
 
-    Autocast casts a weight once and gives all who use it the copy, so edges to the copy are counted.
+    Autocast casts a weight once and gives all who use it the copy, so edges to the copy are
+    counted.
     """
     uses: Counter[Tensor] = Counter()
     root = output.grad_fn
@@ -223,7 +242,8 @@ ACCUMULATE = "torch::autograd::AccumulateGrad"
 
 
 def _leaf(node: Node) -> Tensor | None:
-    """The leaf whose gradient a node accumulates, or casts to the leaf's dtype; None of other nodes."""
+    """The leaf whose gradient a node accumulates, or casts to the leaf's dtype; None of other
+    nodes."""
     if node.name() == "ToCopyBackward0":
         node = node.next_functions[0][0] or node
     return node.variable if node.name() == ACCUMULATE else None  # type: ignore[attr-defined]

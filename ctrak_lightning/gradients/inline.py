@@ -20,15 +20,16 @@ from ctrak_lightning.gradients.modes import full_precision
 from ctrak_lightning.gradients.projection import BlockProjector
 
 _LOOKS = 8
-"""Steps in which layers without a gradient so far are looked at; after them in steps of every power of two."""
+"""Steps in which layers without a gradient so far are looked at; after them in steps of every power
+of two."""
 
 
 class StepRecorder:
-    """Follows training steps: projects what the traced layers are given in the forward pass, and contracts it with the
-    cotangents that arrive in the backward pass.
+    """Follows training steps: projects what the traced layers are given in the forward pass, and
+    contracts it with the cotangents that arrive in the backward pass.
 
-    It changes nothing in the step: no tensor, no graph, no ``.grad``, no random state; what its hooks meet inside the two passes is
-    raised after them. One step is :meth:`begin`, the forward
+    It changes nothing in the step: no tensor, no graph, no ``.grad``, no random state; what its
+    hooks meet inside the two passes is raised after them. One step is :meth:`begin`, the forward
     pass, :meth:`before_backward`, the backward pass, :meth:`rows`.
 
     Args:
@@ -39,7 +40,11 @@ class StepRecorder:
     """
 
     def __init__(
-        self, module: nn.Module, layers: Sequence[Layer], projector: BlockProjector, layouts: Layouts
+        self,
+        module: nn.Module,
+        layers: Sequence[Layer],
+        projector: BlockProjector,
+        layouts: Layouts,
     ) -> None:
         self._module = module
         self._layers = layers
@@ -62,10 +67,13 @@ class StepRecorder:
         self._counting: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        """Puts the hooks on the layers and the network; :meth:`detach` takes them off. Idempotent."""
+        """Puts the hooks on the layers and the network; :meth:`detach` takes them off.
+        Idempotent."""
         if not self._handles:
             self._handles = [
-                layer.module.register_forward_hook(self._hook(layer), with_kwargs=True, prepend=True)
+                layer.module.register_forward_hook(
+                    self._hook(layer), with_kwargs=True, prepend=True
+                )
                 for layer in self._layers
             ]
             self._handles.append(self._module.register_forward_hook(self._note_output))
@@ -96,17 +104,18 @@ class StepRecorder:
             check: walk the loss's graph (some milliseconds) and refuse what could not be recorded.
 
         Raises:
-            GradientError: a traced layer ran without a graph, its parameters enter the loss in another way too, or samples
-                share the rows of its input.
+            GradientError: a traced layer ran without a graph, its parameters enter the loss in
+                another way too, or samples share the rows of its input.
         """
         self._is_recording = False
         self._raise_problem()
         called = {call.name for call in self._calls}
         if without_graph := sorted(self._without_graph - called):
             raise GradientError(
-                f"These traced layers ran without a graph (`torch.no_grad()` or reentrant checkpointing): {without_graph}. "
-                "Expected the training step's gradients to flow through them. HINT: use checkpointing with "
-                "`use_reentrant=False`, or exclude them with `layers=`."
+                "These traced layers ran without a graph (`torch.no_grad()` or reentrant "
+                f"checkpointing): {without_graph}. Expected the training step's gradients to flow "
+                "through them. HINT: use checkpointing with `use_reentrant=False`, or exclude "
+                "them with `layers=`."
             )
         if check:
             self._check(loss)
@@ -115,19 +124,21 @@ class StepRecorder:
         self._is_pulling = True
 
     def rows(self) -> Tensor:
-        """After the backward pass: the joined blocks [B, P] float32 of ``d loss / d theta`` over what each sample did, on the
-        device of the network; a layer without a contribution is zero.
+        """After the backward pass: the joined blocks [B, P] float32 of ``d loss / d theta`` over
+        what each sample did, on the device of the network; a layer without a contribution is zero.
 
         Raises:
-            GradientError: no cotangent arrived at any layer, or more gradients at a parameter than were recorded.
+            GradientError: no cotangent arrived at any layer, or more gradients at a parameter than
+                were recorded.
         """
         self._is_pulling = False
         self._raise_problem()
         self._check_arrivals()
         if not self._parts:
             raise GradientError(
-                "The backward pass reached no traced layer. Expected it to go through the denoiser. HINT: a compiled module "
-                "does not call its layers' hooks; train it without `torch.compile`."
+                "The backward pass reached no traced layer. Expected it to go through the "
+                "denoiser. HINT: a compiled module does not call its layers' hooks; train it "
+                "without `torch.compile`."
             )
         blocks = {name: sum(parts[1:], parts[0]) for name, parts in self._parts.items()}
         device = next(iter(blocks.values())).device
@@ -149,9 +160,11 @@ class StepRecorder:
         self._arrivals, self._reached = Counter(), Counter()
 
     def _hook(self, layer: Layer) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
-            # Not while checkpointing runs layers again in the backward pass: their first run has been recorded.
-            # Nor another thread's calls, which are not the step's.
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+        ) -> None:
+            # Not while checkpointing runs layers again in the backward pass: their first run has
+            # been recorded. Nor another thread's calls, which are not the step's.
             if not self._is_recording or get_ident() != self._thread:
                 return
             if torch.is_grad_enabled() and output.requires_grad:
@@ -178,12 +191,15 @@ class StepRecorder:
             # The first alone: what comes beside the prediction need not be of samples.
             self._outputs += [one for one in _tensors(output) if one.requires_grad][:1]
 
-    def _record(self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+    def _record(
+        self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> None:
         call = record(layer, self._counts[layer.name], args, kwargs, output, self._projector)
         self._counts[layer.name] += 1
         self._calls.append(call)
 
-        # On the node, not the tensor: it gets the cotangent of the output as it was, whatever is done to it in place.
+        # On the node, not the tensor: it gets the cotangent of the output as it was, whatever is
+        # done to it in place.
         def pull(cotangents: tuple[Tensor | None, ...]) -> None:
             cotangent = cotangents[call.edge.output_nr]
             if cotangent is not None and self._is_pulling:
@@ -201,7 +217,9 @@ class StepRecorder:
         self._layouts.follow(self._outputs, calls, batch_size)
         try:
             self._layouts.require(calls, batch_size)
-            if self._layouts.fresh(calls, batch_size) or (often and self._layouts.silent(calls, batch_size)):
+            if self._layouts.fresh(calls, batch_size) or (
+                often and self._layouts.silent(calls, batch_size)
+            ):
                 outputs = self._sorted_outputs()
                 if any(node.name() == REENTRANT for output in outputs for node in walk(output)[0]):
                     self._layouts.learn_by_shape(calls, batch_size)
@@ -209,19 +227,26 @@ class StepRecorder:
                     self._layouts.learn(outputs, calls, batch_size)
         except NotBySampleError as error:
             raise GradientError(
-                f"The rows of these layers' inputs belong to no sample of the training batch of {batch_size} alone: {error.names}. "
-                "Expected a row or more of each sample's own in every input, in a regular order. HINT: give the network one row "
-                "per sample of every input (also of the timesteps and of position ids), use no reentrant checkpointing, exclude these "
-                'layers with `layers=`, or use mode="capture", which traces them by a pass per sample.'
+                "The rows of these layers' inputs belong to no sample of the training batch of "
+                f"{batch_size} alone: {error.names}. Expected a row or more of each sample's own "
+                "in every input, in a regular order. HINT: give the network one row per sample of "
+                "every input (also of the timesteps and of position ids), use no reentrant "
+                'checkpointing, exclude these layers with `layers=`, or use mode="capture", which '
+                "traces them by a pass per sample."
             ) from error
 
     def _sorted_outputs(self) -> list[Tensor]:
-        wrong = [tuple(output.shape) for output in self._outputs if output.shape[:1] != (self._batch_size,)]
+        wrong = [
+            tuple(output.shape)
+            for output in self._outputs
+            if output.shape[:1] != (self._batch_size,)
+        ]
         if wrong or not self._outputs:
             given = f"an output of shape {wrong[0]}" if wrong else "no output with a graph"
             raise GradientError(
-                f"The network gave {given} in a training batch of {self._batch_size} samples, expected [{self._batch_size}, ...]. "
-                'HINT: let the network return its samples first; mode="capture" traces any training step.'
+                f"The network gave {given} in a training batch of {self._batch_size} samples, "
+                f"expected [{self._batch_size}, ...]. HINT: let the network return its samples "
+                'first; mode="capture" traces any training step.'
             )
         return self._outputs
 
@@ -229,9 +254,10 @@ class StepRecorder:
         layout = self._layouts.find(call, self._batch_size)
         if layout is None:
             raise GradientError(
-                f"Layer {call.name!r} saw {math.prod(call.leading)} rows in a training batch of {self._batch_size} samples, expected "
-                f"a number divisible by {self._batch_size}. HINT: give the network one row per sample of every input, or exclude "
-                "the layer with `layers=`."
+                f"Layer {call.name!r} saw {math.prod(call.leading)} rows in a training batch of "
+                f"{self._batch_size} samples, expected a number divisible by {self._batch_size}. "
+                "HINT: give the network one row per sample of every input, or exclude the layer "
+                "with `layers=`."
             )
         return layout
 
@@ -243,12 +269,15 @@ class StepRecorder:
             for name, parameter in layer.parameters.items():
                 if uses[parameter] > reached[layer.name]:
                     raise GradientError(
-                        f"Parameter {name!r} enters the loss {uses[parameter]} times, but only {reached[layer.name]} calls of "
-                        f"its {type(layer.module).__name__} could be recorded. Expected the loss to depend on it through "
-                        "the layer's calls alone. HINT: a penalty on weights, or a weight that is used without calling the "
-                        "layer, belongs to no sample; exclude the layer with `layers=`, or take it out of the loss."
+                        f"Parameter {name!r} enters the loss {uses[parameter]} times, but only "
+                        f"{reached[layer.name]} calls of its {type(layer.module).__name__} could "
+                        "be recorded. Expected the loss to depend on it through the layer's calls "
+                        "alone. HINT: a penalty on weights, or a weight that is used without "
+                        "calling the layer, belongs to no sample; exclude the layer with "
+                        "`layers=`, or take it out of the loss."
                     )
-        # A backward pass within the backward pass, as of reentrant checkpointing, has a graph of its own, which is not there yet.
+        # A backward pass within the backward pass, as of reentrant checkpointing, has a graph of
+        # its own, which is not there yet.
         self._counting = [
             parameter.register_hook(self._counter(parameter))
             for layer in self._layers
@@ -262,15 +291,18 @@ class StepRecorder:
         return count
 
     def _check_arrivals(self) -> None:
-        """Refuses parameters that were given gradients by another graph than the loss's, which gives each one sum."""
+        """Refuses parameters that were given gradients by another graph than the loss's, which
+        gives each one sum."""
         for layer in self._layers:
             for name, parameter in layer.parameters.items():
                 if self._arrivals[parameter] > min(self._reached[layer.name], 1):
                     self._forget()
                     raise GradientError(
-                        f"Parameter {name!r} was given gradients by a backward pass within the backward pass, where its "
-                        f"{type(layer.module).__name__} runs without being recorded: reentrant checkpointing. Expected all calls in "
-                        "the loss's own graph. HINT: use checkpointing with `use_reentrant=False`, or exclude the layer with `layers=`."
+                        f"Parameter {name!r} was given gradients by a backward pass within the "
+                        f"backward pass, where its {type(layer.module).__name__} runs without "
+                        "being recorded: reentrant checkpointing. Expected all calls in the "
+                        "loss's own graph. HINT: use checkpointing with `use_reentrant=False`, or "
+                        "exclude the layer with `layers=`."
                     )
 
 
@@ -282,4 +314,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
         for one in output:
             yield from _tensors(one)
     elif isinstance(output, Mapping) or hasattr(output, "__dict__"):
-        yield from _tensors(list(dict(output if isinstance(output, Mapping) else vars(output)).values()))
+        yield from _tensors(
+            list(dict(output if isinstance(output, Mapping) else vars(output)).values())
+        )

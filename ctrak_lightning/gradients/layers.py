@@ -1,8 +1,10 @@
-"""The layer kinds whose per-sample gradients are known in closed form, each as one matrix per sample.
+"""The layer kinds whose per-sample gradients are known in closed form, each as one matrix per
+sample.
 
-With an output cotangent g and an input a, a layer's gradient is a sum of outer products over positions. Projected on both
-sides it is ``(g P_out).T @ (a P_in)``, so that neither the gradient nor the unfolded patches of a convolution are built.
-A bias is one more column of the matrix, with the constant input 1.
+With an output cotangent g and an input a, a layer's gradient is a sum of outer products over
+positions. Projected on both sides it is ``(g P_out).T @ (a P_in)``, so that neither the gradient
+nor the unfolded patches of a convolution are built. A bias is one more column of the matrix, with
+the constant input 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -66,7 +68,8 @@ class Layer(Block):
         self.has_weight, self.has_bias = "weight" in own_names, "bias" in own_names
 
     def event_dims(self, x: Tensor) -> int:
-        """How many trailing dimensions of an input ``x`` belong to one position or image; the others are batch."""
+        """How many trailing dimensions of an input ``x`` belong to one position or image; the
+        others are batch."""
         raise NotImplementedError
 
     def leading(self, x: Tensor) -> tuple[int, ...]:
@@ -74,8 +77,8 @@ class Layer(Block):
         return tuple(x.shape[: max(x.dim() - self.event_dims(x), 0)])
 
     def keep(self, x: Tensor, output: Tensor, right: Tensor) -> Tensor:
-        """What must be kept of an input until its cotangent arrives, given P_in ``right`` [cols, p_in]: one entry for each of
-        its rows (position or image), R of them."""
+        """What must be kept of an input until its cotangent arrives, given P_in ``right`` [cols,
+        p_in]: one entry for each of its rows (position or image), R of them."""
         raise NotImplementedError
 
     def contract(
@@ -95,7 +98,9 @@ class LinearLayer(Layer):
 
     def matrix(self, gradients: Mapping[str, Tensor]) -> Tensor:
         parts = [gradients["weight"].flatten(2)] if self.has_weight else []
-        return torch.cat([*parts, gradients["bias"].unsqueeze(2)] if self.has_bias else parts, dim=2)
+        return torch.cat(
+            [*parts, gradients["bias"].unsqueeze(2)] if self.has_bias else parts, dim=2
+        )
 
     def event_dims(self, x: Tensor) -> int:
         return 1
@@ -152,7 +157,10 @@ class ConvLayer(LinearLayer):
         g = cotangent.reshape(images, groups, self.rows // groups, positions).float()
         sides = left.reshape(groups, self.rows // groups, -1).mT.expand(images, -1, -1, -1)
         # Images and groups are further positions to sum over: [B, F, groups, p_out, L].
-        return _join_positions(layout.by_sample(sides @ g)) @ _join_positions(layout.by_sample(kept)).mT
+        return (
+            _join_positions(layout.by_sample(sides @ g))
+            @ _join_positions(layout.by_sample(kept)).mT
+        )
 
 
 class EmbeddingLayer(LinearLayer):
@@ -163,8 +171,8 @@ class EmbeddingLayer(LinearLayer):
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
             if getattr(module, option):
                 raise GradientError(
-                    f"nn.Embedding({option}={getattr(module, option)!r}) is not traced exactly: expected the default. "
-                    "HINT: turn it off, or exclude the layer with `layers=`."
+                    f"nn.Embedding({option}={getattr(module, option)!r}) is not traced exactly: "
+                    "expected the default. HINT: turn it off, or exclude the layer with `layers=`."
                 )
         self.rows, self.cols = module.embedding_dim, module.num_embeddings
 
@@ -183,7 +191,8 @@ class EmbeddingLayer(LinearLayer):
 
 
 class NormLayer(Layer):
-    """A norm's scale and shift: [1, n (+ n)]. It keeps its whole input, since the product with g is elementwise."""
+    """A norm's scale and shift: [1, n (+ n)]. It keeps its whole input, since the product with g is
+    elementwise."""
 
     def __init__(self, name: str, module: Any, own_names: Sequence[str]) -> None:
         super().__init__(name, module, own_names)
@@ -261,7 +270,8 @@ class GroupNormLayer(NormLayer):
 
 
 def layer_kind(module: nn.Module) -> type[Layer] | None:
-    """The kind that traces a module exactly, or None. A class, or an instance, that computes in its own way is another layer."""
+    """The kind that traces a module exactly, or None. A class, or an instance, that computes in its
+    own way is another layer."""
     kind = type(module)
     if any(name in vars(module) for name in _COMPUTING):
         return None
@@ -274,7 +284,8 @@ def layer_kind(module: nn.Module) -> type[Layer] | None:
 
 
 def _sided(x: Tensor, side: Tensor) -> Tensor:
-    """``x @ side``; a square side is the identity (:class:`~ctrak_lightning.gradients.projection.Projection`), as in LoRA."""
+    """``x @ side``; a square side is the identity
+    (:class:`~ctrak_lightning.gradients.projection.Projection`), as in LoRA."""
     return x if side.shape[0] == side.shape[1] else x @ side
 
 

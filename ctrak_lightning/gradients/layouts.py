@@ -1,7 +1,9 @@
-"""Which rows of a layer's input belong to which sample: seen from the gradients, not guessed from shapes.
+"""Which rows of a layer's input belong to which sample: seen from the gradients, not guessed from
+shapes.
 
-A row belongs to the sample whose output its cotangent comes from. Some backward passes show that for all layers at once, whatever
-the order of dimensions: [B, T, C], [T, B, C], [F * B, C, H, W], a table that all samples share, or texts without their padding.
+A row belongs to the sample whose output its cotangent comes from. Some backward passes show that
+for all layers at once, whatever the order of dimensions: [B, T, C], [T, B, C], [F * B, C, H, W], a
+table that all samples share, or texts without their padding.
 """
 
 import math
@@ -17,7 +19,8 @@ from ctrak_lightning.gradients.checks import pull_back
 from ctrak_lightning.gradients.routes import following_nodes, routes
 
 REMEMBERED_CUTS = 64
-"""After layouts for graphs that cut tensors at so many other places, all are forgotten, so that their number stays bounded."""
+"""After layouts for graphs that cut tensors at so many other places, all are forgotten, so that
+their number stays bounded."""
 
 
 class RecordedCall(Protocol):
@@ -34,7 +37,8 @@ class RecordedCall(Protocol):
 
 
 class NotBySampleError(Exception):
-    """Layers whose rows no layout sorts by sample, since samples share them or they come in no regular order."""
+    """Layers whose rows no layout sorts by sample, since samples share them or they come in no
+    regular order."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(", ".join(names))
@@ -44,10 +48,11 @@ class NotBySampleError(Exception):
 class Layouts:
     """The layouts of layers' calls, as far as they have been seen.
 
-    A layout holds for a call of a layer, by its number in a pass, with rows of one shape in a batch of one size, and a graph that
-    cuts tensors at the same places; so each is looked for once, but for calls whose rows an index leads to the output, which
-    are looked at in every pass. A call without gradient (a LoRA before its first step) shows nothing, and is looked at again when
-    it has one. A pass is :meth:`follow`, then all other methods.
+    A layout holds for a call of a layer, by its number in a pass, with rows of one shape in a batch
+    of one size, and a graph that cuts tensors at the same places; so each is looked for once, but
+    for calls whose rows an index leads to the output, which are looked at in every pass. A call
+    without gradient (a LoRA before its first step) shows nothing, and is looked at again when it
+    has one. A pass is :meth:`follow`, then all other methods.
     """
 
     def __init__(self) -> None:
@@ -57,7 +62,9 @@ class Layouts:
         self._cuts: Hashable = None
         self._remembered: set[Hashable] = set()
 
-    def follow(self, outputs: Sequence[Tensor], calls: Sequence[RecordedCall], batch_size: int) -> None:
+    def follow(
+        self, outputs: Sequence[Tensor], calls: Sequence[RecordedCall], batch_size: int
+    ) -> None:
         """Takes up a pass with these outputs and calls; forgets what need not hold in it."""
         if batch_size == 1:
             return
@@ -67,13 +74,16 @@ class Layouts:
         if len(self._remembered) > REMEMBERED_CUTS:
             self._remembered = {found.cuts}
             self._seen, self._silent = {}, set()
-        self._chosen = {self._key(call, batch_size) for call in calls if call.edge.node in found.chosen}
+        self._chosen = {
+            self._key(call, batch_size) for call in calls if call.edge.node in found.chosen
+        }
         for key in self._chosen:
             self._seen.pop(key, None)
             self._silent.discard(key)
 
     def find(self, call: RecordedCall, batch_size: int) -> "Layout | None":
-        """The layout of a call; where it has not shown, for want of a gradient, batch first, or None if that cannot be."""
+        """The layout of a call; where it has not shown, for want of a gradient, batch first, or
+        None if that cannot be."""
         seen = self._seen.get(self._key(call, batch_size))
         inner, remainder = divmod(math.prod(call.leading), batch_size)
         return seen or (None if remainder else Layout(outer=1, batch_size=batch_size, inner=inner))
@@ -81,7 +91,9 @@ class Layouts:
     def fresh(self, calls: Sequence[RecordedCall], batch_size: int) -> bool:
         """Whether any of these calls was never looked at, or has to be looked at in every pass."""
         keys = [self._key(call, batch_size) for call in calls]
-        return batch_size > 1 and any(key not in self._seen and key not in self._silent for key in keys)
+        return batch_size > 1 and any(
+            key not in self._seen and key not in self._silent for key in keys
+        )
 
     def silent(self, calls: Sequence[RecordedCall], batch_size: int) -> list[int]:
         """Which of these calls were looked at without result."""
@@ -89,7 +101,9 @@ class Layouts:
             return []
         return [i for i, call in enumerate(calls) if self._key(call, batch_size) in self._silent]
 
-    def learn(self, outputs: Sequence[Tensor], calls: Sequence[RecordedCall], batch_size: int) -> None:
+    def learn(
+        self, outputs: Sequence[Tensor], calls: Sequence[RecordedCall], batch_size: int
+    ) -> None:
         """Looks at those calls of a pass whose layout is not known; the graph stays.
 
         Args:
@@ -112,7 +126,8 @@ class Layouts:
         self.require(calls, batch_size)
 
     def learn_by_shape(self, calls: Sequence[RecordedCall], batch_size: int) -> None:
-        """Takes the layouts of calls that shapes leave one possibility, where gradients cannot be asked for.
+        """Takes the layouts of calls that shapes leave one possibility, where gradients cannot be
+        asked for.
 
         Raises:
             NotBySampleError: shapes leave none, or several, or it is not shapes that decide.
@@ -127,7 +142,9 @@ class Layouts:
     def require(self, calls: Sequence[RecordedCall], batch_size: int) -> None:
         """Raises NotBySampleError for calls that are known to have no layout."""
         keys = {self._key(call, batch_size): call.name for call in calls}
-        names = {name for key, name in keys.items() if key in self._seen and self._seen[key] is None}
+        names = {
+            name for key, name in keys.items() if key in self._seen and self._seen[key] is None
+        }
         if batch_size > 1 and names:
             raise NotBySampleError(sorted(names))
 
@@ -137,14 +154,16 @@ class Layouts:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Rows in the order [outer, B, inner]: batch first where ``outer`` is 1, batch last where ``inner`` is."""
+    """Rows in the order [outer, B, inner]: batch first where ``outer`` is 1, batch last where
+    ``inner`` is."""
 
     outer: int
     batch_size: int
     inner: int
 
     def by_sample(self, rows: Tensor) -> Tensor:
-        """Rows [outer * B * inner, ...] as [B, outer * inner, ...]; a view where the batch comes first."""
+        """Rows [outer * B * inner, ...] as [B, outer * inner, ...]; a view where the batch comes
+        first."""
         split = rows.reshape(self.outer, self.batch_size, self.inner, *rows.shape[1:])
         return split.movedim(1, 0).flatten(1, 2)
 
@@ -155,19 +174,23 @@ class Layout:
 
 
 def _groups(batch_size: int) -> Tensor:
-    """Groups of samples such that a row reached by exactly the groups of one sample is that sample's alone: bool [groups, B].
+    """Groups of samples such that a row reached by exactly the groups of one sample is that
+    sample's alone: bool [groups, B].
 
-    Each sample alone, or, where that takes fewer, those with a bit of their number set and those without it: what two samples
-    share is reached from both groups of a bit in which the two differ.
+    Each sample alone, or, where that takes fewer, those with a bit of their number set and those
+    without it: what two samples share is reached from both groups of a bit in which the two differ.
     """
     samples = torch.arange(batch_size)
-    bits = [samples.bitwise_right_shift(bit) % 2 == 1 for bit in range((batch_size - 1).bit_length())]
+    bits = [
+        samples.bitwise_right_shift(bit) % 2 == 1 for bit in range((batch_size - 1).bit_length())
+    ]
     coded = torch.stack([half for bit in bits for half in (bit, ~bit)])
     return coded if len(coded) < batch_size else torch.eye(batch_size, dtype=torch.bool)
 
 
 def _layout(leading: Sequence[int], groups: Tensor, reached: Tensor) -> Layout | None:
-    """The only layout under which each row is reached by its own sample alone, given groups [G, B] and [G, rows]."""
+    """The only layout under which each row is reached by its own sample alone, given groups [G, B]
+    and [G, rows]."""
     known = reached.any(0)
     fitting = [
         layout
@@ -190,8 +213,11 @@ def _candidates(leading: Sequence[int], batch_size: int) -> list[Layout]:
     return list(dict.fromkeys(found))
 
 
-def _reached(outputs: Sequence[Tensor], calls: Sequence[RecordedCall], groups: Tensor) -> list[Tensor]:
-    """For each call which rows the cotangents of which groups of samples [G, B] reach: bool [G, rows], on the CPU."""
+def _reached(
+    outputs: Sequence[Tensor], calls: Sequence[RecordedCall], groups: Tensor
+) -> list[Tensor]:
+    """For each call which rows the cotangents of which groups of samples [G, B] reach: bool [G,
+    rows], on the CPU."""
     found: list[list[Tensor | None]] = [[None] * len(groups) for _ in calls]
     present = 0
 
@@ -212,22 +238,32 @@ def _reached(outputs: Sequence[Tensor], calls: Sequence[RecordedCall], groups: T
     try:
         for present, samples in enumerate(groups):  # noqa: B007, as `note` reads it
             v = [_cotangent(output, samples) for output in outputs]
-            # Asked for are the deepest alone, so that not all cotangents are held at once; the others pass by their hooks.
-            for i, cotangent in zip(deepest, pull_back(outputs, edges, v, keep_graph=True), strict=True):
+            # Asked for are the deepest alone, so that not all cotangents are held at once; the
+            # others pass by their hooks.
+            for i, cotangent in zip(
+                deepest, pull_back(outputs, edges, v, keep_graph=True), strict=True
+            ):
                 note(i, cotangent)
     finally:
         for handle in handles:
             handle.remove()
-    return [_stacked(each, math.prod(call.leading)) for each, call in zip(found, calls, strict=True)]
+    return [
+        _stacked(each, math.prod(call.leading)) for each, call in zip(found, calls, strict=True)
+    ]
 
 
 def _stacked(rows: Sequence[Tensor | None], count: int) -> Tensor:
-    return torch.stack([torch.zeros(count, dtype=torch.bool) if row is None else row.cpu() for row in rows])
+    return torch.stack(
+        [torch.zeros(count, dtype=torch.bool) if row is None else row.cpu() for row in rows]
+    )
 
 
 def _cotangent(output: Tensor, samples: Tensor) -> Tensor:
-    """Numbers without a pattern for some samples, zero for the others: of ones, a norm's gradient would vanish."""
-    numbers = torch.arange(output[0].numel(), device=output.device, dtype=torch.float32).mul(0.7).cos()
+    """Numbers without a pattern for some samples, zero for the others: of ones, a norm's gradient
+    would vanish."""
+    numbers = (
+        torch.arange(output[0].numel(), device=output.device, dtype=torch.float32).mul(0.7).cos()
+    )
     v = torch.zeros_like(output)
     v[samples.to(output.device)] = numbers.reshape(output[0].shape).to(output.dtype)
     return v

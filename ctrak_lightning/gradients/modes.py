@@ -19,18 +19,22 @@ _tracing = 0
 
 @contextmanager
 def tracing_mode(module: nn.Module, *others: nn.Module) -> Iterator[None]:
-    """Evaluation mode, gradients on, batch-independent attention; everything is as before on exit, also after an error.
+    """Evaluation mode, gradients on, batch-independent attention; everything is as before on exit,
+    also after an error.
 
-    Every submodule's own training flag is restored. Attention uses the math backend, because fused kernels make a
-    sample's gradient depend on the rest of its batch. Compiled submodules run eagerly. Autocast is off: a network is traced in
-    its parameters' own dtypes, which are float32 under mixed precision. One thread may nest it.
+    Every submodule's own training flag is restored. Attention uses the math backend, because fused
+    kernels make a sample's gradient depend on the rest of its batch. Compiled submodules run
+    eagerly. Autocast is off: a network is traced in its parameters' own dtypes, which are float32
+    under mixed precision. One thread may nest it.
 
     Args:
         module: the network to be traced.
-        others: further modules to put into that state, such as text encoders that are no part of it.
+        others: further modules to put into that state, such as text encoders that are no part of
+            it.
 
     Raises:
-        GradientError: inference mode is on, where no gradient exists; or another thread traces one of the modules or a part of it.
+        GradientError: inference mode is on, where no gradient exists; or another thread traces one
+            of the modules or a part of it.
 
     Example:
         >>> network = nn.Dropout(0.5).train()
@@ -42,15 +46,18 @@ def tracing_mode(module: nn.Module, *others: nn.Module) -> Iterator[None]:
     """
     if torch.is_inference_mode_enabled():
         raise GradientError(
-            "Tracing was started inside `torch.inference_mode()`, but needs autograd. HINT: wrap it in "
-            "`with torch.inference_mode(False):` and `.clone()` there every tensor that was made in inference mode."
+            "Tracing was started inside `torch.inference_mode()`, but needs autograd. HINT: wrap "
+            "it in `with torch.inference_mode(False):` and `.clone()` there every tensor that was "
+            "made in inference mode."
         )
     submodules = [submodule for root in (module, *others) for submodule in root.modules()]
     with ExitStack() as stack:
         stack.enter_context(_held_by_this_thread(submodules))
         stack.enter_context(_without_fused_attention())
         stack.enter_context(torch.enable_grad())
-        devices = {parameter.device.type for root in (module, *others) for parameter in root.parameters()}
+        devices = {
+            parameter.device.type for root in (module, *others) for parameter in root.parameters()
+        }
         for device in ({"cpu"} | devices) - {"meta"}:
             stack.enter_context(torch.autocast(device, enabled=False))
         if any(map(is_compiled, submodules)):
@@ -62,14 +69,16 @@ def tracing_mode(module: nn.Module, *others: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _held_by_this_thread(submodules: Sequence[nn.Module]) -> Iterator[None]:
-    """Refuses a second thread, whose hooks would see this one's calls and who would restore this one's flags."""
+    """Refuses a second thread, whose hooks would see this one's calls and who would restore this
+    one's flags."""
     me = get_ident()
     with _lock:
         if any(_held.get(id(submodule), (me,))[0] != me for submodule in submodules):
             raise GradientError(
-                f"Two threads trace one {type(submodules[0]).__name__}, or networks that share a part, at the same time: expected one "
-                "thread at a time, since hooks and training flags are the module's. HINT: ask one question after the other, or "
-                "give each thread a copy of the model."
+                f"Two threads trace one {type(submodules[0]).__name__}, or networks that share a "
+                "part, at the same time: expected one thread at a time, since hooks and training "
+                "flags are the module's. HINT: ask one question after the other, or give each "
+                "thread a copy of the model."
             )
         for submodule in submodules:
             _held.setdefault(id(submodule), [me, 0])[1] += 1
@@ -86,7 +95,8 @@ def _held_by_this_thread(submodules: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _without_fused_attention() -> Iterator[None]:
-    """The math backend of attention, whose switch is the process's: the last of several threads to leave restores it."""
+    """The math backend of attention, whose switch is the process's: the last of several threads to
+    leave restores it."""
     global _tracing
     with _lock:
         _tracing += 1
@@ -103,11 +113,13 @@ def _without_fused_attention() -> Iterator[None]:
 
 @contextmanager
 def evaluation(submodules: Iterable[nn.Module]) -> Iterator[None]:
-    """Evaluation mode of these modules, each by its own flag; each is as before on exit, also after an error."""
+    """Evaluation mode of these modules, each by its own flag; each is as before on exit, also after
+    an error."""
     flags = [(submodule, submodule.training) for submodule in submodules]
     try:
         for submodule, _ in flags:
-            # Not `.eval()`: an overridden `train()` may have effects of its own, such as merging weights.
+            # Not `.eval()`: an overridden `train()` may have effects of its own, such as merging
+            # weights.
             submodule.training = False
         yield
     finally:

@@ -34,7 +34,8 @@ def plan_blocks(
     Args:
         module: the network.
         patterns: `fnmatch` patterns for the names of the modules that own them; None takes all.
-        trained: names of the parameters that training changes; None takes all that require a gradient.
+        trained: names of the parameters that training changes; None takes all that require a
+            gradient.
 
     Raises:
         GradientError: nothing requires a gradient, or a pattern matches nothing that does.
@@ -47,17 +48,19 @@ def plan_blocks(
     owners: dict[int, list[str]] = {}
     candidates: dict[str, tuple[nn.Module, list[str]]] = {}
     for name, submodule in modules_of(module):
-        trainable = [own for own, parameter in _own_parameters(submodule) if id(parameter) in chosen]
+        trainable = [
+            own for own, parameter in _own_parameters(submodule) if id(parameter) in chosen
+        ]
         if trainable:
             candidates[name] = (submodule, trainable)
         for own in trainable:
             owners.setdefault(id(submodule.get_parameter(own)), []).append(_qualified(name, own))
     if not candidates:
         raise GradientError(
-            f"`GradientTracer({type(module).__name__})`: no parameter requires a gradient and is in an optimizer, so there is "
-            f"nothing to trace. "
-            f"It has: {_listed(list(parameters_of(module)))}. "
-            "HINT: call `requires_grad_()` on the parameters to trace and give them to an optimizer, or add the adapter first."
+            f"`GradientTracer({type(module).__name__})`: no parameter requires a gradient and is "
+            "in an optimizer, so there is nothing to trace. It has: "
+            f"{_listed(list(parameters_of(module)))}. HINT: call `requires_grad_()` on the "
+            "parameters to trace and give them to an optimizer, or add the adapter first."
         )
     _require_matches(patterns or [], list(candidates))
     in_attention = {
@@ -88,7 +91,9 @@ def plan_blocks(
     return Plan(layers=layers, bare=bare)
 
 
-def _layer(name: str, module: nn.Module, own_names: list[str], called: bool) -> tuple[Layer | None, str]:
+def _layer(
+    name: str, module: nn.Module, own_names: list[str], called: bool
+) -> tuple[Layer | None, str]:
     """The layer that traces the parameters it knows, and why the others are not traced."""
     kind = layer_kind(module)
     if not called:
@@ -109,13 +114,16 @@ def _require_matches(patterns: Sequence[str], names: list[str]) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise GradientError(
-                f"`GradientTracer(layers={list(patterns)!r})`: {pattern!r} matches no module that owns a trainable "
-                f"parameter. Expected `fnmatch` patterns for: {_listed(names)}. HINT: e.g. '*attn2*'."
+                f"`GradientTracer(layers={list(patterns)!r})`: {pattern!r} matches no module that "
+                f"owns a trainable parameter. Expected `fnmatch` patterns for: {_listed(names)}. "
+                "HINT: e.g. '*attn2*'."
             )
 
 
 def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((own, parameter) for own, parameter in module._parameters.items() if parameter is not None)
+    return (
+        (own, parameter) for own, parameter in module._parameters.items() if parameter is not None
+    )
 
 
 def _qualified(name: str, own: str) -> str:

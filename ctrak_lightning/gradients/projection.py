@@ -1,4 +1,5 @@
-"""Two-sided random projections of per-layer gradient matrices, and the count-sketch that joins them."""
+"""Two-sided random projections of per-layer gradient matrices, and the count-sketch that joins
+them."""
 
 import hashlib
 import json
@@ -13,11 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Projection:
-    """How gradients become features; the same numbers on every device, and for every layer regardless of the others.
+    """How gradients become features; the same numbers on every device, and for every layer
+    regardless of the others.
 
-    A layer's gradient matrix G [rows, cols] becomes ``P_out.T @ G @ P_in`` with Gaussian sides of variance 1/p (the
-    identity where a side has at most ``rank`` entries); the layers' blocks are then count-sketched to ``dim`` numbers.
-    Both steps keep inner products without bias: E<phi(G), phi(H)> = <G, H>.
+    A layer's gradient matrix G [rows, cols] becomes ``P_out.T @ G @ P_in`` with Gaussian sides of
+    variance 1/p (the identity where a side has at most ``rank`` entries); the layers' blocks are
+    then count-sketched to ``dim`` numbers. Both steps keep inner products without bias: E<phi(G),
+    phi(H)> = <G, H>.
 
     Args:
         rank: columns p of each side of a layer's projection.
@@ -60,7 +63,9 @@ class BlockProjector:
         self.names = sorted(shapes)
         self._shapes = dict(shapes)
         rank = projection.rank
-        self._sizes = {name: min(rows, rank) * min(cols, rank) for name, (rows, cols) in shapes.items()}
+        self._sizes = {
+            name: min(rows, rank) * min(cols, rank) for name, (rows, cols) in shapes.items()
+        }
         self._matrices: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
         self._hashes: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
@@ -91,7 +96,8 @@ class BlockProjector:
         return sum(self._sizes.values())
 
     def join(self, blocks: Mapping[str, Tensor], batch_size: int, device: torch.device) -> Tensor:
-        """Blocks [B, p_out * p_in] side by side [B, P], in the order of their names; a missing block is zero."""
+        """Blocks [B, p_out * p_in] side by side [B, P], in the order of their names; a missing
+        block is zero."""
         joined = torch.zeros(batch_size, self.width, dtype=torch.float32, device=device)
         for name, part in self._parts(joined):
             if name in blocks:
@@ -99,7 +105,8 @@ class BlockProjector:
         return joined
 
     def unit_blocks(self, joined: Tensor) -> Tensor:
-        """Joined blocks [B, P] with each block of a row scaled to norm 1; an all-zero block stays zero."""
+        """Joined blocks [B, P] with each block of a row scaled to norm 1; an all-zero block stays
+        zero."""
         scaled = joined.clone()
         for _, part in self._parts(scaled):
             norm = part.norm(dim=1, keepdim=True)
@@ -115,11 +122,14 @@ class BlockProjector:
         return kept
 
     def sketch(self, joined: Tensor, salt: int = 0) -> Tensor:
-        """Joined blocks [B, P] as feature rows [B, k]; another salt gives another, independent sketch."""
+        """Joined blocks [B, P] as feature rows [B, k]; another salt gives another, independent
+        sketch."""
         if self.projection.dim is None:
             return joined
         buckets, signs = self._hash(joined.device, salt)
-        return joined.new_zeros(len(joined), self.projection.dim).index_add_(1, buckets, joined * signs)
+        return joined.new_zeros(len(joined), self.projection.dim).index_add_(
+            1, buckets, joined * signs
+        )
 
     def _parts(self, joined: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The blocks of joined rows, as views."""
@@ -138,11 +148,16 @@ class BlockProjector:
         if (device, salt) not in self._hashes:
             buckets, signs = [], []
             for name in self.names:
-                generator = _generator(self.projection.seed, "sketch", name, *([salt] if salt else []))
+                generator = _generator(
+                    self.projection.seed, "sketch", name, *([salt] if salt else [])
+                )
                 size = (self._sizes[name],)
                 buckets.append(torch.randint(self.dim, size, generator=generator))
                 signs.append(torch.randint(2, size, generator=generator).float() * 2 - 1)
-            self._hashes[device, salt] = (torch.cat(buckets).to(device), torch.cat(signs).to(device))
+            self._hashes[device, salt] = (
+                torch.cat(buckets).to(device),
+                torch.cat(signs).to(device),
+            )
         return self._hashes[device, salt]
 
 
@@ -155,6 +170,7 @@ def _generator(*key: int | str) -> torch.Generator:
 def _require_integer(field: str, value: object, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(
-            f"`Projection({field}={value!r})`: expected an integer of at least {minimum}"
-            f"{' or None (no sketch)' if field == 'dim' else ''}. HINT: the default is {getattr(Projection, field)!r}."
+            f"`Projection({field}={value!r})`: expected an integer of at least "
+            f"{minimum}{' or None (no sketch)' if field == 'dim' else ''}. HINT: the default is "
+            f"{getattr(Projection, field)!r}."
         )

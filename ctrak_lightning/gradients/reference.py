@@ -1,4 +1,5 @@
-"""Reference engines: explicit per-sample gradients, projected afterwards. Slow; what the hook engine is held against."""
+"""Reference engines: explicit per-sample gradients, projected afterwards. Slow; what the hook
+engine is held against."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,8 @@ def looped_vjps(
     *,
     required: bool = True,
 ) -> list[dict[str, Tensor]]:
-    """As :func:`~ctrak_lightning.gradients.hooks.hooked_vjps`, by one forward and backward pass per sample.
+    """As :func:`~ctrak_lightning.gradients.hooks.hooked_vjps`, by one forward and backward pass per
+    sample.
 
     Args:
         required: refuse a forward pass that depends on none of the parameters.
@@ -44,15 +46,20 @@ def looped_vjps(
                 gradients = pull_back(
                     [output], list(parameters.values()), [v], keep_graph=position < len(cotangents)
                 )
-                require_contribution(not required or any(gradient is not None for gradient in gradients))
+                require_contribution(
+                    not required or any(gradient is not None for gradient in gradients)
+                )
                 named = {
                     name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
-                    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+                    for (name, parameter), gradient in zip(
+                        parameters.items(), gradients, strict=True
+                    )
                 }
                 one = {name: gradient.unsqueeze(0) for name, gradient in named.items()}
                 results[position - 1].append(_project(blocks, projector, one))
     return [
-        {block.name: torch.cat([row[block.name] for row in result]) for block in blocks} for result in results
+        {block.name: torch.cat([row[block.name] for row in result]) for block in blocks}
+        for result in results
     ]
 
 
@@ -86,7 +93,8 @@ def functional_vjps(
     def one_sample(row: Tensor, *v: Tensor) -> list[dict[str, Tensor]]:
         def call(values: dict[str, Tensor]) -> Tensor:
             swapped = {place: values[name] for place, name in places.items()}
-            # Shared parameters are tied here: `tie_weights=True` does not restore a module that has two names.
+            # Shared parameters are tied here: `tie_weights=True` does not restore a module that has
+            # two names.
             output: Tensor = torch.func.functional_call(
                 caller, swapped, (row.unsqueeze(0),), tie_weights=False
             )
@@ -99,8 +107,8 @@ def functional_vjps(
         results = torch.func.vmap(one_sample)(rows, *vs)
     except RuntimeError as error:
         raise GradientError(
-            f'`engine="functional"` cannot run this forward pass: {error} HINT: use the engine "hooks" or "loop", or '
-            "turn off gradient checkpointing."
+            f'`engine="functional"` cannot run this forward pass: {error} HINT: use the engine '
+            '"hooks" or "loop", or turn off gradient checkpointing.'
         ) from error
     return [_project(blocks, projector, gradients) for gradients in results]
 
@@ -127,7 +135,10 @@ def _project(
     """Blocks [B, p_out * p_in] from the gradients [B, *shape] of all traced parameters."""
     projected = {}
     for block in blocks:
-        own = {own: gradients[name] for own, name in zip(block.own_names, block.parameters, strict=True)}
+        own = {
+            own: gradients[name]
+            for own, name in zip(block.own_names, block.parameters, strict=True)
+        }
         matrix = block.matrix(own)
         with full_precision(matrix.device):
             projected[block.name] = projector.project(block.name, matrix)

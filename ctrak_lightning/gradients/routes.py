@@ -1,8 +1,10 @@
-"""Whether the rows of a layer belong to the same samples in every batch: read from the graph between the layer and the output.
+"""Whether the rows of a layer belong to the same samples in every batch: read from the graph
+between the layer and the output.
 
-Whose a row is shows where its way through the graph ends in the output. Where all operations on the way are fixed by shapes, so is
-the end. An index is data, and what it picks may be another sample's in the next batch. What is lost by this reading: samples
-that are told apart by numbers alone (a mask of attention over all texts as one, a product with a table of zeros and ones).
+Whose a row is shows where its way through the graph ends in the output. Where all operations on the
+way are fixed by shapes, so is the end. An index is data, and what it picks may be another sample's
+in the next batch. What is lost by this reading: samples that are told apart by numbers alone (a
+mask of attention over all texts as one, a product with a table of zeros and ones).
 """
 
 import re
@@ -17,7 +19,8 @@ _SELECTING = re.compile(
     "|^flashattention|^efficientattention",
     re.IGNORECASE,
 )
-"""Nodes whose ways depend on data; attention of these names is that of packed texts, which torch tells from its others."""
+"""Nodes whose ways depend on data; attention of these names is that of packed texts, which torch
+tells from its others."""
 
 _CUTTING = {
     "AsStridedBackward0": ("size", "stride", "storage_offset"),
@@ -46,7 +49,8 @@ class Routes:
 
 
 def routes(outputs: Sequence[Tensor]) -> Routes:
-    """The ways from all nodes of the graph to these outputs; no tensor that the graph saved is touched."""
+    """The ways from all nodes of the graph to these outputs; no tensor that the graph saved is
+    touched."""
     cuts: list[Hashable] = []
     chosen: list[Node] = []
     for node in _reached_from([output.grad_fn for output in outputs if output.grad_fn is not None]):

@@ -7,7 +7,8 @@ from ctrak_lightning.naming import modules_of, parameters_of
 
 
 def refuse_sharded(module: nn.Module) -> None:
-    """Raises a GradientError for a network of which this process holds only a part of each layer, whoever split it.
+    """Raises a GradientError for a network of which this process holds only a part of each layer,
+    whoever split it.
 
     Raises:
         GradientError: a parameter is sharded; names the first one and how.
@@ -25,6 +26,7 @@ def refuse_sharded(module: nn.Module) -> None:
 
 def _refuse(name: str, how: str) -> None:
     raise GradientError(
-        f"`GradientTracer`: {name} is {how}: no process holds the whole of a layer, and a per-sample gradient needs it whole. HINT: "
-        "use DDP or a single device; LoRA makes most models fit."
+        f"`GradientTracer`: {name} is {how}: no process holds the whole of a layer, and a "
+        "per-sample gradient needs it whole. HINT: use DDP or a single device; LoRA makes most "
+        "models fit."
     )

@@ -1,4 +1,5 @@
-"""GradientTracer: features of samples from one forward pass and one vector-Jacobian product per cotangent."""
+"""GradientTracer: features of samples from one forward pass and one vector-Jacobian product per
+cotangent."""
 
 import hashlib
 import json
@@ -32,18 +33,20 @@ DEFAULT_PROJECTION = Projection()
 
 
 class UntracedParameterWarning(UserWarning):
-    """Parameters that require a gradient but that the hook engine cannot trace exactly; the message names them all."""
+    """Parameters that require a gradient but that the hook engine cannot trace exactly; the message
+    names them all."""
 
 
 class SlowParameterWarning(UserWarning):
-    """Parameters without a hook, or of layers whose input samples share, which are traced by a pass per sample; the message
-    names them all."""
+    """Parameters without a hook, or of layers whose input samples share, which are traced by a pass
+    per sample; the message names them all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What :meth:`GradientTracer.check` found right: for each cotangent the rows [B, P] of the batch, before the sketch, and the
-    names of the blocks with a gradient that is not zero. Of the others nothing can be said."""
+    """What :meth:`GradientTracer.check` found right: for each cotangent the rows [B, P] of the
+    batch, before the sketch, and the names of the blocks with a gradient that is not zero. Of the
+    others nothing can be said."""
 
     rows: list[Tensor]
     reached: set[str]
@@ -52,25 +55,30 @@ class Checked:
 class GradientTracer:
     """Projected per-sample gradients J^T v of a network's output over its trainable parameters.
 
-    The network must treat its samples independently. How a layer lays them out (batch first, positions first, frames beside
-    samples) is seen from the gradients, by some backward passes when a shape first occurs. :meth:`check` compares with the
-    per-sample loop.
+    The network must treat its samples independently. How a layer lays them out (batch first,
+    positions first, frames beside samples) is seen from the gradients, by some backward passes when
+    a shape first occurs. :meth:`check` compares with the per-sample loop.
 
     Args:
         module: the network. Which of its parameters require a gradient is read once, here.
         projection: rank, length and seed of the features.
-        layers: `fnmatch` patterns for the names of the modules whose parameters are traced; None traces all.
-        engine: "hooks"; "auto", which also traces the parameters that have no hook, such as DoRA's magnitudes, and the layers
-            whose input samples share, such as a table of positions, by a pass per sample; or, as references, "loop" (a pass per sample for all) and "functional" (`torch.func`).
-        trained: names of the module's parameters that training changes; None takes those that require a gradient.
+        layers: `fnmatch` patterns for the names of the modules whose parameters are traced; None
+            traces all.
+        engine: "hooks"; "auto", which also traces the parameters that have no hook, such as DoRA's
+            magnitudes, and the layers whose input samples share, such as a table of positions, by a
+            pass per sample; or, as references, "loop" (a pass per sample for all) and "functional"
+            (`torch.func`).
+        trained: names of the module's parameters that training changes; None takes those that
+            require a gradient.
 
     Raises:
-        GradientError: nothing can be traced, a pattern matches nothing, or an argument is of the wrong kind.
+        GradientError: nothing can be traced, a pattern matches nothing, or an argument is of the
+            wrong kind.
 
     Warns:
         UntracedParameterWarning: the hook engine cannot trace some of the parameters.
-        SlowParameterWarning: engine "auto" traces some by a pass per sample. Of layers whose input samples share, :meth:`vjps`
-            warns.
+        SlowParameterWarning: engine "auto" traces some by a pass per sample. Of layers whose input
+            samples share, :meth:`vjps` warns.
 
     Example:
         >>> network = nn.Linear(4, 4)
@@ -92,16 +100,18 @@ class GradientTracer:
     ) -> None:
         if not isinstance(module, nn.Module):
             raise GradientError(
-                f"`GradientTracer(module={type(module).__name__})`: expected the network, an `nn.Module`. "
-                "HINT: give a task's `denoiser`."
+                f"`GradientTracer(module={type(module).__name__})`: expected the network, an "
+                "`nn.Module`. HINT: give a task's `denoiser`."
             )
         if engine not in get_args(Engine):
             raise GradientError(
-                f"`GradientTracer(engine={engine!r})`: expected one of {get_args(Engine)}. HINT: use 'hooks'."
+                f"`GradientTracer(engine={engine!r})`: expected one of {get_args(Engine)}. HINT: "
+                "use 'hooks'."
             )
         if layers is not None and not _is_list_of_texts(layers):
             raise GradientError(
-                f"`GradientTracer(layers={layers!r})`: expected a list of patterns, or None for all layers. HINT: ['*attn2*']."
+                f"`GradientTracer(layers={layers!r})`: expected a list of patterns, or None for "
+                "all layers. HINT: ['*attn2*']."
             )
         refuse_sharded(module)
         self.module = module
@@ -119,19 +129,22 @@ class GradientTracer:
         if engine == "hooks" and plan.bare:
             if not plan.layers:
                 raise GradientError(
-                    f"`GradientTracer(engine='hooks')`: none of the trainable parameters can be traced: {named}. "
-                    'Expected Linear, Conv, Embedding or norm layers. HINT: use `engine="loop"`.'
+                    "`GradientTracer(engine='hooks')`: none of the trainable parameters can be "
+                    f"traced: {named}. Expected Linear, Conv, Embedding or norm layers. HINT: use "
+                    '`engine="loop"`.'
                 )
             warnings.warn(
-                f"These trainable parameters are not traced: {named}. HINT: freeze them, or leave their modules out with "
-                '`layers=`, if that is meant; `engine="auto"` traces them, slowly.',
+                f"These trainable parameters are not traced: {named}. HINT: freeze them, or leave "
+                'their modules out with `layers=`, if that is meant; `engine="auto"` traces '
+                "them, slowly.",
                 UntracedParameterWarning,
                 stacklevel=2,
             )
         if engine == "auto" and plan.bare:
             warnings.warn(
-                f"These trainable parameters have no hook and are traced by a pass per sample, which is slow: {named}. HINT: "
-                "freeze them, or leave their modules out with `layers=`, if they do not matter.",
+                "These trainable parameters have no hook and are traced by a pass per sample, "
+                f"which is slow: {named}. HINT: freeze them, or leave their modules out with "
+                "`layers=`, if they do not matter.",
                 SlowParameterWarning,
                 stacklevel=2,
             )
@@ -160,8 +173,11 @@ class GradientTracer:
         return sorted(name for block in self._blocks for name in block.parameters)
 
     def describe(self) -> dict[str, Any]:
-        """JSON facts that decide what a feature row means; rows of tracers with equal facts are comparable."""
-        shapes = {name: list(p.shape) for block in self._blocks for name, p in block.parameters.items()}
+        """JSON facts that decide what a feature row means; rows of tracers with equal facts are
+        comparable."""
+        shapes = {
+            name: list(p.shape) for block in self._blocks for name, p in block.parameters.items()
+        }
         digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
         facts = {
             "projection": self.projection.to_dict(),
@@ -182,55 +198,71 @@ class GradientTracer:
         """Rows [B, P] of ``vjps(..., sketch=False)`` as features [B, k].
 
         Args:
-            rows: the layers' projected gradients side by side; sums of such rows will do, since all is linear.
-            unit_layers: first scale every layer's part of a row to norm 1, so that layers weigh the same.
+            rows: the layers' projected gradients side by side; sums of such rows will do, since all
+                is linear.
+            unit_layers: first scale every layer's part of a row to norm 1, so that layers weigh the
+                same.
             salt: sketches of different salt are independent, so that several may be added.
 
         Raises:
-            GradientError: another salt than 0 without a sketch, where sums of rows could not be told apart.
+            GradientError: another salt than 0 without a sketch, where sums of rows could not be
+                told apart.
         """
         if salt and self.projection.dim is None:
             raise GradientError(
-                f"`GradientTracer.sketch(salt={salt})`: the projection has no sketch (dim=None), expected one, for several "
-                "objectives share a row. HINT: Projection(dim=4096)."
+                f"`GradientTracer.sketch(salt={salt})`: the projection has no sketch (dim=None), "
+                "expected one, for several objectives share a row. HINT: Projection(dim=4096)."
             )
-        return self._projector.sketch(self._projector.unit_blocks(rows) if unit_layers else rows, salt)
+        return self._projector.sketch(
+            self._projector.unit_blocks(rows) if unit_layers else rows, salt
+        )
 
     def layer_groups(self) -> dict[str, list[str]]:
-        """The blocks by the kind of layer they are part of (:func:`~ctrak_lightning.gradients.groups.layer_group`), sorted."""
+        """The blocks by the kind of layer they are part of
+        (:func:`~ctrak_lightning.gradients.groups.layer_group`), sorted."""
         groups: dict[str, list[str]] = {}
         for block in sorted(self._blocks, key=lambda block: block.name):
             groups.setdefault(layer_group(self.module, block), []).append(block.name)
         return dict(sorted(groups.items()))
 
     def only(self, rows: Tensor, blocks: Collection[str]) -> Tensor:
-        """Rows [B, P] of ``vjps(..., sketch=False)`` with all but some blocks zero; over groups that hold each block once,
-        the results and their sketches add up to the whole."""
+        """Rows [B, P] of ``vjps(..., sketch=False)`` with all but some blocks zero; over groups
+        that hold each block once, the results and their sketches add up to the whole."""
         return self._projector.only(rows, blocks)
 
     def step_recorder(self) -> StepRecorder:
-        """A recorder of the same rows [B, P] from training steps, without passes of its own; its layers are this tracer's.
+        """A recorder of the same rows [B, P] from training steps, without passes of its own; its
+        layers are this tracer's.
 
         Raises:
             GradientError: the tracer has another engine than "hooks".
         """
         if self.engine != "hooks":
             raise GradientError(
-                f'`GradientTracer(engine={self.engine!r}).step_recorder()`: expected the engine "hooks".'
+                f"`GradientTracer(engine={self.engine!r}).step_recorder()`: expected the engine "
+                '"hooks".'
             )
         return StepRecorder(self.module, self._layers, self._projector, self._layouts)
 
     def vjps(
-        self, forward: Forward, cotangents: Sequence[Cotangent], batch_size: int, *, sketch: bool = True
+        self,
+        forward: Forward,
+        cotangents: Sequence[Cotangent],
+        batch_size: int,
+        *,
+        sketch: bool = True,
     ) -> list[Tensor]:
         """Features of a batch, one tensor per cotangent.
 
-        Runs in :func:`~ctrak_lightning.gradients.tracing_mode`; `.grad`, training flags and random state stay as they are.
+        Runs in :func:`~ctrak_lightning.gradients.tracing_mode`; `.grad`, training flags and random
+        state stay as they are.
 
         Args:
-            forward: maps row indices [b] (int64, on the module's device) to the network's output e [b, ...] for these rows,
-                with its graph. The calls of the module made inside it are the ones traced.
-            cotangents: each maps (e, rows) to v of e's shape. It may call `torch.autograd.grad(..., retain_graph=True)`.
+            forward: maps row indices [b] (int64, on the module's device) to the network's output e
+                [b, ...] for these rows, with its graph. The calls of the module made inside it are
+                the ones traced.
+            cotangents: each maps (e, rows) to v of e's shape. It may call `torch.autograd.grad(...,
+                retain_graph=True)`.
             batch_size: number of rows B.
             sketch: False leaves the rows as they are before the sketch, for :meth:`sketch`.
 
@@ -238,7 +270,8 @@ class GradientTracer:
             for each cotangent, features [B, k] float32; [B, P] without the sketch.
 
         Raises:
-            GradientError: the outputs or cotangents have the wrong shape, or a layer cannot be traced exactly.
+            GradientError: the outputs or cotangents have the wrong shape, or a layer cannot be
+                traced exactly.
         """
         rows = self._rows(batch_size)
         joined = [
@@ -248,8 +281,9 @@ class GradientTracer:
         return [self._projector.sketch(each) for each in joined] if sketch else joined
 
     def check(self, forward: Forward, cotangents: Sequence[Cotangent], batch_size: int) -> Checked:
-        """Compares the first and last row of a batch with the per-sample loop, which assumes nothing about the layout; and of a
-        batch of more than two these in a batch of their own, the other way round, for what fits one size by chance.
+        """Compares the first and last row of a batch with the per-sample loop, which assumes
+        nothing about the layout; and of a batch of more than two these in a batch of their own, the
+        other way round, for what fits one size by chance.
 
         Args:
             forward: as in :meth:`vjps`.
@@ -260,8 +294,9 @@ class GradientTracer:
             the rows of the batch, and the blocks that a gradient reached.
 
         Raises:
-            GradientError: a layer's rows differ by more than a thousandth of their norm (more in lower precision, where the
-                kernels' rounding depends on the batch); names the layers.
+            GradientError: a layer's rows differ by more than a thousandth of their norm (more in
+                lower precision, where the kernels' rounding depends on the batch); names the
+                layers.
         """
         rows = self._rows(batch_size)
         # Rows add up to the batch's gradient, so of two the first cannot be wrong alone.
@@ -269,14 +304,18 @@ class GradientTracer:
         batched = self._run(forward, cotangents, rows)
         with tracing_mode(self.module):
             looped = looped_vjps(self._blocks, self._projector, forward, cotangents, ends)
-        tried = [([{name: block[ends] for name, block in ours.items()} for ours in batched], batch_size)]
+        tried = [
+            ([{name: block[ends] for name, block in ours.items()} for ours in batched], batch_size)
+        ]
         if batch_size > 2:
             tried.append((self._run(forward, cotangents, ends), len(ends)))
         for each, size in tried:
             for ours, theirs in zip(each, looped, strict=True):
                 self._compare(ours, theirs, size)
         reached = {name for theirs in looped for name, block in theirs.items() if block.any()}
-        return Checked([self._projector.join(blocks, batch_size, rows.device) for blocks in batched], reached)
+        return Checked(
+            [self._projector.join(blocks, batch_size, rows.device) for blocks in batched], reached
+        )
 
     def _compare(self, ours: dict[str, Tensor], theirs: dict[str, Tensor], batch_size: int) -> None:
         tolerance = self._tolerance()
@@ -291,9 +330,10 @@ class GradientTracer:
                 wrong.append(f"{name or type(self.module).__name__} ({float(error):.1e})")
         if wrong:
             raise GradientError(
-                f"Features of a batch of {batch_size} differ from the per-sample ones in {len(wrong)} layers: "
-                f"{', '.join(wrong)} (relative difference). Expected samples to be independent and the output to be batch "
-                'first. HINT: exclude these layers with `layers=`, trace with a batch of 1, or use `engine="loop"`.'
+                f"Features of a batch of {batch_size} differ from the per-sample ones in "
+                f"{len(wrong)} layers: {', '.join(wrong)} (relative difference). Expected samples "
+                "to be independent and the output to be batch first. HINT: exclude these layers "
+                'with `layers=`, trace with a batch of 1, or use `engine="loop"`.'
             )
 
     def _tolerance(self) -> float:
@@ -312,7 +352,9 @@ class GradientTracer:
             if self.engine == "loop":
                 return looped_vjps(self._blocks, self._projector, forward, cotangents, rows)
             if self.engine == "functional":
-                return functional_vjps(self._blocks, self._projector, self.module, forward, cotangents, rows)
+                return functional_vjps(
+                    self._blocks, self._projector, self.module, forward, cotangents, rows
+                )
             try:
                 return self._hooked_and_looped(forward, cotangents, rows)
             except NotBySampleError as error:
@@ -330,28 +372,40 @@ class GradientTracer:
             results = hooked_vjps(hooked, self._projector, self._layouts, forward, cotangents, rows)
         if slow:
             # Not every state need reach them; the hooks refuse a pass that reaches nothing.
-            looped = looped_vjps(slow, self._projector, forward, cotangents, rows, required=not hooked)
+            looped = looped_vjps(
+                slow, self._projector, forward, cotangents, rows, required=not hooked
+            )
             results = [ours | theirs for ours, theirs in zip(results, looped, strict=True)]
         return results
 
-    def _require_independence(self, forward: Forward, rows: Tensor, found: NotBySampleError) -> None:
-        """Refuses a network whose output for a sample depends on the others, where no gradient is one sample's."""
+    def _require_independence(
+        self, forward: Forward, rows: Tensor, found: NotBySampleError
+    ) -> None:
+        """Refuses a network whose output for a sample depends on the others, where no gradient is
+        one sample's."""
         with torch.no_grad():
             together, alone = forward(rows)[-1].float(), forward(rows[-1:])[0].float()
-        difference = float((together - alone).norm() / alone.norm().clamp(min=torch.finfo(alone.dtype).tiny))
+        difference = float(
+            (together - alone).norm() / alone.norm().clamp(min=torch.finfo(alone.dtype).tiny)
+        )
         if difference > self._tolerance():
             raise GradientError(
-                f"A sample's output depends on the other samples of its batch: alone it differs by {difference:.1e}, and the rows of "
-                f"these layers belong to no sample alone: {', '.join(found.names)}. Expected a network that treats its samples "
-                "independently. HINT: look for statistics over the batch, such as a mean, in what comes after these layers."
+                "A sample's output depends on the other samples of its batch: alone it differs by "
+                f"{difference:.1e}, and the rows of these layers belong to no sample alone: "
+                f"{', '.join(found.names)}. Expected a network that treats its samples "
+                "independently. HINT: look for statistics over the batch, such as a mean, in what "
+                "comes after these layers."
             ) from found
 
     def _loop_over(self, error: NotBySampleError) -> None:
         """From here on traces these layers by a pass per sample, if the engine has one."""
-        found = f"The rows of these layers' inputs belong to no sample alone: {', '.join(error.names)}."
+        found = (
+            f"The rows of these layers' inputs belong to no sample alone: {', '.join(error.names)}."
+        )
         hint = (
-            "HINT: give such a layer one row per sample (`position_ids.expand(batch, -1)`, also of the timesteps); or freeze it, "
-            "or leave it out with `layers=`, if it does not matter"
+            "HINT: give such a layer one row per sample (`position_ids.expand(batch, -1)`, also "
+            "of the timesteps); or freeze it, or leave it out with `layers=`, if it does not "
+            "matter"
         )
         if self.engine == "hooks":
             raise GradientError(
@@ -375,4 +429,8 @@ class GradientTracer:
 
 
 def _is_list_of_texts(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(each, str) for each in value)
+    return (
+        isinstance(value, (list, tuple))
+        and bool(value)
+        and all(isinstance(each, str) for each in value)
+    )

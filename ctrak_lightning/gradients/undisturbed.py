@@ -1,4 +1,5 @@
-"""A network that is run for its traces and answers, and is afterwards as it was: also what its forward pass changes."""
+"""A network that is run for its traces and answers, and is afterwards as it was: also what its
+forward pass changes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ _SHOWN = 5
 
 @contextmanager
 def undisturbed(module: nn.Module, *others: nn.Module) -> Iterator[Callable[[], list[str]]]:
-    """:func:`tracing_mode`, and buffers are as before on exit, also after an error: a counter of calls, running statistics that
-    are taken in evaluation mode too. Buffers that were replaced by other tensors are put back.
+    """:func:`tracing_mode`, and buffers are as before on exit, also after an error: a counter of
+    calls, running statistics that are taken in evaluation mode too. Buffers that were replaced by
+    other tensors are put back.
 
     Args:
         module: the network to be traced.
@@ -51,13 +53,16 @@ def undisturbed(module: nn.Module, *others: nn.Module) -> Iterator[Callable[[], 
 
 @contextmanager
 def parameters_unmoved(module: nn.Module) -> Iterator[None]:
-    """Refuses a network whose forward pass changes its parameters: they cannot be kept twice, and training would start from others.
+    """Refuses a network whose forward pass changes its parameters: they cannot be kept twice, and
+    training would start from others.
 
     Raises:
         TrialError: so it does; names them.
     """
     versions = {
-        name: value._version for name, value in parameters_of(module).items() if not value.is_inference()
+        name: value._version
+        for name, value in parameters_of(module).items()
+        if not value.is_inference()
     }
     yield
     moved = [
@@ -67,8 +72,9 @@ def parameters_unmoved(module: nn.Module) -> Iterator[None]:
     ]
     if moved:
         raise TrialError(
-            f"A pass without a training step changed {len(moved)} parameters, such as {moved[:_SHOWN]}; expected a forward pass that "
-            "leaves them alone. HINT: a layer that takes its first values from the first batch (ActNorm) must have seen one before "
+            f"A pass without a training step changed {len(moved)} parameters, such as "
+            f"{moved[:_SHOWN]}; expected a forward pass that leaves them alone. HINT: a layer that "
+            "takes its first values from the first batch (ActNorm) must have seen one before "
             "training starts: call the network once on a batch of yours before `fit`."
         )
 

@@ -23,7 +23,8 @@ BINS = 64
 class Board:
     """Writes what the traces say of a few concepts under ``ctrak/``.
 
-    The number of tags does not grow with the samples or owners: at most 16 for each concept, and a dozen.
+    The number of tags does not grow with the samples or owners: at most 16 for each concept, and a
+    dozen.
 
     Args:
         writer: a ``torch.utils.tensorboard.SummaryWriter``.
@@ -34,7 +35,13 @@ class Board:
     """
 
     def __init__(
-        self, writer: Any, concepts: Sequence[Concept], *, group: str | None, top: int = 8, bottom: int = 4
+        self,
+        writer: Any,
+        concepts: Sequence[Concept],
+        *,
+        group: str | None,
+        top: int = 8,
+        bottom: int = 4,
     ) -> None:
         self.writer = writer
         self.group, self.top, self.bottom = group, top, bottom
@@ -57,27 +64,35 @@ class Board:
         self.writer.add_custom_scalars(layout(charts, self.group))
 
     def write(self, answers: Sequence[Answer], checkpoint: Checkpoint, step: int) -> None:
-        """The panels of every concept, and the norms of the checkpoint's traces, at ``step`` of the x axis."""
+        """The panels of every concept, and the norms of the checkpoint's traces, at ``step`` of the
+        x axis."""
         for i, answer in enumerate(answers):
             self._write_concept(i, answer, step)
         norms = checkpoint.norms().double()
         norms = norms[norms > 0]  # of the samples that were trained on
         for q in QUANTILES:
-            self._scalar(f"trace_norm/q{round(100 * q)}", float(np.quantile(norms.numpy(), q)), step)
+            self._scalar(
+                f"trace_norm/q{round(100 * q)}", float(np.quantile(norms.numpy(), q)), step
+            )
 
-    def write_cost(self, seconds: Mapping[str, float], overhead: Mapping[str, float], step: int) -> None:
-        """Seconds that each part took for the last checkpoint, and the share of the run's time that it took so far."""
+    def write_cost(
+        self, seconds: Mapping[str, float], overhead: Mapping[str, float], step: int
+    ) -> None:
+        """Seconds that each part took for the last checkpoint, and the share of the run's time that
+        it took so far."""
         for kind, values in (("seconds", seconds), ("overhead", overhead)):
             for name, value in values.items():
                 self._scalar(f"{kind}/{name}", value, step)
 
     def write_projector(self, answers: Sequence[Answer], store: TraceStore, step: int) -> None:
-        """The traces of the last checkpoint as points; files of their own beside the event file, so once in a run."""
+        """The traces of the last checkpoint as points; files of their own beside the event file, so
+        once in a run."""
         results = [answer.result for answer in answers if answer.result is not None]
         found = embedding(store.checkpoints[-1], store.samples, results)
         sprites = None
         if found.sprites is not None:
-            # The writer multiplies by 255 and cuts off; v / 255 is never rounded down in float32, so every value comes back.
+            # The writer multiplies by 255 and cuts off; v / 255 is never rounded down in float32,
+            # so every value comes back.
             sprites = (found.sprites.permute(0, 3, 1, 2).float() / 255).contiguous()
         self.writer.add_embedding(
             found.points,
@@ -104,7 +119,11 @@ class Board:
 
     def _shares(self, result: Attribution) -> list[Share]:
         # Where the ranking says nothing, its shares are withheld, and their curves have no point.
-        if self.group is None or result.confidence.says_nothing or not bool((result.scores > 0).any()):
+        if (
+            self.group is None
+            or result.confidence.says_nothing
+            or not bool((result.scores > 0).any())
+        ):
             return []
         # No interval is drawn, so one resample is enough.
         return result.by_group(self.group, resamples=1)

@@ -1,4 +1,5 @@
-"""A concept's picture: the generated image, the training images that taught it most, and those that taught it least."""
+"""A concept's picture: the generated image, the training images that taught it most, and those that
+taught it least."""
 
 from dataclasses import dataclass
 
@@ -72,8 +73,9 @@ class Geometry:
 def concept_grid(answer: Answer, shown: Shown) -> Image.Image:
     """The picture of a concept's answer, RGB, at the size of :class:`Geometry`.
 
-    Small images are enlarged without interpolation, large ones reduced. Where there is no image (a task without ``decode``,
-    a store without thumbnails) the frame says so or shows the sample's id. Letters that the font lacks are replaced; see
+    Small images are enlarged without interpolation, large ones reduced. Where there is no image (a
+    task without ``decode``, a store without thumbnails) the frame says so or shows the sample's id.
+    Letters that the font lacks are replaced; see
     :func:`~ctrak_lightning.inspection.lettering.drawable`.
 
     Args:
@@ -85,7 +87,8 @@ def concept_grid(answer: Answer, shown: Shown) -> Image.Image:
     """
     if answer.result is None:
         raise ValueError(
-            f"concept_grid({answer.concept.name!r}): no result to show ({answer.problem}). HINT: see ranking()."
+            f"concept_grid({answer.concept.name!r}): no result to show ({answer.problem}). HINT: "
+            "see ranking()."
         )
     return _Sheet(answer, answer.result, shown).drawn()
 
@@ -132,13 +135,18 @@ class _Sheet:
         self._label(box, f"GENERATED, seed {self.result.seed}", INK, right)
         if self.result.image is None:
             self._frame(box)
-            for i, line in enumerate(wrapped("no image: the task has no decode()", 18, GENERATED - 40, 3)):
+            for i, line in enumerate(
+                wrapped("no image: the task has no decode()", 18, GENERATED - 40, 3)
+            ):
                 self.draw.text((left + 20, box[1] + 24 + 24 * i), line, FAINT, font(18))
         else:
             self._place(picture(self.result.image), box)
         y += 14
         concept = self.answer.concept
-        for text in (f"with: {described(concept.present)}", f"without: {described(concept.absent)}"):
+        for text in (
+            f"with: {described(concept.present)}",
+            f"without: {described(concept.absent)}",
+        ):
             for line in wrapped(text, 17, GENERATED, 2):
                 self.draw.text((left, y), line, FAINT, font(17))
                 y += 22
@@ -146,14 +154,18 @@ class _Sheet:
             self._bars(left, right, y + 16)
 
     def _bars(self, left: int, right: int, y: int) -> None:
-        self.draw.text((left, y), shortened(f"share by {self.shown.group}", 18, right - left), INK, font(18))
+        self.draw.text(
+            (left, y), shortened(f"share by {self.shown.group}", 18, right - left), INK, font(18)
+        )
         y += 28
         for share in self.shown.shares[:BARS]:
             if y + 36 > self.geometry.size[1]:
                 return
             number = f"{share.share:.0%}"
             room = int(font(17).getlength(number))
-            self.draw.text((left, y), shortened(share.group, 17, right - left - room - 12), INK, font(17))
+            self.draw.text(
+                (left, y), shortened(share.group, 17, right - left - room - 12), INK, font(17)
+            )
             self.draw.text((right - room, y), number, INK, font(17))
             self.draw.rectangle((left, y + 23, right - 1, y + 28), RULE)
             if (length := round((right - left) * share.share)) > 0:
@@ -177,8 +189,13 @@ class _Sheet:
         rank, score = f"#{record.rank}", f"{record.score:+.2f}"
         self.draw.text((left, bottom + 3), rank, FAINT, font(20))
         colour = FOR if record.score > 0 else AGAINST
-        self.draw.text((left + font(20).getlength(rank + "  "), bottom + 3), score, colour, font(20))
-        lines = [record.metadata.get(self.shown.group or ""), record.metadata.get(CAPTION, record.sample_id)]
+        self.draw.text(
+            (left + font(20).getlength(rank + "  "), bottom + 3), score, colour, font(20)
+        )
+        lines = [
+            record.metadata.get(self.shown.group or ""),
+            record.metadata.get(CAPTION, record.sample_id),
+        ]
         sizes = [(17, INK, 26), (14, FAINT, 47)]
         for text, (size, ink, y) in zip(lines, sizes, strict=True):
             if text is not None:

@@ -28,10 +28,12 @@ def method_hparams(method: Method, projection: Projection, layers: Sequence[str]
 def write_hparams(
     writer: Any, values: Mapping[str, bool | int | float | str], metrics: Sequence[str]
 ) -> None:
-    """One summary of hyperparameters; the dashboard shows the last value of the scalars ``metrics`` beside them.
+    """One summary of hyperparameters; the dashboard shows the last value of the scalars ``metrics``
+    beside them.
 
-    TensorBoard takes the first such summary of a run and no other. ``SummaryWriter.add_hparams`` would start a run of its own,
-    so the summary goes to the writer's file, as Lightning's loggers write theirs.
+    TensorBoard takes the first such summary of a run and no other. ``SummaryWriter.add_hparams``
+    would start a run of its own, so the summary goes to the writer's file, as Lightning's loggers
+    write theirs.
     """
     from torch.utils.tensorboard.summary import hparams
 

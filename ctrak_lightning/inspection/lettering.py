@@ -1,4 +1,5 @@
-"""Text that came with the data: made safe for tables, and drawn on pictures with the font that Pillow carries."""
+"""Text that came with the data: made safe for tables, and drawn on pictures with the font that
+Pillow carries."""
 
 import unicodedata
 from functools import lru_cache
@@ -17,7 +18,8 @@ def font(size: int) -> Font:
 
 
 def one_line(text: str) -> str:
-    """``text`` without line breaks, tabs and whatever else is no letter to see; such characters become spaces.
+    """``text`` without line breaks, tabs and whatever else is no letter to see; such characters
+    become spaces.
 
     Example:
         >>> one_line(" a\\tb\\x00\\u202ec\\n")
@@ -27,8 +29,9 @@ def one_line(text: str) -> str:
 
 
 def drawable(text: str) -> str:
-    """``text`` on one line, in the letters that the font has: accents are left out where it lacks them, and every other letter
-    that it lacks becomes ``?`` (the font knows little beyond ASCII; tables, tags and the projector keep the text as it is).
+    """``text`` on one line, in the letters that the font has: accents are left out where it lacks
+    them, and every other letter that it lacks becomes ``?`` (the font knows little beyond ASCII;
+    tables, tags and the projector keep the text as it is).
 
     Example:
         >>> drawable("Zoé\\t猫")
@@ -38,7 +41,8 @@ def drawable(text: str) -> str:
 
 
 def shortened(text: str, size: int, width: int) -> str:
-    """As much of ``text`` as fits into ``width`` pixels, with an ellipsis where something is left out."""
+    """As much of ``text`` as fits into ``width`` pixels, with an ellipsis where something is left
+    out."""
     letters = drawable(text[:1000])
     if font(size).getlength(letters) <= width:
         return letters
@@ -48,7 +52,8 @@ def shortened(text: str, size: int, width: int) -> str:
 
 
 def wrapped(text: str, size: int, width: int, most: int) -> list[str]:
-    """``text`` in at most ``most`` lines of ``width`` pixels, broken between words where that is possible."""
+    """``text`` in at most ``most`` lines of ``width`` pixels, broken between words where that is
+    possible."""
     lines: list[str] = []
     rest = drawable(text[:1000])
     while rest and len(lines) < most - 1 and font(size).getlength(rest) > width:

@@ -13,8 +13,8 @@ def picture(pixels: Tensor) -> Image.Image:
 
 
 def fitted(image: Image.Image, side: int) -> Image.Image:
-    """The image with no side longer than ``side``: enlarged by a whole factor without interpolation, so that every pixel stays a
-    square of one colour, or reduced smoothly."""
+    """The image with no side longer than ``side``: enlarged by a whole factor without
+    interpolation, so that every pixel stays a square of one colour, or reduced smoothly."""
     longest = max(image.size)
     if longest > side:
         size = tuple(max(1, round(length * side / longest)) for length in image.size)
@@ -24,7 +24,8 @@ def fitted(image: Image.Image, side: int) -> Image.Image:
 
 
 def squares(thumbnails: Tensor) -> Tensor:
-    """Thumbnails uint8 [n, h, w, 3] centred on white squares [n, s, s, 3], with s the longer side."""
+    """Thumbnails uint8 [n, h, w, 3] centred on white squares [n, s, s, 3], with s the longer
+    side."""
     n, height, width, channels = thumbnails.shape
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2

@@ -18,7 +18,8 @@ _EXTREMES = 50
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Embedding:
-    """Points [n, d], float32, with a row of ``header``'s columns each, and their ``sprites`` uint8 [n, s, s, 3] or None."""
+    """Points [n, d], float32, with a row of ``header``'s columns each, and their ``sprites`` uint8
+    [n, s, s, 3] or None."""
 
     points: Tensor
     header: list[str]
@@ -27,12 +28,17 @@ class Embedding:
 
 
 def embedding(
-    checkpoint: Checkpoint, samples: SampleTable, results: Sequence[Attribution], *, points: int = POINTS
+    checkpoint: Checkpoint,
+    samples: SampleTable,
+    results: Sequence[Attribution],
+    *,
+    points: int = POINTS,
 ) -> Embedding:
-    """The unit-norm traces of a checkpoint on their principal components, at most 64: near points teach alike.
+    """The unit-norm traces of a checkpoint on their principal components, at most 64: near points
+    teach alike.
 
-    Of a store with more samples, the proponents and opponents of every concept are kept and the rest is drawn at random, with a
-    fixed seed.
+    Of a store with more samples, the proponents and opponents of every concept are kept and the
+    rest is drawn at random, with a fixed seed.
 
     Args:
         checkpoint: whose traces.
@@ -66,7 +72,8 @@ def embedding(
 def principal_components(rows: Tensor, dims: int) -> Tensor:
     """Rows [n, k] centred, on their first ``min(dims, n, k)`` principal components [n, d], float64.
 
-    The sign of each is such that its largest coordinate is positive, so that the same rows give the same points.
+    The sign of each is such that its largest coordinate is positive, so that the same rows give the
+    same points.
     """
     centred = rows.double() - rows.double().mean(0)
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)

@@ -9,18 +9,20 @@ MOST, NEWCOMERS = 10, 5
 
 
 class ShareCurves:
-    """Keeps a concept's owners to a few curves: all of them where there are no more than ``MOST``; else the ``NEWCOMERS`` with the
-    largest shares at each checkpoint, up to ``MOST`` in all, and the sum of the rest.
+    """Keeps a concept's owners to a few curves: all of them where there are no more than ``MOST``;
+    else the ``NEWCOMERS`` with the largest shares at each checkpoint, up to ``MOST`` in all, and
+    the sum of the rest.
 
-    An owner that once had a curve keeps it. (At the first checkpoints a concept may not be learnt yet, and the largest shares
-    be noise: so not all curves are given away at once.)
+    An owner that once had a curve keeps it. (At the first checkpoints a concept may not be learnt
+    yet, and the largest shares be noise: so not all curves are given away at once.)
     """
 
     def __init__(self) -> None:
         self._groups: list[str] = []
 
     def values(self, shares: Sequence[Share]) -> tuple[dict[str, float], float | None]:
-        """The shares of the groups that have a curve, by group, and the sum of all others; None where there are no others.
+        """The shares of the groups that have a curve, by group, and the sum of all others; None
+        where there are no others.
 
         Args:
             shares: of all groups, largest first.

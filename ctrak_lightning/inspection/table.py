@@ -17,8 +17,8 @@ _LONGEST = 300
 def ranking(answer: Answer, shown: Shown) -> str:
     """Markdown of what a concept's answer says: facts, proponents, opponents and shares.
 
-    Whatever comes from the data set is inert: every character that Markdown or HTML could take for its own is written as a
-    character reference.
+    Whatever comes from the data set is inert: every character that Markdown or HTML could take for
+    its own is written as a character reference.
 
     Args:
         answer: of the concept.
@@ -30,7 +30,12 @@ def ranking(answer: Answer, shown: Shown) -> str:
     if result is None:
         return f"{title}\n\nNo scores at this checkpoint: {escaped(answer.problem)}"
     found = result.confidence
-    parts = [title, _facts(result), "#### Proponents", _records(result.top(shown.top), result, group)]
+    parts = [
+        title,
+        _facts(result),
+        "#### Proponents",
+        _records(result.top(shown.top), result, group),
+    ]
     if found.says_nothing:
         parts.insert(1, " ".join([f"**{escaped(found.verdict)}**", *map(escaped, found.reasons)]))
     if shown.bottom:
@@ -42,7 +47,8 @@ def ranking(answer: Answer, shown: Shown) -> str:
 
 
 def escaped(text: str) -> str:
-    """``text`` on one line as Markdown that shows it and does nothing; what is longer than 300 characters is cut.
+    """``text`` on one line as Markdown that shows it and does nothing; what is longer than 300
+    characters is cut.
 
     Example:
         >>> escaped("<b>|x")
@@ -62,14 +68,17 @@ def _facts(result: Attribution) -> str:
         "traces": f"{checkpoints}, to step {result.steps[-1]}",
         "damping": "none" if result.damping is None else f"{result.damping:g}",
         "concept strength": "-" if math.isnan(result.strength) else f"{result.strength:.3g}",
-        "effective contributors": f"{result.effective_contributors():.1f} of {len(result.samples)} samples",
+        "effective "
+        "contributors": f"{result.effective_contributors():.1f} of {len(result.samples)} samples",
     }
     return _table(list(facts), [list(facts.values())])
 
 
 def _records(records: Sequence[Record], result: Attribution, group: str | None) -> str:
     known = result.samples.metadata
-    columns = [name for name in dict.fromkeys((group, CAPTION)) if name is not None and name in known]
+    columns = [
+        name for name in dict.fromkeys((group, CAPTION)) if name is not None and name in known
+    ]
     rows = [
         [
             str(record.rank),
@@ -90,7 +99,11 @@ def described(spec: Spec) -> str:
         >>> described({"object": "owl", "artist": "noto"}), described({})
         ('object: owl, artist: noto', 'nothing')
     """
-    text = spec if isinstance(spec, str) else ", ".join(f"{key}: {value}" for key, value in spec.items())
+    text = (
+        spec
+        if isinstance(spec, str)
+        else ", ".join(f"{key}: {value}" for key, value in spec.items())
+    )
     return text or "nothing"
 
 

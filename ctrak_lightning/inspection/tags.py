@@ -8,7 +8,8 @@ _LONGEST = 60
 
 
 class TagNames:
-    """Turns names into parts of a tag: letters, digits, ``_``, ``-`` and ``.`` only, and no two names alike.
+    """Turns names into parts of a tag: letters, digits, ``_``, ``-`` and ``.`` only, and no two
+    names alike.
 
     Args:
         reserved: parts that no name gets.

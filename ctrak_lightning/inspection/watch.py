@@ -64,7 +64,9 @@ class Watch:
         sampler: how images are generated.
     """
 
-    def __init__(self, concepts: Sequence[Concept], *, seed: int = 0, sampler: Sampler | None = None) -> None:
+    def __init__(
+        self, concepts: Sequence[Concept], *, seed: int = 0, sampler: Sampler | None = None
+    ) -> None:
         self.concepts = list(concepts)
         self.seed = seed
         self.sampler = sampler
@@ -73,7 +75,8 @@ class Watch:
     def ask(
         self, path: str | Path, module: nn.Module, task: Any = None, method: Method | None = None
     ) -> tuple[TraceStore, list[Answer]]:
-        """Generates the images under the weights of the store's last checkpoint, and asks all of its checkpoints.
+        """Generates the images under the weights of the store's last checkpoint, and asks all of
+        its checkpoints.
 
         The module's weights, flags and the surrounding random state are afterwards what they were.
 
@@ -89,7 +92,8 @@ class Watch:
         with _without_repetition():
             store = TraceStore(path)
             with isolated_rng(self.seed):
-                # A look during training is no answer given to anyone, so it is not noted in the ledger.
+                # A look during training is no answer given to anyone, so it is not noted in the
+                # ledger.
                 attributor = Attributor(
                     store, module, task=task, method=method, sampler=self.sampler, record=False
                 )
@@ -112,11 +116,14 @@ class Watch:
             return Answer(concept, None, str(error))
 
     def _tell_unlearnt(self, answers: Sequence[Answer]) -> None:
-        found = [a.concept.name for a in answers if a.says_nothing and a.concept.name not in self._told]
+        found = [
+            a.concept.name for a in answers if a.says_nothing and a.concept.name not in self._told
+        ]
         self._told.update(found)
         if found:
             warnings.warn(
-                f"The rankings of these concepts say nothing so far: {', '.join(map(visible, found))}. Their panels say why. HINT: wait for later "
+                "The rankings of these concepts say nothing so far: "
+                f"{', '.join(map(visible, found))}. Their panels say why. HINT: wait for later "
                 "checkpoints, and look at the generated images. Told once for each concept.",
                 UserWarning,
                 stacklevel=3,
@@ -125,7 +132,8 @@ class Watch:
 
 @contextmanager
 def _without_repetition() -> Iterator[None]:
-    """Leaves out what would be told anew at every checkpoint, and is shown in the panels or told elsewhere."""
+    """Leaves out what would be told anew at every checkpoint, and is shown in the panels or told
+    elsewhere."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "damping='agreement' compares checkpoints", UserWarning)
         warnings.filterwarnings("ignore", "The concept direction .* is below", UserWarning)

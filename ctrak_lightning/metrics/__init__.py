@@ -1,4 +1,5 @@
-"""torchmetrics metrics for attribution: thin classes over :mod:`ctrak_lightning.metrics.functional`."""
+"""torchmetrics metrics for attribution: thin classes over
+:mod:`ctrak_lightning.metrics.functional`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +37,8 @@ __all__ = [
 
 
 class _QueryMean(Metric):
-    """Mean of one value per query; queries weigh the same however they were batched, or spread over processes."""
+    """Mean of one value per query; queries weigh the same however they were batched, or spread over
+    processes."""
 
     is_differentiable = False
     higher_is_better = True
@@ -45,8 +47,8 @@ class _QueryMean(Metric):
 
     def __init__(self, total: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # A name of its own: MetricCollection makes one of metrics whose states have the same names and, by chance, the
-        # same values after the first update.
+        # A name of its own: MetricCollection makes one of metrics whose states have the same names
+        # and, by chance, the same values after the first update.
         self._total = total
         self.add_state(total, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("queries", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
@@ -58,12 +60,15 @@ class _QueryMean(Metric):
             ValueError: there was no query.
         """
         if self.queries == 0:
-            raise ValueError(f"{type(self).__name__}.compute(): no query yet. HINT: call update() first.")
+            raise ValueError(
+                f"{type(self).__name__}.compute(): no query yet. HINT: call update() first."
+            )
         total: Tensor = getattr(self, self._total)
         return (total / self.queries).float()
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plots ``val``, a result of ``compute`` or a list of them (None: computes one); returns figure and axes."""
+        """Plots ``val``, a result of ``compute`` or a list of them (None: computes one); returns
+        figure and axes."""
         return self._plot(val, ax)
 
     def _add(self, values: Tensor) -> None:
@@ -78,11 +83,13 @@ class _Retrieval(_QueryMean):
     plot_upper_bound = 1.0
 
     def update(self, scores: Tensor, relevant: Tensor) -> None:
-        """Adds queries: scores [Q, N] or [N], float, and which samples carry the concept, bool of the same shape.
+        """Adds queries: scores [Q, N] or [N], float, and which samples carry the concept, bool of
+        the same shape.
 
         Raises:
-            ValueError: shapes or dtypes do not fit, a score is not finite, a query has no relevant sample, or ``k``
-                is larger than N. Queries are named by their position in this update.
+            ValueError: shapes or dtypes do not fit, a score is not finite, a query has no relevant
+                sample, or ``k`` is larger than N. Queries are named by their position in this
+                update.
         """
         self._add(self._values(scores, relevant))
 
@@ -93,7 +100,8 @@ class _Retrieval(_QueryMean):
 class ConceptPrecision(_Retrieval):
     """Precision at k: the share of the k best-ranked samples that carry the concept.
 
-    See :func:`~ctrak_lightning.metrics.functional.precision_at_k`, ties included: a constant score gives chance.
+    See :func:`~ctrak_lightning.metrics.functional.precision_at_k`, ties included: a constant score
+    gives chance.
 
     Args:
         k: how many samples to look at.
@@ -121,7 +129,8 @@ class ConceptPrecision(_Retrieval):
 class ConceptRPrecision(_Retrieval):
     """R-precision: precision at k = the number of samples that carry the concept.
 
-    See :func:`~ctrak_lightning.metrics.functional.r_precision`, ties included: a constant score gives chance.
+    See :func:`~ctrak_lightning.metrics.functional.r_precision`, ties included: a constant score
+    gives chance.
 
     Args:
         kwargs: of :class:`torchmetrics.Metric`.
@@ -135,9 +144,11 @@ class ConceptRPrecision(_Retrieval):
 
 
 class ConceptRecall(_Retrieval):
-    """Recall at k as Attribution by Customization has it: hits among the k best-ranked over min(k, n_relevant).
+    """Recall at k as Attribution by Customization has it: hits among the k best-ranked over min(k,
+    n_relevant).
 
-    See :func:`~ctrak_lightning.metrics.functional.recall_at_k`, ties included: a constant score gives chance.
+    See :func:`~ctrak_lightning.metrics.functional.recall_at_k`, ties included: a constant score
+    gives chance.
 
     Args:
         k: how many samples to look at.
@@ -189,9 +200,11 @@ class ConceptAUROC(_Retrieval):
 
 
 class LinearDatamodelingScore(_QueryMean):
-    """How well sums of scores rank the outcomes of retrained models (LDS; TRAK, Park et al. 2023, arXiv 2303.14186).
+    """How well sums of scores rank the outcomes of retrained models (LDS; TRAK, Park et al. 2023,
+    arXiv 2303.14186).
 
-    See :func:`~ctrak_lightning.metrics.functional.datamodeling_correlations`; a constant prediction gives 0.
+    See :func:`~ctrak_lightning.metrics.functional.datamodeling_correlations`; a constant prediction
+    gives 0.
 
     Args:
         kwargs: of :class:`torchmetrics.Metric`.
@@ -211,7 +224,8 @@ class LinearDatamodelingScore(_QueryMean):
         super().__init__("linear_datamodeling_score", **kwargs)
 
     def update(self, scores: Tensor, subsets: Tensor, outcomes: Tensor) -> None:
-        """Adds queries: scores [Q, N], the subsets kept, bool [S, N], and the outcomes measured [Q, S].
+        """Adds queries: scores [Q, N], the subsets kept, bool [S, N], and the outcomes measured [Q,
+        S].
 
         Raises:
             ValueError: shapes or dtypes do not fit, S is below 2, or a value is not finite.
@@ -220,7 +234,8 @@ class LinearDatamodelingScore(_QueryMean):
 
 
 class CounterfactualDrop(_QueryMean):
-    """How much of a concept is gone once the samples blamed for it are left out of training; higher is better.
+    """How much of a concept is gone once the samples blamed for it are left out of training; higher
+    is better.
 
     See :func:`~ctrak_lightning.metrics.functional.counterfactual_drop`.
 
@@ -243,7 +258,8 @@ class CounterfactualDrop(_QueryMean):
         """Adds queries: the concept's strength before [Q] and after [Q].
 
         Raises:
-            ValueError: shapes do not fit, a value is not a finite float, or a 0 before and the drop is relative.
+            ValueError: shapes do not fit, a value is not a finite float, or a 0 before and the drop
+                is relative.
         """
         self._add(functional.counterfactual_drop(before, after, self.relative))
 

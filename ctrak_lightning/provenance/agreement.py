@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ctrak_lightning.provenance.facts import checkpoint_facts, header_facts, other_facts, samples_facts
+from ctrak_lightning.provenance.facts import (
+    checkpoint_facts,
+    header_facts,
+    other_facts,
+    samples_facts,
+)
 from ctrak_lightning.provenance.history import History
 from ctrak_lightning.traces.schema import CheckpointRecord, Manifest, differences
 
@@ -15,13 +20,14 @@ def disagreements(manifest: Manifest, history: History, salt: bytes | None) -> l
     Args:
         manifest: of the store.
         history: what its ledger says.
-        salt: of the edition that the ledger ends with, None where it cannot be read: files are not compared then.
+        salt: of the edition that the ledger ends with, None where it cannot be read: files are not
+            compared then.
     """
     found = []
     if history.run_id is not None and manifest.run_id != history.run_id:
         found.append(
-            f"manifest.json: run_id is {manifest.run_id!r}, the ledger is of run {history.run_id!r}: one of them is another "
-            "store's"
+            f"manifest.json: run_id is {manifest.run_id!r}, the ledger is of run "
+            f"{history.run_id!r}: one of them is another store's"
         )
     if history.runs:
         stored = history.runs[-1].facts["header"]
@@ -31,10 +37,12 @@ def disagreements(manifest: Manifest, history: History, salt: bytes | None) -> l
     if manifest.edition != history.edition:
         return [
             *found,
-            f"manifest.json: edition is {manifest.edition}, the ledger records {history.edition}: samples were forgotten, or "
-            "brought back, without an entry",
+            f"manifest.json: edition is {manifest.edition}, the ledger records {history.edition}: "
+            "samples were forgotten, or brought back, without an entry",
         ]
-    found += _told("manifest.json: header.dataset", history.dataset["header"], other_facts(manifest.header))
+    found += _told(
+        "manifest.json: header.dataset", history.dataset["header"], other_facts(manifest.header)
+    )
     if salt is None:
         return found
     mine = samples_facts(manifest, salt) if manifest.samples in manifest.files else None
@@ -48,7 +56,8 @@ def disagreements(manifest: Manifest, history: History, salt: bytes | None) -> l
 
 
 def is_pending(manifest: Manifest, history: History) -> bool:
-    """Whether samples have just been forgotten and the ledger does not say so yet: a crash came in between."""
+    """Whether samples have just been forgotten and the ledger does not say so yet: a crash came in
+    between."""
     return history.dataset is not None and manifest.edition == history.edition + 1
 
 

@@ -11,9 +11,12 @@ def canonical(value: Any) -> bytes:
     """JSON with sorted keys, no spaces and ASCII only; equal values give equal bytes.
 
     Raises:
-        ValueError, TypeError: the value is not JSON (a number that is not finite, an object of Python's).
+        ValueError, TypeError: the value is not JSON (a number that is not finite, an object of
+            Python's).
     """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
     return text.encode("ascii")
 
 

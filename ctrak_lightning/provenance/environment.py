@@ -34,12 +34,18 @@ _MOST_BYTES = 2**20
 
 
 def code() -> dict[str, Any]:
-    """Versions of Python and of the packages that matter, and the git commit of the working folder, if it is in a repository."""
-    return {"python": platform.python_version(), "packages": _packages(), "git": git_state(Path.cwd())}
+    """Versions of Python and of the packages that matter, and the git commit of the working folder,
+    if it is in a repository."""
+    return {
+        "python": platform.python_version(),
+        "packages": _packages(),
+        "git": git_state(Path.cwd()),
+    }
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """``{"commit": hash, "dirty": whether tracked files differ from it}``, or None outside of a repository or without git.
+    """``{"commit": hash, "dirty": whether tracked files differ from it}``, or None outside of a
+    repository or without git.
 
     Files that git does not track do not count as a difference.
     """
@@ -51,7 +57,8 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def seeds() -> dict[str, Any]:
-    """The seed of PyTorch's generator, and those that ``seed_everything`` leaves in the environment."""
+    """The seed of PyTorch's generator, and those that ``seed_everything`` leaves in the
+    environment."""
     found = {name: os.environ[name] for name in SEED_VARIABLES if name in os.environ}
     return {"torch": torch.initial_seed(), "environment": found}
 
@@ -76,7 +83,8 @@ def bounded(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def json_value(value: Any) -> Any:
-    """``value`` in the types of JSON: what JSON lacks becomes text, an object the name of its class."""
+    """``value`` in the types of JSON: what JSON lacks becomes text, an object the name of its
+    class."""
     if isinstance(value, Mapping):
         return {str(name): json_value(item) for name, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -87,7 +95,8 @@ def json_value(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, str):
-        # Lone surrogates (a file name that is not UTF-8) have no place in text that others must read.
+        # Lone surrogates (a file name that is not UTF-8) have no place in text that others must
+        # read.
         return value.encode("utf-8", errors="backslashreplace").decode("utf-8")
     if isinstance(value, Path | torch.dtype | torch.device):
         return str(value)

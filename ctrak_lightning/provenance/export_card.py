@@ -15,8 +15,9 @@ _PLAIN = frozenset(" -,")
 
 
 def model_card(path: str | Path) -> str:
-    """A Markdown section: what :func:`~ctrak_lightning.provenance.summary.block` says, and how many samples each owner and each
-    licence has. Texts of the store are shown as they are, never as markup. Samples that were forgotten are not counted.
+    """A Markdown section: what :func:`~ctrak_lightning.provenance.summary.block` says, and how many
+    samples each owner and each licence has. Texts of the store are shown as they are, never as
+    markup. Samples that were forgotten are not counted.
 
     Raises:
         StoreError, CorruptStoreError: as :meth:`RecordedStore.open`.
@@ -35,16 +36,17 @@ def model_card(path: str | Path) -> str:
             lines += ["", f"### Samples by {column}", "", *_table((column, "samples"), rows)]
     lines += [
         "",
-        "The ledger that this is taken from is checked with `ctrak verify`. It shows what was recorded, not that what was "
-        "recorded is true.",
+        "The ledger that this is taken from is checked with `ctrak verify`. It shows what was "
+        "recorded, not that what was recorded is true.",
         "",
     ]
     return "\n".join(lines)
 
 
 def escape(text: str) -> str:
-    """``text`` as Markdown that shows it and does nothing else: every ASCII mark becomes a character reference, which no dialect
-    takes for markup, and what breaks lines or turns the direction of writing becomes visible.
+    """``text`` as Markdown that shows it and does nothing else: every ASCII mark becomes a
+    character reference, which no dialect takes for markup, and what breaks lines or turns the
+    direction of writing becomes visible.
 
     Example:
         >>> escape("<b>|[x](y)")

@@ -1,4 +1,5 @@
-"""The samples of a store as a Croissant data set (https://docs.mlcommons.org/croissant/docs/croissant-spec.html)."""
+"""The samples of a store as a Croissant data set
+(https://docs.mlcommons.org/croissant/docs/croissant-spec.html)."""
 
 from __future__ import annotations
 
@@ -51,10 +52,12 @@ LICENCE_COLUMNS = ("licence", "license")
 
 
 def croissant(path: str | Path) -> dict[str, Any]:
-    """The sample table as a record set with its rows inline, and the file that holds it, as JSON-LD.
+    """The sample table as a record set with its rows inline, and the file that holds it, as
+    JSON-LD.
 
-    Fields are ``sample_id``, ``content_sha256`` and ``column_0``, ``column_1``, ... for the metadata columns by name, whose names
-    are the fields' descriptions: a column may be called anything, a field may not. Samples that were forgotten do not appear.
+    Fields are ``sample_id``, ``content_sha256`` and ``column_0``, ``column_1``, ... for the
+    metadata columns by name, whose names are the fields' descriptions: a column may be called
+    anything, a field may not. Samples that were forgotten do not appear.
 
     Raises:
         StoreError, CorruptStoreError: as :meth:`RecordedStore.open`.
@@ -70,7 +73,10 @@ def croissant(path: str | Path) -> dict[str, Any]:
     }
     for number, name in enumerate(sorted(table.metadata)):
         columns[f"column_{number}"], described[f"column_{number}"] = table.metadata[name], name
-    rows = [{f"samples/{name}": values[i] for name, values in columns.items()} for i in range(len(table))]
+    rows = [
+        {f"samples/{name}": values[i] for name, values in columns.items()}
+        for i in range(len(table))
+    ]
     licences = sorted({v for name in LICENCE_COLUMNS for v in table.metadata.get(name, []) if v})
     return {
         "@context": CONTEXT,

@@ -1,4 +1,5 @@
-"""A store's ledger as W3C PROV, in its JSON form (https://www.w3.org/submissions/2013/SUBM-prov-json-20130424/)."""
+"""A store's ledger as W3C PROV, in its JSON form
+(https://www.w3.org/submissions/2013/SUBM-prov-json-20130424/)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ Records = dict[str, dict[str, dict[str, Any]]]
 
 
 def prov_json(path: str | Path) -> dict[str, Any]:
-    """The runs (activities), the samples, weights, traces and answers (entities), and the owners and the software (agents).
+    """The runs (activities), the samples, weights, traces and answers (entities), and the owners
+    and the software (agents).
 
     Samples that were forgotten do not appear; each forgetting does, as an activity.
 
@@ -47,7 +49,11 @@ def _add_samples(records: Records, recorded: RecordedStore) -> None:
     owners: dict[str, str] = {}
     for i in range(len(table)):
         sample, metadata = f"ctrak:sample-{i}", table.metadata_of(i)
-        plain = {f"column:{name}": value for name, value in metadata.items() if _LOCAL_NAME.fullmatch(name)}
+        plain = {
+            f"column:{name}": value
+            for name, value in metadata.items()
+            if _LOCAL_NAME.fullmatch(name)
+        }
         other = {name: value for name, value in metadata.items() if not _LOCAL_NAME.fullmatch(name)}
         records["entity"][sample] = {
             "ctrak:sample_id": table.sample_ids[i],
@@ -75,14 +81,22 @@ def _add_runs(records: Records, recorded: RecordedStore) -> None:
     code = history.runs[-1].facts["code"]
     records["agent"]["ctrak:software"] = {
         "prov:type": {"$": "prov:SoftwareAgent", "type": "xsd:QName"},
-        **{f"ctrak:version_{name.replace('-', '_')}": version for name, version in code["packages"].items()},
+        **{
+            f"ctrak:version_{name.replace('-', '_')}": version
+            for name, version in code["packages"].items()
+        },
         **({} if code["git"] is None else {"ctrak:commit": code["git"]["commit"]}),
     }
     ends = {_run_before(history.runs, end): end for end in history.ends}
     for number, run in enumerate(history.runs):
         activity = f"ctrak:run-{number}"
-        records["activity"][activity] = {"prov:startTime": run.time, "ctrak:run_id": run.facts["run_id"]} | (
-            {"prov:endTime": ends[number].time, "ctrak:outcome": ends[number].kind} if number in ends else {}
+        records["activity"][activity] = {
+            "prov:startTime": run.time,
+            "ctrak:run_id": run.facts["run_id"],
+        } | (
+            {"prov:endTime": ends[number].time, "ctrak:outcome": ends[number].kind}
+            if number in ends
+            else {}
         )
         _relate(records, "used", activity=activity, entity="ctrak:base-model")
         _relate(records, "used", activity=activity, entity="ctrak:dataset")
@@ -93,7 +107,12 @@ def _add_runs(records: Records, recorded: RecordedStore) -> None:
             "ctrak:ledger_head": parent["head"],
             "ctrak:weights": parent["weights"],
         }
-        _relate(records, "wasDerivedFrom", generatedEntity="ctrak:base-model", usedEntity="ctrak:parent-run")
+        _relate(
+            records,
+            "wasDerivedFrom",
+            generatedEntity="ctrak:base-model",
+            usedEntity="ctrak:parent-run",
+        )
     records["entity"]["ctrak:ledger"] = {"ctrak:head": recorded.head}
     for number, entry in enumerate(history.forgets):
         records["activity"][f"ctrak:forget-{number}"] = {
@@ -140,7 +159,9 @@ def _add_query(records: Records, number: int, entry: Entry) -> None:
 
 
 def _relate(records: Records, kind: str, **ends: str) -> None:
-    records[kind][f"_:{kind}{len(records[kind])}"] = {f"prov:{name}": value for name, value in ends.items()}
+    records[kind][f"_:{kind}{len(records[kind])}"] = {
+        f"prov:{name}": value for name, value in ends.items()
+    }
 
 
 def _run_before(runs: list[Entry], entry: Entry) -> int:

@@ -19,7 +19,13 @@ from ctrak_lightning.provenance.history import HEADER_FIELDS, History
 from ctrak_lightning.traces.arrays import check_digest, corrupt
 from ctrak_lightning.traces.atomic import FileRecord, sha256_of, write_atomically
 from ctrak_lightning.traces.samples import SAMPLE_FACTS, SampleTable, read_samples
-from ctrak_lightning.traces.schema import COMMITMENTS, CheckpointRecord, Manifest, StoreHeader, edition_name
+from ctrak_lightning.traces.schema import (
+    COMMITMENTS,
+    CheckpointRecord,
+    Manifest,
+    StoreHeader,
+    edition_name,
+)
 from ctrak_lightning.traces.store import read_weights
 
 _RECORD_FIELDS = ("step", "epoch", "learning_rate", "rows", "processes", "edition", "shards")
@@ -33,7 +39,8 @@ def header_facts(header: StoreHeader) -> dict[str, Any]:
 def dataset_facts(
     manifest: Manifest, table: SampleTable, commitments: dict[str, Any], salt: bytes = b""
 ) -> dict[str, Any]:
-    """What is said of the samples: nothing from which one could be told, once its salt and the edition's ``salt`` are gone."""
+    """What is said of the samples: nothing from which one could be told, once its salt and the
+    edition's ``salt`` are gone."""
     return {
         "edition": manifest.edition,
         "size": len(table),
@@ -58,15 +65,19 @@ def other_facts(header: StoreHeader) -> dict[str, Any]:
 def checkpoint_facts(
     manifest: Manifest, record: CheckpointRecord, weights: str | None, salt: bytes = b""
 ) -> dict[str, Any]:
-    """What is said of a sealed checkpoint; ``weights`` is their digest, if they are stored, ``salt`` the edition's."""
+    """What is said of a sealed checkpoint; ``weights`` is their digest, if they are stored,
+    ``salt`` the edition's."""
     owned = sorted({*record.companions, record.kernel, *record.shards} & manifest.files.keys())
     files = {path: _salted_file(manifest.files[path], salt) for path in owned}
-    known = {name: getattr(record, name) for name in _RECORD_FIELDS} | {"shards": list(record.shards)}
+    known = {name: getattr(record, name) for name in _RECORD_FIELDS} | {
+        "shards": list(record.shards)
+    }
     return known | {"weights": weights, "files": files}
 
 
 def forget_facts(root: Path, manifest: Manifest, history: History) -> dict[str, Any]:
-    """What is said of the forgetting that made the manifest's edition of what ``history`` ends with.
+    """What is said of the forgetting that made the manifest's edition of what ``history`` ends
+    with.
 
     Raises:
         CorruptStoreError: the files of either edition that it is told from are damaged.
@@ -80,12 +91,13 @@ def forget_facts(root: Path, manifest: Manifest, history: History) -> dict[str, 
     tombstones = [known for known in before.hexadecimal() if known not in stay]
     if len(tombstones) != len(before) - len(after):
         raise CorruptStoreError(
-            f"{path} has commitments that the edition before did not have. HINT: restore the store from a copy."
+            f"{path} has commitments that the edition before did not have. HINT: restore the store "
+            "from a copy."
         )
     if changed := after.differing(table):
         raise CorruptStoreError(
-            f"{root / manifest.samples} has {len(changed)} samples that are not those of the edition before: {named(table, changed)}. "
-            "HINT: restore the store from a copy."
+            f"{root / manifest.samples} has {len(changed)} samples that are not those of the "
+            f"edition before: {named(table, changed)}. HINT: restore the store from a copy."
         )
     known = history.checkpoints
     return {

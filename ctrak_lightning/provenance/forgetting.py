@@ -33,34 +33,41 @@ class Forgotten:
     remaining: int
     """How many samples the store has now."""
     tombstones: list[str]
-    """What the ledger keeps in their stead: hashes from which nothing can be told. Empty where the store has no ledger."""
+    """What the ledger keeps in their stead: hashes from which nothing can be told. Empty where the
+    store has no ledger."""
     unsealed: list[int]
     """Steps of checkpoints that were not sealed and were removed whole."""
 
 
 def forget(path: str | Path, sample_ids: Sequence[str]) -> Forgotten:
-    """Takes samples out of a store: their rows in every shard of every checkpoint, their part in the kernels, their visits,
-    thumbnails and metadata. What is left is what a store has that never saw them.
+    """Takes samples out of a store: their rows in every shard of every checkpoint, their part in
+    the kernels, their visits, thumbnails and metadata. What is left is what a store has that never
+    saw them.
 
-    A new edition of every file is written beside the old one, then the manifest is replaced, then the ledger gets its
-    tombstone, then the old files are deleted. A crash before the manifest is replaced leaves the old store, one after it the new
-    one; the next :func:`forget` (also with no samples, see :func:`finish`), or the next run, completes what is left to do. Needs
-    as much free space as the traces take. Checkpoints that are not sealed are removed whole.
+    A new edition of every file is written beside the old one, then the manifest is replaced, then
+    the ledger gets its tombstone, then the old files are deleted. A crash before the manifest is
+    replaced leaves the old store, one after it the new one; the next :func:`forget` (also with no
+    samples, see :func:`finish`), or the next run, completes what is left to do. Needs as much free
+    space as the traces take. Checkpoints that are not sealed are removed whole.
 
-    It does not make the *model* forget: weights that were trained on a sample are what they are. Copies of the store, and
-    answers given earlier, are the user's to find.
+    It does not make the *model* forget: weights that were trained on a sample are what they are.
+    Copies of the store, and answers given earlier, are the user's to find.
 
     Args:
         path: folder of the store; nobody else writes to it meanwhile.
         sample_ids: ids of the samples, each known to the store.
 
     Raises:
-        StoreLockedError: a run writes to the store, or another command changes it; nothing was changed.
-        StoreError: an id is unknown (names near ones), all samples would go, or a file cannot be written; nothing was changed.
-        CorruptStoreError: the store is not what its manifest and its ledger say; nothing was changed.
+        StoreLockedError: a run writes to the store, or another command changes it; nothing was
+            changed.
+        StoreError: an id is unknown (names near ones), all samples would go, or a file cannot be
+            written; nothing was changed.
+        CorruptStoreError: the store is not what its manifest and its ledger say; nothing was
+            changed.
 
     Warns:
-        LedgerWarning: an earlier version, which salted less, made the entries of what is forgotten: a row can be guessed from them.
+        LedgerWarning: an earlier version, which salted less, made the entries of what is forgotten:
+            a row can be guessed from them.
     """
     root = Path(path)
     read_manifest(root)
@@ -75,8 +82,8 @@ def forget(path: str | Path, sample_ids: Sequence[str]) -> Forgotten:
                 put_commitments(root, after.edition, commitments.without(gone))
             if read_manifest(root) != manifest:
                 raise StoreError(
-                    f"{root}: another process has written to the store meanwhile; nothing was forgotten. HINT: end the training "
-                    "first."
+                    f"{root}: another process has written to the store meanwhile; nothing was "
+                    "forgotten. HINT: end the training first."
                 )
             _check_files(root, after)
             lock.require()
@@ -93,13 +100,16 @@ def forget(path: str | Path, sample_ids: Sequence[str]) -> Forgotten:
     return Forgotten(
         sample_ids=[table.sample_ids[i] for i in gone],
         remaining=len(table) - len(gone),
-        tombstones=[] if commitments is None else [h for h in commitments.hexadecimal() if h not in known],
+        tombstones=[]
+        if commitments is None
+        else [h for h in commitments.hexadecimal() if h not in known],
         unsealed=[record.step for record in manifest.checkpoints if not record.sealed],
     )
 
 
 def finish(path: str | Path) -> None:
-    """Completes a :func:`forget` that was interrupted, and removes what it left; nothing, where none was.
+    """Completes a :func:`forget` that was interrupted, and removes what it left; nothing, where
+    none was.
 
     Raises:
         StoreError, CorruptStoreError: as :func:`forget`.
@@ -121,11 +131,12 @@ def _finish(root: Path) -> Manifest:
 
 
 def _checked(root: Path, manifest: Manifest) -> Commitments | None:
-    """The commitments, if there is a ledger. A store that was tampered with is not written anew: nobody could tell later."""
+    """The commitments, if there is a ledger. A store that was tampered with is not written anew:
+    nobody could tell later."""
     if altered := altered_files(root, manifest):
         raise CorruptStoreError(
-            f"{root} is damaged: {'; '.join(altered[:3])}. Nothing was forgotten. HINT: restore it from a copy first; `ctrak "
-            "verify` names all that differs."
+            f"{root} is damaged: {'; '.join(altered[:3])}. Nothing was forgotten. HINT: restore it "
+            "from a copy first; `ctrak verify` names all that differs."
         )
     ledger = Ledger(root)
     if not ledger.exists:
@@ -134,16 +145,18 @@ def _checked(root: Path, manifest: Manifest) -> Commitments | None:
     require_agreement(root, manifest, history)
     if history.dataset is None:
         raise StoreError(
-            f"{root}: its ledger has no entry of the samples yet. HINT: let the run with ProvenanceRecorder begin training first."
+            f"{root}: its ledger has no entry of the samples yet. HINT: let the run with "
+            "ProvenanceRecorder begin training first."
         )
     return stored_commitments(root, history.dataset)
 
 
 def _warn_of_unsalted(root: Path) -> None:
     warnings.warn(
-        f"{root}: an earlier version of ctrak-lightning made the ledger's entries of what is forgotten now, and put digests of files "
-        "into them without a salt. Whoever guesses such a row in full, and has the other rows, can see from them that it was there. "
-        "HINT: where that matters, keep the ledger from others; what is recorded from now on is salted.",
+        f"{root}: an earlier version of ctrak-lightning made the ledger's entries of what is "
+        "forgotten now, and put digests of files into them without a salt. Whoever guesses such "
+        "a row in full, and has the other rows, can see from them that it was there. HINT: where "
+        "that matters, keep the ledger from others; what is recorded from now on is salted.",
         LedgerWarning,
         stacklevel=3,
     )
@@ -154,6 +167,6 @@ def _check_files(root: Path, after: Manifest) -> None:
     missing = [name for name in after.files if not (root / name).is_file()]
     if missing:
         raise StoreError(
-            f"{root / missing[0]} was removed by another process while it was being written; nothing was forgotten. HINT: end the "
-            "training first."
+            f"{root / missing[0]} was removed by another process while it was being written; "
+            "nothing was forgotten. HINT: end the training first."
         )

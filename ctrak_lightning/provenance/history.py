@@ -58,8 +58,8 @@ class History:
         return 0 if self.dataset is None else int(self.dataset["edition"])
 
     def files(self) -> dict[str, FileRecord]:
-        """Every file that the ledger vouches for, by path relative to the store; but for the commitments with digests that are
-        :func:`~ctrak_lightning.provenance.commitments.salted`."""
+        """Every file that the ledger vouches for, by path relative to the store; but for the
+        commitments with digests that are :func:`~ctrak_lightning.provenance.commitments.salted`."""
         found = {}
         if self.dataset is not None:
             for name in ("samples", "commitments"):
@@ -72,18 +72,24 @@ class History:
         facts = entry.facts
         if entry.kind in ("run_begun", "run_resumed"):
             if facts["run_id"] != (self.run_id or facts["run_id"]):
-                raise ValueError(f"run_id is {facts['run_id']!r}, the first run's is {self.run_id!r}")
+                raise ValueError(
+                    f"run_id is {facts['run_id']!r}, the first run's is {self.run_id!r}"
+                )
             _check_run(facts)
             self.runs.append(entry)
         elif entry.kind in ("run_ended", "run_failed"):
             self.ends.append(entry)
         elif entry.kind == "dataset":
             if self.dataset is not None:
-                raise ValueError("the samples have been described before; only a `forget` changes them")
+                raise ValueError(
+                    "the samples have been described before; only a `forget` changes them"
+                )
             self.dataset = _dataset(facts)
         elif entry.kind == "checkpoint":
             if int(facts["step"]) in self.checkpoints:
-                raise ValueError(f"checkpoint {facts['step']} was recorded before and not discarded since")
+                raise ValueError(
+                    f"checkpoint {facts['step']} was recorded before and not discarded since"
+                )
             self.checkpoints |= _checkpoints([facts])
             self.made[int(facts["step"])] = entry
         elif entry.kind == "discarded":
@@ -94,7 +100,10 @@ class History:
             self.queries.append(entry)
         elif entry.kind == "forget":
             expected = self.edition + 1
-            if self.dataset is None or not facts["edition"] == facts["dataset"]["edition"] == expected:
+            if (
+                self.dataset is None
+                or not facts["edition"] == facts["dataset"]["edition"] == expected
+            ):
                 raise ValueError(f"edition is {facts['edition']!r}, expected {expected}")
             self.dataset = _dataset(facts["dataset"])
             self.forgets.append(entry)
@@ -114,8 +123,9 @@ def replay(entries: Sequence[Entry]) -> History:
             history._take(entry)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CorruptStoreError(
-                f"entry {entry.sequence} of the ledger ({entry.kind}) has facts that such an entry does not have ({error!r}). HINT: "
-                "it was not written by this version of ctrak-lightning; restore the ledger from a copy."
+                f"entry {entry.sequence} of the ledger ({entry.kind}) has facts that such an entry "
+                f"does not have ({error!r}). HINT: it was not written by this version of "
+                "ctrak-lightning; restore the ledger from a copy."
             ) from error
     return history
 
@@ -128,7 +138,11 @@ def _check_run(facts: dict[str, Any]) -> None:
         ("base_model", facts["base_model"], ("name", "revision", "frozen", "trained")),
         ("code", facts["code"], ("python", "packages", "git")),
         ("parent", parent, PARENT_FIELDS if parent is not None else ()),
-        ("git", facts["code"]["git"], ("commit", "dirty") if facts["code"]["git"] is not None else ()),
+        (
+            "git",
+            facts["code"]["git"],
+            ("commit", "dirty") if facts["code"]["git"] is not None else (),
+        ),
     ):
         if (part or {}).keys() != set(keys):
             raise KeyError(name)

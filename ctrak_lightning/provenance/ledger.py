@@ -1,4 +1,5 @@
-"""The ledger of a store: what happened to it, as a chain of entries of which none can be changed without a trace."""
+"""The ledger of a store: what happened to it, as a chain of entries of which none can be changed
+without a trace."""
 
 from __future__ import annotations
 
@@ -68,17 +69,19 @@ class Chain:
     entries: list[Entry]
     """Those up to the first damage."""
     torn: bytes
-    """What stands after the last end of a line: the beginning of an entry whose writing was cut off. No such entry was ever
-    acknowledged; the next one that is made takes its place."""
+    """What stands after the last end of a line: the beginning of an entry whose writing was cut
+    off. No such entry was ever acknowledged; the next one that is made takes its place."""
     damage: str | None
     """What is wrong with the line after the last of the entries."""
 
 
 class Ledger:
-    """The ledger of the store at ``root``: JSON lines, each with the sha256 of the one before; lines are added, never changed.
+    """The ledger of the store at ``root``: JSON lines, each with the sha256 of the one before;
+    lines are added, never changed.
 
-    Adding is durable when it returns (fsync), one process at a time (:func:`~ctrak_lightning.traces.lock.ledger_lock`), and
-    all or nothing: what a kill cuts off is no entry, and the next one that is added takes its place.
+    Adding is durable when it returns (fsync), one process at a time
+    (:func:`~ctrak_lightning.traces.lock.ledger_lock`), and all or nothing: what a kill cuts off is
+    no entry, and the next one that is added takes its place.
 
     Args:
         root: folder of the store.
@@ -97,7 +100,8 @@ class Ledger:
         """Raises a StoreError if the store has no ledger."""
         if not self.exists:
             raise StoreError(
-                f"{self.root} has no {LEDGER}. HINT: attach ProvenanceRecorder() beside ConceptTracer to keep one."
+                f"{self.root} has no {LEDGER}. HINT: attach ProvenanceRecorder() beside "
+                "ConceptTracer to keep one."
             )
 
     def chain(self) -> Chain:
@@ -127,7 +131,8 @@ class Ledger:
 
         Raises:
             StoreError: there is no ledger.
-            CorruptStoreError: a line is not what was written, or does not follow from the one before.
+            CorruptStoreError: a line is not what was written, or does not follow from the one
+                before.
         """
         chain = self.chain()
         if chain.damage is not None:
@@ -145,7 +150,8 @@ class Ledger:
             news: kind and facts (JSON values) of each.
 
         Raises:
-            StoreError: the ledger cannot be written, another process keeps it, or an entry is longer than 64 MiB.
+            StoreError: the ledger cannot be written, another process keeps it, or an entry is
+                longer than 64 MiB.
             CorruptStoreError: the last entry that is there is not what was written.
         """
         with ledger_lock(self.root):
@@ -164,8 +170,8 @@ class Ledger:
                     fsync_folder(self.root)
         except OSError as error:
             raise StoreError(
-                f"{self.path} cannot be written ({error}). HINT: check the permissions and the free space of its folder; the "
-                "entries that are there are intact."
+                f"{self.path} cannot be written ({error}). HINT: check the permissions and the "
+                "free space of its folder; the entries that are there are intact."
             ) from error
 
     def _add(self, descriptor: int, news: Sequence[tuple[Kind, dict[str, Any]]]) -> list[Entry]:
@@ -177,8 +183,9 @@ class Ledger:
         lines = [entry.line() for entry in entries]
         if longest := [line for line in lines if len(line) > LONGEST_LINE]:
             raise StoreError(
-                f"{self.path}: an entry of {len(longest[0])} bytes, expected at most {LONGEST_LINE}. HINT: forget fewer samples "
-                "at a time; keep large values out of hyperparameters."
+                f"{self.path}: an entry of {len(longest[0])} bytes, expected at most "
+                f"{LONGEST_LINE}. HINT: forget fewer samples at a time; keep large values out of "
+                "hyperparameters."
             )
         # What a kill cut off goes; a line that lacks nothing but its end gets it.
         os.ftruncate(descriptor, end)
@@ -217,7 +224,8 @@ def _write(descriptor: int, content: bytes) -> None:
 
 
 def _last_entry(descriptor: int, path: Path) -> tuple[Entry | None, int, bool]:
-    """The last entry, where it ends, and whether it lacks the end of its line. Only the end of the file is read."""
+    """The last entry, where it ends, and whether it lacks the end of its line. Only the end of the
+    file is read."""
     size = os.fstat(descriptor).st_size
     tail = b""
     while len(tail) < size and tail.count(b"\n") < 2:
@@ -276,11 +284,13 @@ def _parse(line: bytes) -> Entry:
 
 
 def _following(entry: Entry, last: Entry | None) -> Entry:
-    """``entry``, which must be the one after ``last``, the first where that is None. Raises a ValueError."""
+    """``entry``, which must be the one after ``last``, the first where that is None. Raises a
+    ValueError."""
     expected = (0, NOTHING) if last is None else (last.sequence + 1, last.sha256)
     if (entry.sequence, entry.previous) != expected:
         raise ValueError(
-            "does not follow from the entry before: entries were removed, added or put in another order"
+            "does not follow from the entry before: entries were removed, added or put in another "
+            "order"
         )
     return entry
 
@@ -311,6 +321,6 @@ def _begins_with_json(text: bytes) -> bool:
 
 def _corrupt(path: Path, problem: str) -> CorruptStoreError:
     return CorruptStoreError(
-        f"{path}: {problem}. HINT: the ledger was damaged or edited after it was written; restore it from a copy "
-        "(`ctrak verify` names all that differs)."
+        f"{path}: {problem}. HINT: the ledger was damaged or edited after it was written; restore "
+        "it from a copy (`ctrak verify` names all that differs)."
     )

@@ -27,8 +27,10 @@ def parent_facts(path: str | Path, child: Path, parameters: Mapping[str, Tensor]
         parameters: all of the child's, by name, before it trains.
 
     Returns:
-        The parent's ``path`` as given and ``relative`` to the child's store, ``run_id``, ``entries``, ``head`` (the hash of its ledger's last entry), the ``step`` of its last
-        checkpoint, and ``weights``: ``"equal"`` or ``"different"`` to that checkpoint's, or ``"not comparable"`` where it stored
+        The parent's ``path`` as given and ``relative`` to the child's store, ``run_id``,
+        ``entries``, ``head`` (the hash of its ledger's last entry), the ``step`` of its last
+        checkpoint, and ``weights``: ``"equal"`` or ``"different"`` to that checkpoint's, or ``"not
+            comparable"`` where it stored
         none or the child lacks a parameter of that name.
 
     Raises:
@@ -37,7 +39,9 @@ def parent_facts(path: str | Path, child: Path, parameters: Mapping[str, Tensor]
     entries = Ledger(path).entries()
     history = replay(entries)
     if not entries or history.run_id is None:
-        raise StoreError(f"{path}: its ledger has no run. HINT: name the store of a run that was recorded.")
+        raise StoreError(
+            f"{path}: its ledger has no run. HINT: name the store of a run that was recorded."
+        )
     step = max(history.checkpoints, default=-1)
     recorded = history.checkpoints[step]["weights"] if history.checkpoints else None
     return {
@@ -75,15 +79,15 @@ class Link:
     entries: list[Entry]
     """Of its ledger; empty where it was not found."""
     weights: str | None
-    """What its own ledger says of the weights that it started with, against its parent's last checkpoint: ``"equal"``,
-    ``"different"`` or ``"not comparable"``; None without a parent."""
+    """What its own ledger says of the weights that it started with, against its parent's last
+    checkpoint: ``"equal"``, ``"different"`` or ``"not comparable"``; None without a parent."""
     problems: list[str]
     """What is missing, or is not what the run that goes on from it has recorded."""
 
 
 def lineage(path: str | Path) -> list[Link]:
-    """The run of a store, its parent's, and so on: as far as the stores can be found, by the path that was recorded, as it was
-    given or relative to the child's store.
+    """The run of a store, its parent's, and so on: as far as the stores can be found, by the path
+    that was recorded, as it was given or relative to the child's store.
 
     Raises:
         StoreError: the store has no ledger.
@@ -96,7 +100,9 @@ def lineage(path: str | Path) -> list[Link]:
         link = _followed(found[-1].path, parent)
         looped = any(link.entries and known.run_id == link.run_id for known in found)
         found.append(
-            replace(link, entries=[], problems=["is a run that comes before: a circle"]) if looped else link
+            replace(link, entries=[], problems=["is a run that comes before: a circle"])
+            if looped
+            else link
         )
     return found
 
@@ -115,7 +121,9 @@ def _followed(child: Path, parent: dict[str, Any]) -> Link:
         return replace(missing, path=root, problems=[str(error)])
     if link.run_id != run_id:
         return replace(
-            missing, path=root, problems=[f"the store that is there is of another run, {link.run_id}"]
+            missing,
+            path=root,
+            problems=[f"the store that is there is of another run, {link.run_id}"],
         )
     if len(entries) < count:
         link.problems.append(

@@ -55,7 +55,8 @@ class QueryLog:
             dampings: as used for each.
             methods: by which each was asked.
             steps: of the checkpoints.
-            samples: whether an answer has all of them, in the order of the sample table, or the best, in that of the ranking.
+            samples: whether an answer has all of them, in the order of the sample table, or the
+                best, in that of the ranking.
 
         Warns:
             LedgerWarning: they cannot be recorded (once; the folder is read-only, say).
@@ -85,8 +86,8 @@ class QueryLog:
     def _warn(self, error: StoreError) -> None:
         if not self._has_warned:
             warnings.warn(
-                f"Questions are not recorded: {error} The answers are not affected. HINT: Attributor(..., record=False) asks "
-                "without recording.",
+                f"Questions are not recorded: {error} The answers are not affected. HINT: "
+                "Attributor(..., record=False) asks without recording.",
                 LedgerWarning,
                 stacklevel=5,
             )
@@ -94,15 +95,19 @@ class QueryLog:
 
 
 def _salted_images(concept: dict[str, Any], salt: bytes) -> dict[str, Any]:
-    """A question may be about a sample's own picture, which the ledger must not remember once the sample is forgotten."""
-    given = {name: concept[name] for name in ("image", "mask") if isinstance(concept.get(name), dict)}
+    """A question may be about a sample's own picture, which the ledger must not remember once the
+    sample is forgotten."""
+    given = {
+        name: concept[name] for name in ("image", "mask") if isinstance(concept.get(name), dict)
+    }
     return concept | {
         name: value | {"sha256": salted(value["sha256"], salt)} for name, value in given.items()
     }
 
 
 def result_digest(sample_ids: Sequence[str], scores: Sequence[float]) -> str:
-    """sha256 (hex) of an answer: the ids, each ended by NUL, then the scores as little-endian float32."""
+    """sha256 (hex) of an answer: the ids, each ended by NUL, then the scores as little-endian
+    float32."""
     found = hashlib.sha256("".join(f"{sample_id}\0" for sample_id in sample_ids).encode())
     found.update(np.asarray(scores, dtype="<f4").tobytes())
     return found.hexdigest()

@@ -29,7 +29,8 @@ from ctrak_lightning.traces.schema import COMMITMENTS, Manifest, edition_name
 
 
 def record_run(root: str | Path, facts: dict[str, Any], *, resumed: bool) -> list[Entry]:
-    """The entry of a run that begins or is resumed, and whatever else the ledger lacks; see :func:`sync`.
+    """The entry of a run that begins or is resumed, and whatever else the ledger lacks; see
+    :func:`sync`.
 
     Args:
         root: folder of the store.
@@ -42,8 +43,9 @@ def record_run(root: str | Path, facts: dict[str, Any], *, resumed: bool) -> lis
 
 
 def sync(root: str | Path) -> list[Entry]:
-    """Records what the store has and its ledger, if it has one, does not: the dataset, a forgetting that was interrupted before its tombstone,
-    and checkpoints that were sealed, or removed because training resumed from before them.
+    """Records what the store has and its ledger, if it has one, does not: the dataset, a forgetting
+    that was interrupted before its tombstone, and checkpoints that were sealed, or removed because
+    training resumed from before them.
 
     Returns:
         The entries that were added.
@@ -66,7 +68,8 @@ def complete(root: Path, manifest: Manifest) -> list[Entry]:
 
 
 def remove_old_commitments(root: Path, manifest: Manifest) -> None:
-    """Once the ledger has its tombstone: the earlier editions' files hold the salts of samples that were forgotten.
+    """Once the ledger has its tombstone: the earlier editions' files hold the salts of samples that
+    were forgotten.
 
     Raises:
         StoreError: they cannot be deleted.
@@ -78,18 +81,20 @@ def remove_old_commitments(root: Path, manifest: Manifest) -> None:
                 entry.unlink()
     except OSError as error:
         raise StoreError(
-            f"{root}: what was forgotten is in files that cannot be deleted ({error}). HINT: check the permissions and run "
-            "`ctrak forget` again, without naming samples."
+            f"{root}: what was forgotten is in files that cannot be deleted ({error}). HINT: check "
+            "the permissions and run `ctrak forget` again, without naming samples."
         ) from error
 
 
 def require_agreement(root: Path, manifest: Manifest, history: History) -> None:
-    """Raises a CorruptStoreError where the store is not what the ledger says of it: recording on would hide that."""
+    """Raises a CorruptStoreError where the store is not what the ledger says of it: recording on
+    would hide that."""
     salt = None if history.dataset is None else edition_salt(root, history.edition)
     if found := disagreements(manifest, history, salt):
         raise CorruptStoreError(
-            f"{root} is not what its ledger says: {'; '.join(found[:3])}. HINT: `ctrak verify` names all that differs. A run "
-            "without ProvenanceRecorder that captured a checkpoint again does this too; discard the checkpoint then."
+            f"{root} is not what its ledger says: {'; '.join(found[:3])}. HINT: `ctrak verify` "
+            "names all that differs. A run without ProvenanceRecorder that captured a checkpoint "
+            "again does this too; discard the checkpoint then."
         )
 
 

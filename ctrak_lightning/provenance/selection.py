@@ -27,23 +27,27 @@ def positions_of(table: SampleTable, sample_ids: Sequence[str], root: Path) -> l
     where = {sample_id: i for i, sample_id in enumerate(table.sample_ids)}
     if unknown := [sample_id for sample_id in wanted if sample_id not in where]:
         raise StoreError(
-            f"{root} has no sample {', '.join(_short(name) for name in unknown[:_SHOWN])}"
-            f"{f' and {len(unknown) - _SHOWN} more' if len(unknown) > _SHOWN else ''}; nothing was forgotten. "
-            f"{_near(unknown[0], table.sample_ids)}HINT: ids are those of the data set, as Attribution.top() names them; a sample "
-            "that was forgotten before is unknown too."
+            f"{root} has no sample "
+            f"{', '.join(_short(name) for name in unknown[:_SHOWN])}{f' and {len(unknown) - _SHOWN} more' if len(unknown) > _SHOWN else ''}; "
+            f"nothing was forgotten. {_near(unknown[0], table.sample_ids)}HINT: ids are those of "
+            "the data set, as Attribution.top() names them; a sample that was forgotten before is "
+            "unknown too."
         )
     if len(wanted) == len(table):
         raise StoreError(
-            f"{root}: these are all of its {len(table)} samples, and a store of none says nothing. HINT: delete the folder."
+            f"{root}: these are all of its {len(table)} samples, and a store of none says nothing. "
+            "HINT: delete the folder."
         )
     return sorted(where[sample_id] for sample_id in wanted)
 
 
 def ids_where(table: SampleTable, conditions: Sequence[str]) -> list[str]:
-    """The ids of the samples that meet all of ``conditions``, each ``column=value``, in the order of the table.
+    """The ids of the samples that meet all of ``conditions``, each ``column=value``, in the order
+    of the table.
 
     Raises:
-        StoreError: a condition is of no column, or no sample meets it, or not all of them; says which columns and values there are.
+        StoreError: a condition is of no column, or no sample meets it, or not all of them; says
+            which columns and values there are.
 
     Example:
         >>> table = SampleTable(["a", "b"], ["", ""], {"owner": ["anna", "bo"]})
@@ -53,10 +57,12 @@ def ids_where(table: SampleTable, conditions: Sequence[str]) -> list[str]:
     each = {condition: _meeting(table, condition) for condition in conditions}
     found = set(range(len(table))).intersection(*each.values())
     if not found:
-        counts = ", ".join(f"{len(places)} have {_short(condition)}" for condition, places in each.items())
+        counts = ", ".join(
+            f"{len(places)} have {_short(condition)}" for condition, places in each.items()
+        )
         raise StoreError(
-            f"--where: no sample meets all of the conditions ({counts}); nothing was forgotten. HINT: all must hold; forget in two steps "
-            "what meets one or the other."
+            f"--where: no sample meets all of the conditions ({counts}); nothing was forgotten. "
+            "HINT: all must hold; forget in two steps what meets one or the other."
         )
     return [table.sample_ids[i] for i in sorted(found)]
 
@@ -72,11 +78,14 @@ def read_ids(path: str | Path) -> list[str]:
         lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise StoreError(
-            f"--ids-from {path}: cannot be read ({error}). HINT: a file of UTF-8 text, one id a line."
+            f"--ids-from {path}: cannot be read ({error}). HINT: a file of UTF-8 text, one id a "
+            "line."
         ) from error
     found = [line for line in (line.removesuffix("\r") for line in lines) if line]
     if not found:
-        raise StoreError(f"--ids-from {path}: has no id; nothing was forgotten. HINT: one id a line.")
+        raise StoreError(
+            f"--ids-from {path}: has no id; nothing was forgotten. HINT: one id a line."
+        )
     return found
 
 
@@ -85,16 +94,18 @@ def _meeting(table: SampleTable, condition: str) -> set[int]:
     if not named:
         known = ", ".join(map(repr, sorted(table.metadata))) or "none"
         raise StoreError(
-            f"--where {_short(condition)}: no such metadata column; nothing was forgotten. The store has: {known}. HINT: --where "
-            "owner=anna, of the column and the value as they were traced."
+            f"--where {_short(condition)}: no such metadata column; nothing was forgotten. The "
+            f"store has: {known}. HINT: --where owner=anna, of the column and the value as they "
+            "were traced."
         )
     column = max(named, key=len)  # a column's name may have a "=" in it
     value = condition[len(column) + 1 :]
     places = {i for i, given in enumerate(table.metadata[column]) if given == value}
     if not places:
         raise StoreError(
-            f"--where {_short(condition)}: no sample has that value; nothing was forgotten. {_near(value, set(table.metadata[column]))}"
-            f"The values of {column!r}: {_listed(table.metadata[column])}."
+            f"--where {_short(condition)}: no sample has that value; nothing was forgotten. "
+            f"{_near(value, set(table.metadata[column]))}The values of {column!r}: "
+            f"{_listed(table.metadata[column])}."
         )
     return places
 

@@ -1,4 +1,5 @@
-"""An Ed25519 signature of a ledger's head: what no one without the key can make for another ledger."""
+"""An Ed25519 signature of a ledger's head: what no one without the key can make for another
+ledger."""
 
 from __future__ import annotations
 
@@ -26,20 +27,23 @@ _KEYS = {"algorithm", "entries", "head", "public_key", "run_id", "time", "signat
 def sign(path: str | Path, key: str | Path) -> dict[str, Any]:
     """Signs the ledger of a store as it is now, in place of an earlier signature.
 
-    The signature covers how many entries there are, the hash of the last one, and with that all of them. Questions may be added
-    later, uncovered; after anything else the store has to be signed again. Run :func:`~ctrak_lightning.provenance.verify` first:
-    a signature vouches for what it finds.
+    The signature covers how many entries there are, the hash of the last one, and with that all of
+    them. Questions may be added later, uncovered; after anything else the store has to be signed
+    again. Run :func:`~ctrak_lightning.provenance.verify` first: a signature vouches for what it
+    finds.
 
     Args:
         path: folder of the store.
-        key: PEM file of an Ed25519 private key, without a password (``openssl genpkey -algorithm ed25519``).
+        key: PEM file of an Ed25519 private key, without a password (``openssl genpkey -algorithm
+            ed25519``).
 
     Returns:
         What was written to ``ledger.signature.json``.
 
     Raises:
         StoreLockedError: a run writes to the store, or a `ctrak forget`.
-        StoreError: there is no ledger or it is empty, the key cannot be used, or the ``sign`` extra is not installed.
+        StoreError: there is no ledger or it is empty, the key cannot be used, or the ``sign`` extra
+            is not installed.
         CorruptStoreError: the chain is damaged.
     """
     root = Path(path)
@@ -49,7 +53,9 @@ def sign(path: str | Path, key: str | Path) -> dict[str, Any]:
     with hold_for(root, "signs its ledger") as lock:
         entries = ledger.entries()
         if not entries:
-            raise StoreError(f"{root / LEDGER} has no entry. HINT: sign once a run has been recorded.")
+            raise StoreError(
+                f"{root / LEDGER} has no entry. HINT: sign once a run has been recorded."
+            )
         signed = {
             "algorithm": "Ed25519",
             "entries": len(entries),
@@ -60,39 +66,52 @@ def sign(path: str | Path, key: str | Path) -> dict[str, Any]:
         }
         document = signed | {"signature": private.sign(canonical(signed)).hex()}
         lock.require()
-        write_atomically(root / LEDGER_SIGNATURE, lambda file: _write(file, canonical(document) + b"\n"))
+        write_atomically(
+            root / LEDGER_SIGNATURE, lambda file: _write(file, canonical(document) + b"\n")
+        )
     return document
 
 
 def signature_problems(
     root: Path, entries: Sequence[Entry], public_key: str | Path | None = None
 ) -> list[str]:
-    """What is wrong with the signature of a ledger, one line each; nothing where it is not signed and no key is asked for.
+    """What is wrong with the signature of a ledger, one line each; nothing where it is not signed
+    and no key is asked for.
 
     Args:
         root: folder of the store.
         entries: of its ledger.
-        public_key: PEM file of the key that must have signed, everything but the questions asked since. Without it a signature
-            only shows that whoever signed had the key that stands beside it.
+        public_key: PEM file of the key that must have signed, everything but the questions asked
+            since. Without it a signature only shows that whoever signed had the key that stands
+            beside it.
 
     Raises:
         StoreError: ``public_key`` cannot be used, or the ``sign`` extra is not installed.
     """
-    expected = None if public_key is None else _public_key(Path(public_key)).public_bytes_raw().hex()
+    expected = (
+        None if public_key is None else _public_key(Path(public_key)).public_bytes_raw().hex()
+    )
     document = read_signature(root)
     if document is None:
-        return [] if expected is None else [f"{LEDGER_SIGNATURE}: is missing, the ledger is not signed"]
+        return (
+            []
+            if expected is None
+            else [f"{LEDGER_SIGNATURE}: is missing, the ledger is not signed"]
+        )
     if "problem" in document:
         return [f"{LEDGER_SIGNATURE}: {document['problem']}"]
     problems = []
     if expected is not None and document["public_key"] != expected:
-        problems.append(f"{LEDGER_SIGNATURE}: is signed with another key ({document['public_key']})")
+        problems.append(
+            f"{LEDGER_SIGNATURE}: is signed with another key ({document['public_key']})"
+        )
     if not _is_valid(document):
         problems.append(f"{LEDGER_SIGNATURE}: the signature is not of these facts")
     count = document["entries"]
     if len(entries) < count:
         problems.append(
-            f"{LEDGER}: has {len(entries)} sound entries, {count} were signed: entries were removed or damaged"
+            f"{LEDGER}: has {len(entries)} sound entries, {count} were signed: entries were "
+            "removed or damaged"
         )
     elif entries[count - 1].sha256 != document["head"]:
         problems.append(f"{LEDGER}: entry {count - 1} is not the one that was signed")
@@ -102,17 +121,20 @@ def signature_problems(
 
 
 def _unsigned(later: Sequence[Entry]) -> list[str]:
-    """Questions change nothing of what is asked; whatever else came after the signature, anybody can have written."""
+    """Questions change nothing of what is asked; whatever else came after the signature, anybody
+    can have written."""
     return [
-        f"{LEDGER}: entry {entry.sequence} ({entry.kind}) came after the signature, which does not vouch for it. HINT: hold the "
-        "store against what you know to have happened since, then sign again"
+        f"{LEDGER}: entry {entry.sequence} ({entry.kind}) came after the signature, which does not "
+        "vouch for it. HINT: hold the store against what you know to have happened since, then "
+        "sign again"
         for entry in later
         if entry.kind != "query"
     ]
 
 
 def read_signature(root: Path) -> dict[str, Any] | None:
-    """What stands in the signature file, not checked but for its form; ``{"problem": ...}`` where that is wrong, None without."""
+    """What stands in the signature file, not checked but for its form; ``{"problem": ...}`` where
+    that is wrong, None without."""
     path = root / LEDGER_SIGNATURE
     if not is_there(path):
         return None
@@ -182,7 +204,8 @@ def _unusable(path: Path, kind: str, why: object) -> StoreError:
     if kind == "public":
         make = "openssl pkey -in key.pem -pubout -out public.pem"
     return StoreError(
-        f"{path} is no Ed25519 {kind} key that can be used ({why}). Expected a PEM file without a password. HINT: {make}"
+        f"{path} is no Ed25519 {kind} key that can be used ({why}). Expected a PEM file without a "
+        f"password. HINT: {make}"
     )
 
 
@@ -191,7 +214,8 @@ def _ed25519() -> Any:
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError as error:
         raise StoreError(
-            "Signatures need the package `cryptography`, which is not installed. HINT: pip install 'ctrak-lightning[sign]'"
+            "Signatures need the package `cryptography`, which is not installed. HINT: pip "
+            "install 'ctrak-lightning[sign]'"
         ) from error
     return ed25519
 

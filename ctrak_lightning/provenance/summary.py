@@ -11,7 +11,8 @@ from ctrak_lightning.traces import TraceStore
 
 
 def block(store: TraceStore) -> dict[str, str]:
-    """What a store's ledger says of where its traces come from, as labels and texts in the order in which to show them.
+    """What a store's ledger says of where its traces come from, as labels and texts in the order in
+    which to show them.
 
     Nothing is recomputed: :func:`~ctrak_lightning.provenance.verify` does that.
 
@@ -25,9 +26,13 @@ def block(store: TraceStore) -> dict[str, str]:
     history = replay(entries)
     found = {"Run": history.run_id or store.run_id} | _run(history)
     if history.dataset is not None:
-        found["Samples"] = f"{history.dataset['size']} in the store, {len(history.tombstones)} forgotten"
+        found["Samples"] = (
+            f"{history.dataset['size']} in the store, {len(history.tombstones)} forgotten"
+        )
         found["Dataset digest"] = str(history.dataset["commitments"]["root"])
-    found["Checkpoints"] = ", ".join(f"step {step}" for step in sorted(history.checkpoints)) or "none"
+    found["Checkpoints"] = (
+        ", ".join(f"step {step}" for step in sorted(history.checkpoints)) or "none"
+    )
     found["Questions recorded"] = str(len(history.queries))
     found["Ledger"] = f"{len(entries)} entries"
     found["Ledger head"] = entries[-1].sha256 if entries else "none"
@@ -47,8 +52,12 @@ def _run(history: History) -> dict[str, str]:
     found["Base model, frozen weights"] = str(base["frozen"])
     found["Base model, trained weights at the start"] = str(base["trained"])
     if parent is not None:
-        found["Parent run"] = f"{parent['run_id']}, weights {parent['weights']} to its last checkpoint's"
-    found["Code"] = ", ".join(f"{name} {version}" for name, version in sorted(code["packages"].items()))
+        found["Parent run"] = (
+            f"{parent['run_id']}, weights {parent['weights']} to its last checkpoint's"
+        )
+    found["Code"] = ", ".join(
+        f"{name} {version}" for name, version in sorted(code["packages"].items())
+    )
     found["Commit"] = _commit(code["git"])
     return found
 
@@ -73,4 +82,7 @@ def _signature(ledger: Ledger, entries: int) -> str:
         return f"damaged: {document['problem']}"
     later = entries - document["entries"]
     since = f", {later} later ones not" if later > 0 else ""
-    return f"the first {document['entries']} entries{since}, by {document['public_key']} (not checked here)"
+    return (
+        f"the first {document['entries']} entries{since}, by {document['public_key']} (not "
+        "checked here)"
+    )

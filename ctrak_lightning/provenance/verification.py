@@ -46,17 +46,21 @@ _GRAM_TOLERANCE = 1e-5
 """Of the largest eigenvalue: eigenvectors are stored in float32."""
 
 
-def verify(path: str | Path, *, deep: bool = False, public_key: str | Path | None = None) -> list[str]:
-    """Holds every byte of a store against its manifest and its ledger, and the parts of the store against each other.
+def verify(
+    path: str | Path, *, deep: bool = False, public_key: str | Path | None = None
+) -> list[str]:
+    """Holds every byte of a store against its manifest and its ledger, and the parts of the store
+    against each other.
 
-    Reads only. What this proves, and what it cannot, is in ``docs/ledger.md``: without a signature, or a head hash that was
-    noted elsewhere, somebody who can write the folder can write a whole new ledger, or take away its last entries.
+    Reads only. What this proves, and what it cannot, is in ``docs/ledger.md``: without a signature,
+    or a head hash that was noted elsewhere, somebody who can write the folder can write a whole new
+    ledger, or take away its last entries.
 
     Args:
         path: folder of the store.
         deep: also compute the kernels anew from the shards, which takes as long as sealing did.
-        public_key: PEM file of the Ed25519 key that the ledger must be signed with: all of its entries but the questions after the
-            last of the others.
+        public_key: PEM file of the Ed25519 key that the ledger must be signed with: all of its
+            entries but the questions after the last of the others.
 
     Returns:
         One line per problem, which names the file; empty when all is well.
@@ -69,7 +73,8 @@ def verify(path: str | Path, *, deep: bool = False, public_key: str | Path | Non
         read_text(root / MANIFEST)
     chain, unread = _readable_chain(ledger)
     history, found = _checked_history(root, chain)
-    # Versions that wrote an earlier schema salted no edition, and every later one writes the manifest anew.
+    # Versions that wrote an earlier schema salted no edition, and every later one writes the
+    # manifest anew.
     manifest, problems = _checked_manifest(
         root, (SCHEMA_VERSION,) if _salt(root, history) else READABLE_SCHEMAS
     )
@@ -128,16 +133,19 @@ def _checked_history(root: Path, chain: Chain | None) -> tuple[History, list[str
         left = sorted(entry.name for entry in root.iterdir() if is_commitments(entry.name))
         if left and not is_there(root / LEDGER):
             problems.append(
-                f"{LEDGER}: is missing, and {left[0]}, which belongs to it, is there: it was deleted"
+                f"{LEDGER}: is missing, and {left[0]}, which belongs to it, is there: it was "
+                "deleted"
             )
         return History(), problems
     if chain.torn:
         problems.append(
-            f"{LEDGER}: ends with {len(chain.torn)} bytes of an entry whose writing was cut off; the next entry takes their place"
+            f"{LEDGER}: ends with {len(chain.torn)} bytes of an entry whose writing was cut off; "
+            "the next entry takes their place"
         )
     if chain.damage is not None:
         problems.append(
-            f"{LEDGER}: entry {len(chain.entries)} {chain.damage}; what comes after it proves nothing"
+            f"{LEDGER}: entry {len(chain.entries)} {chain.damage}; what comes after it proves "
+            "nothing"
         )
     elif not chain.entries:
         problems.append(f"{LEDGER}: has no entry")
@@ -154,7 +162,9 @@ def _files_of_ledger(root: Path, history: History) -> list[str]:
     for name, known in sorted(history.files().items()):
         try:
             found = sha256_of(root / name)
-            if known.sha256 != (found if is_commitments(name) or salt is None else salted(found, salt)):
+            if known.sha256 != (
+                found if is_commitments(name) or salt is None else salted(found, salt)
+            ):
                 problems.append(f"{name}: is not the file that the ledger records")
         except OSError as error:
             problems.append(f"{name}: cannot be read ({error})")
@@ -184,11 +194,12 @@ def _against_ledger(root: Path, manifest: Manifest, history: History) -> list[st
     if is_pending(manifest, history):
         return [
             *problems,
-            f"{LEDGER}: samples were forgotten and there is no entry of it: it was interrupted. HINT: `ctrak forget` without "
-            "any samples completes it",
+            f"{LEDGER}: samples were forgotten and there is no entry of it: it was interrupted. "
+            "HINT: `ctrak forget` without any samples completes it",
         ]
     problems += [
-        f"{MANIFEST}: checkpoint {record.step} is not in the ledger: the ledger was cut, or a run without ProvenanceRecorder made it"
+        f"{MANIFEST}: checkpoint {record.step} is not in the ledger: the ledger was cut, or a run "
+        "without ProvenanceRecorder made it"
         for record in unrecorded_steps(manifest, history)
     ]
     return problems + [
@@ -225,7 +236,8 @@ def _samples(root: Path, manifest: Manifest, history: History) -> list[str]:
         )
     elif changed := commitments.differing(table):
         problems.append(
-            f"{manifest.samples}: {len(changed)} samples are not those that the ledger records: {named(table, changed)}"
+            f"{manifest.samples}: {len(changed)} samples are not those that the ledger records: "
+            f"{named(table, changed)}"
         )
     return problems
 
@@ -247,7 +259,9 @@ def _checkpoint(
         if record.exposures in manifest.files:
             read_exposures(root / record.exposures, n)
         if record.weights in manifest.files:
-            found = weights_digest(read_weights(root / record.weights, manifest.files[record.weights]))
+            found = weights_digest(
+                read_weights(root / record.weights, manifest.files[record.weights])
+            )
             recorded = history.checkpoints.get(record.step, {"weights": found})["weights"]
             if found != recorded:
                 problems.append(f"{record.weights}: holds other weights than the ledger records")

@@ -22,12 +22,14 @@ _NOT_NEEDED = ("safety_checker", "feature_extractor")
 
 
 def find(module: Any, path: str, part: str | None = None) -> Any:
-    """What an attribute path such as ``"model.unet"`` leads to from a module, or a key and attributes from a mapping.
+    """What an attribute path such as ``"model.unet"`` leads to from a module, or a key and
+    attributes from a mapping.
 
     Args:
         module: where to look.
         path: the names, with dots between them.
-        part: of what it is the name, for the message; None returns None where there is no such attribute.
+        part: of what it is the name, for the message; None returns None where there is no such
+            attribute.
 
     Raises:
         TaskError: there is no such attribute, or it is None; the message lists the nearest names.
@@ -42,8 +44,9 @@ def find(module: Any, path: str, part: str | None = None) -> Any:
             return None
         where = ".".join([type(module).__name__, *path.split(".")[:i]])
         raise TaskError(
-            f"DiffusersTask({part}={path!r}): {where} has no attribute {name!r}, or it is None. {_nearest(name, _names(holder))} "
-            "HINT: give the attribute that holds it, dotted where it is deeper: 'model.unet'."
+            f"DiffusersTask({part}={path!r}): {where} has no attribute {name!r}, or it is None. "
+            f"{_nearest(name, _names(holder))} HINT: give the attribute that holds it, dotted "
+            "where it is deeper: 'model.unet'."
         )
     return found
 
@@ -59,14 +62,19 @@ def family_name(denoiser: Any, parts: Mapping[str, Any]) -> str:
         inner = inner.get_base_model()
     name = type(inner).__name__
     if name == "UNet2DConditionModel":
-        return "StableDiffusionXLPipeline" if "text_encoder_2" in parts else _by_time_embedding(inner)
+        return (
+            "StableDiffusionXLPipeline" if "text_encoder_2" in parts else _by_time_embedding(inner)
+        )
     if name in DENOISERS:
         return DENOISERS[name]
-    told = "Alpha and Sigma cannot be told apart" if name.startswith("PixArt") else "expected one of "
+    told = (
+        "Alpha and Sigma cannot be told apart" if name.startswith("PixArt") else "expected one of "
+    )
     known = "" if name.startswith("PixArt") else ", ".join(["UNet2DConditionModel", *DENOISERS])
     raise TaskError(
-        f"DiffusersTask: the denoiser is {name}: {told}{known}. HINT: pipeline='PixArtSigmaPipeline', say, names the family; a "
-        "network that Fabric, Accelerate or DDP has wrapped is given unwrapped."
+        f"DiffusersTask: the denoiser is {name}: {told}{known}. HINT: "
+        "pipeline='PixArtSigmaPipeline', say, names the family; a network that Fabric, Accelerate "
+        "or DDP has wrapped is given unwrapped."
     )
 
 
@@ -102,12 +110,14 @@ def pipeline_of(kind: type, parts: Mapping[str, Any], *, complete: bool = False)
     """
     accepted = accepted_by(kind)
     unknown = sorted(set(parts) - set(accepted))
-    required = [name for name, parameter in accepted.items() if parameter.default is parameter.empty]
+    required = [
+        name for name, parameter in accepted.items() if parameter.default is parameter.empty
+    ]
     missing = [name for name in required if name not in parts and name not in _NOT_NEEDED]
     if unknown or (missing and complete):
         raise TaskError(
-            f"DiffusersTask, parts of {kind.__name__}: missing {missing}, unknown {unknown}, given {sorted(parts)}. "
-            f"Expected {sorted(set(required) - set(_NOT_NEEDED))}."
+            f"DiffusersTask, parts of {kind.__name__}: missing {missing}, unknown {unknown}, given "
+            f"{sorted(parts)}. Expected {sorted(set(required) - set(_NOT_NEEDED))}."
         )
     given = dict.fromkeys(required) | dict(parts)
     # Some pipelines change the configuration of an outdated scheduler, with a warning.
@@ -120,8 +130,8 @@ def pipeline_of(kind: type, parts: Mapping[str, Any], *, complete: bool = False)
             return kind(**given)
         except (AttributeError, TypeError, ValueError) as error:
             raise TaskError(
-                f"DiffusersTask, parts of {kind.__name__}: {_classes(parts)} do not make one: {error}. HINT: is each attribute "
-                "the part that its name says?"
+                f"DiffusersTask, parts of {kind.__name__}: {_classes(parts)} do not make one: "
+                f"{error}. HINT: is each attribute the part that its name says?"
             ) from error
 
 
@@ -137,7 +147,11 @@ def _classes(parts: Mapping[str, Any]) -> str:
 def _names(holder: Any) -> list[str]:
     if isinstance(holder, Mapping):
         return list(map(str, holder))
-    own = [name for name in vars(holder) if not name.startswith("_")] if hasattr(holder, "__dict__") else []
+    own = (
+        [name for name in vars(holder) if not name.startswith("_")]
+        if hasattr(holder, "__dict__")
+        else []
+    )
     inner = [name for name, _ in holder.named_children()] if isinstance(holder, nn.Module) else []
     return sorted({*own, *inner} - {"training"})
 

@@ -13,8 +13,8 @@ from ctrak_lightning.task.unconditional import UnconditionalTask
 
 
 class ClassTask(PipelineTask):
-    """A pipeline whose condition is a class. A batch has ``class``: label numbers [B], or B names; a concept is
-    ``{"class": "cat"}``, by name or number.
+    """A pipeline whose condition is a class. A batch has ``class``: label numbers [B], or B names;
+    a concept is ``{"class": "cat"}``, by name or number.
 
     Args:
         pipeline, resolution, batch: as of :class:`PipelineTask`.
@@ -35,8 +35,14 @@ class ClassTask(PipelineTask):
         super().__init__(pipeline, **options)
         count = self.label_count()
         if classes is not None and len(classes) > count:
-            raise TaskError(f"{type(self).__name__}(classes={len(classes)} names): the network has {count}.")
-        named = getattr(pipeline, "labels", {}) if classes is None else {n: i for i, n in enumerate(classes)}
+            raise TaskError(
+                f"{type(self).__name__}(classes={len(classes)} names): the network has {count}."
+            )
+        named = (
+            getattr(pipeline, "labels", {})
+            if classes is None
+            else {n: i for i, n in enumerate(classes)}
+        )
         self.class_ids: dict[str, int] = {str(i): i for i in range(count)} | dict(named)
         self.null_class = null_class
 
@@ -50,25 +56,32 @@ class ClassTask(PipelineTask):
 
     def batch_condition(self, batch: Batch) -> Condition:
         column = self.column(batch, "class")
-        labels = column if isinstance(column, Tensor) else torch.tensor([self._label(str(c)) for c in column])
+        labels = (
+            column
+            if isinstance(column, Tensor)
+            else torch.tensor([self._label(str(c)) for c in column])
+        )
         return {"class_labels": labels.to(self.device).long()}
 
     def condition(self, spec: Spec, n: int) -> Condition:
         """The condition of a class, or of none for ``{}``, ``n`` times.
 
         Raises:
-            ConceptError: the spec is a prompt, names another attribute or an unknown class, or there is no label for no class.
+            ConceptError: the spec is a prompt, names another attribute or an unknown class, or
+                there is no label for no class.
         """
         if isinstance(spec, str) or set(spec) - {"class"}:
             given = spec if isinstance(spec, str) else dict(spec)
             raise ConceptError(
-                f"{type(self).__name__}.condition({given!r}): expected {{'class': name}}, or {{}} for none."
+                f"{type(self).__name__}.condition({given!r}): expected {{'class': name}}, or {{}} "
+                "for none."
             )
         label = self._label(spec["class"]) if spec else self.null_class
         if label is None:
             raise ConceptError(
-                f"{type(self).__name__}.condition({{}}): the model has no label for no class. HINT: name another class as the "
-                "absent side and use Sampler(guidance=1.0); or, if it was trained with one, null_class=..."
+                f"{type(self).__name__}.condition({{}}): the model has no label for no class. "
+                "HINT: name another class as the absent side and use Sampler(guidance=1.0); or, "
+                "if it was trained with one, null_class=..."
             )
         return {"class_labels": torch.full((n,), label, device=self.device)}
 
@@ -76,14 +89,16 @@ class ClassTask(PipelineTask):
         if name not in self.class_ids:
             shown = ", ".join(list(self.class_ids)[:20])
             raise ConceptError(
-                f"{type(self).__name__}: unknown class {name!r}. Known: {shown}{', ...' if len(self.class_ids) > 20 else ''}."
+                f"{type(self).__name__}: unknown class {name!r}. Known: "
+                f"{shown}{', ...' if len(self.class_ids) > 20 else ''}."
             )
         return self.class_ids[name]
 
 
 class ClassUNetTask(ClassTask, UnconditionalTask):
-    """``DDPMPipeline`` or ``DDIMPipeline`` of a ``UNet2DModel`` with ``num_class_embeds``. (The pipelines themselves cannot give
-    it a class; our sampler does.) Arguments: :class:`ClassTask`."""
+    """``DDPMPipeline`` or ``DDIMPipeline`` of a ``UNet2DModel`` with ``num_class_embeds``. (The
+    pipelines themselves cannot give it a class; our sampler does.) Arguments:
+    :class:`ClassTask`."""
 
     def label_count(self) -> int:
         return int(self.denoiser.config.num_class_embeds)

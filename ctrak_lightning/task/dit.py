@@ -10,8 +10,8 @@ from ctrak_lightning.task.protocol import Condition
 
 
 class DiTTask(ClassTask):
-    """``DiTPipeline``. The null class is the label after the last; of a network that predicts variances too, only the noise
-    is taken. Arguments: :class:`ClassTask`."""
+    """``DiTPipeline``. The null class is the label after the last; of a network that predicts
+    variances too, only the noise is taken. Arguments: :class:`ClassTask`."""
 
     may_predict_variances: ClassVar[bool] = True
 

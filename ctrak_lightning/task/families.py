@@ -39,6 +39,7 @@ def family_of(pipeline: Any) -> type[PipelineTask]:
                 return ClassUNetTask
             return family
     raise TaskError(
-        f"DiffusersTask.from_pipeline({type(pipeline).__name__}): expected one of {', '.join(FAMILIES)}. HINT: write a "
-        "DiffusionTask for it: denoiser, noise_schedule, encode(batch) and condition(spec, n)."
+        f"DiffusersTask.from_pipeline({type(pipeline).__name__}): expected one of "
+        f"{', '.join(FAMILIES)}. HINT: write a DiffusionTask for it: denoiser, noise_schedule, "
+        "encode(batch) and condition(spec, n)."
     )

@@ -18,14 +18,16 @@ from ctrak_lightning.task.protocol import Condition
 class FluxTask(PromptTask):
     """``FluxPipeline``: flow matching on packed latents, T5 and a pooled CLIP embedding.
 
-    States are unpacked latents [B, C, h, w] everywhere outside :meth:`predict`. The schedule's shift depends on the image's
-    size, so give ``resolution`` where it is not 1024. A sampler's ``guidance`` is classifier-free guidance (the pipeline's
-    ``true_cfg_scale``): ``Sampler(guidance=1.0)`` generates as the pipeline does by default.
+    States are unpacked latents [B, C, h, w] everywhere outside :meth:`predict`. The schedule's
+    shift depends on the image's size, so give ``resolution`` where it is not 1024. A sampler's
+    ``guidance`` is classifier-free guidance (the pipeline's ``true_cfg_scale``):
+    ``Sampler(guidance=1.0)`` generates as the pipeline does by default.
 
     Args:
-        embedded_guidance: the guidance scale that a guidance-distilled network (FLUX.1-dev) is told, in training, tracing and
-            generation alike.
-        pipeline, resolution, batch, negative_prompt, max_sequence_length: as of :class:`PromptTask`.
+        embedded_guidance: the guidance scale that a guidance-distilled network (FLUX.1-dev) is
+            told, in training, tracing and generation alike.
+        pipeline, resolution, batch, negative_prompt, max_sequence_length: as of
+        :class:`PromptTask`.
     """
 
     frozen_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "text_encoder_2")
@@ -40,12 +42,20 @@ class FluxTask(PromptTask):
         height, width = self.resolution
         side = 2 * int(self.pipeline.vae_scale_factor)
         tokens = (height // side) * (width // side)
-        flow = cast(FlowSchedule, NoiseSchedule.from_scheduler(self.pipeline.scheduler, tokens=tokens))
-        # The pipeline brings steps of its own, from 1 to 1 / steps, unless the scheduler's are asked for.
-        return flow if self.pipeline.scheduler.config.get("use_flow_sigmas") else replace(flow, ends=None)
+        flow = cast(
+            FlowSchedule, NoiseSchedule.from_scheduler(self.pipeline.scheduler, tokens=tokens)
+        )
+        # The pipeline brings steps of its own, from 1 to 1 / steps, unless the scheduler's are
+        # asked for.
+        return (
+            flow
+            if self.pipeline.scheduler.config.get("use_flow_sigmas")
+            else replace(flow, ends=None)
+        )
 
     def expected_config(self, pipeline: Any) -> Mapping[str, Collection[Any]]:
-        # Latents are packed, four positions into one; without a VAE the network's own numbers are all that is known.
+        # Latents are packed, four positions into one; without a VAE the network's own numbers are
+        # all that is known.
         packed = 1 if getattr(pipeline, "vae", None) is None else 4
         return {
             name: [packed * channels for channels in allowed]
@@ -79,5 +89,7 @@ class FluxTask(PromptTask):
         states, pooled = embeddings
         condition = {"encoder_hidden_states": states, "pooled_projections": pooled}
         if self.denoiser.config.guidance_embeds:
-            condition["guidance"] = torch.full((len(states),), self.embedded_guidance, device=self.device)
+            condition["guidance"] = torch.full(
+                (len(states),), self.embedded_guidance, device=self.device
+            )
         return condition

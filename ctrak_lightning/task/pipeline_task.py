@@ -24,29 +24,35 @@ class PipelineTask(DiffusionTask, nn.Module):
     """A diffusers pipeline as a DiffusionTask: one subclass per family of pipelines, chosen by
     :class:`~ctrak_lightning.DiffusersTask`.
 
-    It holds the denoiser, the VAE and the text encoders as submodules, so that they move with the module whose attribute ``task``
-    it is, and the store knows their weights. What trains is what you leave trainable in the denoiser; the VAE and text encoders,
-    which diffusers loads trainable, are frozen and stay in evaluation mode.
+    It holds the denoiser, the VAE and the text encoders as submodules, so that they move with the
+    module whose attribute ``task`` it is, and the store knows their weights. What trains is what
+    you leave trainable in the denoiser; the VAE and text encoders, which diffusers loads trainable,
+    are frozen and stay in evaluation mode.
 
-    A batch is a mapping with ``image`` [B, 3, H, W] in [-1, 1] (or ``latents`` [B, C, h, w], encoded before and scaled as the
-    network sees them), ``sample_id`` (B strings) and what the family needs (``caption``, ``class``); a tuple is a mapping with the
-    keys ``"0"``, ``"1"``, ... Its other columns of strings become the samples' metadata.
+    A batch is a mapping with ``image`` [B, 3, H, W] in [-1, 1] (or ``latents`` [B, C, h, w],
+    encoded before and scaled as the network sees them), ``sample_id`` (B strings) and what the
+    family needs (``caption``, ``class``); a tuple is a mapping with the keys ``"0"``, ``"1"``, ...
+    Its other columns of strings become the samples' metadata.
 
     Args:
         pipeline: the pipeline.
-        resolution: height and width of images in pixels, or one number for both; None takes the pipeline's own. It matters
-            where the network or the schedule is told the size.
-        batch: what the dataset's columns are, where they have other names: ``{"pixel_values": "image"}``.
-        borrowed: the parts belong to another module, which decides what is trainable and in which mode: they are left alone.
+        resolution: height and width of images in pixels, or one number for both; None takes the
+            pipeline's own. It matters where the network or the schedule is told the size.
+        batch: what the dataset's columns are, where they have other names: ``{"pixel_values":
+            "image"}``.
+        borrowed: the parts belong to another module, which decides what is trainable and in which
+            mode: they are left alone.
 
     Raises:
-        TaskError: the pipeline lacks a part, or has one that cannot be used; ``batch`` names an unknown column.
+        TaskError: the pipeline lacks a part, or has one that cannot be used; ``batch`` names an
+            unknown column.
     """
 
     denoiser: Any
     denoiser_part: ClassVar[str] = "transformer"
     may_predict_variances: ClassVar[bool] = False
-    """Whether networks of the family may have a second half of outputs, of which nothing is made."""
+    """Whether networks of the family may have a second half of outputs, of which nothing is
+    made."""
     frozen_parts: ClassVar[tuple[str, ...]] = ("vae",)
     optional_parts: ClassVar[tuple[str, ...]] = ()
     fields: ClassVar[tuple[str, ...]] = FIELDS
@@ -86,8 +92,8 @@ class PipelineTask(DiffusionTask, nn.Module):
         return NoiseSchedule.from_scheduler(self.pipeline.scheduler)
 
     def expected_config(self, pipeline: Any) -> Mapping[str, Collection[Any]]:
-        """What entries of the network's configuration may be, for it to take what this family gives it and no more; None may be
-        any."""
+        """What entries of the network's configuration may be, for it to take what this family gives
+        it and no more; None may be any."""
         config = getattr(pipeline, self.denoiser_part).config
         vae = getattr(pipeline, "vae", None)
         parts = (1, 2) if self.may_predict_variances else (1,)
@@ -96,10 +102,14 @@ class PipelineTask(DiffusionTask, nn.Module):
         else:  # latents that were made before: the network alone says how many channels they have
             out = config.get("out_channels") or config.get("in_channels")
             channels = [out // n for n in parts]
-        return {"in_channels": channels, "out_channels": [n * each for each in channels for n in parts]}
+        return {
+            "in_channels": channels,
+            "out_channels": [n * each for each in channels for n in parts],
+        }
 
     def encode(self, batch: Batch) -> Encoded:
-        """A batch as the network sees it; the latents are the mean of the VAE's distribution, not a draw."""
+        """A batch as the network sees it; the latents are the mean of the VAE's distribution, not a
+        draw."""
         return Encoded(
             latents=self._batch_latents(batch),
             condition=self.batch_condition(batch),
@@ -108,7 +118,8 @@ class PipelineTask(DiffusionTask, nn.Module):
         )
 
     def pictures(self, batch: Batch) -> Tensor | None:
-        """The batch's own images [B, 3, H, W] in [0, 1], for thumbnails; None where it holds latents, or images without colour."""
+        """The batch's own images [B, 3, H, W] in [0, 1], for thumbnails; None where it holds
+        latents, or images without colour."""
         if self.has_column(batch, "latents"):
             return None
         images: Tensor = self.column(batch, "image")
@@ -124,7 +135,9 @@ class PipelineTask(DiffusionTask, nn.Module):
         return {
             name: list(values)
             for name, values in as_mapping(batch).items()
-            if name != ids and isinstance(values, (list, tuple)) and all(isinstance(v, str) for v in values)
+            if name != ids
+            and isinstance(values, (list, tuple))
+            and all(isinstance(v, str) for v in values)
         }
 
     def batch_condition(self, batch: Batch) -> Condition:
@@ -132,12 +145,13 @@ class PipelineTask(DiffusionTask, nn.Module):
         raise NotImplementedError
 
     def condition(self, spec: Any, n: int) -> Condition:
-        """The network's keyword arguments for a concept's ``present`` or ``absent``, ``n`` times."""
+        """The network's keyword arguments for a concept's ``present`` or ``absent``, ``n``
+        times."""
         raise NotImplementedError
 
     def loss(self, batch: Batch) -> Tensor:
-        """The training loss [] of a batch: the mean squared error of the network's output, at timesteps drawn uniformly
-        (under the scheduler's shift, if it is a flow's)."""
+        """The training loss [] of a batch: the mean squared error of the network's output, at
+        timesteps drawn uniformly (under the scheduler's shift, if it is a flow's)."""
         encoded = self.encode(batch)
         noise = torch.randn_like(encoded.latents)
         t = self.noise_schedule.random_timesteps(len(noise)).to(noise.device)
@@ -148,15 +162,16 @@ class PipelineTask(DiffusionTask, nn.Module):
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]: ``(z - shift) * scaling`` of the VAE's mean ``z``.
+        """Images [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]: ``(z - shift) * scaling`` of the
+        VAE's mean ``z``.
 
         Raises:
             TaskError: there is no VAE.
         """
         if "vae" not in self.parts:
             raise TaskError(
-                f"{type(self).__name__}: an image cannot be encoded without a VAE. HINT: DiffusersTask(vae='the attribute of the "
-                "module that holds it')."
+                f"{type(self).__name__}: an image cannot be encoded without a VAE. HINT: "
+                "DiffusersTask(vae='the attribute of the module that holds it')."
             )
         vae: Any = self.vae
         with self.in_evaluation("vae"):
@@ -167,7 +182,8 @@ class PipelineTask(DiffusionTask, nn.Module):
 
     @property
     def decode(self) -> Callable[[Tensor], Tensor]:
-        """``decode(latents)``: latents [B, C, h, w] to images [B, 3, H, W] in [0, 1]; without a VAE there is no such attribute."""
+        """``decode(latents)``: latents [B, C, h, w] to images [B, 3, H, W] in [0, 1]; without a VAE
+        there is no such attribute."""
         if "vae" in self.frozen_parts and "vae" not in self.parts:
             raise AttributeError("decode")
         return self._decode
@@ -236,7 +252,8 @@ class PipelineTask(DiffusionTask, nn.Module):
     def _resolution(self, given: int | tuple[int, int] | None) -> tuple[int, int]:
         if given is None:
             size: Any = (
-                getattr(self.pipeline, "default_sample_size", None) or self.denoiser.config.sample_size
+                getattr(self.pipeline, "default_sample_size", None)
+                or self.denoiser.config.sample_size
             )
             height, width = size if isinstance(size, Sequence) else (size, size)
             scale = self._pixels_per_latent()
@@ -261,14 +278,18 @@ class PipelineTask(DiffusionTask, nn.Module):
         unknown = sorted(set(batch.values()) - set(self.fields))
         if unknown:
             raise TaskError(
-                f"{type(self).__name__}(batch={dict(batch)!r}): unknown {unknown}, expected names among {sorted(self.fields)}. "
-                "HINT: the key is the dataset's name, the value ours: {'pixel_values': 'image'}."
+                f"{type(self).__name__}(batch={dict(batch)!r}): unknown {unknown}, expected names "
+                f"among {sorted(self.fields)}. HINT: the key is the dataset's name, the value "
+                "ours: {'pixel_values': 'image'}."
             )
         if len(set(batch.values())) < len(batch):
             raise TaskError(
-                f"{type(self).__name__}(batch={dict(batch)!r}): two columns under one name of ours. HINT: name each once."
+                f"{type(self).__name__}(batch={dict(batch)!r}): two columns under one name of "
+                "ours. HINT: name each once."
             )
-        return {name: name for name in self.fields} | {ours: theirs for theirs, ours in batch.items()}
+        return {name: name for name in self.fields} | {
+            ours: theirs for theirs, ours in batch.items()
+        }
 
     def _check_parts(self, pipeline: Any, columns: Collection[str]) -> None:
         """That the pipeline has what is needed, for batches that have these columns ready made."""
@@ -280,15 +301,18 @@ class PipelineTask(DiffusionTask, nn.Module):
         missing = sorted(name for name in needed if getattr(pipeline, name, None) is None)
         if missing:
             raise TaskError(
-                f"{type(self).__name__}({type(pipeline).__name__}): the pipeline lacks {', '.join(missing)}. HINT: load it with "
-                "all its parts, or give them to DiffusersTask.from_parts; for batches that were encoded before, say so: "
+                f"{type(self).__name__}({type(pipeline).__name__}): the pipeline lacks "
+                f"{', '.join(missing)}. HINT: load it with all its parts, or give them to "
+                "DiffusersTask.from_parts; for batches that were encoded before, say so: "
                 "batch={'my_latents': 'latents', 'my_embeddings': 'prompt_embeds'}."
             )
         vae = getattr(pipeline, "vae", None)
         if vae is not None:
             require_vae(type(self).__name__, vae)
         require_config(
-            type(self).__name__, getattr(pipeline, self.denoiser_part), self.expected_config(pipeline)
+            type(self).__name__,
+            getattr(pipeline, self.denoiser_part),
+            self.expected_config(pipeline),
         )
 
     def _vae_factors(self) -> tuple[float, float]:
@@ -303,17 +327,21 @@ def is_trained(part: nn.Module) -> bool:
 
 def as_mapping(batch: Batch) -> Mapping[str, Any]:
     """A batch as a mapping; a tuple's keys are ``"0"``, ``"1"``, ..."""
-    return batch if isinstance(batch, Mapping) else {str(i): column for i, column in enumerate(batch)}
+    return (
+        batch if isinstance(batch, Mapping) else {str(i): column for i, column in enumerate(batch)}
+    )
 
 
 def check_usable(schedule: Schedule) -> None:
-    """Raises a ValueError for a schedule under which a network says nothing of x0 at some timestep."""
+    """Raises a ValueError for a schedule under which a network says nothing of x0 at some
+    timestep."""
     if not isinstance(schedule, NoiseSchedule) or schedule.prediction_type != "epsilon":
         return
     silent = (schedule.alpha_bar == 0).nonzero().flatten().tolist()
     if silent:
         raise ValueError(
-            f"the schedule has no signal at timestep {silent[0]} (zero terminal SNR), where a network that predicts noise says "
-            "nothing of the image: it cannot be sampled or inverted there. HINT: prediction_type='v_prediction', if the network "
-            "was trained so; else a scheduler without rescale_betas_zero_snr."
+            f"the schedule has no signal at timestep {silent[0]} (zero terminal SNR), where a "
+            "network that predicts noise says nothing of the image: it cannot be sampled or "
+            "inverted there. HINT: prediction_type='v_prediction', if the network was trained so; "
+            "else a scheduler without rescale_betas_zero_snr."
         )

@@ -13,9 +13,10 @@ from ctrak_lightning.task.protocol import Condition
 
 
 class PixArtTask(PromptTask):
-    """``PixArtAlphaPipeline`` and ``PixArtSigmaPipeline``: T5 with its attention mask; of the largest Alpha also the image's size
-    and aspect ratio, which are those of ``resolution``. Of a network that predicts variances too, only the noise is taken.
-    Captions are not cleaned (``clean_caption=False``). Arguments: :class:`PromptTask`."""
+    """``PixArtAlphaPipeline`` and ``PixArtSigmaPipeline``: T5 with its attention mask; of the
+    largest Alpha also the image's size and aspect ratio, which are those of ``resolution``. Of a
+    network that predicts variances too, only the noise is taken. Captions are not cleaned
+    (``clean_caption=False``). Arguments: :class:`PromptTask`."""
 
     frozen_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     may_predict_variances: ClassVar[bool] = True
@@ -35,7 +36,9 @@ class PixArtTask(PromptTask):
             timestep=t,
             encoder_hidden_states=condition["encoder_hidden_states"],
             encoder_attention_mask=condition["encoder_attention_mask"],
-            added_cond_kwargs={name: condition.get(name) for name in ("resolution", "aspect_ratio")},
+            added_cond_kwargs={
+                name: condition.get(name) for name in ("resolution", "aspect_ratio")
+            },
             return_dict=False,
         )[0]
         return output[:, : x_t.shape[1]]

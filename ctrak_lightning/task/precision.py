@@ -11,9 +11,11 @@ from ctrak_lightning.task.wrapped import Wrapped
 
 
 class InPrecision(Wrapped):
-    """A task that is given batches as a training step is, and whose new tensors are of the dtype that they have there.
+    """A task that is given batches as a training step is, and whose new tensors are of the dtype
+    that they have there.
 
-    Only its own members see that dtype, and what is computed of their results does not: the default dtype is the process's.
+    Only its own members see that dtype, and what is computed of their results does not: the default
+    dtype is the process's.
 
     Args:
         task: a DiffusionTask.
@@ -23,7 +25,9 @@ class InPrecision(Wrapped):
 
     members = ("encode", "condition", "predict", "decode", "latents")
 
-    def __init__(self, task: Any, dtype: torch.dtype, convert: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self, task: Any, dtype: torch.dtype, convert: Callable[[Any], Any] | None = None
+    ) -> None:
         super().__init__(task)
         self._dtype, self._convert = dtype, convert
 
@@ -36,8 +40,8 @@ class InPrecision(Wrapped):
 
 
 def in_own_precision(task: Any) -> Any:
-    """A task that makes tensors of its denoiser's dtype, where that has one and it is another than float32: so they were when it was
-    trained with ``Trainer(precision="bf16-true")``, say."""
+    """A task that makes tensors of its denoiser's dtype, where that has one and it is another than
+    float32: so they were when it was trained with ``Trainer(precision="bf16-true")``, say."""
     dtypes = {value.dtype for value in task.denoiser.parameters() if value.is_floating_point()}
     if len(dtypes) != 1 or not dtypes <= {torch.bfloat16, torch.float16, torch.float64}:
         return task

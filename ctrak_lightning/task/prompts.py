@@ -23,19 +23,22 @@ Given = tuple[Tensor, ...]
 
 
 class PromptTask(PipelineTask):
-    """A pipeline whose condition is a prompt. A batch has ``caption``, B strings; or token numbers, ``tokens`` [B, n] of the first
-    tokenizer and ``tokens_2``, ``tokens_3`` of the others; or what the text encoders made of them before, ``prompt_embeds``
-    [B, n, d] and, where the family has it, ``pooled_prompt_embeds`` or ``prompt_attention_mask``.
+    """A pipeline whose condition is a prompt. A batch has ``caption``, B strings; or token numbers,
+    ``tokens`` [B, n] of the first tokenizer and ``tokens_2``, ``tokens_3`` of the others; or what
+    the text encoders made of them before, ``prompt_embeds`` [B, n, d] and, where the family has it,
+    ``pooled_prompt_embeds`` or ``prompt_attention_mask``.
 
-    The encoding of a prompt is kept (the least recently used go when they take more than ``CACHE_BYTES``), unless a text
-    encoder is trained. A prompt beyond the tokenizers' limit is cut, as the pipeline cuts it; a concept of which then nothing is
-    left is refused.
+    The encoding of a prompt is kept (the least recently used go when they take more than
+    ``CACHE_BYTES``), unless a text encoder is trained. A prompt beyond the tokenizers' limit is
+    cut, as the pipeline cuts it; a concept of which then nothing is left is refused.
 
     Args:
         pipeline, resolution, batch, borrowed: as of :class:`PipelineTask`.
-        negative_prompt: what the null condition ``{}`` stands for, as the pipeline's argument of that name: the unconditional
-            side of guidance. None is the pipeline's default, the empty prompt or zeros.
-        max_sequence_length: of T5's tokens, where the pipeline has it; None takes the pipeline's default.
+        negative_prompt: what the null condition ``{}`` stands for, as the pipeline's argument of
+            that name: the unconditional side of guidance. None is the pipeline's default, the empty
+            prompt or zeros.
+        max_sequence_length: of T5's tokens, where the pipeline has it; None takes the pipeline's
+            default.
     """
 
     embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
@@ -51,7 +54,9 @@ class PromptTask(PipelineTask):
     ) -> None:
         super().__init__(pipeline, **options)
         self.negative_prompt = negative_prompt
-        self._length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+        self._length = (
+            {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+        )
         self._cache: OrderedDict[Hashable, Condition] = OrderedDict()
         self._cached_in: list[torch.dtype] = []
 
@@ -77,7 +82,9 @@ class PromptTask(PipelineTask):
             return {n: _as(value, self.dtype) for n, value in self.conditioned(*given).items()}
         if self.has_column(batch, "tokens"):
             columns = [self.column(batch, TOKENS[i]).to(self.device) for i in self._encoders()]
-            return self._conditions([tuple(row[None] for row in rows) for rows in zip(*columns, strict=True)])
+            return self._conditions(
+                [tuple(row[None] for row in rows) for rows in zip(*columns, strict=True)]
+            )
         return self._conditions(list(self.column(batch, "caption")))
 
     def condition(self, spec: Spec, n: int) -> Condition:
@@ -88,8 +95,8 @@ class PromptTask(PipelineTask):
         """
         if not isinstance(spec, str) and spec:
             raise ConceptError(
-                f"{type(self).__name__}.condition({dict(spec)!r}): this model takes prompts, not attributes. HINT: "
-                "Concept('cat', present='a cat by x', absent='a picture by x')."
+                f"{type(self).__name__}.condition({dict(spec)!r}): this model takes prompts, not "
+                "attributes. HINT: Concept('cat', present='a cat by x', absent='a picture by x')."
             )
         rows = self._conditions([spec if isinstance(spec, str) else None])
         return {name: value.expand(n, *value.shape[1:]) for name, value in rows.items()}
@@ -98,7 +105,8 @@ class PromptTask(PipelineTask):
         """Holds a concept's prompts against the tokenizers' limits.
 
         Raises:
-            ConceptError: every tokenizer cuts both sides to the same tokens: the concept is cut away.
+            ConceptError: every tokenizer cuts both sides to the same tokens: the concept is cut
+                away.
 
         Warns:
             UserWarning: a prompt is cut, but what is left of it still differs from the other side.
@@ -106,31 +114,37 @@ class PromptTask(PipelineTask):
         sides = [side for side in (present, absent) if isinstance(side, str)]
         cuts = [Cut(*found) for found in self._tokenizers()]
         told = {
-            prompt: found for prompt in sides if all(found := [cut.excess(prompt) for cut in cuts]) and found
+            prompt: found
+            for prompt in sides
+            if all(found := [cut.excess(prompt) for cut in cuts]) and found
         }
         if not told:
             return
         if len(sides) == 2 and all(cut.tokens(sides[0]) == cut.tokens(sides[1]) for cut in cuts):
             raise ConceptError(
-                f"Concept({name!r}): the tokenizers cut both prompts to the same text, so the concept was cut away: {told}. "
-                "HINT: name the concept earlier in the prompt, or shorten it."
+                f"Concept({name!r}): the tokenizers cut both prompts to the same text, so the "
+                f"concept was cut away: {told}. HINT: name the concept earlier in the prompt, or "
+                "shorten it."
             )
         warnings.warn(
-            f"Concept({name!r}): the tokenizers cut {told}, as the pipeline would; what comes after that is not asked. HINT: "
-            "shorten the prompt.",
+            f"Concept({name!r}): the tokenizers cut {told}, as the pipeline would; what comes "
+            "after that is not asked. HINT: shorten the prompt.",
             UserWarning,
             stacklevel=2,
         )
 
     def _tokenizers(self) -> Iterator[tuple[str, Any, int]]:
-        """Those there are: the name, the tokenizer, and how many tokens of it the pipeline takes."""
+        """Those there are: the name, the tokenizer, and how many tokens of it the pipeline
+        takes."""
         for suffix in _SUFFIXES:
             tokenizer = getattr(self.pipeline, f"tokenizer{suffix}", None)
             if tokenizer is None:
                 continue
             limit = tokenizer.model_max_length
             if "T5" in type(tokenizer).__name__:
-                length = inspect.signature(self.pipeline.encode_prompt).parameters["max_sequence_length"]
+                length = inspect.signature(self.pipeline.encode_prompt).parameters[
+                    "max_sequence_length"
+                ]
                 limit = min(limit, self._length.get("max_sequence_length", length.default))
             yield f"tokenizer{suffix}", tokenizer, limit
 
@@ -139,7 +153,8 @@ class PromptTask(PipelineTask):
         return [i for i, suffix in enumerate(_SUFFIXES) if f"text_encoder{suffix}" in self.parts]
 
     def _conditions(self, prompts: Sequence[str | Given | None]) -> Condition:
-        """The conditions of prompts or their tokens, None being the unconditional side, one row each."""
+        """The conditions of prompts or their tokens, None being the unconditional side, one row
+        each."""
         if any(name != "vae" and is_trained(getattr(self, name)) for name in self.parts):
             return _joined([self._encode(prompt) for prompt in prompts])
         # A text encoder may have no parameters of its own, such as one that calls another library.
@@ -174,20 +189,24 @@ class PromptTask(PipelineTask):
         return {name: _as(value, self.dtype) for name, value in encoded.items()}
 
     def _require_tokenizers(self) -> None:
-        wanted = [name for name in (*self.frozen_parts, *self.parts) if name.startswith("text_encoder")]
-        pairs = [name for part in wanted for name in (part, part.replace("text_encoder", "tokenizer"))]
+        wanted = [
+            name for name in (*self.frozen_parts, *self.parts) if name.startswith("text_encoder")
+        ]
+        pairs = [
+            name for part in wanted for name in (part, part.replace("text_encoder", "tokenizer"))
+        ]
         missing = sorted({name for name in pairs if getattr(self.pipeline, name, None) is None})
         if missing:
             raise TaskError(
-                f"{type(self).__name__}: a prompt cannot be encoded without {', '.join(missing)}. HINT: DiffusersTask("
-                f"{missing[0]}='the attribute of the module that holds it')."
+                f"{type(self).__name__}: a prompt cannot be encoded without {', '.join(missing)}. "
+                f"HINT: DiffusersTask({missing[0]}='the attribute of the module that holds it')."
             )
 
 
 @contextmanager
 def _always_alike(device: torch.device) -> Iterator[None]:
-    """What is kept is the same to the last bit whoever asks first, a training step, a trace or a validation step: otherwise
-    tracing would change training."""
+    """What is kept is the same to the last bit whoever asks first, a training step, a trace or a
+    validation step: otherwise tracing would change training."""
     with (
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),

@@ -24,7 +24,8 @@ class Encoded:
     Args:
         latents: clean latents x0 [B, ...].
         condition: the network's keyword arguments, each [B, ...].
-        sample_ids: the dataset's own ids, one per row; whole numbers, a tensor of them too, become text.
+        sample_ids: the dataset's own ids, one per row; whole numbers, a tensor of them too, become
+            text.
         metadata: columns of facts for reports (owner, licence, caption, ...), each of length B.
 
     Raises:
@@ -61,29 +62,37 @@ class Encoded:
 
 
 class DiffusionTask:
-    """What a LightningModule must offer to be traced. Inherit from it (before ``LightningModule``) for the defaults.
+    """What a LightningModule must offer to be traced. Inherit from it (before ``LightningModule``)
+    for the defaults.
 
     A task has these members:
 
     - ``denoiser``: the ``nn.Module`` whose trainable parameters are traced;
-    - ``noise_schedule``: a :class:`~ctrak_lightning.NoiseSchedule` or ``FlowSchedule``, from ``NoiseSchedule.from_scheduler``;
+    - ``noise_schedule``: a :class:`~ctrak_lightning.NoiseSchedule` or ``FlowSchedule``, from
+      ``NoiseSchedule.from_scheduler``;
     - ``encode(batch) -> Encoded``: clean latents, condition and sample ids of a batch;
-    - ``condition(spec, n) -> dict[str, Tensor]``: the condition of a concept's ``present`` or ``absent`` (a mapping of
-      attributes, or a prompt), repeated ``n`` times; what the spec does not name is dropped, so ``{}`` is the null condition;
-    - ``predict(x_t, t, condition)``: the network's output; the default calls ``denoiser`` as diffusers' models are called;
-    - ``sample_ids(batch) -> list[str]``: the ids that ``encode(batch)`` gives, optional, for tasks whose ``encode`` is dear (a
-      VAE): tracing inside training steps asks for the ids of every batch;
-    - ``id_column``: the key of the ids in a batch, optional: samples of a data set whose batches lack it are then numbered;
-    - ``check_concept(name, present, absent)``: raises an error for a concept that cannot be asked, optional;
+    - ``condition(spec, n) -> dict[str, Tensor]``: the condition of a concept's ``present`` or
+      ``absent`` (a mapping of attributes, or a prompt), repeated ``n`` times; what the spec does
+      not name is dropped, so ``{}`` is the null condition;
+    - ``predict(x_t, t, condition)``: the network's output; the default calls ``denoiser`` as
+      diffusers' models are called;
+    - ``sample_ids(batch) -> list[str]``: the ids that ``encode(batch)`` gives, optional, for tasks
+      whose ``encode`` is dear (a VAE): tracing inside training steps asks for the ids of every
+      batch;
+    - ``id_column``: the key of the ids in a batch, optional: samples of a data set whose batches
+      lack it are then numbered;
+    - ``check_concept(name, present, absent)``: raises an error for a concept that cannot be asked,
+      optional;
     - ``decode(latents)``: images [B, 3, H, W] in [0, 1], optional, for thumbnails and reports;
-    - ``pictures(batch)``: the batch's own images [B, 3, H, W] in [0, 1], or None if it has none, optional, for thumbnails of training
-      images without ``decode``;
-    - ``latents(images)``: clean latents [B, ...] of images [B, 3, H, W] in [-1, 1], optional, for questions about images that were
-      not generated here;
-    - ``latent_mask(mask)``: a mask [H, W] of an image as weights of its latents, optional, for questions about a part of an image
-      where latents are not [C, h, w] with the image's proportions;
-    - ``known_attributes()``: the values each attribute of a spec may take, optional, for error messages, and by
-      their conditions a question notices another label map or tokenizer.
+    - ``pictures(batch)``: the batch's own images [B, 3, H, W] in [0, 1], or None if it has none,
+      optional, for thumbnails of training images without ``decode``;
+    - ``latents(images)``: clean latents [B, ...] of images [B, 3, H, W] in [-1, 1], optional, for
+      questions about images that were not generated here;
+    - ``latent_mask(mask)``: a mask [H, W] of an image as weights of its latents, optional, for
+      questions about a part of an image where latents are not [C, h, w] with the image's
+      proportions;
+    - ``known_attributes()``: the values each attribute of a spec may take, optional, for error
+      messages, and by their conditions a question notices another label map or tokenizer.
     """
 
     denoiser: nn.Module
@@ -100,11 +109,13 @@ def resolve_task(candidate: Any, description: Any = None) -> Any:
 
     Args:
         candidate: a module that is a DiffusionTask, or carries one as its attribute ``task``.
-        description: what says how another module is addressed: a :class:`~ctrak_lightning.DiffusersTask`, bound to
-            ``candidate`` here, or a DiffusionTask.
+        description: what says how another module is addressed: a
+            :class:`~ctrak_lightning.DiffusersTask`, bound to ``candidate`` here, or a
+            DiffusionTask.
 
     Raises:
-        TaskError: there is none, and the message names the missing members; or the description does not fit.
+        TaskError: there is none, and the message names the missing members; or the description does
+            not fit.
     """
     carried: Any = getattr(candidate, "task", None) if description is None else description
     if hasattr(carried, "bind"):
@@ -113,30 +124,34 @@ def resolve_task(candidate: Any, description: Any = None) -> Any:
     missing = [name for name in (*MEMBERS, "predict") if not hasattr(task, name)]
     if missing:
         raise TaskError(
-            f"{type(task).__name__} is no DiffusionTask: it lacks {', '.join(missing)}. HINT: let the module inherit "
-            "from ctrak_lightning.DiffusionTask and define denoiser, noise_schedule, encode(batch) and "
-            "condition(spec, n); predict has a default. A module that holds the parts of a diffusers model needs none of that: "
+            f"{type(task).__name__} is no DiffusionTask: it lacks {', '.join(missing)}. HINT: let "
+            "the module inherit from ctrak_lightning.DiffusionTask and define denoiser, "
+            "noise_schedule, encode(batch) and condition(spec, n); predict has a default. A "
+            "module that holds the parts of a diffusers model needs none of that: "
             "task=DiffusersTask(unet='unet', vae='vae', ...) names them."
         )
     if not isinstance(task.denoiser, nn.Module):
         raise TaskError(
-            f"{type(task).__name__}.denoiser is {type(task.denoiser).__name__}, expected an nn.Module."
+            f"{type(task).__name__}.denoiser is {type(task.denoiser).__name__}, expected an "
+            "nn.Module."
         )
     if not isinstance(task.noise_schedule, Schedule):
         raise TaskError(
-            f"{type(task).__name__}.noise_schedule is {type(task.noise_schedule).__name__}, expected a NoiseSchedule. "
-            "HINT: NoiseSchedule.from_scheduler(scheduler)."
+            f"{type(task).__name__}.noise_schedule is {type(task.noise_schedule).__name__}, "
+            "expected a NoiseSchedule. HINT: NoiseSchedule.from_scheduler(scheduler)."
         )
     return task
 
 
 def task_modules(task: Any) -> list[nn.Module]:
-    """The modules that a task computes with: itself, if it is one, or those that it holds, which need not be part of the module
-    that trains."""
+    """The modules that a task computes with: itself, if it is one, or those that it holds, which
+    need not be part of the module that trains."""
     task = unwrapped(task)
     if isinstance(task, nn.Module):
         return [task]
-    return [value for value in getattr(task, "__dict__", {}).values() if isinstance(value, nn.Module)]
+    return [
+        value for value in getattr(task, "__dict__", {}).values() if isinstance(value, nn.Module)
+    ]
 
 
 def encode(task: Any, batch: Any) -> Encoded:
@@ -152,7 +167,8 @@ def encode(task: Any, batch: Any) -> Encoded:
         raise _missing_field(task, "encode", batch, error) from error
     if not isinstance(encoded, Encoded):
         raise BatchError(
-            f"{name_of(task)}.encode(batch) returned {type(encoded).__name__}, expected ctrak_lightning.Encoded."
+            f"{name_of(task)}.encode(batch) returned {type(encoded).__name__}, expected "
+            "ctrak_lightning.Encoded."
         )
     return encoded
 

@@ -11,10 +11,12 @@ from ctrak_lightning.task.protocol import Condition
 
 
 class StableDiffusionTask(PromptTask):
-    """``StableDiffusionPipeline``: noise or v prediction, as the scheduler says. Arguments: :class:`PromptTask`.
+    """``StableDiffusionPipeline``: noise or v prediction, as the scheduler says. Arguments:
+    :class:`PromptTask`.
 
     Raises:
-        TaskError: the network takes other inputs than the text: it is an inpainting, editing, image-conditioned or distilled one.
+        TaskError: the network takes other inputs than the text: it is an inpainting, editing,
+            image-conditioned or distilled one.
     """
 
     denoiser_part: ClassVar[str] = "unet"

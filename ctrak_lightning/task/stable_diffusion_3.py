@@ -12,7 +12,8 @@ from ctrak_lightning.task.protocol import Condition
 
 
 class StableDiffusion3Task(PromptTask):
-    """``StableDiffusion3Pipeline``: flow matching, three text encoders, pooled embeddings. Arguments: :class:`PromptTask`.
+    """``StableDiffusion3Pipeline``: flow matching, three text encoders, pooled embeddings.
+    Arguments: :class:`PromptTask`.
 
     T5 (``text_encoder_3``) may be left out, as the pipeline allows.
     """
@@ -30,7 +31,9 @@ class StableDiffusion3Task(PromptTask):
         )
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        output: Tensor = self.denoiser(hidden_states=x_t, timestep=t, return_dict=False, **condition)[0]
+        output: Tensor = self.denoiser(
+            hidden_states=x_t, timestep=t, return_dict=False, **condition
+        )[0]
         return output
 
     def embed(self, prompts: list[str]) -> Given:

@@ -14,11 +14,13 @@ from ctrak_lightning.task.stable_diffusion import StableDiffusionTask
 
 
 class StableDiffusionXLTask(StableDiffusionTask):
-    """``StableDiffusionXLPipeline``: two text encoders, the second one's pooled embedding, and the time ids (original size,
-    crop, target size). Arguments: :class:`~ctrak_lightning.task.prompts.PromptTask`.
+    """``StableDiffusionXLPipeline``: two text encoders, the second one's pooled embedding, and the
+    time ids (original size, crop, target size). Arguments:
+    :class:`~ctrak_lightning.task.prompts.PromptTask`.
 
-    A batch may have ``original_size`` [B, 2] and ``crop_top_left`` [B, 2] in pixels, height or top first; without them an image
-    counts as not cropped, of the size it has. Concepts and the unconditional side are asked at ``resolution``.
+    A batch may have ``original_size`` [B, 2] and ``crop_top_left`` [B, 2] in pixels, height or top
+    first; without them an image counts as not cropped, of the size it has. Concepts and the
+    unconditional side are asked at ``resolution``.
     """
 
     frozen_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "text_encoder_2")
@@ -63,7 +65,9 @@ class StableDiffusionXLTask(StableDiffusionTask):
     def conditioned(self, *embeddings: Tensor) -> Condition:
         states, pooled = embeddings
         height, width = self.resolution
-        ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=pooled.dtype)
+        ids = torch.tensor(
+            [[height, width, 0, 0, height, width]], device=self.device, dtype=pooled.dtype
+        )
         return {
             "encoder_hidden_states": states,
             "text_embeds": pooled,
@@ -74,7 +78,8 @@ class StableDiffusionXLTask(StableDiffusionTask):
         null = super().encode_null()
         if self.negative_prompt is None and self.pipeline.config.force_zeros_for_empty_prompt:
             return null | {
-                name: torch.zeros_like(null[name]) for name in ("encoder_hidden_states", "text_embeds")
+                name: torch.zeros_like(null[name])
+                for name in ("encoder_hidden_states", "text_embeds")
             }
         return null
 

@@ -12,10 +12,11 @@ from ctrak_lightning.task.protocol import Condition, Spec
 
 
 class UnconditionalTask(PipelineTask):
-    """``DDPMPipeline`` or ``DDIMPipeline`` of a ``UNet2DModel`` in pixel space. Arguments: :class:`PipelineTask`.
+    """``DDPMPipeline`` or ``DDIMPipeline`` of a ``UNet2DModel`` in pixel space. Arguments:
+    :class:`PipelineTask`.
 
-    Such a model knows no concepts: ask it with a method that looks at the whole image (``methods.d_trak()``), for
-    ``Concept("image", present={}, absent="")``.
+    Such a model knows no concepts: ask it with a method that looks at the whole image
+    (``methods.d_trak()``), for ``Concept("image", present={}, absent="")``.
     """
 
     denoiser_part: ClassVar[str] = "unet"
@@ -35,8 +36,9 @@ class UnconditionalTask(PipelineTask):
         """
         if spec:
             raise ConceptError(
-                f"{type(self).__name__}.condition({spec!r}): this model has no condition. HINT: ask for the whole image with "
-                "methods.d_trak() and Concept('image', present={}, absent='')."
+                f"{type(self).__name__}.condition({spec!r}): this model has no condition. HINT: "
+                "ask for the whole image with methods.d_trak() and Concept('image', present={}, "
+                "absent='')."
             )
         return {}
 

@@ -19,7 +19,9 @@ class Wrapped:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(object.__getattribute__(self, "wrapped"), name)
-        return partial(self.call, name, value) if name in self.members and callable(value) else value
+        return (
+            partial(self.call, name, value) if name in self.members and callable(value) else value
+        )
 
     def call(self, name: str, member: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the member of this name gives."""

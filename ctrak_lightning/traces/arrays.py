@@ -1,4 +1,5 @@
-"""Arrays in HDF5 files: deterministic bytes when written, checked shapes when read, no handle kept open."""
+"""Arrays in HDF5 files: deterministic bytes when written, checked shapes when read, no handle kept
+open."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from ctrak_lightning.traces.files import reading
 
 CHUNK_ROWS = 64
 _POINTER = np.dtype([("length", "<u4"), ("heap", "<u8"), ("object", "<u4")])
-"""How HDF5 stores a text of its own length (format specification, III.C, "Variable-length"): where it is in a global heap."""
+"""How HDF5 stores a text of its own length (format specification, III.C, "Variable-length"): where
+it is in a global heap."""
 
 
 def write_array(group: h5py.Group, name: str, values: Tensor, chunk_rows: int = CHUNK_ROWS) -> None:
@@ -29,7 +31,8 @@ def write_array(group: h5py.Group, name: str, values: Tensor, chunk_rows: int = 
     """
     array = values.detach().cpu().numpy()
     chunks = (min(chunk_rows, array.shape[0]), *array.shape[1:])
-    # Times would make the bytes of an interrupted and continued store differ from an uninterrupted one's.
+    # Times would make the bytes of an interrupted and continued store differ from an uninterrupted
+    # one's.
     group.create_dataset(name, data=array, chunks=chunks, fletcher32=True, track_times=False)
 
 
@@ -37,8 +40,9 @@ def write_array(group: h5py.Group, name: str, values: Tensor, chunk_rows: int = 
 def open_for_writing(path: Path) -> Iterator[h5py.File]:
     """A new HDF5 file that is built in memory and written to ``path`` on leaving.
 
-    HDF5 that meets a full disk while it writes cannot close its file any more and takes the whole process down (observed with
-    HDF5 2.0: a segmentation fault when the file is released); a plain write fails with an OSError.
+    HDF5 that meets a full disk while it writes cannot close its file any more and takes the whole
+    process down (observed with HDF5 2.0: a segmentation fault when the file is released); a plain
+    write fails with an OSError.
     """
     with h5py.File(path, "w", driver="core", backing_store=False) as file:
         yield file
@@ -49,10 +53,11 @@ def open_for_writing(path: Path) -> Iterator[h5py.File]:
 
 @contextmanager
 def open_for_reading(path: Path) -> Iterator[h5py.File]:
-    """The HDF5 file at ``path``, closed on leaving; what HDF5 raises becomes a :class:`CorruptStoreError`."""
+    """The HDF5 file at ``path``, closed on leaving; what HDF5 raises becomes a
+    :class:`CorruptStoreError`."""
     try:
-        # From the opened file, which is no link; HDF5 would open its path again, and lock it, which fails on many network and
-        # read-only filesystems, where sealed files never change.
+        # From the opened file, which is no link; HDF5 would open its path again, and lock it, which
+        # fails on many network and read-only filesystems, where sealed files never change.
         with reading(path) as opened, h5py.File(opened, "r") as file:
             yield file
     except StoreError:
@@ -61,7 +66,9 @@ def open_for_reading(path: Path) -> Iterator[h5py.File]:
         raise corrupt(path, f"HDF5 reports: {error}") from error
 
 
-def read_array(file: h5py.File, path: Path, name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
+def read_array(
+    file: h5py.File, path: Path, name: str, shape: tuple[int, ...], dtype: str
+) -> Tensor:
     """Read one dataset, refusing any other shape or dtype before memory is allocated for it."""
     dataset = find_dataset(file, path, name)
     if dataset.shape != shape or dataset.dtype != np.dtype(dtype):
@@ -72,7 +79,8 @@ def read_array(file: h5py.File, path: Path, name: str, shape: tuple[int, ...], d
 
 
 def read_strings(group: h5py.Group, path: Path, name: str, n: int, rows: Any = ...) -> list[str]:
-    """Read n texts, or the ``rows`` of them, refusing any other shape, and texts that are longer than the file together."""
+    """Read n texts, or the ``rows`` of them, refusing any other shape, and texts that are longer
+    than the file together."""
     dataset = find_dataset(group, path, name)
     info = h5py.check_string_dtype(dataset.dtype)
     if dataset.shape != (n,) or info is None or info.length is not None:
@@ -97,8 +105,9 @@ def _check_lengths(dataset: h5py.Dataset, path: Path, name: str) -> None:
 def find_dataset(group: h5py.Group, path: Path, name: str) -> h5py.Dataset:
     """The dataset ``name``, which must have its values in this very file.
 
-    Links and virtual datasets whose source is missing read as zeros without a word, and so do parts that were never written,
-    however large: nothing is stored compressed, so no dataset is larger than its file.
+    Links and virtual datasets whose source is missing read as zeros without a word, and so do parts
+    that were never written, however large: nothing is stored compressed, so no dataset is larger
+    than its file.
     """
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
         raise corrupt(path, f"{name} is missing or a link to another file")
@@ -116,7 +125,8 @@ def _stored_bytes(dataset: h5py.Dataset) -> int:
 
 
 def check_digest(path: Path, known: FileRecord) -> None:
-    """Compare the content of ``path`` with the manifest, for formats that carry no checksum of their own."""
+    """Compare the content of ``path`` with the manifest, for formats that carry no checksum of
+    their own."""
     try:
         found = sha256_of(path)
     except OSError as error:
@@ -128,7 +138,6 @@ def check_digest(path: Path, known: FileRecord) -> None:
 def corrupt(path: Path, problem: str) -> CorruptStoreError:
     """The error to raise for a damaged ``path``."""
     return CorruptStoreError(
-        f"{path}: {problem}. HINT: the file was damaged or replaced after it was sealed; restore it from a "
-        "copy or capture "
-        "again (TraceStore(...).verify() lists every damaged file)."
+        f"{path}: {problem}. HINT: the file was damaged or replaced after it was sealed; restore "
+        "it from a copy or capture again (TraceStore(...).verify() lists every damaged file)."
     )

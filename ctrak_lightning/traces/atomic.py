@@ -38,7 +38,8 @@ def write_atomically(path: Path, fill: Callable[[Path], None]) -> FileRecord:
 
     Args:
         path: Where the file is to be; replaced if it exists.
-        fill: Writes the whole content to the file that it is given, which is there and empty, and closes it.
+        fill: Writes the whole content to the file that it is given, which is there and empty, and
+            closes it.
 
     Returns:
         Digest and size of what was written.
@@ -47,7 +48,9 @@ def write_atomically(path: Path, fill: Callable[[Path], None]) -> FileRecord:
         StoreError: The file cannot be written; whatever stood at ``path`` is untouched.
     """
     # A name that nobody can have put a link under, and that no other process writes to.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+    temporary = path.with_name(
+        f"{path.name}.{os.getpid()}-{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+    )
     try:
         os.close(open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         fill(temporary)
@@ -60,9 +63,8 @@ def write_atomically(path: Path, fill: Callable[[Path], None]) -> FileRecord:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise StoreError(
-            f"{path} cannot be written ({error}). HINT: check the permissions and the free space of its "
-            "folder; "
-            "everything recorded earlier is intact, so run again to continue."
+            f"{path} cannot be written ({error}). HINT: check the permissions and the free space "
+            "of its folder; everything recorded earlier is intact, so run again to continue."
         ) from error
     return record
 
@@ -71,7 +73,8 @@ def make_folder(folder: Path) -> None:
     """Create ``folder`` and its parents durably; a no-op where it exists.
 
     Raises:
-        StoreError: It cannot be created, a file has its name, or a link that of a checkpoint's folder.
+        StoreError: It cannot be created, a file has its name, or a link that of a checkpoint's
+            folder.
     """
     try:
         refuse_linked_folder(folder)
@@ -79,9 +82,8 @@ def make_folder(folder: Path) -> None:
         fsync_folder(folder.parent)
     except OSError as error:
         raise StoreError(
-            f"{folder} cannot be used as a folder ({error}). HINT: give a path that is a folder or does not "
-            "exist yet, "
-            "below a folder that this user may write to."
+            f"{folder} cannot be used as a folder ({error}). HINT: give a path that is a folder or "
+            "does not exist yet, below a folder that this user may write to."
         ) from error
 
 
@@ -92,7 +94,8 @@ def fsync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of the content of the store's file at ``path``; an OSError where it cannot be read, or is a link."""
+    """Hex digest of the content of the store's file at ``path``; an OSError where it cannot be
+    read, or is a link."""
     with reading(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -14,8 +14,9 @@ _LOOK_S = 1.0
 class InBackground:
     """Runs jobs one after the other in a thread that lives only while there are some.
 
-    A job that fails stays first in the queue and stops it; its error is raised by the next :meth:`raise_error` or
-    :meth:`wait`, in the caller's thread, and the job is tried again with the next :meth:`submit` or :meth:`wait`.
+    A job that fails stays first in the queue and stops it; its error is raised by the next
+    :meth:`raise_error` or :meth:`wait`, in the caller's thread, and the job is tried again with the
+    next :meth:`submit` or :meth:`wait`.
 
     Args:
         limit: jobs that may wait, the one being done included; one more waits for room.
@@ -31,7 +32,8 @@ class InBackground:
         self._failed = False
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Queue ``job``; waits while the queue is full, and never raises what went wrong with an earlier job."""
+        """Queue ``job``; waits while the queue is full, and never raises what went wrong with an
+        earlier job."""
         with self._changed:
             self._jobs.append(job)
             self._start()
@@ -51,15 +53,16 @@ class InBackground:
             raise error
         if error is not None:
             raise StoreError(
-                f"The thread that writes traces ended with {type(error).__name__}: {error}. HINT: everything recorded "
-                "earlier is intact; try again to continue."
+                f"The thread that writes traces ended with {type(error).__name__}: {error}. HINT: "
+                "everything recorded earlier is intact; try again to continue."
             ) from error
 
     def wait(self) -> None:
         """Wait until all jobs are done and the thread has ended.
 
         Raises:
-            StoreError: As :meth:`raise_error`; the jobs from the one that failed on are still queued.
+            StoreError: As :meth:`raise_error`; the jobs from the one that failed on are still
+                queued.
         """
         with self._changed:
             if self._error is None:
@@ -100,7 +103,8 @@ class InBackground:
         self._working = True
 
     def _stopped(self) -> bool:
-        """Whether nobody works on the queue any more; a thread that died without a word is noticed here. The lock is held."""
+        """Whether nobody works on the queue any more; a thread that died without a word is noticed
+        here. The lock is held."""
         if self._working and self._thread is not None and not self._thread.is_alive():
             self._working = False
             self._error, self._failed = RuntimeError("it died with jobs left to do"), True

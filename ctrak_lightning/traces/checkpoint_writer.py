@@ -30,12 +30,13 @@ _SHOWN = 5
 class CheckpointWriter:
     """Takes the traces of one checkpoint in batches and seals them in shards.
 
-    Made by ``TraceWriter.begin_checkpoint``. A shard is made whenever ``shard_rows`` rows have come,
-    whatever the batch size, so a capture that was interrupted and continued with the same order of samples
-    gives the same bytes as one that was not. A thread writes the shards, one after the other; what it meets is raised by
-    the next call. A call that raises so has taken in nothing, and no row is lost: after it, the shard that failed is tried
-    again. As a context manager it drops, on leaving, the rows in no shard yet; sealed shards stay for the next run.
-    Of several processes each takes the traces of its own samples; :meth:`seal` they call together.
+    Made by ``TraceWriter.begin_checkpoint``. A shard is made whenever ``shard_rows`` rows have
+    come, whatever the batch size, so a capture that was interrupted and continued with the same
+    order of samples gives the same bytes as one that was not. A thread writes the shards, one after
+    the other; what it meets is raised by the next call. A call that raises so has taken in nothing,
+    and no row is lost: after it, the shard that failed is tried again. As a context manager it
+    drops, on leaving, the rows in no shard yet; sealed shards stay for the next run. Of several
+    processes each takes the traces of its own samples; :meth:`seal` they call together.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class CheckpointWriter:
         processes: Processes,
         untrained: Tensor | None = None,
     ) -> None:
-        self._untrained = torch.zeros(len(sample_ids), dtype=torch.bool) if untrained is None else untrained
+        self._untrained = (
+            torch.zeros(len(sample_ids), dtype=torch.bool) if untrained is None else untrained
+        )
         self._root = root
         self._record = record
         self._header = header
@@ -72,10 +75,10 @@ class CheckpointWriter:
             self._seen[index] = True
         if int(self._seen.sum()) != record.rows:
             raise CorruptStoreError(
-                f"{root / record.folder}: the shards hold {int(self._seen.sum())} samples, the manifest "
-                f"records {record.rows}. "
-                f"HINT: TraceWriter.discard_after({record.step - 1}) removes this checkpoint, to capture it "
-                "again."
+                f"{root / record.folder}: the shards hold {int(self._seen.sum())} samples, the "
+                f"manifest records {record.rows}. HINT: "
+                f"TraceWriter.discard_after({record.step - 1}) removes this checkpoint, to capture "
+                "it again."
             )
         make_folder(root / record.folder)
 
@@ -86,8 +89,8 @@ class CheckpointWriter:
 
     @property
     def rows_done(self) -> int:
-        """Rows in sealed shards: how many, in the order of appending, a continued capture skips. Appended rows count once
-        the thread has written them (:meth:`flush`)."""
+        """Rows in sealed shards: how many, in the order of appending, a continued capture skips.
+        Appended rows count once the thread has written them (:meth:`flush`)."""
         return self._record.rows
 
     def append(self, indices: Tensor, features: Tensor, loss: Tensor) -> None:
@@ -99,9 +102,11 @@ class CheckpointWriter:
             loss: Loss of each sample, float32 [n].
 
         Raises:
-            ValueError: Wrong shape or dtype, or a position that is outside the table or was appended already.
+            ValueError: Wrong shape or dtype, or a position that is outside the table or was
+                appended already.
             GradientError: A row is zero or not finite; names the samples.
-            StoreError: This checkpoint is sealed or closed, or an earlier shard could not be written.
+            StoreError: This checkpoint is sealed or closed, or an earlier shard could not be
+                written.
         """
         self._require_open("append")
         self._jobs.raise_error()
@@ -114,7 +119,9 @@ class CheckpointWriter:
         features = features.masked_fill(untrained[:, None], 0.0)
         self._refuse_rows(indices, ~features.isfinite().all(dim=1), "features that are not finite")
         self._refuse_rows(indices, ~loss.isfinite(), "a loss that is not finite")
-        self._refuse_rows(indices, (features == 0).all(dim=1) & ~untrained, "features that are all zero")
+        self._refuse_rows(
+            indices, (features == 0).all(dim=1) & ~untrained, "features that are all zero"
+        )
         self._buffer.append(self._unit_rows(indices, features, loss))
         self._seen[indices] = True
         while sum(map(len, self._buffer)) >= self._shard_rows:
@@ -132,20 +139,23 @@ class CheckpointWriter:
         """Store in which training steps each sample was seen, where those steps left the traces.
 
         Raises:
-            ValueError: They are of another number of samples, or of samples without exposure, whose rows would be lost.
+            ValueError: They are of another number of samples, or of samples without exposure, whose
+                rows would be lost.
             StoreError: This checkpoint is sealed or closed, or the file cannot be written.
         """
         self._require_open("write_visits")
         self.flush()
         if len(visits.counts) != len(self._seen):
             raise ValueError(
-                f"CheckpointWriter.write_visits({len(visits.counts)} samples): expected {len(self._seen)}."
+                f"CheckpointWriter.write_visits({len(visits.counts)} samples): expected "
+                f"{len(self._seen)}."
             )
         odd = (self._untrained & (visits.counts > 0)).nonzero().flatten().tolist()
         if odd:
             raise ValueError(
-                f"CheckpointWriter.write_visits(): {len(odd)} samples are visited and have no exposure, for example "
-                f"{self._sample_ids[odd[0]]!r}. Expected begin_checkpoint(exposures=None) where it is not known how often each was "
+                f"CheckpointWriter.write_visits(): {len(odd)} samples are visited and have no "
+                f"exposure, for example {self._sample_ids[odd[0]]!r}. Expected "
+                "begin_checkpoint(exposures=None) where it is not known how often each was "
                 "trained on."
             )
         name = self._record.visits
@@ -155,7 +165,8 @@ class CheckpointWriter:
         )
 
     def write_function(self, function: Function) -> None:
-        """Store what the network answers to a fixed input with the checkpoint's weights; the process of rank 0 alone calls it.
+        """Store what the network answers to a fixed input with the checkpoint's weights; the
+        process of rank 0 alone calls it.
 
         Raises:
             StoreError: This checkpoint is sealed or closed, or the file cannot be written.
@@ -172,7 +183,8 @@ class CheckpointWriter:
         Of several processes all call it; the one of rank 0 writes the kernel.
 
         Raises:
-            StoreError: Samples are missing, this checkpoint is sealed or closed, or a file cannot be written.
+            StoreError: Samples are missing, this checkpoint is sealed or closed, or a file cannot
+                be written.
         """
         with self._processes.together():
             self._require_open("seal")
@@ -193,10 +205,12 @@ class CheckpointWriter:
         self.close()
 
     def close(self) -> None:
-        """Wait for the shards that are full, drop the rows that no shard holds and refuse further calls; idempotent.
+        """Wait for the shards that are full, drop the rows that no shard holds and refuse further
+        calls; idempotent.
 
         Raises:
-            StoreError: A shard that no earlier call told of cannot be written. The checkpoint is closed all the same.
+            StoreError: A shard that no earlier call told of cannot be written. The checkpoint is
+                closed all the same.
         """
         self._open = False
         self._buffer = []
@@ -206,7 +220,10 @@ class CheckpointWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         # What ends the capture is told, not what it leaves undone.
         with contextlib.nullcontext() if kind is None else contextlib.suppress(StoreError):
@@ -216,8 +233,8 @@ class CheckpointWriter:
         if not self._open:
             state = "sealed" if self._record.sealed else "closed"
             raise StoreError(
-                f"CheckpointWriter.{call}(): checkpoint {self.step} is {state}. "
-                "HINT: TraceWriter.begin_checkpoint() opens the next one, or continues one that is not "
+                f"CheckpointWriter.{call}(): checkpoint {self.step} is {state}. HINT: "
+                "TraceWriter.begin_checkpoint() opens the next one, or continues one that is not "
                 "sealed."
             )
 
@@ -231,40 +248,40 @@ class CheckpointWriter:
             if tuple(given.shape) != shape or given.dtype != dtype:
                 expected = f"[n, {self._header.dim}]" if name == "features" else f"[{n}]"
                 raise ValueError(
-                    f"CheckpointWriter.append({name}): got {given.dtype} {list(given.shape)}, expected "
-                    f"{dtype} {expected}."
+                    f"CheckpointWriter.append({name}): got {given.dtype} {list(given.shape)}, "
+                    f"expected {dtype} {expected}."
                 )
 
     def _check_indices(self, indices: Tensor) -> None:
         outside = indices[(indices < 0) | (indices >= len(self._seen))]
         if len(outside):
             raise ValueError(
-                f"CheckpointWriter.append(indices): {outside[:_SHOWN].tolist()} lie outside the sample "
-                "table, "
-                f"which has positions 0 to {len(self._seen) - 1}."
+                f"CheckpointWriter.append(indices): {outside[:_SHOWN].tolist()} lie outside the "
+                f"sample table, which has positions 0 to {len(self._seen) - 1}."
             )
         values, counts = torch.unique(indices, return_counts=True)
         again = values[self._seen[values] | (counts > 1)]
         if len(again):
             raise ValueError(
-                f"CheckpointWriter.append(indices): checkpoint {self.step} would get more than one trace of "
-                f"{self._names(again)}. HINT: a continued capture skips the first rows_done={self.rows_done} "
-                "samples."
+                f"CheckpointWriter.append(indices): checkpoint {self.step} would get more than one "
+                f"trace of {self._names(again)}. HINT: a continued capture skips the first "
+                f"rows_done={self.rows_done} samples."
             )
 
     def _refuse_rows(self, indices: Tensor, refused: Tensor, what: str) -> None:
         if bool(refused.any()):
             raise GradientError(
-                f"checkpoint {self.step}: {int(refused.sum())} of {len(refused)} samples have {what}: "
-                f"{self._names(indices[refused])}. Nothing of this batch was stored. HINT: look at these "
-                "samples, the "
-                "precision of the forward pass, and whether the objective depends on the traced parameters."
+                f"checkpoint {self.step}: {int(refused.sum())} of {len(refused)} samples have "
+                f"{what}: {self._names(indices[refused])}. Nothing of this batch was stored. HINT: "
+                "look at these samples, the precision of the forward pass, and whether the "
+                "objective depends on the traced parameters."
             )
 
     def _unit_rows(self, indices: Tensor, features: Tensor, loss: Tensor) -> Rows:
         # float64, because squares of float32 gradients under- and overflow float32.
         wide = features.double()
-        # Rows of zeros are those of samples that were not trained on; they have the norm 1, for no stored norm is 0.
+        # Rows of zeros are those of samples that were not trained on; they have the norm 1, for no
+        # stored norm is 0.
         norm = wide.norm(dim=1).float()
         norm = torch.where(self._untrained[indices], torch.ones_like(norm), norm)
         self._refuse_rows(indices, ~norm.isfinite(), "features whose norm is beyond float32")
@@ -291,20 +308,23 @@ class CheckpointWriter:
         missing, twice = (counts == 0).nonzero().flatten(), (counts > 1).nonzero().flatten()
         if len(missing):
             raise StoreError(
-                f"checkpoint {self.step} cannot be sealed: {len(missing)} of {len(self._seen)} samples have "
-                "no trace: "
-                f"{self._names(missing)}. HINT: append the traces of every sample first."
+                f"checkpoint {self.step} cannot be sealed: {len(missing)} of {len(self._seen)} "
+                f"samples have no trace: {self._names(missing)}. HINT: append the traces of every "
+                "sample first."
             )
         if len(twice):
             raise StoreError(
-                f"checkpoint {self.step} cannot be sealed: {len(twice)} samples have traces of more than one process: "
-                f"{self._names(twice)}. HINT: give every process samples of its own."
+                f"checkpoint {self.step} cannot be sealed: {len(twice)} samples have traces of "
+                f"more than one process: {self._names(twice)}. HINT: give every process samples of "
+                "its own."
             )
 
     def _kernel(self, whole: CheckpointRecord) -> Callable[[], Kernel]:
-        """How the first process gets the kernel; the sums over the traces are made here, by all processes."""
+        """How the first process gets the kernel; the sums over the traces are made here, by all
+        processes."""
         n, k = len(self._seen), self._header.dim
-        # From the files, not from memory: what was stored is what is described, also after an interruption.
+        # From the files, not from memory: what was stored is what is described, also after an
+        # interruption.
         if k > n:
             stored = StoredRows(self._root, whole.folder, whole.shards, self._header, n, rows=n)
             return lambda: kernel_of_columns(stored.columns(), n, k)

@@ -4,7 +4,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ctrak_lightning.traces.arrays import corrupt, open_for_reading, open_for_writing, read_array, write_array
+from ctrak_lightning.traces.arrays import (
+    corrupt,
+    open_for_reading,
+    open_for_writing,
+    read_array,
+    write_array,
+)
 
 _CHUNK = 4096
 

@@ -15,8 +15,9 @@ PACKAGES = ("ctrak-lightning", "torch", "lightning", "diffusers")
 
 
 def provenance_facts(store: TraceStore) -> dict[str, str]:
-    """Where the traces of ``store`` come from, each fact as text: the run, the method, the fingerprints of model and data set,
-    each checkpoint with the sha256 of its files, and that of the manifest, which holds all of them.
+    """Where the traces of ``store`` come from, each fact as text: the run, the method, the
+    fingerprints of model and data set, each checkpoint with the sha256 of its files, and that of
+    the manifest, which holds all of them.
 
     The versions are those of the packages that read the store now.
 
@@ -34,7 +35,9 @@ def provenance_facts(store: TraceStore) -> dict[str, str]:
         "traces": f"{len(store)} samples, {header.dim} numbers each, {header.dtype}",
     }
     facts |= {
-        f"model: {name}": _text(value) for name, value in header.model.items() if name != "frozen_sketch"
+        f"model: {name}": _text(value)
+        for name, value in header.model.items()
+        if name != "frozen_sketch"
     }
     facts |= {f"data set: {name}": _text(value) for name, value in header.dataset.items()}
     for record in manifest.checkpoints:
@@ -44,9 +47,13 @@ def provenance_facts(store: TraceStore) -> dict[str, str]:
         where = f"checkpoint at step {record.step}"
         facts[where] = f"epoch {record.epoch}, learning rate {rate}"
         files = {
-            name: known for name, known in manifest.files.items() if name.startswith(f"{record.folder}/")
+            name: known
+            for name, known in manifest.files.items()
+            if name.startswith(f"{record.folder}/")
         }
-        facts |= {f"{where}: sha256 of {name}": known.sha256 for name, known in sorted(files.items())}
+        facts |= {
+            f"{where}: sha256 of {name}": known.sha256 for name, known in sorted(files.items())
+        }
     return facts | {f"version of {name}": _version(name) for name in PACKAGES}
 
 

@@ -26,16 +26,20 @@ def is_checkpoint_folder(name: str) -> bool:
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
-    """A descriptor of the store's file at ``path``, which is a file of its own: a store from somebody else may hold links to what
-    is none of its business, and whoever asks it, or goes on with it, would read or change that.
+    """A descriptor of the store's file at ``path``, which is a file of its own: a store from
+    somebody else may hold links to what is none of its business, and whoever asks it, or goes on
+    with it, would read or change that.
 
     The store's folder itself may be a link; its checkpoints' folders may not.
 
     Raises:
-        OSError: it cannot be opened, is a link, is no regular file, or its checkpoint's folder is a link.
+        OSError: it cannot be opened, is a link, is no regular file, or its checkpoint's folder is a
+            link.
     """
     refuse_linked_folder(path.parent)
-    if path.is_symlink():  # told in these words; O_NOFOLLOW holds also for one that appears right now
+    if (
+        path.is_symlink()
+    ):  # told in these words; O_NOFOLLOW holds also for one that appears right now
         raise _is_link(path)
     descriptor = os.open(path, flags | _FLAGS, mode)
     try:
@@ -52,7 +56,8 @@ def reading(path: Path) -> FileIO:
 
 
 def size_of(path: Path) -> int:
-    """Size in bytes of the store's file at ``path``; an OSError where there is none, or it is no file of its own."""
+    """Size in bytes of the store's file at ``path``; an OSError where there is none, or it is no
+    file of its own."""
     refuse_linked_folder(path.parent)
     found = path.lstat()
     _require_regular(path, found.st_mode)
@@ -73,4 +78,6 @@ def _require_regular(path: Path, mode: int) -> None:
 
 
 def _is_link(path: Path) -> OSError:
-    return OSError(errno.ELOOP, "is a link, and nothing of a store is read or written through one", str(path))
+    return OSError(
+        errno.ELOOP, "is a link, and nothing of a store is read or written through one", str(path)
+    )

@@ -23,10 +23,11 @@ _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Function:
-    """A network's outputs for fixed noise, and what its task makes of fixed specs: nothing of a training sample.
+    """A network's outputs for fixed noise, and what its task makes of fixed specs: nothing of a
+    training sample.
 
-    There are S outputs: at some timesteps under the null condition and then, where that has numbers to replace, at the same ones
-    under noise in their place.
+    There are S outputs: at some timesteps under the null condition and then, where that has numbers
+    to replace, at the same ones under noise in their place.
     """
 
     timesteps: Tensor
@@ -38,13 +39,14 @@ class Function:
     on_cpu: bool
     """Whether they were computed on a CPU."""
     conditions: Tensor | None = None
-    """Projections of the T tensors of the conditions of some specs, float32 [T, K]; None where there are none."""
+    """Projections of the T tensors of the conditions of some specs, float32 [T, K]; None where
+    there are none."""
     specs: int = 0
     """How many specs those were chosen from."""
 
     def differences(self, other: Function) -> Tensor:
-        """``||mine - theirs|| / ||mine||`` of each output, float64 [S]; infinite where the two cannot be compared. Outputs that I lack
-        are not."""
+        """``||mine - theirs|| / ||mine||`` of each output, float64 [S]; infinite where the two
+        cannot be compared. Outputs that I lack are not."""
         count = len(self.timesteps)
         if not torch.equal(self.timesteps, other.timesteps[:count]):
             return torch.full_like(self.timesteps, torch.inf)
@@ -58,11 +60,14 @@ class Function:
 
 
 def _relative(mine: Tensor, theirs: Tensor) -> Tensor:
-    """``||mine - theirs|| / ||mine||`` by row, float64; infinite for other shapes and for what is no number."""
+    """``||mine - theirs|| / ||mine||`` by row, float64; infinite for other shapes and for what is
+    no number."""
     if mine.shape != theirs.shape:
         return torch.full((len(mine),), torch.inf, dtype=torch.float64)
     mine, theirs = mine.double(), theirs.double()
-    error = (mine - theirs).norm(dim=1) / mine.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    error = (mine - theirs).norm(dim=1) / mine.norm(dim=1).clamp(
+        min=torch.finfo(torch.float64).tiny
+    )
     found: Tensor = error.nan_to_num(nan=torch.inf)
     return found
 
@@ -105,5 +110,7 @@ def _table(file: Any, path: Path, name: str) -> Tensor:
     shape = find_dataset(file, path, name).shape
     # Values are stored as they are: a file holds no more numbers than fit into it.
     if len(shape) != 2 or 0 in shape or shape[0] * shape[1] * 4 > path.stat().st_size:
-        raise corrupt(path, f"{name} has the shape {shape}, which is no table or more than the file holds")
+        raise corrupt(
+            path, f"{name} has the shape {shape}, which is no table or more than the file holds"
+        )
     return read_array(file, path, name, (shape[0], shape[1]), "float32")

@@ -1,4 +1,5 @@
-"""The Gram matrix of a checkpoint's traces, on whichever side is smaller, as its eigendecomposition."""
+"""The Gram matrix of a checkpoint's traces, on whichever side is smaller, as its
+eigendecomposition."""
 
 from __future__ import annotations
 
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.processes import Processes
-from ctrak_lightning.traces.arrays import corrupt, open_for_reading, open_for_writing, read_array, write_array
+from ctrak_lightning.traces.arrays import (
+    corrupt,
+    open_for_reading,
+    open_for_writing,
+    read_array,
+    write_array,
+)
 
 _PANEL = 1024
 
@@ -20,19 +27,22 @@ _PANEL = 1024
 class Kernel:
     """Gram matrix ``V diag(eigenvalues) V^T`` of the features Phi [n, k], with m = min(n, k).
 
-    The decomposition serves every damping: a solve costs two products with V, never a factorisation. V in float32 is
-    enough: its rounding changes scores in proportion to the square root of the condition number of the damped matrix, where
-    that of a Gram matrix in float32 did so in proportion to the condition number itself.
+    The decomposition serves every damping: a solve costs two products with V, never a
+    factorisation. V in float32 is enough: its rounding changes scores in proportion to the square
+    root of the condition number of the damped matrix, where that of a Gram matrix in float32 did so
+    in proportion to the condition number itself.
     """
 
     side: Literal["primal", "dual"]
-    """``primal``: Phi^T Phi [k, k]; ``dual``: Phi Phi^T [n, n], in the order of the sample table."""
+    """``primal``: Phi^T Phi [k, k]; ``dual``: Phi Phi^T [n, n], in the order of the sample
+    table."""
     n: int
     """Samples."""
     k: int
     """Features per sample."""
     eigenvalues: Tensor
-    """float64 [m], ascending; of the float64 Gram matrix, so rounding can leave zeros slightly negative."""
+    """float64 [m], ascending; of the float64 Gram matrix, so rounding can leave zeros slightly
+    negative."""
     eigenvectors: Tensor
     """V, float32 [m, m], one eigenvector per column."""
     trace: float
@@ -40,7 +50,8 @@ class Kernel:
     mean: Tensor
     """Mean of the traces over the samples, float64 [k]."""
     exposed: int | None = None
-    """Samples that had been trained on, where the traces of the others are zeros; None: all of them."""
+    """Samples that had been trained on, where the traces of the others are zeros; None: all of
+    them."""
 
     def gram(self) -> Tensor:
         """The Gram matrix, float64 [m, m], put together again."""
@@ -49,18 +60,24 @@ class Kernel:
         return (matrix + matrix.T) / 2
 
     def solve(self, rows: Tensor, dampings: Sequence[float | None]) -> Tensor:
-        """Rows [q, m] times ``(gram + damping * trace / m * I)^-1``, float64 [d, q, m]; as they are where a damping is None.
+        """Rows [q, m] times ``(gram + damping * trace / m * I)^-1``, float64 [d, q, m]; as they are
+        where a damping is None.
 
-        The damping is relative to the mean eigenvalue ``trace / m`` of the kernel of the samples that had been trained on.
+        The damping is relative to the mean eigenvalue ``trace / m`` of the kernel of the samples
+        that had been trained on.
         """
         vectors, values = self.eigenvectors.double(), self.eigenvalues.clamp(min=0)
         along, mean = rows.double() @ vectors, self.trace / min(self.exposed or self.n, self.k)
         return torch.stack(
-            [rows.double() if d is None else along / (values + d * mean) @ vectors.T for d in dampings]
+            [
+                rows.double() if d is None else along / (values + d * mean) @ vectors.T
+                for d in dampings
+            ]
         )
 
     def score_moments(self, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean [c] and standard deviation [c], over the samples that had been trained on, of the scores ``Phi d`` of directions d [c, k], float64.
+        """Mean [c] and standard deviation [c], over the samples that had been trained on, of the
+        scores ``Phi d`` of directions d [c, k], float64.
 
         ``sum_i (phi_i d)^2 = d^T Phi^T Phi d``, so no trace need be read. For the primal side only.
         """
@@ -107,13 +124,18 @@ def gram_of_rows(blocks: Iterable[Tensor], k: int) -> GramSums:
     rows = 0
     for block in blocks:
         if block.dim() != 2 or block.shape[1] != k:
-            raise ValueError(f"gram_of_rows: a block has shape {tuple(block.shape)}, expected [n_i, {k}].")
+            raise ValueError(
+                f"gram_of_rows: a block has shape {tuple(block.shape)}, expected [n_i, {k}]."
+            )
         rows += len(block)
         wide = block.double()
         features += wide.sum(0)
         for start in range(0, k, _PANEL):
-            # [p, n_i] x [n_i, k - start] -> [p, k - start]: what is below the diagonal is what is above it
-            products[start : start + _PANEL, start:] += wide[:, start : start + _PANEL].T @ wide[:, start:]
+            # [p, n_i] x [n_i, k - start] -> [p, k - start]: what is below the diagonal is what is
+            # above it
+            products[start : start + _PANEL, start:] += (
+                wide[:, start : start + _PANEL].T @ wide[:, start:]
+            )
     return GramSums(products=products, features=features, rows=rows)
 
 
@@ -136,7 +158,8 @@ def kernel_of_columns(panels: Iterable[Tensor], n: int, k: int) -> Kernel:
             means.append(wide.mean(0))
     if sum(map(len, means)) != k:
         raise ValueError(
-            f"kernel_of_columns: the panels have {sum(map(len, means))} columns in all, expected {k}."
+            f"kernel_of_columns: the panels have {sum(map(len, means))} columns in all, expected "
+            f"{k}."
         )
     return _decomposed("dual", n, k, total, torch.cat(means))
 
@@ -175,9 +198,17 @@ def read_kernel(path: Path, n: int, k: int) -> Kernel:
         )
 
 
-def _decomposed(side: Literal["primal", "dual"], n: int, k: int, upper: Tensor, mean: Tensor) -> Kernel:
+def _decomposed(
+    side: Literal["primal", "dual"], n: int, k: int, upper: Tensor, mean: Tensor
+) -> Kernel:
     trace = float(upper.trace())
     values, vectors = torch.linalg.eigh(upper, UPLO="U")
     return Kernel(
-        side=side, n=n, k=k, eigenvalues=values, eigenvectors=vectors.float(), trace=trace, mean=mean
+        side=side,
+        n=n,
+        k=k,
+        eigenvalues=values,
+        eigenvectors=vectors.float(),
+        trace=trace,
+        mean=mean,
     )

@@ -23,7 +23,8 @@ from ctrak_lightning.traces.files import open_file, reading
 from ctrak_lightning.traces.schema import LEDGER_LOCK, MANIFEST, WRITER_LOCK
 
 _GRACE_S = 0.5
-"""A process that was just killed takes a moment to end; so does a look at a store by another command."""
+"""A process that was just killed takes a moment to end; so does a look at a store by another
+command."""
 _AGAIN_S = 0.05
 _LONGEST_NOTE = 4096
 
@@ -42,7 +43,12 @@ class Holder:
     @classmethod
     def myself(cls, work: str) -> Holder:
         """This process."""
-        return cls(socket.gethostname(), os.getpid(), datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), work)
+        return cls(
+            socket.gethostname(),
+            os.getpid(),
+            datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            work,
+        )
 
     @property
     def is_here(self) -> bool:
@@ -51,7 +57,8 @@ class Holder:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it is known not to run any more: it left its note behind, and another holds the lock."""
+        """Whether it is known not to run any more: it left its note behind, and another holds the
+        lock."""
         if not self.is_here:
             return False
         try:
@@ -64,16 +71,20 @@ class Holder:
 
     def __str__(self) -> str:
         if self.is_here and self.pid == os.getpid():
-            return f"this very process ({self.pid} on {self.host}), which {self.work} since {self.since}"
+            return (
+                f"this very process ({self.pid} on {self.host}), which {self.work} since "
+                f"{self.since}"
+            )
         return f"process {self.pid} on {self.host}, which {self.work} since {self.since}"
 
 
 class WriterLock:
-    """The right to change the store at ``root``: no other process, and nobody else in this one, has it meanwhile.
+    """The right to change the store at ``root``: no other process, and nobody else in this one, has
+    it meanwhile.
 
-    Held from here on until :meth:`release`, until nothing refers to it any more, or until the process ends, however it ends:
-    ``flock``, which processes that are forked off do not keep alive. The file that it is taken on stays in the store; while it is
-    held it says by whom.
+    Held from here on until :meth:`release`, until nothing refers to it any more, or until the
+    process ends, however it ends: ``flock``, which processes that are forked off do not keep alive.
+    The file that it is taken on stays in the store; while it is held it says by whom.
 
     Args:
         root: folder of the store.
@@ -106,16 +117,18 @@ class WriterLock:
         self._free()
 
     def require(self) -> None:
-        """Raises a StoreError if it is not held any more, or by the process that this one was forked from; a StoreLockedError if
-        another file, or none, has its name: whoever comes next may hold that one, and the store then is theirs."""
+        """Raises a StoreError if it is not held any more, or by the process that this one was
+        forked from; a StoreLockedError if another file, or none, has its name: whoever comes next
+        may hold that one, and the store then is theirs."""
         if self._pid != os.getpid():
             raise StoreError(
-                f"{self.root} is written by process {self._pid}, of which this one, {os.getpid()}, is a copy. Nothing was changed. "
-                "HINT: write in the process that opened the store."
+                f"{self.root} is written by process {self._pid}, of which this one, {os.getpid()}, "
+                "is a copy. Nothing was changed. HINT: write in the process that opened the store."
             )
         if not self._free.alive:
             raise StoreError(
-                f"{self.root}: its writer was closed. Nothing was changed. HINT: open the store again."
+                f"{self.root}: its writer was closed. Nothing was changed. HINT: open the store "
+                "again."
             )
         self._require_file()
 
@@ -124,18 +137,21 @@ class WriterLock:
         if self._descriptor is None or _is_at(self._descriptor, path):
             return
         raise StoreLockedError(
-            f"{path} was removed or replaced while this run had its store open: another run may have begun here since. Nothing "
-            "was changed. HINT: end the run before its folder is removed, leave the lock where it is, and trace into a new folder."
+            f"{path} was removed or replaced while this run had its store open: another run may "
+            "have begun here since. Nothing was changed. HINT: end the run before its folder is "
+            "removed, leave the lock where it is, and trace into a new folder."
         )
 
 
 class NoLock(WriterLock):
-    """Of the processes that write together but for the first: that one has the lock for all, once these are made."""
+    """Of the processes that write together but for the first: that one has the lock for all, once
+    these are made."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._descriptor = None
-        # Not locked, but open: as long as it is, no other file gets its number. Other machines may see it late: then unchecked.
+        # Not locked, but open: as long as it is, no other file gets its number. Other machines may
+        # see it late: then unchecked.
         with contextlib.suppress(OSError):
             self._descriptor = open_file(root / WRITER_LOCK)
             self._close = weakref.finalize(self, os.close, self._descriptor)
@@ -147,12 +163,16 @@ class NoLock(WriterLock):
             self._close()
 
     def require(self) -> None:
-        """Raises a StoreLockedError if the lock that the first process held is not there any more."""
+        """Raises a StoreLockedError if the lock that the first process held is not there any
+        more."""
         self._require_file()
 
 
-def hold_folder(root: Path, processes: Processes = ALONE, work: str = "traces into it") -> WriterLock:
-    """Makes the folder of a store if it is not there, and takes its lock; all ``processes`` call it together, the first has it.
+def hold_folder(
+    root: Path, processes: Processes = ALONE, work: str = "traces into it"
+) -> WriterLock:
+    """Makes the folder of a store if it is not there, and takes its lock; all ``processes`` call it
+    together, the first has it.
 
     Raises:
         StoreLockedError: another holds it; nothing was changed.
@@ -169,7 +189,8 @@ def hold_folder(root: Path, processes: Processes = ALONE, work: str = "traces in
 
 @contextmanager
 def hold_for(root: Path, work: str) -> Iterator[WriterLock]:
-    """Holds the store at ``root`` and its ledger for one piece of work; gives the lock, to be required before anything is replaced.
+    """Holds the store at ``root`` and its ledger for one piece of work; gives the lock, to be
+    required before anything is replaced.
 
     Raises:
         StoreLockedError: another holds the store; nothing was changed.
@@ -198,8 +219,8 @@ def ledger_lock(root: Path, wait_s: float = 30.0) -> Iterator[None]:
     lock = _lock(path, None)
     if not _taken(lock, wait_s):
         raise StoreError(
-            f"{path}: another process is writing to the ledger of this store, or making it forget. HINT: try again when "
-            "it has ended."
+            f"{path}: another process is writing to the ledger of this store, or making it forget. "
+            "HINT: try again when it has ended."
         )
     try:
         yield
@@ -213,12 +234,16 @@ def _lock(path: Path, on_acquired: Callable[[int], None] | None) -> FileLock:
         os.close(open_file(path, os.O_RDWR | os.O_CREAT))
     except OSError as error:
         raise StoreError(
-            f"{path} cannot be opened for writing ({error}). HINT: the folder of the store must be writable to change anything "
-            "in it or in its ledger."
+            f"{path} cannot be opened for writing ({error}). HINT: the folder of the store must be "
+            "writable to change anything in it or in its ledger."
         ) from error
     # No way out by a file that is there or not, which a killed process would leave behind.
     return FileLock(
-        path, thread_local=False, fallback_to_soft=False, preserve_lock_file=True, on_acquired=on_acquired
+        path,
+        thread_local=False,
+        fallback_to_soft=False,
+        preserve_lock_file=True,
+        on_acquired=on_acquired,
     )
 
 
@@ -229,8 +254,8 @@ def _taken(lock: FileLock, wait_s: float) -> bool:
         return False
     except OSError as error:
         raise StoreError(
-            f"{lock.lock_file} cannot be locked ({error}). HINT: keep the store on a file system that has locks (flock), such as "
-            "a local disk, and copy it when training has ended."
+            f"{lock.lock_file} cannot be locked ({error}). HINT: keep the store on a file system "
+            "that has locks (flock), such as a local disk, and copy it when training has ended."
         ) from error
     return True
 
@@ -258,8 +283,9 @@ def _held(root: Path) -> StoreLockedError:
     holder = _read_note(root / WRITER_LOCK)
     who = "another process" if holder is None or holder.has_ended else str(holder)
     return StoreLockedError(
-        f"{root} is held by {who}. A store has one writer at a time. Nothing was changed. HINT: write to another folder, or wait "
-        "until it has ended; TraceWriter.close() lets go of a store. A process that was killed holds nothing."
+        f"{root} is held by {who}. A store has one writer at a time. Nothing was changed. HINT: "
+        "write to another folder, or wait until it has ended; TraceWriter.close() lets go of a "
+        "store. A process that was killed holds nothing."
     )
 
 
@@ -285,6 +311,6 @@ def _refuse_foreign_files(root: Path) -> None:
     foreign = [name for name in names if name not in own and not name.endswith(TEMPORARY_SUFFIX)]
     if foreign:
         raise StoreError(
-            f"{root} has no {MANIFEST} but holds {len(foreign)} other files, such as {foreign[0]!r}. "
-            "HINT: give an empty folder, or one that does not exist yet."
+            f"{root} has no {MANIFEST} but holds {len(foreign)} other files, such as "
+            f"{foreign[0]!r}. HINT: give an empty folder, or one that does not exist yet."
         )

@@ -34,13 +34,15 @@ LONGEST_MANIFEST = 2**30
 
 
 def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> None:
-    """Replace the manifest ``name`` of the store at ``folder`` durably; the same content gives the same bytes."""
+    """Replace the manifest ``name`` of the store at ``folder`` durably; the same content gives the
+    same bytes."""
     text = manifest_text(manifest)
     write_atomically(folder / name, lambda path: _write_text(path, text))
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
-    """Read the manifest ``name`` of the store at ``folder``, validate it, and compare every recorded file's size.
+    """Read the manifest ``name`` of the store at ``folder``, validate it, and compare every
+    recorded file's size.
 
     Raises:
         StoreError: There is no store, or its schema is another version's.
@@ -73,13 +75,15 @@ def read_text(path: Path) -> str:
     try:
         with reading(path) as file:
             if size_of(path) > LONGEST_MANIFEST:
-                raise _corrupt(f"{path}: longer than {LONGEST_MANIFEST} bytes, which no manifest is")
+                raise _corrupt(
+                    f"{path}: longer than {LONGEST_MANIFEST} bytes, which no manifest is"
+                )
             return file.readall().decode("utf-8")
     except FileNotFoundError as error:
         what = f"has no {name}" if folder.is_dir() else "does not exist"
         raise StoreError(
-            f"{folder} {what}, so it is not a trace store. HINT: give the folder that the tracer was told to "
-            "write to."
+            f"{folder} {what}, so it is not a trace store. HINT: give the folder that the tracer "
+            "was told to write to."
         ) from error
     except UnicodeDecodeError as error:
         raise _corrupt(f"{path}: not UTF-8 ({error})") from error
@@ -94,7 +98,8 @@ def parse_manifest(text: str, source: str = MANIFEST) -> Manifest:
 
     Raises:
         StoreError: The schema is another version's.
-        CorruptStoreError: The text is not JSON, or a field is missing, unknown or of the wrong kind.
+        CorruptStoreError: The text is not JSON, or a field is missing, unknown or of the wrong
+            kind.
     """
     try:
         content = json.loads(text, parse_constant=_refuse_constant)
@@ -106,19 +111,22 @@ def parse_manifest(text: str, source: str = MANIFEST) -> Manifest:
 
 
 def is_sample_table(name: str) -> bool:
-    """Whether a file of this name, in the folder of the store, is a sample table of some edition."""
+    """Whether a file of this name, in the folder of the store, is a sample table of some
+    edition."""
     return _SAMPLES_PATTERN.fullmatch(name) is not None
 
 
 def manifest_text(manifest: Manifest, schema: int = SCHEMA_VERSION) -> str:
-    """The text of a manifest; equal manifests give equal text. An earlier ``schema`` gives that of the version that wrote it."""
+    """The text of a manifest; equal manifests give equal text. An earlier ``schema`` gives that of
+    the version that wrote it."""
     content = {
         "schema": schema,
         "header": manifest.header.to_dict(),
         "run_id": manifest.run_id,
         "edition": manifest.edition,
         "files": {
-            name: {"sha256": known.sha256, "bytes": known.bytes} for name, known in manifest.files.items()
+            name: {"sha256": known.sha256, "bytes": known.bytes}
+            for name, known in manifest.files.items()
         },
         "checkpoints": [vars(record) for record in manifest.checkpoints],
     }
@@ -136,7 +144,9 @@ def _manifest(content: Any, source: str) -> Manifest:
             f"{' and '.join(map(str, READABLE_SCHEMAS))}. "
             "HINT: use the version that wrote the store."
         )
-    content = _object(content, source, ("schema", "header", "run_id", "edition", "files", "checkpoints"))
+    content = _object(
+        content, source, ("schema", "header", "run_id", "edition", "files", "checkpoints")
+    )
     _integer(content["schema"], f"{source}: schema")
     files = _files(content["files"], f"{source}: files")
     manifest = Manifest(
@@ -167,18 +177,25 @@ def _files(value: Any, where: str) -> dict[str, FileRecord]:
         fields = _object(item, f"{where}: {name}", ("sha256", "bytes"))
         sha256 = _string(fields["sha256"], f"{where}: {name}: sha256")
         if not _SHA256_PATTERN.fullmatch(sha256):
-            raise _corrupt(f"{where}: {name}: sha256 is {_short(sha256)}, expected 64 hexadecimal digits")
-        files[name] = FileRecord(sha256=sha256, bytes=_integer(fields["bytes"], f"{where}: {name}: bytes"))
+            raise _corrupt(
+                f"{where}: {name}: sha256 is {_short(sha256)}, expected 64 hexadecimal digits"
+            )
+        files[name] = FileRecord(
+            sha256=sha256, bytes=_integer(fields["bytes"], f"{where}: {name}: bytes")
+        )
     return files
 
 
-def _checkpoints(value: Any, where: str, files: dict[str, FileRecord]) -> tuple[CheckpointRecord, ...]:
+def _checkpoints(
+    value: Any, where: str, files: dict[str, FileRecord]
+) -> tuple[CheckpointRecord, ...]:
     records: list[CheckpointRecord] = []
     for position, item in enumerate(_list(value, where)):
         record = _checkpoint(item, f"{where}[{position}]", files)
         if records and record.step <= records[-1].step:
             raise _corrupt(
-                f"{where}[{position}]: step {record.step} does not come after step {records[-1].step}"
+                f"{where}[{position}]: step {record.step} does not come after step "
+                f"{records[-1].step}"
             )
         records.append(record)
     return tuple(records)
@@ -217,7 +234,9 @@ def _check_files_belong(manifest: Manifest, source: str) -> None:
     for record in manifest.checkpoints:
         owned |= {*record.companions, *record.shards, *([record.kernel] if record.sealed else [])}
     if strangers := sorted(manifest.files.keys() - owned):
-        raise _corrupt(f"{source}: files has {strangers[0]}, which belongs to no recorded checkpoint")
+        raise _corrupt(
+            f"{source}: files has {strangers[0]}, which belongs to no recorded checkpoint"
+        )
 
 
 def _check_rows_fit(record: CheckpointRecord, manifest: Manifest, where: str) -> None:
@@ -226,9 +245,8 @@ def _check_rows_fit(record: CheckpointRecord, manifest: Manifest, where: str) ->
     stored = sum(manifest.files[name].bytes for name in record.shards)
     if needed > stored:
         raise _corrupt(
-            f"{where}: {record.rows} rows of {manifest.header.dim} {manifest.header.dtype} features need "
-            f"{needed} bytes, "
-            f"its shards have {stored}"
+            f"{where}: {record.rows} rows of {manifest.header.dim} {manifest.header.dtype} "
+            f"features need {needed} bytes, its shards have {stored}"
         )
 
 
@@ -307,9 +325,8 @@ def _write_text(path: Path, text: str) -> None:
 
 def _corrupt(problem: str) -> CorruptStoreError:
     return CorruptStoreError(
-        f"{problem}. HINT: the store was damaged or edited after it was written; restore it from a copy or "
-        "capture again "
-        "into a new folder."
+        f"{problem}. HINT: the store was damaged or edited after it was written; restore it from a "
+        "copy or capture again into a new folder."
     )
 
 

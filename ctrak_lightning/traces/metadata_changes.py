@@ -24,16 +24,18 @@ def warn_of_changed_metadata(stored: SampleTable, given: SampleTable, path: Path
         path: folder of the store.
 
     Warns:
-        ChangedMetadataWarning: Columns were added, are gone or have other values; names them, with one sample of each.
+        ChangedMetadataWarning: Columns were added, are gone or have other values; names them, with
+            one sample of each.
     """
     changes = _changes(stored, given)
     if not changes:
         return
     more = f"; and {len(changes) - _SHOWN} more columns" if len(changes) > _SHOWN else ""
     warnings.warn(
-        f"{path}: the metadata of the samples is not what this store recorded ({'; '.join(changes[:_SHOWN])}{more}). The store keeps "
-        "what it recorded, and answers, shares and `ctrak forget` go by that. HINT: to have the metadata as it is now, trace into a "
-        "new folder.",
+        f"{path}: the metadata of the samples is not what this store recorded "
+        f"({'; '.join(changes[:_SHOWN])}{more}). The store keeps what it recorded, and answers, "
+        "shares and `ctrak forget` go by that. HINT: to have the metadata as it is now, trace "
+        "into a new folder.",
         ChangedMetadataWarning,
         stacklevel=4,  # the caller of TraceWriter.write_samples
     )
@@ -51,7 +53,8 @@ def _changes(stored: SampleTable, given: SampleTable) -> list[str]:
         ]:
             i = other[0]
             found.append(
-                f"column {name!r} differs for {len(other)} of {len(stored)} samples, such as {stored.sample_ids[i]!r}: recorded "
-                f"{shortened(stored.metadata[name][i])}, now {shortened(given.metadata[name][i])}"
+                f"column {name!r} differs for {len(other)} of {len(stored)} samples, such as "
+                f"{stored.sample_ids[i]!r}: recorded {shortened(stored.metadata[name][i])}, now "
+                f"{shortened(given.metadata[name][i])}"
             )
     return found

@@ -1,4 +1,5 @@
-"""What is recorded of a store: in its manifest, and, while several processes capture a checkpoint, in their journals."""
+"""What is recorded of a store: in its manifest, and, while several processes capture a checkpoint,
+in their journals."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ from pathlib import Path
 
 from ctrak_lightning.errors import DatasetChangedError, StoreError, StoreMismatchError
 from ctrak_lightning.processes import Processes
-from ctrak_lightning.traces.atomic import TEMPORARY_SUFFIX, FileRecord, make_folder, write_atomically
+from ctrak_lightning.traces.atomic import (
+    TEMPORARY_SUFFIX,
+    FileRecord,
+    make_folder,
+    write_atomically,
+)
 from ctrak_lightning.traces.files import is_checkpoint_folder, is_there
 from ctrak_lightning.traces.lock import WriterLock
 from ctrak_lightning.traces.manifest import (
@@ -38,9 +44,10 @@ _JOURNAL_PATTERN = re.compile(r"rank[0-9]{1,9}\.json")
 class Records:
     """The record of the store at ``root``, which processes that capture together keep together.
 
-    The process of rank 0 writes the manifest. What another has written of the checkpoint in progress stands in a journal of
-    its own, which is a manifest of that checkpoint alone, until the checkpoint is sealed. All processes call
-    the constructor, :meth:`share`, :meth:`join` and :meth:`seal` together.
+    The process of rank 0 writes the manifest. What another has written of the checkpoint in
+    progress stands in a journal of its own, which is a manifest of that checkpoint alone, until the
+    checkpoint is sealed. All processes call the constructor, :meth:`share`, :meth:`join` and
+    :meth:`seal` together.
 
     Args:
         root: folder of the store.
@@ -50,11 +57,17 @@ class Records:
         processes: those that capture together.
 
     Raises:
-        StoreMismatchError, DatasetChangedError, StoreError, CorruptStoreError: as of :class:`TraceWriter`.
+        StoreMismatchError, DatasetChangedError, StoreError, CorruptStoreError: as of
+        :class:`TraceWriter`.
     """
 
     def __init__(
-        self, root: Path, lock: WriterLock, header: StoreHeader, run_id: str | None, processes: Processes
+        self,
+        root: Path,
+        lock: WriterLock,
+        header: StoreHeader,
+        run_id: str | None,
+        processes: Processes,
     ) -> None:
         self.root = root
         self._lock = lock
@@ -71,7 +84,8 @@ class Records:
         with processes.together():
             _check_header(self.manifest, header, root)
             if processes.is_first:
-                # Written even where nothing changes: an unwritable folder shows now, not hours into training.
+                # Written even where nothing changes: an unwritable folder shows now, not hours into
+                # training.
                 self.save(self.manifest)
                 self.remove_unrecorded()
 
@@ -79,8 +93,8 @@ class Records:
         """Replace the manifest; for the process of rank 0.
 
         Raises:
-            StoreError: It is not the one that was read or written last: another process has changed the store, or removed it;
-                or this writer was closed.
+            StoreError: It is not the one that was read or written last: another process has changed
+                the store, or removed it; or this writer was closed.
         """
         self._lock.require()
         self._require_unchanged()
@@ -89,18 +103,23 @@ class Records:
         self.manifest = manifest
 
     def write(self, name: str, fill: Callable[[Path], None]) -> FileRecord:
-        """Write the file ``name`` of the store, as :func:`write_atomically`; :meth:`commit` and :meth:`seal` record it.
+        """Write the file ``name`` of the store, as :func:`write_atomically`; :meth:`commit` and
+        :meth:`seal` record it.
 
-        Names are fixed, so whoever lost the store would replace the files of the run that has it now. All is checked before
-        anything is written, and again before the file gets its name, as filling it may take minutes.
+        Names are fixed, so whoever lost the store would replace the files of the run that has it
+        now. All is checked before anything is written, and again before the file gets its name, as
+        filling it may take minutes.
 
         Raises:
             StoreLockedError: the lock of this run was removed or replaced.
-            StoreError: as of :meth:`save`, the file is part of what is sealed, or it cannot be written.
+            StoreError: as of :meth:`save`, the file is part of what is sealed, or it cannot be
+                written.
         """
         self._require_writable(name)
         path = self.root / name
-        if not path.parent.is_dir():  # or the store's own folder would be made durable again with every file
+        if (
+            not path.parent.is_dir()
+        ):  # or the store's own folder would be made durable again with every file
             make_folder(path.parent)
 
         def fill_and_check(temporary: Path) -> None:
@@ -125,8 +144,8 @@ class Records:
             manifest = parse_manifest(read_text(path), str(path))
         if manifest is not None and _is_sealed(manifest, name):
             raise StoreError(
-                f"{self.root / name} is part of what this store has sealed, and is not written over. Nothing was changed. HINT: "
-                "trace into a new folder."
+                f"{self.root / name} is part of what this store has sealed, and is not written "
+                "over. Nothing was changed. HINT: trace into a new folder."
             )
 
     def _require_unchanged(self) -> None:
@@ -171,7 +190,8 @@ class Records:
             self._journal = journal
 
     def restart(self, record: CheckpointRecord, files: dict[str, FileRecord]) -> None:
-        """Begin a checkpoint anew, without what was captured of it before; for the process of rank 0."""
+        """Begin a checkpoint anew, without what was captured of it before; for the process of rank
+        0."""
         self.save(self.manifest.without_steps([record.step]))
         for name in _journals(self.root, record):
             (self.root / name).unlink()
@@ -190,7 +210,8 @@ class Records:
         return whole, {name: file for _, files in each for name, file in files.items()}
 
     def seal(self, record: CheckpointRecord, files: dict[str, FileRecord]) -> None:
-        """Record a checkpoint that all processes have joined; afterwards there are no journals of it."""
+        """Record a checkpoint that all processes have joined; afterwards there are no journals of
+        it."""
         with self._processes.together():
             if self._processes.is_first:
                 self.save(self.manifest.with_checkpoint(record).with_files(files))
@@ -227,13 +248,15 @@ def remove_unrecorded(root: Path, manifest: Manifest) -> None:
             elif (
                 entry.name.endswith(TEMPORARY_SUFFIX)
                 or (is_sample_table(entry.name) and entry.name not in recorded)
-                # Of a forgetting that came to nothing. An earlier edition's may still be needed to write the tombstone.
+                # Of a forgetting that came to nothing. An earlier edition's may still be needed to
+                # write the tombstone.
                 or entry.name == edition_name(COMMITMENTS, manifest.edition + 1)
             ):
                 entry.unlink()
     except OSError as error:
         raise StoreError(
-            f"{root}: what an interrupted run left cannot be removed ({error}). HINT: check the permissions."
+            f"{root}: what an interrupted run left cannot be removed ({error}). HINT: check the "
+            "permissions."
         ) from error
 
 
@@ -247,7 +270,8 @@ def _remove_unrecorded_in(folder: Path, manifest: Manifest, recorded: set[str]) 
 
 
 def recorded_files(root: Path, manifest: Manifest) -> set[str]:
-    """The files that the manifest names, and those of the journals of checkpoints that are not sealed.
+    """The files that the manifest names, and those of the journals of checkpoints that are not
+    sealed.
 
     Raises:
         CorruptStoreError: a journal is damaged, or a file that it names is.
@@ -280,14 +304,14 @@ def _check_header(stored: Manifest, given: StoreHeader, path: Path) -> None:
     )
     dataset = any(name.split(".")[0] == "dataset" for name, _, _ in differences)
     forgotten = (
-        " Samples have been forgotten from this store: take the same ones out of the data that is traced, by name "
-        "and not by position."
+        " Samples have been forgotten from this store: take the same ones out of the data that is "
+        "traced, by name and not by position."
         if dataset and stored.edition
         else ""
     )
     raise (DatasetChangedError if dataset else StoreMismatchError)(
-        f"{path} holds traces made otherwise: {fields}.{forgotten} HINT: use the settings of the store, or write to a "
-        "new folder."
+        f"{path} holds traces made otherwise: {fields}.{forgotten} HINT: use the settings of the "
+        "store, or write to a new folder."
     )
 
 
@@ -299,7 +323,8 @@ def _is_sealed(manifest: Manifest, name: str) -> bool:
 
 
 def _signature(path: Path) -> tuple[int, ...] | None:
-    """Another one where the file was replaced; read before the content, so that it is never newer than that."""
+    """Another one where the file was replaced; read before the content, so that it is never newer
+    than that."""
     try:
         found = os.lstat(path)
     except OSError:  # told by those who read it
@@ -313,15 +338,17 @@ def _text_of(path: Path) -> str | None:
 
 def _changed(path: Path, found: str | None, manifest: Manifest) -> str:
     if found is None:
-        return f"{path} was removed while a capture had its store open. HINT: trace into a new folder."
+        return (
+            f"{path} was removed while a capture had its store open. HINT: trace into a new folder."
+        )
     if parse_manifest(found, str(path)).edition != manifest.edition:
         return (
-            f"{path}: samples have been forgotten from this store while a capture had it open. Nothing was changed. HINT: "
-            "take the same samples out of the data that is traced and resume the training, to go on from what the "
-            "store holds now."
+            f"{path}: samples have been forgotten from this store while a capture had it open. "
+            "Nothing was changed. HINT: take the same samples out of the data that is traced and "
+            "resume the training, to go on from what the store holds now."
         )
     return (
-        f"{path}: another process has changed it while a capture had its store open. Nothing was changed. HINT: one run writes to "
-        "a store at a time, on a file system whose locks hold between its machines; resume this one alone, or in a folder of its "
-        "own."
+        f"{path}: another process has changed it while a capture had its store open. Nothing was "
+        "changed. HINT: one run writes to a store at a time, on a file system whose locks hold "
+        "between its machines; resume this one alone, or in a folder of its own."
     )

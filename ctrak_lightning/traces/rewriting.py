@@ -23,13 +23,17 @@ from ctrak_lightning.traces.visits import Visits, read_visits, write_visits
 _EDITION = re.compile(r"-e[0-9]+(?=\.h5$)")
 
 
-def rewrite_without(root: Path, manifest: Manifest, table: SampleTable, gone: Collection[int]) -> Manifest:
-    """Write the next edition of a store's files, under names of their own, without the samples at positions ``gone``.
+def rewrite_without(
+    root: Path, manifest: Manifest, table: SampleTable, gone: Collection[int]
+) -> Manifest:
+    """Write the next edition of a store's files, under names of their own, without the samples at
+    positions ``gone``.
 
-    Nothing that is there is touched, and the manifest that is returned is not written: until it is, the files are in no record.
-    Checkpoints that are not sealed are left out. The rows that stay are copied as they are stored. Kernels are made anew from
-    them rather than down-dated: the stored eigenvectors are float32, whose rounding a down-date would keep and add to, and
-    fewer samples than features are decomposed on the other side.
+    Nothing that is there is touched, and the manifest that is returned is not written: until it is,
+    the files are in no record. Checkpoints that are not sealed are left out. The rows that stay are
+    copied as they are stored. Kernels are made anew from them rather than down-dated: the stored
+    eigenvectors are float32, whose rounding a down-date would keep and add to, and fewer samples
+    than features are decomposed on the other side.
 
     Args:
         root: folder of the store.
@@ -45,7 +49,9 @@ def rewrite_without(root: Path, manifest: Manifest, table: SampleTable, gone: Co
     stays = torch.ones(len(table), dtype=torch.bool)
     stays[list(gone)] = False
     remaining = table.take(stays.nonzero().flatten().tolist())
-    facts = {name: value for name, value in remaining.facts().items() if name in manifest.header.dataset}
+    facts = {
+        name: value for name, value in remaining.facts().items() if name in manifest.header.dataset
+    }
     header = replace(manifest.header, dataset=manifest.header.dataset | facts)
     after = Manifest(header=header, run_id=manifest.run_id, edition=edition)
     known = write_atomically(root / after.samples, lambda path: write_samples(path, remaining))
@@ -73,7 +79,9 @@ def _rewrite_checkpoint(
     files = dict(shards)
     stored = StoredRows(root, record.folder, written.shards, manifest.header, n, rows=n)
     kernel = kernel_of(stored, n, manifest.header.dim)
-    files[written.kernel] = write_atomically(root / written.kernel, lambda path: write_kernel(path, kernel))
+    files[written.kernel] = write_atomically(
+        root / written.kernel, lambda path: write_kernel(path, kernel)
+    )
     if record.visits in manifest.files:
         visits = _visits_of(read_visits(root / record.visits, len(stays)), stays)
         files[written.visits] = write_atomically(
@@ -84,7 +92,8 @@ def _rewrite_checkpoint(
         files[written.exposures] = write_atomically(
             root / written.exposures, lambda path: write_exposures(path, exposures)
         )
-    # A companion that has the same name in every edition has nothing of the samples in it: weights, buffers, outputs.
+    # A companion that has the same name in every edition has nothing of the samples in it: weights,
+    # buffers, outputs.
     kept = record.companions & written.companions & manifest.files.keys()
     return written, files | {name: manifest.files[name] for name in sorted(kept)}
 
@@ -108,4 +117,6 @@ def _rewrite_shards(
 
 def _visits_of(visits: Visits, stays: Tensor) -> Visits:
     rows = torch.repeat_interleave(stays, visits.counts)
-    return Visits(counts=visits.counts[stays], timesteps=visits.timesteps[rows], steps=visits.steps[rows])
+    return Visits(
+        counts=visits.counts[stays], timesteps=visits.timesteps[rows], steps=visits.steps[rows]
+    )

@@ -1,4 +1,5 @@
-"""Rows of features in an HDF5 file, laid out so that they are read at the speed of the disk and still checked."""
+"""Rows of features in an HDF5 file, laid out so that they are read at the speed of the disk and
+still checked."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ CHECKSUMS = "checksum"
 def write_rows(group: h5py.Group, name: str, values: Tensor) -> None:
     """Write ``values`` [n, k] as one run of bytes, and the checksum of each row.
 
-    Neither chunks nor Fletcher-32: through them h5py 3.16 reads int8 rows of 4,096 from memory at 2.1 GB/s (chunks alone:
-    4.8), the plain run of bytes at 10; the checksum of :func:`row_sums` costs 1/60 ns a byte.
+    Neither chunks nor Fletcher-32: through them h5py 3.16 reads int8 rows of 4,096 from memory at
+    2.1 GB/s (chunks alone: 4.8), the plain run of bytes at 10; the checksum of :func:`row_sums`
+    costs 1/60 ns a byte.
     """
     array = values.detach().cpu().contiguous().numpy()
     group.create_dataset(name, data=array, track_times=False)
@@ -31,8 +33,8 @@ def write_rows(group: h5py.Group, name: str, values: Tensor) -> None:
 def row_sums(rows: np.ndarray) -> np.ndarray:
     """Sum of each row's 64-bit words (its last bytes one by one), modulo 2**64, as uint64 [n].
 
-    It finds every flipped bit and rows that were never written (a stored row is not zero). Two errors that cancel pass it;
-    ``TraceStore.verify`` compares sha256.
+    It finds every flipped bit and rows that were never written (a stored row is not zero). Two
+    errors that cancel pass it; ``TraceStore.verify`` compares sha256.
     """
     raw = rows.view(np.uint8).reshape(len(rows), -1)
     words = raw.shape[1] // 8 * 8
@@ -63,7 +65,9 @@ class RowArray:
         """
         k = self.shape[1]
         values = (
-            np.empty((stop - start) * k, self.dtype) if into is None else into.numpy()[: (stop - start) * k]
+            np.empty((stop - start) * k, self.dtype)
+            if into is None
+            else into.numpy()[: (stop - start) * k]
         )
         start_byte = self.offset + start * k * self.dtype.itemsize
         try:
@@ -84,7 +88,8 @@ class RowArray:
         return torch.from_numpy(rows)
 
     def read_columns(self, start: int, stop: int) -> Tensor:
-        """Columns ``start`` to ``stop`` of all rows, [n, stop - start]; their sums are for the caller to :meth:`check`.
+        """Columns ``start`` to ``stop`` of all rows, [n, stop - start]; their sums are for the
+        caller to :meth:`check`.
 
         Raises:
             CorruptStoreError: They cannot be read.
@@ -104,11 +109,14 @@ class RowArray:
         """
         if bad := np.flatnonzero(sums != self.sums[start : start + len(sums)]).tolist():
             raise corrupt(
-                self.path, f"features of row {start + bad[0]} are not those that were written (checksum)"
+                self.path,
+                f"features of row {start + bad[0]} are not those that were written (checksum)",
             )
 
 
-def find_rows(file: h5py.File, path: Path, name: str, shape: tuple[int, int], dtype: str) -> RowArray:
+def find_rows(
+    file: h5py.File, path: Path, name: str, shape: tuple[int, int], dtype: str
+) -> RowArray:
     """The rows that :func:`write_rows` wrote, of this shape and dtype and no other.
 
     Raises:

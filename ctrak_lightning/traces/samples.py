@@ -36,12 +36,15 @@ class SampleTable:
 
     Args:
         sample_ids: One id per sample, each once: any text without NUL. Ids never become file names.
-        content_sha256: Digest of each sample's content: tells that an image was replaced under its old id.
-        metadata: Columns of text, such as owner, licence or caption, each with one value per sample.
+        content_sha256: Digest of each sample's content: tells that an image was replaced under its
+            old id.
+        metadata: Columns of text, such as owner, licence or caption, each with one value per
+            sample.
         thumbnails: Small images for reports, uint8 [n, h, w, 3], or None.
 
     Raises:
-        StoreError: No samples, an id twice, columns of different lengths, or text that cannot be stored.
+        StoreError: No samples, an id twice, columns of different lengths, or text that cannot be
+            stored.
     """
 
     sample_ids: list[str]
@@ -64,7 +67,8 @@ class SampleTable:
         for name in self.metadata:
             if not isinstance(name, str) or not name:
                 raise StoreError(
-                    f"SampleTable: a metadata column is named {name!r}, expected a str that is not empty."
+                    f"SampleTable: a metadata column is named {name!r}, expected a str that is not "
+                    "empty."
                 )
             _check_text(name, "the name of a metadata column")
         self._check_thumbnails()
@@ -75,10 +79,13 @@ class SampleTable:
     def fingerprint(self) -> str:
         """sha256 hex digest over the sample ids, in order."""
         # No id contains NUL, so ["ab", "c"] and ["a", "bc"] differ.
-        return hashlib.sha256("".join(f"{sample_id}\0" for sample_id in self.sample_ids).encode()).hexdigest()
+        return hashlib.sha256(
+            "".join(f"{sample_id}\0" for sample_id in self.sample_ids).encode()
+        ).hexdigest()
 
     def facts(self) -> dict[str, Any]:
-        """What a store's header says of its samples: how many, and the sha256 (hex) of their ids and of their content."""
+        """What a store's header says of its samples: how many, and the sha256 (hex) of their ids
+        and of their content."""
         content = hashlib.sha256("".join(self.content_sha256).encode()).hexdigest()
         return dict(zip(SAMPLE_FACTS, (len(self), self.fingerprint(), content), strict=True))
 
@@ -92,14 +99,17 @@ class SampleTable:
         )
 
     def record(self, i: int) -> dict[str, Any]:
-        """Sample ``i`` as ``{"index", "sample_id", "content_sha256", "metadata": {column: value}}``.
+        """Sample ``i`` as ``{"index", "sample_id", "content_sha256", "metadata": {column:
+        value}}``.
 
         Raises:
             IndexError: There is no sample ``i``.
         """
         i = operator.index(i)
         if not 0 <= i < len(self):
-            raise IndexError(f"SampleTable.record({i}): the table has samples 0 to {len(self) - 1}.")
+            raise IndexError(
+                f"SampleTable.record({i}): the table has samples 0 to {len(self) - 1}."
+            )
         return {
             "index": i,
             "sample_id": self.sample_ids[i],
@@ -114,16 +124,19 @@ class SampleTable:
     def _check_column(self, name: str, column: Sequence[str]) -> None:
         if isinstance(column, str):
             raise StoreError(
-                f"SampleTable: {name} is the str {column!r}, expected a list of str, one per sample."
+                f"SampleTable: {name} is the str {column!r}, expected a list of str, one per "
+                "sample."
             )
         if len(column) != len(self):
             raise StoreError(
-                f"SampleTable: {name} has {len(column)} values for {len(self)} samples; give one per sample."
+                f"SampleTable: {name} has {len(column)} values for {len(self)} samples; give one "
+                "per sample."
             )
         for position, value in enumerate(column):
             if not isinstance(value, str):
                 raise StoreError(
-                    f"SampleTable: {name}[{position}] is {value!r}, expected a str. HINT: convert with str()."
+                    f"SampleTable: {name}[{position}] is {value!r}, expected a str. HINT: convert "
+                    "with str()."
                 )
             _check_text(value, f"{name}[{position}]")
 
@@ -140,8 +153,8 @@ class SampleTable:
             or 0 in shape
         ):
             raise StoreError(
-                f"SampleTable(thumbnails={images.dtype} {shape}): expected uint8 [{len(self)}, h, w, 3], one "
-                "image per sample."
+                f"SampleTable(thumbnails={images.dtype} {shape}): expected uint8 [{len(self)}, h, "
+                "w, 3], one image per sample."
             )
 
 
@@ -228,7 +241,9 @@ def _count(file: h5py.File, path: Path) -> int:
 
 
 def _metadata(file: h5py.File, path: Path) -> h5py.Group:
-    group = file["metadata"] if isinstance(file.get("metadata", getlink=True), h5py.HardLink) else None
+    group = (
+        file["metadata"] if isinstance(file.get("metadata", getlink=True), h5py.HardLink) else None
+    )
     if not isinstance(group, h5py.Group):
         raise corrupt(path, "metadata is not a group in this file")
     return group
@@ -241,7 +256,9 @@ def _write_strings(group: h5py.Group, name: str, values: list[str]) -> None:
 def _read_thumbnails(file: h5py.File, path: Path, n: int, rows: Any) -> Tensor:
     images = find_dataset(file, path, "thumbnails")
     if len(images.shape) != 4 or images.shape[0] != n or images.dtype != "uint8":
-        raise corrupt(path, f"thumbnails is {images.dtype} {images.shape}, expected uint8 [{n}, h, w, 3]")
+        raise corrupt(
+            path, f"thumbnails is {images.dtype} {images.shape}, expected uint8 [{n}, h, w, 3]"
+        )
     return torch.from_numpy(images[rows])
 
 

@@ -12,7 +12,8 @@ from ctrak_lightning.traces.atomic import FileRecord
 
 SCHEMA_VERSION = 5
 READABLE_SCHEMAS = (4, SCHEMA_VERSION)
-"""4 knows nothing of exposures, buffers and the network's function; what it lacks is not compared."""
+"""4 knows nothing of exposures, buffers and the network's function; what it lacks is not
+compared."""
 MANIFEST = "manifest.json"
 SAMPLES = "samples.h5"
 WEIGHTS = "weights.safetensors"
@@ -40,7 +41,8 @@ ABSENT = _Absent()
 
 @dataclass(frozen=True, kw_only=True)
 class StoreHeader:
-    """What all traces of a store have in common; two runs may share a store only if theirs are equal.
+    """What all traces of a store have in common; two runs may share a store only if theirs are
+    equal.
 
     Raises:
         StoreError: A field is not what JSON can hold, or ``dim`` or ``dtype`` is impossible.
@@ -63,29 +65,35 @@ class StoreHeader:
     dim: int
     """Features per sample, k."""
     dtype: Literal["float32", "float16", "int8"]
-    """How the unit-norm rows are stored (int8 with one scale per row); scales, norms and losses are float32 always."""
+    """How the unit-norm rows are stored (int8 with one scale per row); scales, norms and losses are
+    float32 always."""
 
     def __post_init__(self) -> None:
         for name in ("method", "projection", "model", "dataset"):
             value = getattr(self, name)
             if not isinstance(value, dict):
                 raise StoreError(
-                    f"StoreHeader({name}={value!r}) is not a dict. HINT: give a dict of JSON values."
+                    f"StoreHeader({name}={value!r}) is not a dict. HINT: give a dict of JSON "
+                    "values."
                 )
-            # Tuples become lists here, so that a header equals itself after a round trip through JSON.
+            # Tuples become lists here, so that a header equals itself after a round trip through
+            # JSON.
             object.__setattr__(self, name, _json_value(value, name))
         for name, fingerprint in self.model.items():
             if not isinstance(fingerprint, str):
                 raise StoreError(
-                    f"StoreHeader(model={{{name!r}: {fingerprint!r}}}): a fingerprint must be a str."
+                    f"StoreHeader(model={{{name!r}: {fingerprint!r}}}): a fingerprint must be a "
+                    "str."
                 )
         if not is_integer(self.dim) or self.dim < 1:
             raise StoreError(
-                f"StoreHeader(dim={self.dim!r}): dim must be an int of at least 1, the features per sample."
+                f"StoreHeader(dim={self.dim!r}): dim must be an int of at least 1, the features "
+                "per sample."
             )
         if not isinstance(self.dtype, str) or self.dtype not in BYTES_PER_VALUE:
             raise StoreError(
-                f"StoreHeader(dtype={self.dtype!r}): dtype must be one of {sorted(BYTES_PER_VALUE)}."
+                f"StoreHeader(dtype={self.dtype!r}): dtype must be one of "
+                f"{sorted(BYTES_PER_VALUE)}."
             )
 
     def differences(self, other: StoreHeader) -> list[tuple[str, Any, Any]]:
@@ -113,7 +121,8 @@ class CheckpointRecord:
     rows: int = 0
     """Samples in the recorded shards; until it is sealed, those of the process of rank 0."""
     shards: tuple[str, ...] = ()
-    """Paths of the shards relative to the store, in the order in which they were written; of several processes, by rank."""
+    """Paths of the shards relative to the store, in the order in which they were written; of
+    several processes, by rank."""
     processes: int = 1
     """How many processes capture it, each a share of the samples."""
     edition: int = 0
@@ -131,32 +140,38 @@ class CheckpointRecord:
 
     @property
     def weights(self) -> str:
-        """Path of the weights relative to the store; the manifest lists it only if they were stored."""
+        """Path of the weights relative to the store; the manifest lists it only if they were
+        stored."""
         return f"{self.folder}/{WEIGHTS}"
 
     @property
     def visits(self) -> str:
-        """Path of the visits relative to the store; the manifest lists it only if training itself left the traces."""
+        """Path of the visits relative to the store; the manifest lists it only if training itself
+        left the traces."""
         return f"{self.folder}/{edition_name(VISITS, self.edition)}"
 
     @property
     def exposures(self) -> str:
-        """Path of the samples' exposures relative to the store; the manifest lists it only if they are known."""
+        """Path of the samples' exposures relative to the store; the manifest lists it only if they
+        are known."""
         return f"{self.folder}/{edition_name(EXPOSURES, self.edition)}"
 
     @property
     def buffers(self) -> str:
-        """Path of the buffers that training changes, relative to the store; the manifest lists it only if there are any."""
+        """Path of the buffers that training changes, relative to the store; the manifest lists it
+        only if there are any."""
         return f"{self.folder}/{BUFFERS}"
 
     @property
     def function(self) -> str:
-        """Path of the network's outputs on a fixed input, relative to the store; the manifest lists it only if they were stored."""
+        """Path of the network's outputs on a fixed input, relative to the store; the manifest lists
+        it only if they were stored."""
         return f"{self.folder}/{FUNCTION}"
 
     @property
     def companions(self) -> set[str]:
-        """Paths of the files that a checkpoint may have beside its shards and kernel, relative to the store."""
+        """Paths of the files that a checkpoint may have beside its shards and kernel, relative to
+        the store."""
         return {self.weights, self.visits, self.exposures, self.buffers, self.function}
 
     def shard(self, rank: int) -> str:
@@ -166,7 +181,8 @@ class CheckpointRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The content of ``manifest.json``; a change makes a new one, so a write that fails changes nothing."""
+    """The content of ``manifest.json``; a change makes a new one, so a write that fails changes
+    nothing."""
 
     header: StoreHeader
     run_id: str
@@ -175,7 +191,8 @@ class Manifest:
     checkpoints: tuple[CheckpointRecord, ...] = ()
     """By step, ascending."""
     edition: int = 0
-    """How often samples have been forgotten: each time the files are written anew, under names of their own."""
+    """How often samples have been forgotten: each time the files are written anew, under names of
+    their own."""
 
     @property
     def samples(self) -> str:
@@ -189,7 +206,9 @@ class Manifest:
     def with_checkpoint(self, record: CheckpointRecord) -> Manifest:
         """The manifest with ``record`` added, or put in place of the one of the same step."""
         others = [known for known in self.checkpoints if known.step != record.step]
-        return replace(self, checkpoints=tuple(sorted([*others, record], key=lambda known: known.step)))
+        return replace(
+            self, checkpoints=tuple(sorted([*others, record], key=lambda known: known.step))
+        )
 
     def without_steps(self, steps: Collection[int]) -> Manifest:
         """The manifest without the checkpoints of ``steps`` and their files."""
@@ -197,7 +216,9 @@ class Manifest:
         return replace(
             self,
             checkpoints=tuple(record for record in self.checkpoints if record.step not in steps),
-            files={path: known for path, known in self.files.items() if path.split("/")[0] not in gone},
+            files={
+                path: known for path, known in self.files.items() if path.split("/")[0] not in gone
+            },
         )
 
     def find(self, step: int) -> CheckpointRecord | None:
@@ -217,7 +238,8 @@ def edition_name(name: str, edition: int) -> str:
 
 
 def differences(mine: Any, theirs: Any, where: str) -> list[tuple[str, Any, Any]]:
-    """Where two JSON values differ, as ``(dotted name, mine, theirs)``; ``where`` is the name of both.
+    """Where two JSON values differ, as ``(dotted name, mine, theirs)``; ``where`` is the name of
+    both.
 
     A key that one side lacks has the value :data:`ABSENT` there.
     """
@@ -239,14 +261,19 @@ def _json_value(value: Any, where: str) -> Any:
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
-                raise StoreError(f"StoreHeader: the key {key!r} in {where} is not a str, which JSON needs.")
+                raise StoreError(
+                    f"StoreHeader: the key {key!r} in {where} is not a str, which JSON needs."
+                )
         return {key: _json_value(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_json_value(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+    if (
+        value is None
+        or isinstance(value, str | int)
+        or (isinstance(value, float) and math.isfinite(value))
+    ):
         return value
     raise StoreError(
-        f"StoreHeader: {where} is {value!r}, which JSON cannot hold. HINT: give str, int, bool, finite "
-        "float, None, "
-        "or lists and dicts of these; write a torch.dtype or a Path as str."
+        f"StoreHeader: {where} is {value!r}, which JSON cannot hold. HINT: give str, int, bool, "
+        "finite float, None, or lists and dicts of these; write a torch.dtype or a Path as str."
     )

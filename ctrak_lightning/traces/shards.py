@@ -31,9 +31,11 @@ class Rows:
     unit: Tensor
     """Features divided by their norm and by ``scale``, [n, k], in the dtype of the store."""
     scale: Tensor
-    """What a stored row is multiplied by to have unit norm, float32 [n]; 1 unless the store is int8."""
+    """What a stored row is multiplied by to have unit norm, float32 [n]; 1 unless the store is
+    int8."""
     norm: Tensor
-    """Norm of the features, float32 [n]; 1 over a row of zeros, which a sample has that was not trained on yet."""
+    """Norm of the features, float32 [n]; 1 over a row of zeros, which a sample has that was not
+    trained on yet."""
     loss: Tensor
     """Loss, float32 [n]."""
 
@@ -61,17 +63,21 @@ class Rows:
     @staticmethod
     def concatenate(parts: list[Rows]) -> Rows:
         """All rows of ``parts``, in order."""
-        return Rows(**{name: torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS})
+        return Rows(
+            **{name: torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS}
+        )
 
 
 _FIELDS = ("index", "unit", "scale", "norm", "loss")
 
 
 def stored_unit(unit: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    """Unit-norm rows [n, k] as a store of ``dtype`` keeps them [n, k], and the scale of each row, float32 [n].
+    """Unit-norm rows [n, k] as a store of ``dtype`` keeps them [n, k], and the scale of each row,
+    float32 [n].
 
-    float16 overflows at 65504, which a unit-norm row never reaches. int8 rows are symmetric: the entry of the largest
-    magnitude becomes 127 or -127, so that no entry is off by more than half of ``scale``.
+    float16 overflows at 65504, which a unit-norm row never reaches. int8 rows are symmetric: the
+    entry of the largest magnitude becomes 127 or -127, so that no entry is off by more than half of
+    ``scale``.
     """
     if dtype != "int8":
         return unit.to(getattr(torch, dtype)), torch.ones(len(unit))
@@ -101,12 +107,14 @@ class Shard:
         return self.array.shape[0]
 
     def read(self, start: int, stop: int, into: Tensor | None = None) -> Rows:
-        """Rows ``start`` to ``stop``, their features in the memory of ``into`` if given; see :meth:`RowArray.read`."""
+        """Rows ``start`` to ``stop``, their features in the memory of ``into`` if given; see
+        :meth:`RowArray.read`."""
         columns = {name: values[start:stop] for name, values in self.columns.items()}
         return Rows(unit=self.array.read(start, stop, into), **columns)
 
     def pick(self, rows: Tensor) -> Rows:
-        """The rows at ascending positions ``rows`` [m]; those that follow each other are read at once."""
+        """The rows at ascending positions ``rows`` [m]; those that follow each other are read at
+        once."""
         breaks = (rows.diff() != 1).nonzero().flatten() + 1
         runs = torch.tensor_split(rows, breaks)
         return Rows.concatenate([self.read(int(run[0]), int(run[-1]) + 1) for run in runs])
@@ -117,7 +125,8 @@ class Shard:
 
 
 def open_shard(path: Path, *, dim: int, dtype: str, max_rows: int, samples: int) -> Shard:
-    """The shard at ``path``: at most ``max_rows`` rows of ``dim`` features, of a table of ``samples`` samples.
+    """The shard at ``path``: at most ``max_rows`` rows of ``dim`` features, of a table of
+    ``samples`` samples.
 
     Raises:
         CorruptStoreError: The file is damaged, or holds other shapes or impossible values.

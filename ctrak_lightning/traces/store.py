@@ -36,7 +36,8 @@ class IncompleteStoreWarning(UserWarning):
 class TraceStore:
     """The traces at ``path``, to read; files are opened within calls only.
 
-    Opening compares every recorded file's size with the manifest; :meth:`verify` compares every byte.
+    Opening compares every recorded file's size with the manifest; :meth:`verify` compares every
+    byte.
 
     Args:
         path: Folder that a :class:`TraceWriter` wrote.
@@ -56,25 +57,28 @@ class TraceStore:
         unsealed = [record.step for record in self._manifest.checkpoints if not record.sealed]
         if not sealed:
             raise StoreError(
-                f"{self.path} has no sealed checkpoint (begun: {unsealed or 'none'}): the run has not come to its first one, or was "
-                "ended before it, or it could not be traced, which the run's log says. HINT: go on with the run, with the same "
-                "callback and folder; what was begun is continued."
+                f"{self.path} has no sealed checkpoint (begun: {unsealed or 'none'}): the run has "
+                "not come to its first one, or was ended before it, or it could not be traced, "
+                "which the run's log says. HINT: go on with the run, with the same callback and "
+                "folder; what was begun is continued."
             )
         self._size = count_samples(self.path / self._manifest.samples)
         for record in sealed:
             if record.rows != self._size:
                 raise CorruptStoreError(
-                    f"{self.path / MANIFEST}: checkpoint {record.step} is sealed with {record.rows} rows, "
-                    f"{self._manifest.samples} has "
-                    f"{self._size} samples. HINT: restore the store from a copy or capture again into a new "
-                    "folder."
+                    f"{self.path / MANIFEST}: checkpoint {record.step} is sealed with "
+                    f"{record.rows} rows, {self._manifest.samples} has {self._size} samples. HINT: "
+                    "restore the store from a copy or capture again into a new folder."
                 )
-        self.checkpoints = [Checkpoint(self.path, record, self._manifest, self._size) for record in sealed]
+        self.checkpoints = [
+            Checkpoint(self.path, record, self._manifest, self._size) for record in sealed
+        ]
         """The sealed checkpoints, by step."""
         if unsealed:
             warnings.warn(
-                f"{self.path}: the checkpoints of steps {unsealed} are not sealed and are left out. "
-                "HINT: run the training again with the same callback and folder to complete them.",
+                f"{self.path}: the checkpoints of steps {unsealed} are not sealed and are left "
+                "out. HINT: run the training again with the same callback and folder to complete "
+                "them.",
                 IncompleteStoreWarning,
                 stacklevel=2,
             )
@@ -104,7 +108,8 @@ class TraceStore:
         return read_samples(self._sample_file())
 
     def samples_of(self, positions: Tensor) -> SampleTable:
-        """The samples at positions [n] only, each once, ascending; for stores whose sample table is larger than memory.
+        """The samples at positions [n] only, each once, ascending; for stores whose sample table is
+        larger than memory.
 
         Raises:
             CorruptStoreError: The table's file is not the one that was sealed.
@@ -115,12 +120,15 @@ class TraceStore:
         return self._size
 
     def verify(self) -> list[str]:
-        """Compare every byte with the manifest. What the ledger says is for :func:`ctrak_lightning.provenance.verify`.
+        """Compare every byte with the manifest. What the ledger says is for
+        :func:`ctrak_lightning.provenance.verify`.
 
         Returns:
             One line per file that is missing, altered or not recorded; empty when all is well.
         """
-        return altered_files(self.path, self._manifest) + unrecorded_files(self.path, self._manifest)
+        return altered_files(self.path, self._manifest) + unrecorded_files(
+            self.path, self._manifest
+        )
 
     def _sample_file(self) -> Path:
         """The file of the sample table, which is the one that was sealed."""
@@ -146,10 +154,13 @@ class Checkpoint:
         self._manifest = manifest
         self._size = size
         self._exposures: Tensor | None = None
-        self._stored = StoredRows(root, record.folder, record.shards, manifest.header, size, rows=size)
+        self._stored = StoredRows(
+            root, record.folder, record.shards, manifest.header, size, rows=size
+        )
 
     def shards(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The traces in the order of capture, a shard at a time: index int64 [n] and features float32 [n, k].
+        """The traces in the order of capture, a shard at a time: index int64 [n] and features
+        float32 [n, k].
 
         Raises:
             CorruptStoreError: A shard is damaged, or the shards do not hold every sample once.
@@ -159,7 +170,8 @@ class Checkpoint:
             yield rows.index, rows.features()
 
     def blocks(self, processes: Processes = ALONE) -> Iterator[Rows]:
-        """The stored rows, a few MiB at a time whatever the size of the store; see :meth:`StoredRows.blocks`.
+        """The stored rows, a few MiB at a time whatever the size of the store; see
+        :meth:`StoredRows.blocks`.
 
         Args:
             processes: of several, each gets the rows of its share of the shards.
@@ -183,7 +195,8 @@ class Checkpoint:
         Raises:
             CorruptStoreError: As :meth:`shards`.
         """
-        # The manifest's row count was compared with the files' sizes: this allocates no more than they hold.
+        # The manifest's row count was compared with the files' sizes: this allocates no more than
+        # they hold.
         features = torch.empty(self._size, self._manifest.header.dim)
         for rows in self.blocks():
             features[rows.index] = rows.features()
@@ -198,7 +211,8 @@ class Checkpoint:
         return self._column("loss")
 
     def norms(self) -> Tensor:
-        """Norm of each sample's features, float32 [N], in the order of the sample table; 0 if it had not been trained on.
+        """Norm of each sample's features, float32 [N], in the order of the sample table; 0 if it
+        had not been trained on.
 
         Raises:
             CorruptStoreError: As :meth:`shards`.
@@ -220,13 +234,16 @@ class Checkpoint:
         """
         if not self.has_weights:
             raise StoreError(
-                f"checkpoint {self.step} was sealed without weights. HINT: load the training checkpoint of "
-                "this step instead."
+                f"checkpoint {self.step} was sealed without weights. HINT: load the training "
+                "checkpoint of this step instead."
             )
-        return read_weights(self._root / self._record.weights, self._manifest.files[self._record.weights])
+        return read_weights(
+            self._root / self._record.weights, self._manifest.files[self._record.weights]
+        )
 
     def buffers(self) -> dict[str, Tensor]:
-        """What else of the model training had changed, by name, such as running means; empty where nothing was stored.
+        """What else of the model training had changed, by name, such as running means; empty where
+        nothing was stored.
 
         Raises:
             CorruptStoreError: The file is not the one that was sealed.
@@ -252,13 +269,15 @@ class Checkpoint:
         Raises:
             CorruptStoreError: The file is damaged.
         """
-        kernel = read_kernel(self._root / self._record.kernel, self._size, self._manifest.header.dim)
+        kernel = read_kernel(
+            self._root / self._record.kernel, self._size, self._manifest.header.dim
+        )
         exposed = self.exposed()
         return kernel if exposed is None else replace(kernel, exposed=int(exposed.sum()))
 
     def exposures(self) -> Tensor | None:
-        """How often each sample had entered an optimizer step, int64 [N], in the order of the sample table; None where that is not
-        known. The traces of samples with 0 are zeros.
+        """How often each sample had entered an optimizer step, int64 [N], in the order of the
+        sample table; None where that is not known. The traces of samples with 0 are zeros.
 
         Raises:
             CorruptStoreError: The file is damaged.
@@ -269,7 +288,8 @@ class Checkpoint:
         return self._exposures
 
     def exposed(self) -> Tensor | None:
-        """Which samples had entered an optimizer step, bool [N]; None where all had, or that is not known.
+        """Which samples had entered an optimizer step, bool [N]; None where all had, or that is not
+        known.
 
         Raises:
             CorruptStoreError: As :meth:`exposures`.
@@ -278,7 +298,8 @@ class Checkpoint:
         return None if exposures is None or bool(exposures.all()) else exposures > 0
 
     def visits(self) -> Visits | None:
-        """In which training steps each sample was seen, where those steps left the traces; else None.
+        """In which training steps each sample was seen, where those steps left the traces; else
+        None.
 
         Raises:
             CorruptStoreError: The file is damaged.
@@ -302,7 +323,8 @@ def read_weights(path: Path, known: FileRecord) -> dict[str, Tensor]:
     Raises:
         CorruptStoreError: It is another one.
     """
-    # From the file's own descriptor, so that what safetensors maps by its path is no link and has this content.
+    # From the file's own descriptor, so that what safetensors maps by its path is no link and has
+    # this content.
     check_digest(path, known)
     try:
         return load_file(path)

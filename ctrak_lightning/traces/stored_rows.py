@@ -1,4 +1,5 @@
-"""The traces of one checkpoint as they lie in its shards: block by block, column by column, or by sample."""
+"""The traces of one checkpoint as they lie in its shards: block by block, column by column, or by
+sample."""
 
 from __future__ import annotations
 
@@ -21,14 +22,16 @@ from ctrak_lightning.traces.shards import Rows, Shard, open_shard, read_column
 
 BLOCK_BYTES = 2**22
 _AHEAD = 4
-"""Blocks that exist at a time: on a busy machine either thread waits longer for its turn than a block takes."""
+"""Blocks that exist at a time: on a busy machine either thread waits longer for its turn than a
+block takes."""
 _COLUMNS_BYTES = 2**26
 
 T = TypeVar("T")
 
 
 class StoredRows:
-    """Reads the shards of a checkpoint; no handle is kept open and no more than a few blocks are held.
+    """Reads the shards of a checkpoint; no handle is kept open and no more than a few blocks are
+    held.
 
     Args:
         root: folder of the store.
@@ -57,7 +60,8 @@ class StoredRows:
         self._rows = rows
 
     def shards(self) -> Iterator[Shard]:
-        """The shards in the order of capture, opened one at a time, with their features not read yet.
+        """The shards in the order of capture, opened one at a time, with their features not read
+        yet.
 
         Raises:
             CorruptStoreError: A shard is damaged, or they do not hold every sample once.
@@ -70,9 +74,11 @@ class StoredRows:
         self._require_all(seen)
 
     def blocks(self) -> Iterator[Rows]:
-        """All rows, a few MiB at a time; the next blocks are read in a thread while the present one is used.
+        """All rows, a few MiB at a time; the next blocks are read in a thread while the present one
+        is used.
 
-        The features of a block are overwritten once the one after it is asked for: clone what is to stay.
+        The features of a block are overwritten once the one after it is asked for: clone what is to
+        stay.
 
         Raises:
             CorruptStoreError: As :meth:`shards`; or rows are not those that were written.
@@ -91,7 +97,8 @@ class StoredRows:
         return _ahead(read())
 
     def columns(self) -> Iterator[Tensor]:
-        """The features, some columns of all samples at a time: float32 [N, c], in the order of the sample table.
+        """The features, some columns of all samples at a time: float32 [N, c], in the order of the
+        sample table.
 
         Every byte is read once.
 
@@ -133,7 +140,8 @@ class StoredRows:
         return found.take(order[inverse])
 
     def share(self, processes: Processes) -> StoredRows:
-        """Those of every ``count``-th shard: what this process reads where all of them together read the whole checkpoint.
+        """Those of every ``count``-th shard: what this process reads where all of them together
+        read the whole checkpoint.
 
         That the shares hold every sample once is for the caller to see to.
         """
@@ -169,7 +177,9 @@ class StoredRows:
         inside = bool(((index >= 0) & (index < self._samples)).all())
         if not inside or bool(seen[index].any()) or len(torch.unique(index)) < len(index):
             raise corrupt(
-                path, f"index names a sample twice, or one outside the {self._samples} samples of the store"
+                path,
+                f"index names a sample twice, or one outside the {self._samples} samples of the "
+                "store",
             )
         seen[index] = True
 
@@ -182,7 +192,8 @@ class StoredRows:
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, made in a thread before they are asked for; no more than ``_AHEAD`` exist at a time."""
+    """The same items, made in a thread before they are asked for; no more than ``_AHEAD`` exist at
+    a time."""
     end = object()
 
     def make() -> T | object:

@@ -32,12 +32,16 @@ def unrecorded_files(root: Path, manifest: Manifest) -> list[str]:
     """
     ledger = {LEDGER, LEDGER_LOCK, LEDGER_SIGNATURE, edition_name(COMMITMENTS, manifest.edition)}
     recorded = {MANIFEST, WRITER_LOCK, *ledger, *recorded_files(root, manifest)}
-    present = [entry for entry in sorted(root.rglob("*")) if entry.is_symlink() or not entry.is_dir()]
+    present = [
+        entry for entry in sorted(root.rglob("*")) if entry.is_symlink() or not entry.is_dir()
+    ]
     problems = []
     for entry in present:
         name = entry.relative_to(root).as_posix()
         if entry.is_symlink() and name not in manifest.files:  # of those, altered_files tells
-            problems.append(f"{name}: is a link, and nothing of a store is read or written through one")
+            problems.append(
+                f"{name}: is a link, and nothing of a store is read or written through one"
+            )
         elif name not in recorded:
             problems.append(f"{name}: not recorded in the manifest")
     return problems
@@ -49,5 +53,7 @@ def _problem(root: Path, name: str, known: FileRecord) -> str | None:
     except OSError as error:
         return f"{name}: cannot be read ({error})"
     return (
-        None if found == known.sha256 else f"{name}: sha256 is {found}, the manifest records {known.sha256}"
+        None
+        if found == known.sha256
+        else f"{name}: sha256 is {found}, the manifest records {known.sha256}"
     )

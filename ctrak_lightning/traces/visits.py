@@ -1,4 +1,5 @@
-"""In which training steps each sample was seen, and at which timesteps; beside traces that training itself left."""
+"""In which training steps each sample was seen, and at which timesteps; beside traces that training
+itself left."""
 
 from __future__ import annotations
 
@@ -8,14 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ctrak_lightning.traces.arrays import corrupt, open_for_reading, open_for_writing, read_array, write_array
+from ctrak_lightning.traces.arrays import (
+    corrupt,
+    open_for_reading,
+    open_for_writing,
+    read_array,
+    write_array,
+)
 
 _CHUNK = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Visits:
-    """The V times that N samples were seen, sample by sample in the order of the sample table, each in the order of time.
+    """The V times that N samples were seen, sample by sample in the order of the sample table, each
+    in the order of time.
 
     Raises:
         ValueError: the parts do not fit together.
@@ -32,12 +40,14 @@ class Visits:
         total = int(self.counts.sum())
         if bool((self.counts < 0).any()) or not len(self.timesteps) == len(self.steps) == total:
             raise ValueError(
-                f"Visits(counts that add up to {total}, {len(self.timesteps)} timesteps, {len(self.steps)} steps): expected "
-                "counts of at least 0, and one timestep and one step for each visit."
+                f"Visits(counts that add up to {total}, {len(self.timesteps)} timesteps, "
+                f"{len(self.steps)} steps): expected counts of at least 0, and one timestep and "
+                "one step for each visit."
             )
 
     def of(self, index: int) -> tuple[Tensor, Tensor]:
-        """Timesteps [v] and steps [v] of the visits of the sample at ``index`` of the sample table."""
+        """Timesteps [v] and steps [v] of the visits of the sample at ``index`` of the sample
+        table."""
         start = int(self.counts[:index].sum())
         part = slice(start, start + int(self.counts[index]))
         return self.timesteps[part], self.steps[part]
@@ -72,4 +82,6 @@ def read_visits(path: Path, n: int) -> Visits:
 def sorted_visits(samples: Tensor, timesteps: Tensor, steps: Tensor, n: int) -> Visits:
     """Visits [V] in the order of time, sorted by sample."""
     order = torch.argsort(samples, stable=True)
-    return Visits(counts=torch.bincount(samples, minlength=n), timesteps=timesteps[order], steps=steps[order])
+    return Visits(
+        counts=torch.bincount(samples, minlength=n), timesteps=timesteps[order], steps=steps[order]
+    )

@@ -37,26 +37,28 @@ _SHARD_BYTES = 2**25
 class TraceWriter:
     """Creates the store at ``path``, or continues the one that is there.
 
-    A store has one writer at a time, which holds it until :meth:`close`, until it is no longer used, or until its process ends,
-    however it ends; as a context manager it closes on leaving. Opening a store removes what a killed run left unfinished. A file
-    is first written beside its place, then renamed, then recorded in the manifest, so a crash costs the shard in progress and no
-    more.
+    A store has one writer at a time, which holds it until :meth:`close`, until it is no longer
+    used, or until its process ends, however it ends; as a context manager it closes on leaving.
+    Opening a store removes what a killed run left unfinished. A file is first written beside its
+    place, then renamed, then recorded in the manifest, so a crash costs the shard in progress and
+    no more.
 
     Args:
         path: Folder of the store; created if it does not exist.
         header: What all traces of the store have in common.
         run_id: Name of a new store's run, a random one by default; an existing store keeps its own.
-        shard_rows: Samples per shard; by default 1,024, in large stores up to a 64th of the samples or 32 MiB. Continue with
-            the same number to get the bytes of an uninterrupted run.
+        shard_rows: Samples per shard; by default 1,024, in large stores up to a 64th of the samples
+            or 32 MiB. Continue with the same number to get the bytes of an uninterrupted run.
         queue_shards: Shards that may wait to be written, before a capture waits for the disk.
-        processes: Those that capture together, each a share of the samples, into one folder that all of them see. They make
-            their writers, and call its methods, together.
-        lock: of :func:`~ctrak_lightning.traces.lock.hold_folder`, where it is held already; the writer releases it. By default it
-            is taken here.
+        processes: Those that capture together, each a share of the samples, into one folder that
+            all of them see. They make their writers, and call its methods, together.
+        lock: of :func:`~ctrak_lightning.traces.lock.hold_folder`, where it is held already; the
+            writer releases it. By default it is taken here.
 
     Raises:
         StoreLockedError: Another writer has the store; the message names its host and process.
-        StoreMismatchError: The store that is there has another header; names each field that differs.
+        StoreMismatchError: The store that is there has another header; names each field that
+            differs.
         DatasetChangedError: It describes another dataset.
         StoreError: The folder cannot be written, or holds files that are not a store's.
         CorruptStoreError: The store that is there is damaged.
@@ -92,7 +94,9 @@ class TraceWriter:
             if value is not None and (not is_integer(value) or value < 1):
                 raise StoreError(f"TraceWriter({name}={value!r}): expected an int of at least 1.")
         if run_id is not None and (not isinstance(run_id, str) or not run_id):
-            raise StoreError(f"TraceWriter(run_id={run_id!r}): expected a str that is not empty, or None.")
+            raise StoreError(
+                f"TraceWriter(run_id={run_id!r}): expected a str that is not empty, or None."
+            )
         self.path = Path(path)
         self._shard_rows = shard_rows
         self._queue_shards = queue_shards
@@ -132,12 +136,14 @@ class TraceWriter:
         }
 
     def write_samples(self, table: SampleTable) -> None:
-        """Store the sample table, or compare it with the stored one; needed before the first checkpoint.
+        """Store the sample table, or compare it with the stored one; needed before the first
+        checkpoint.
 
         Metadata and thumbnails may differ from the stored ones, which are kept.
 
         Raises:
-            DatasetChangedError: Ids, their order or content differ from the stored ones; names the samples.
+            DatasetChangedError: Ids, their order or content differ from the stored ones; names the
+                samples.
 
         Warns:
             ChangedMetadataWarning: The metadata differs; names the columns. In the first process.
@@ -160,22 +166,24 @@ class TraceWriter:
     ) -> CheckpointWriter:
         """Open the checkpoint of ``step``, or continue it where an interrupted capture left it.
 
-        A checkpoint that is still open is closed first. One that was begun with other weights or exposures is begun anew:
-        traces of two models do not mix.
+        A checkpoint that is still open is closed first. One that was begun with other weights or
+        exposures is begun anew: traces of two models do not mix.
 
         Args:
             step: Optimizer steps taken.
             epoch: Epoch of the capture.
             learning_rate: Learning rate at the capture, or None.
             weights: The traced parameters by name, stored beside the traces; None stores none.
-            exposures: How often each sample has entered an optimizer step, int64 [N]; None where that is not known. The trace of
-                a sample with 0 is stored as zeros, whatever is appended: the model has learnt nothing from it.
-            buffers: What else training changes in the model, by name; none are stored where there are none.
+            exposures: How often each sample has entered an optimizer step, int64 [N]; None where
+                that is not known. The trace of a sample with 0 is stored as zeros, whatever is
+                appended: the model has learnt nothing from it.
+            buffers: What else training changes in the model, by name; none are stored where there
+                are none.
 
         Raises:
             ValueError: The exposures are of another number of samples.
-            StoreError: It is sealed, was begun with another epoch or learning rate, or there are no samples; or a shard of
-                the checkpoint that is still open cannot be written.
+            StoreError: It is sealed, was begun with another epoch or learning rate, or there are no
+                samples; or a shard of the checkpoint that is still open cannot be written.
         """
         given = CheckpointRecord(
             step=_count("step", step),
@@ -185,18 +193,22 @@ class TraceWriter:
         )
         if self._records.manifest.samples not in self._records.manifest.files:
             raise StoreError(
-                "TraceWriter.begin_checkpoint(): the store has no samples. HINT: call write_samples() first."
+                "TraceWriter.begin_checkpoint(): the store has no samples. HINT: call "
+                "write_samples() first."
             )
         if exposures is not None and len(exposures) != len(self._stored_table()):
             raise ValueError(
-                f"TraceWriter.begin_checkpoint(exposures of {len(exposures)} samples): expected {len(self._stored_table())}."
+                f"TraceWriter.begin_checkpoint(exposures of {len(exposures)} samples): expected "
+                f"{len(self._stored_table())}."
             )
         with self._processes.together():
             if self._current is not None:
                 self._current.close()
         with self._processes.together():
             if self._processes.is_first:
-                self._prepare(given, {given.weights: weights, given.buffers: buffers or None}, exposures)
+                self._prepare(
+                    given, {given.weights: weights, given.buffers: buffers or None}, exposures
+                )
         self._records.share()
         with self._processes.together():
             self._current = CheckpointWriter(
@@ -204,7 +216,8 @@ class TraceWriter:
                 self._records.begin(self._begun(given.step)),
                 self.header,
                 self._stored_table().sample_ids,
-                shard_rows=self._shard_rows or default_shard_rows(self.header, len(self._stored_table())),
+                shard_rows=self._shard_rows
+                or default_shard_rows(self.header, len(self._stored_table())),
                 queue_shards=self._queue_shards,
                 records=self._records,
                 processes=self._processes,
@@ -213,7 +226,8 @@ class TraceWriter:
         return self._current
 
     def discard_after(self, step: int) -> list[int]:
-        """Remove the checkpoints later than ``step``, sealed or not; for training that resumes from there.
+        """Remove the checkpoints later than ``step``, sealed or not; for training that resumes from
+        there.
 
         Returns:
             The steps removed, ascending.
@@ -227,7 +241,8 @@ class TraceWriter:
                 self._current.flush()
         with self._processes.together():
             if steps and self._processes.is_first:
-                # First the manifest: a crash in between leaves unrecorded files, never records without files.
+                # First the manifest: a crash in between leaves unrecorded files, never records
+                # without files.
                 self._records.save(self._records.manifest.without_steps(steps))
                 self._records.remove_unrecorded()
         self._records.share()
@@ -250,7 +265,10 @@ class TraceWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         # What ends the capture is told, not what it leaves undone.
         with contextlib.nullcontext() if kind is None else contextlib.suppress(StoreError):
@@ -271,8 +289,8 @@ class TraceWriter:
         state: Mapping[str, Mapping[str, Tensor] | None],
         exposures: Tensor | None,
     ) -> None:
-        """Record the checkpoint, and write the model's state by file, and exposures: without shards, unless as many processes with the same
-        gave them."""
+        """Record the checkpoint, and write the model's state by file, and exposures: without
+        shards, unless as many processes with the same gave them."""
         record = self._records.manifest.find(given.step)
         if record is not None:
             _check_continues(record, given)
@@ -280,7 +298,10 @@ class TraceWriter:
         for name, tensors in state.items():
             if tensors is not None:
                 # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
-                plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+                plain = {
+                    key: tensor.detach().cpu().contiguous().clone()
+                    for key, tensor in tensors.items()
+                }
                 files[name] = self._records.write(name, partial(save_file, plain))
         if exposures is not None:
             files[given.exposures] = self._records.write(
@@ -309,29 +330,30 @@ class TraceWriter:
 def _check_continues(record: CheckpointRecord, given: CheckpointRecord) -> None:
     if record.sealed:
         raise StoreError(
-            f"TraceWriter.begin_checkpoint(step={record.step}): this checkpoint is sealed already. HINT: "
-            "skip it, or "
-            f"discard_after({record.step - 1}) to capture it again."
+            f"TraceWriter.begin_checkpoint(step={record.step}): this checkpoint is sealed already. "
+            f"HINT: skip it, or discard_after({record.step - 1}) to capture it again."
         )
     if (record.epoch, record.learning_rate) != (given.epoch, given.learning_rate):
         raise StoreError(
-            f"TraceWriter.begin_checkpoint(step={record.step}): it was begun at epoch {record.epoch} "
-            "with learning rate "
-            f"{record.learning_rate}, now epoch {given.epoch} and {given.learning_rate} are given. HINT: "
-            "the model is "
-            f"not the same; discard_after({record.step - 1}) removes what was captured."
+            f"TraceWriter.begin_checkpoint(step={record.step}): it was begun at epoch "
+            f"{record.epoch} with learning rate {record.learning_rate}, now epoch {given.epoch} "
+            f"and {given.learning_rate} are given. HINT: the model is not the same; "
+            f"discard_after({record.step - 1}) removes what was captured."
         )
 
 
 def default_shard_rows(header: StoreHeader, samples: int) -> int:
-    # Opening a shard takes 2 ms, in which a disk reads 2 MB: half of the time where a shard has 4 MB, little at 32.
+    # Opening a shard takes 2 ms, in which a disk reads 2 MB: half of the time where a shard has 4
+    # MB, little at 32.
     fits = _SHARD_BYTES // (header.dim * BYTES_PER_VALUE[header.dtype])
     return max(_SHARD_ROWS, min(samples // _SHARDS, fits))
 
 
 def _count(name: str, value: int) -> int:
     if not is_integer(value) or value < 0:
-        raise StoreError(f"TraceWriter.begin_checkpoint({name}={value!r}): expected an int of at least 0.")
+        raise StoreError(
+            f"TraceWriter.begin_checkpoint({name}={value!r}): expected an int of at least 0."
+        )
     return value
 
 
@@ -340,6 +362,7 @@ def _rate(value: float | None) -> float | None:
         return None
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise StoreError(
-            f"TraceWriter.begin_checkpoint(learning_rate={value!r}): expected a finite number, or None."
+            f"TraceWriter.begin_checkpoint(learning_rate={value!r}): expected a finite number, or "
+            "None."
         )
     return float(value)

@@ -1,4 +1,5 @@
-"""Questions that two processes of a Fabric ask of one store: ``python -m tests.attribution.fabric_worker STORE OUT``."""
+"""Questions that two processes of a Fabric ask of one store: ``python -m
+tests.attribution.fabric_worker STORE OUT``."""
 
 import json
 import sys

@@ -32,7 +32,8 @@ HOSTILE = [
 
 
 class Page(HTMLParser):
-    """A page as the standard library reads it: every element with its attributes, text by element id, and the data."""
+    """A page as the standard library reads it: every element with its attributes, text by element
+    id, and the data."""
 
     void = frozenset({"meta", "img", "br", "input", "link", "base", "hr"})
 
@@ -81,7 +82,9 @@ class Page(HTMLParser):
     def data(self) -> dict[str, Any]:
         """What the script reads."""
         [text] = [
-            text for where, text in self.texts if where[-1:] == ("script",) and text.startswith('{"ids"')
+            text
+            for where, text in self.texts
+            if where[-1:] == ("script",) and text.startswith('{"ids"')
         ]
         found: dict[str, Any] = json.loads(text)
         return found
@@ -89,7 +92,11 @@ class Page(HTMLParser):
 
 def table_of(n: int, pictures: bool = True, **columns: list[str]) -> SampleTable:
     generator = torch.Generator().manual_seed(n)
-    images = torch.randint(256, (n, 4, 4, 3), generator=generator, dtype=torch.uint8) if pictures else None
+    images = (
+        torch.randint(256, (n, 4, 4, 3), generator=generator, dtype=torch.uint8)
+        if pictures
+        else None
+    )
     return SampleTable([f"img-{i:05d}" for i in range(n)], [""] * n, columns, images)
 
 
@@ -113,7 +120,9 @@ def random_result(n: int, checkpoints: int = 3, seed: int = 0, **changes: Any) -
     """A result of ``n`` samples by three owners, with parts."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(n, generator=generator)
-    scores = torch.stack([base + 0.3 * torch.randn(n, generator=generator) for _ in range(checkpoints)])
+    scores = torch.stack(
+        [base + 0.3 * torch.randn(n, generator=generator) for _ in range(checkpoints)]
+    )
     table = table_of(
         n,
         owner=[f"owner {'ABC'[i % 3]}" for i in range(n)],
@@ -126,7 +135,10 @@ def random_result(n: int, checkpoints: int = 3, seed: int = 0, **changes: Any) -
     parts = Parts(
         timesteps=[100, 900, 500],
         by_timestep=shares * result.scores,
-        by_layer_group={"convolution": 0.25 * result.scores, "cross-attention": 0.75 * result.scores},
+        by_layer_group={
+            "convolution": 0.25 * result.scores,
+            "cross-attention": 0.75 * result.scores,
+        },
     )
     return replace(result, parts=parts)
 

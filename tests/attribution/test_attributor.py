@@ -1,4 +1,5 @@
-"""Attributor against a dense reference: a per-sample loop for every gradient and numpy for the rest."""
+"""Attributor against a dense reference: a per-sample loop for every gradient and numpy for the
+rest."""
 
 import copy
 import functools
@@ -88,8 +89,9 @@ def traced(
     steps: tuple[int, ...] = (1, 2),
     kind: type[ToyDiffusion] = ToyDiffusion,
 ) -> ToyDiffusion:
-    """A module traced at two checkpoints (by default), with different weights; float64, since concept directions are small differences.
-    The same for the same arguments: made once in a process, and copied."""
+    """A module traced at two checkpoints (by default), with different weights; float64, since
+    concept directions are small differences. The same for the same arguments: made once in a
+    process, and copied."""
     original, module = _traced(method, copies, steps, kind)
     shutil.copytree(original, path, dirs_exist_ok=True)
     return copy.deepcopy(module)
@@ -174,13 +176,16 @@ def dense_scores(
             cell["p"] = Prediction(x, t, x0, output, e, reference, schedule)
             return e
 
-        return tracer.vjps(forward, [lambda e, rows: objective.cotangent(cell["p"])], 1, sketch=False)[0][0]
+        return tracer.vjps(
+            forward, [lambda e, rows: objective.cotangent(cell["p"])], 1, sketch=False
+        )[0][0]
 
     module.eval()
     load(-1)
     with torch.no_grad():
         generation = SAMPLER.run(module, noise, sides_now()["present"], module.condition({}, 1))
-        # The generation's own predictions of the clean image, made with the last checkpoint's weights.
+        # The generation's own predictions of the clean image, made with the last checkpoint's
+        # weights.
         predicted = [clean(state, sides_now()["present"]) for state in generation.states]
     scores = []
     for index in range(len(store.checkpoints)):
@@ -188,7 +193,9 @@ def dense_scores(
         sides = sides_now()
         rows, losses = [], []
         for item in ToyData().toys:
-            encoded = module.encode({k: (v[None] if isinstance(v, Tensor) else [v]) for k, v in item.items()})
+            encoded = module.encode(
+                {k: (v[None] if isinstance(v, Tensor) else [v]) for k, v in item.items()}
+            )
             with torch.no_grad():
                 states = list(
                     method.training_trajectory.states(
@@ -214,7 +221,9 @@ def dense_scores(
             states = method.query_trajectory.select(generation, schedule)
         else:
             states = list(
-                method.query_trajectory.states(module, generation.latents, sides["present"], ["x"], 0)
+                method.query_trajectory.states(
+                    module, generation.latents, sides["present"], ["x"], 0
+                )
             )
         query = torch.zeros(64)
         for state in states:
@@ -251,7 +260,9 @@ def dense_scores(
 @pytest.mark.parametrize("name", list(METHODS))
 def test_scores_equal_a_dense_reference(tmp_path: Path, name: str) -> None:
     method = METHODS[name]
-    module = traced(tmp_path / "s", method, kind=ToyDiffusion if name in ON_UNET else QuickDiffusion)
+    module = traced(
+        tmp_path / "s", method, kind=ToyDiffusion if name in ON_UNET else QuickDiffusion
+    )
     store = TraceStore(tmp_path / "s")
     result = Attributor(store, module, sampler=SAMPLER).attribute(RED, seed=4)
     expected = dense_scores(module, store, method, RED, seed=4)
@@ -262,7 +273,9 @@ def test_scores_equal_a_dense_reference(tmp_path: Path, name: str) -> None:
         joined = LEARNING_RATES[1] * expected[0] + LEARNING_RATES[2] * expected[1]
     else:
         joined = (expected / expected.std(axis=1, keepdims=True)).mean(0)
-    np.testing.assert_allclose(result.scores.numpy(), joined, rtol=1e-3, atol=1e-3 * np.abs(joined).max())
+    np.testing.assert_allclose(
+        result.scores.numpy(), joined, rtol=1e-3, atol=1e-3 * np.abs(joined).max()
+    )
     assert result.steps == [1, 2]
 
 
@@ -272,9 +285,13 @@ def test_a_query_is_scored_again_with_another_damping(tmp_path: Path) -> None:
     query = attributor.query([RED, BAR], seeds=[4, 5])
     for damping in (0.1, None):
         method = replace(METHODS["trak"], damping=damping)
-        afresh = Attributor(tmp_path / "s", module, sampler=SAMPLER, method=method).attribute(BAR, seed=5)
+        afresh = Attributor(tmp_path / "s", module, sampler=SAMPLER, method=method).attribute(
+            BAR, seed=5
+        )
         again = attributor.score(query, damping=damping)[1]
-        torch.testing.assert_close(again.checkpoint_scores, afresh.checkpoint_scores, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            again.checkpoint_scores, afresh.checkpoint_scores, rtol=1e-4, atol=1e-6
+        )
         assert again.method == afresh.method
     assert torch.equal(
         attributor.score(query)[0].scores, attributor.attribute_many([RED, BAR], [4, 5])[0].scores
@@ -298,7 +315,9 @@ def test_damping_by_agreement_is_where_the_checkpoints_agree_most(
         )
         assert chosen.method["damping"] == "agreement"
         assert grid[0.3].damping == 0.3
-    monkeypatch.setattr("ctrak_lightning.attribution.solve.SCORES_AT_ONCE", 1)  # one query at a time
+    monkeypatch.setattr(
+        "ctrak_lightning.attribution.solve.SCORES_AT_ONCE", 1
+    )  # one query at a time
     one_by_one = attributor.score(query, damping="agreement")
     assert [each.damping for each in one_by_one] == [each.damping for each in found]
     torch.testing.assert_close(
@@ -340,7 +359,8 @@ def test_one_checkpoint_cannot_agree_and_says_so(tmp_path: Path) -> None:
 
 
 def test_a_given_image_is_asked_about_like_a_generated_one(tmp_path: Path) -> None:
-    """TRAK looks at noised images wherever they come from, so that giving it its own generated images changes nothing."""
+    """TRAK looks at noised images wherever they come from, so that giving it its own generated
+    images changes nothing."""
     module = traced(tmp_path / "s", METHODS["trak"])
     attributor = Attributor(tmp_path / "s", module, sampler=SAMPLER)
     latents = attributor.generate([RED.present, BAR.present], [4, 5]).latents
@@ -349,7 +369,9 @@ def test_a_given_image_is_asked_about_like_a_generated_one(tmp_path: Path) -> No
     assert attributor.score(given)[0].method == METHODS["trak"].to_dict()
     other = attributor.query_given([RED, BAR], latents.flip(0))
     assert not torch.allclose(other.features, given.features, rtol=0.1)
-    with pytest.raises(ValueError, match=r"latents \[1, 3, 8, 8\].*\[3, 8, 8\] for each.*HINT: task.encode"):
+    with pytest.raises(
+        ValueError, match=r"latents \[1, 3, 8, 8\].*\[3, 8, 8\] for each.*HINT: task.encode"
+    ):
         attributor.query_given([RED, BAR], latents[:1])
     with pytest.raises(ConceptError, match="Known: red"):
         attributor.query_given([Concept("rad", {"colour": "rad"}, {})], latents[:1])
@@ -384,13 +406,17 @@ def test_a_global_query_is_the_mean_over_images_of_the_concept_alone(tmp_path: P
         1,
     )
     found = attributor.query_global([RED, BAR], seed=7, images=3)
-    torch.testing.assert_close(found.features, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        found.features, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+    )
     assert [c.name for c in found.concepts] == ["red", "bar"]
     again = attributor.query_global(
         [BAR, RED, BAR], seed=7, images=3
     )  # the second bar is the first, asked once
     assert torch.equal(again.features[:, 0], again.features[:, 2])
-    torch.testing.assert_close(again.features[:, :2], found.features[:, [1, 0]], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        again.features[:, :2], found.features[:, [1, 0]], rtol=1e-4, atol=1e-6
+    )
     assert [len(r.scores) for r in attributor.score(found)] == [12, 12]
     with pytest.raises(ConceptError, match="HINT: Concept.*alone="):
         attributor.query_global([Concept("red", "a red bar", "a bar")])
@@ -432,7 +458,10 @@ def test_the_module_is_given_back_as_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(weights[name], value) for name, value in module.state_dict().items())
     assert flags == {name: value.requires_grad for name, value in module.named_parameters()}
     assert modes == {name: m.training for name, m in module.named_modules()}
-    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in module.parameters())
+    assert all(
+        parameter.grad is None or parameter.grad.isfinite().all()
+        for parameter in module.parameters()
+    )
     torch.testing.assert_close(
         attributor.attribute(RED).checkpoint_scores, first.checkpoint_scores, rtol=0, atol=0
     )
@@ -445,7 +474,9 @@ def test_many_concepts_at_once_and_any_batch_size_give_the_same_scores(tmp_path:
     together = many.attribute_many([RED, BAR, RED], [0, 0, 5])
     for concept, seed, result in zip([RED, BAR, RED], [0, 0, 5], together, strict=True):
         alone = one.attribute(concept, seed)
-        torch.testing.assert_close(result.checkpoint_scores, alone.checkpoint_scores, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            result.checkpoint_scores, alone.checkpoint_scores, rtol=1e-3, atol=1e-5
+        )
         assert result.image is not None
         torch.testing.assert_close(result.image, alone.image, rtol=1e-4, atol=1e-5)
     assert (together[0].image - together[2].image).abs().max() > 1e-3  # type: ignore[operator]
@@ -472,11 +503,14 @@ def test_a_store_answers_another_method_with_the_same_traces(tmp_path: Path) -> 
         sampler=SAMPLER,
     )
     red, bar = whole.attribute_many([RED, BAR])
-    torch.testing.assert_close(red.scores, bar.scores)  # a whole-image method does not see the concept
+    torch.testing.assert_close(
+        red.scores, bar.scores
+    )  # a whole-image method does not see the concept
     red, bar = Attributor(tmp_path / "s", module, sampler=SAMPLER).attribute_many([RED, BAR])
     assert (red.scores - bar.scores).abs().max() > 0.1
     with pytest.raises(
-        StoreMismatchError, match=r"method\.training\.objective\.class.*SquaredNorm.*Denoising.*HINT"
+        StoreMismatchError,
+        match=r"method\.training\.objective\.class.*SquaredNorm.*Denoising.*HINT",
     ):
         Attributor(tmp_path / "s", module, method=methods.trak(timesteps=2))
 
@@ -487,7 +521,13 @@ def test_a_store_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     tracer = GradientTracer(module.denoiser, Projection(rank=4, dim=64))
     loader = torch.utils.data.DataLoader(ToyData().toys, 5)
     Capture(
-        str(tmp_path / "s"), module, module, loader, method=METHODS["trak"], tracer=tracer, progress=False
+        str(tmp_path / "s"),
+        module,
+        module,
+        loader,
+        method=METHODS["trak"],
+        tracer=tracer,
+        progress=False,
     ).run(1, epoch=0)
     Attributor(tmp_path / "s", module)
     with pytest.raises(StoreMismatchError, match=r"model\.frozen_weights.*HINT"):
@@ -511,13 +551,17 @@ def test_a_module_that_carries_a_task_will_do(tmp_path: Path) -> None:
     # The carrier's own parameters are none; the store's names are those of the carried module.
     with pytest.raises(StoreMismatchError, match="trained_parameters"):
         Attributor(tmp_path / "s", Carrier(), sampler=SAMPLER)
-    with pytest.raises(TaskError, match="Linear is no DiffusionTask: it lacks denoiser, noise_schedule"):
+    with pytest.raises(
+        TaskError, match="Linear is no DiffusionTask: it lacks denoiser, noise_schedule"
+    ):
         Attributor(tmp_path / "s", torch.nn.Linear(1, 1))
     assert direct.scores.isfinite().all()
 
 
 def test_unknown_attributes_list_the_known_ones(tmp_path: Path) -> None:
-    attributor = Attributor(tmp_path / "s", traced(tmp_path / "s", METHODS["trak"]), sampler=SAMPLER)
+    attributor = Attributor(
+        tmp_path / "s", traced(tmp_path / "s", METHODS["trak"]), sampler=SAMPLER
+    )
     with pytest.raises(ConceptError, match=r"unknown attribute 'color'. Known: colour, shape"):
         attributor.attribute(Concept("x", {"color": "red"}, {}))
     with pytest.raises(ConceptError, match=r"unknown colour 'rod'. Known: red, blue, green"):
@@ -533,8 +577,11 @@ def test_unknown_attributes_list_the_known_ones(tmp_path: Path) -> None:
 def test_a_concept_the_model_has_not_learnt_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A model that was traced hearing and asked deaf is another function, and would be refused for that.
-    monkeypatch.setattr("ctrak_lightning.attribution.asking.refuse_another_function", lambda *_: None)
+    # A model that was traced hearing and asked deaf is another function, and would be refused for
+    # that.
+    monkeypatch.setattr(
+        "ctrak_lightning.attribution.asking.refuse_another_function", lambda *_: None
+    )
 
     class Deaf(ToyDiffusion):
         scale = 0.0
@@ -564,7 +611,9 @@ def test_a_concept_the_model_has_not_learnt_is_reported(
         (lambda facts: facts["projection"]["projection"].update(rank="16; --"), "projection"),
     ],
 )
-def test_a_manifest_that_describes_nothing_known_is_told(tmp_path: Path, change: Any, what: str) -> None:
+def test_a_manifest_that_describes_nothing_known_is_told(
+    tmp_path: Path, change: Any, what: str
+) -> None:
     """An altered store, or one of a newer version."""
     module = traced(tmp_path / "s", METHODS["per_sample"], steps=(1,))
     manifest = tmp_path / "s" / "manifest.json"
@@ -580,7 +629,13 @@ def test_an_interrupted_store_is_refused_with_the_way_on(tmp_path: Path) -> None
     tracer = GradientTracer(module.denoiser, Projection(rank=4, dim=64))
     loader = torch.utils.data.DataLoader(ToyData().toys, 5)
     Capture(
-        str(tmp_path / "s"), module, module, loader, method=METHODS["trak"], tracer=tracer, progress=False
+        str(tmp_path / "s"),
+        module,
+        module,
+        loader,
+        method=METHODS["trak"],
+        tracer=tracer,
+        progress=False,
     )
     with pytest.raises(StoreError, match="interrupted.*HINT"):
         Attributor(tmp_path / "s", module)

@@ -1,4 +1,5 @@
-"""When an answer says nothing: each check on either side of its threshold, on stores whose losses and rows are made by hand."""
+"""When an answer says nothing: each check on either side of its threshold, on stores whose losses
+and rows are made by hand."""
 
 import csv
 import json
@@ -46,7 +47,8 @@ def asked_of(
     exposures: Tensor | None = None,
     **changes: Any,
 ) -> Attribution:
-    """An answer of a store with these losses [N], rows [N, K] and exposures [N] at its checkpoints; sound but for what is given."""
+    """An answer of a store with these losses [N], rows [N, K] and exposures [N] at its checkpoints;
+    sound but for what is given."""
     writer = TraceWriter(path, make_header(dim=K, dataset={"size": N}), run_id="run")
     writer.write_samples(make_table(N))
     for step, loss in enumerate(losses, start=1):
@@ -67,7 +69,9 @@ def test_what_is_sound_is_not_doubted(tmp_path: Path) -> None:
     assert found.stability == pytest.approx(1)
 
 
-def test_only_what_was_trained_on_is_examined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_what_was_trained_on_is_examined(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trained = torch.arange(N) % 2
     losses = [torch.where(trained > 0, LOSSES, 9.0), torch.where(trained > 0, LOSSES * 0.9, 9.0)]
     asked = asked_of(tmp_path, losses, exposures=trained)
@@ -84,16 +88,32 @@ def test_only_what_was_trained_on_is_examined(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("change", "says", "why"),
     [
-        ({"strength": 0.99 * FAINT}, NOT_LEARNT, "hardly tells “with the concept” from “without it”"),
+        (
+            {"strength": 0.99 * FAINT},
+            NOT_LEARNT,
+            "hardly tells “with the concept” from “without it”",
+        ),
         ({"strength": 1.01 * FAINT}, "", ""),
         ({"strength": float("nan")}, "", ""),
-        ({"losses": [LOSSES, torch.full((N,), 1.01 * BLIND)]}, NOT_LEARNT, "hardly learnt to draw at all"),
+        (
+            {"losses": [LOSSES, torch.full((N,), 1.01 * BLIND)]},
+            NOT_LEARNT,
+            "hardly learnt to draw at all",
+        ),
         ({"losses": [LOSSES, torch.full((N,), 0.99 * BLIND)]}, "", ""),
         ({"losses": [LOSSES, LOSSES]}, NOT_SHOWN, "it did not learn in between"),
-        ({"losses": [LOSSES, LOSSES * (1 - 0.9 * STILL)]}, NOT_SHOWN, "it did not learn in between"),
+        (
+            {"losses": [LOSSES, LOSSES * (1 - 0.9 * STILL)]},
+            NOT_SHOWN,
+            "it did not learn in between",
+        ),
         ({"losses": [LOSSES, LOSSES * (1 + 1.1 * STILL)]}, "", ""),
         ({"losses": [LOSSES]}, "", ""),
-        ({"rows": ALIKE}, NOT_SHOWN, f"Only 1 of {N} training images, taken as questions, rank themselves"),
+        (
+            {"rows": ALIKE},
+            NOT_SHOWN,
+            f"Only 1 of {N} training images, taken as questions, rank themselves",
+        ),
     ],
 )
 def test_each_check_on_either_side_of_its_threshold(
@@ -125,7 +145,9 @@ def test_an_image_of_noise_is_told_beside_the_training_images() -> None:
     smooth = F.interpolate(drawn(1, 7), (32, 32), mode="bilinear")[0]
     table = table_of(n)
     of_blobs = replace(table, thumbnails=(drawn(n, 1).permute(0, 2, 3, 1) * 255).byte())
-    random = torch.randint(256, (n, 16, 16, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    random = torch.randint(
+        256, (n, 16, 16, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8
+    )
     scores = torch.randn(n, generator=torch.Generator().manual_seed(1)).expand(2, n)
     found = result_of(scores, of_blobs, image=noise).confidence
     assert found.verdict == NOT_LEARNT
@@ -136,9 +158,13 @@ def test_an_image_of_noise_is_told_beside_the_training_images() -> None:
             scores, of_blobs, image=torch.ones(3, 32, 32)
         ),  # flat: nothing is learnt, but it is no noise
         result_of(scores, of_blobs, image=None),
-        result_of(scores, replace(table, thumbnails=random), image=noise),  # as the training images are
+        result_of(
+            scores, replace(table, thumbnails=random), image=noise
+        ),  # as the training images are
         result_of(scores, replace(table, thumbnails=None), image=noise),
-        result_of(scores, of_blobs, image=noise, concept=replace(THING, image=noise)),  # not the model's
+        result_of(
+            scores, of_blobs, image=noise, concept=replace(THING, image=noise)
+        ),  # not the model's
     ]
     assert [each.confidence.verdict for each in sound] == [""] * len(sound)
 
@@ -192,7 +218,9 @@ def test_exports_of_several_concepts_say_it_first(tmp_path: Path) -> None:
     assert several.table(3).splitlines()[0] == f"ink: {NOT_LEARNT}"
 
 
-def test_the_command_line_says_it_first_and_withholds_shares(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_says_it_first_and_withholds_shares(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     args = Namespace(top=2, group="owner")
     _print_result(random_result(6, strength=FAINT / 2), args)
     lines = capsys.readouterr().out.splitlines()
@@ -205,4 +233,7 @@ def test_the_command_line_says_it_first_and_withholds_shares(capsys: pytest.Capt
     assert "share by owner" in lines[-4]
     lowest = random_result(6, checkpoints=2)
     _print_result(replace(lowest, checkpoint_scores=-torch.ones(2, 6)), args)
-    assert capsys.readouterr().out.splitlines()[-1] == "no shares by owner: no sample has a positive score"
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == "no shares by owner: no sample has a positive score"
+    )

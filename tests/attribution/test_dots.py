@@ -1,4 +1,5 @@
-"""Inner products with stored rows against float64, for every dtype of a store and with and without integer products."""
+"""Inner products with stored rows against float64, for every dtype of a store and with and without
+integer products."""
 
 import numpy as np
 import pytest
@@ -43,7 +44,9 @@ def test_products_are_those_of_float64(
 
 def test_a_product_computed_by_hand() -> None:
     rows = rows_of(torch.tensor([[3.0, 4.0]]), "float32")
-    np.testing.assert_allclose(Dots(torch.tensor([[1.0, 0.5], [0.0, -2.0]]))(rows), [[5], [-8]], rtol=1e-6)
+    np.testing.assert_allclose(
+        Dots(torch.tensor([[1.0, 0.5], [0.0, -2.0]]))(rows), [[5], [-8]], rtol=1e-6
+    )
 
 
 def test_directions_of_zero_give_zero() -> None:

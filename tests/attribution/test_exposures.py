@@ -1,4 +1,5 @@
-"""Samples that were not trained on: as if the data set were without them, and told apart everywhere."""
+"""Samples that were not trained on: as if the data set were without them, and told apart
+everywhere."""
 
 import csv
 import json
@@ -31,7 +32,8 @@ from .test_top import traces
 def store_of(
     path: Path, phi: list[Tensor], exposures: list[Tensor | None], dtype: Any = "float32"
 ) -> TraceStore:
-    """A store of features [n, k] at each checkpoint, of samples that were trained on so often [n]."""
+    """A store of features [n, k] at each checkpoint, of samples that were trained on so often
+    [n]."""
     n, k = phi[0].shape
     facts: dict[str, Any] = {"method": {}, "projection": {}, "model": {}, "dataset": {"size": n}}
     writer = TraceWriter(path, StoreHeader(**facts, dim=k, dtype=dtype), shard_rows=50)
@@ -45,7 +47,8 @@ def store_of(
 
 
 SHAPES = pytest.mark.parametrize(
-    ("n", "k", "dtype"), [(150, 24, "int8"), (150, 24, "float32"), (20, 60, "float16"), (30, 24, "float32")]
+    ("n", "k", "dtype"),
+    [(150, 24, "int8"), (150, 24, "float32"), (20, 60, "float16"), (30, 24, "float32")],
 )
 
 
@@ -54,7 +57,8 @@ SHAPES = pytest.mark.parametrize(
 def test_scores_are_those_of_a_store_without_the_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, k: int, dtype: str, grid: Any
 ) -> None:
-    """30 of 24 features, of which 18 were trained on: the store is primal, the one without the others dual."""
+    """30 of 24 features, of which 18 were trained on: the store is primal, the one without the
+    others dual."""
     monkeypatch.setattr(stored_rows, "BLOCK_BYTES", 24 * 30)
     phi, queries = traces(n, k, 3)
     kept = torch.arange(n) % 5 < 3
@@ -93,13 +97,18 @@ def test_what_is_trained_on_later_counts_from_then_on(
         assert torch.equal((scores[m] != 0).any(0), masks[m])
     joined = ensemble(scores, None, masks)
     by_hand = (
-        sum(scores[m] / scores[m][:, masks[m]].std(-1, keepdim=True, correction=0) for m in range(3)) / 3
+        sum(
+            scores[m] / scores[m][:, masks[m]].std(-1, keepdim=True, correction=0) for m in range(3)
+        )
+        / 3
     )
     torch.testing.assert_close(joined, by_hand)
     found = top_scores(queries, store.checkpoints, n, AGREEMENT_GRID, residual=residual)
     assert found.dampings == dampings
     trained = joined.float()[:, masks[2]]
-    torch.testing.assert_close(found.scores, trained.sort(1, descending=True).values, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        found.scores, trained.sort(1, descending=True).values, rtol=1e-3, atol=1e-4
+    )
     assert set(found.positions[0].tolist()) == set(masks[2].nonzero().flatten().tolist())
 
 
@@ -115,7 +124,9 @@ def test_spreads_and_thresholds_by_hand() -> None:
 
 
 def result_of(tmp_path: Path, last: list[int]) -> Attribution:
-    samples = SampleTable([f"s{i}" for i in range(5)], [""] * 5, {"owner": ["ann", "bo", "ann", "cy", "bo"]})
+    samples = SampleTable(
+        [f"s{i}" for i in range(5)], [""] * 5, {"owner": ["ann", "bo", "ann", "cy", "bo"]}
+    )
     exposures = torch.tensor([[2, 0, 1, 0, 0], last])
     scores = torch.tensor([[-2.0, 0, 1, 0, 0], [-3.0, 2, 4, 0, -1]]) * (exposures != 0)
     return Attribution(
@@ -134,12 +145,22 @@ def test_they_are_told_apart_in_rankings_and_files(tmp_path: Path) -> None:
     result = result_of(tmp_path, [3, 1, 2, 0, 1])
     assert result.untrained.tolist() == [False, False, False, True, False]
     assert [record.sample_id for record in result.top(5)] == ["s2", "s1", "s4", "s0"]
-    assert [(record.rank, record.exposures) for record in result.top(5)] == [(1, 2), (2, 1), (3, 1), (4, 3)]
-    assert [(record.sample_id, record.rank) for record in result.bottom(2)] == [("s0", 4), ("s4", 3)]
+    assert [(record.rank, record.exposures) for record in result.top(5)] == [
+        (1, 2),
+        (2, 1),
+        (3, 1),
+        (4, 3),
+    ]
+    assert [(record.sample_id, record.rank) for record in result.bottom(2)] == [
+        ("s0", 4),
+        ("s4", 3),
+    ]
     assert result.order().tolist() == [2, 1, 4, 0, 3]
     assert float(result.scores[3]) == float(result.contributions(0)[3]) == 0
     assert result.timeline()[:, 3].tolist() == [0, 0]
-    shares = {share.group: share.share for share in result.by_group("owner", threshold=0, resamples=10)}
+    shares = {
+        share.group: share.share for share in result.by_group("owner", threshold=0, resamples=10)
+    }
     assert shares["cy"] == 0
 
     both = Attributions([result, result], torch.eye(2))

@@ -28,7 +28,9 @@ def test_the_processes_of_a_fabric_find_what_one_finds(tmp_path: Path) -> None:
         str(tmp_path / "out"),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
     attributor = Attributor(tmp_path / "s", ToyDiffusion().double(), sampler=SAMPLER)
@@ -44,7 +46,9 @@ def test_the_processes_of_a_fabric_find_what_one_finds(tmp_path: Path) -> None:
         for failing, (kind, message) in enumerate(told["errors"]):
             mine = failing == rank
             assert kind == ("OSError" if mine else "RuntimeError")
-            assert message == ("no disk" if mine else f"The process of rank {failing}: OSError: no disk")
+            assert message == (
+                "no disk" if mine else f"The process of rank {failing}: OSError: no disk"
+            )
 
 
 def test_one_process_is_alone_and_several_must_have_been_launched() -> None:

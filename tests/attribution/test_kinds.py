@@ -65,7 +65,9 @@ def test_a_mixed_list_is_asked_as_each_is_alone(folder: Path, module: ToyDiffusi
     assert together.seeds == seeds
     for i, (concept, seed) in enumerate(zip(mixed, seeds, strict=True)):
         alone = asker.query([concept], seed, images=2)
-        torch.testing.assert_close(together.features[:, i], alone.features[:, 0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            together.features[:, i], alone.features[:, 0], rtol=1e-4, atol=1e-6
+        )
         torch.testing.assert_close(together.strength[i], alone.strength[0], rtol=1e-4, atol=1e-7)
         assert together.images is not None
         assert alone.images is not None
@@ -78,8 +80,12 @@ def test_a_mixed_list_is_asked_as_each_is_alone(folder: Path, module: ToyDiffusi
             torch.stack(list(part.by_layer_group.values())).sum(0)[0], whole, rtol=1e-4, atol=1e-5
         )
     answers = asker.attribute_many(mixed, seeds, images=2)
-    torch.testing.assert_close(answers[2].checkpoint_scores, asker.score(together)[2].checkpoint_scores)
-    with pytest.raises(ValueError, match="expected one image for each concept, and no concept with an image"):
+    torch.testing.assert_close(
+        answers[2].checkpoint_scores, asker.score(together)[2].checkpoint_scores
+    )
+    with pytest.raises(
+        ValueError, match="expected one image for each concept, and no concept with an image"
+    ):
         asker.query(mixed[:2], 0, generation=asker.generate([RED.present] * 2, [0, 1]))
 
 
@@ -92,8 +98,11 @@ def test_a_concept_without_an_image_is_a_global_query(folder: Path, module: ToyD
         asker.query([asked(RED, image=None)], images=0)
 
 
-def test_an_existing_image_is_followed_back_to_its_generation(folder: Path, module: ToyDiffusion) -> None:
-    """An image of our own generation, given as if it were not, gets the answer of the generation."""
+def test_an_existing_image_is_followed_back_to_its_generation(
+    folder: Path, module: ToyDiffusion
+) -> None:
+    """An image of our own generation, given as if it were not, gets the answer of the
+    generation."""
     sampler = replace(SAMPLER, guidance=1.0)
     asker = attributor(folder, module, sampler=sampler)
     generated = asker.query([RED, BAR], [4, 5])
@@ -106,7 +115,9 @@ def test_an_existing_image_is_followed_back_to_its_generation(folder: Path, modu
     asked_twice = asker.invert([RED.present, BAR.present, RED.present], latents[[0, 1, 0]])
     assert torch.equal(asked_twice.states[0].x_t[0], asked_twice.states[0].x_t[2])
     assert not torch.equal(asked_twice.states[0].x_t[0], asked_twice.states[0].x_t[1])
-    noised = attributor(folder, module, sampler=sampler, given="noised").query_given([RED, BAR], latents)
+    noised = attributor(folder, module, sampler=sampler, given="noised").query_given(
+        [RED, BAR], latents
+    )
     assert noised.trajectories == [Noised(timesteps=2)] * 2
     assert not torch.allclose(noised.features, generated.features, rtol=0.1, atol=0.1)
     with pytest.raises(ValueError, match=r"given='seen'.*'inverted', 'noised'"):
@@ -128,7 +139,9 @@ def test_an_image_goes_through_the_tasks_own_latents(folder: Path, module: ToyDi
         asker.query([asked(RED, image=PICTURE[:, :4, :4])])
     blind = ToyDiffusion().double()
     blind.load_state_dict(module.state_dict())
-    with pytest.raises(TaskError, match=r"ToyDiffusion has no `latents`.*latents\(images \[B, 3, H, W\]"):
+    with pytest.raises(
+        TaskError, match=r"ToyDiffusion has no `latents`.*latents\(images \[B, 3, H, W\]"
+    ):
         attributor(folder, blind).query([concept])
 
 
@@ -158,7 +171,8 @@ EXACT = Projection(rank=100_000, dim=None)
 
 @pytest.mark.parametrize("objective", [SquaredNorm(), ConceptDirection()])
 def test_the_gradient_of_a_part_is_that_of_the_masked_objective(objective: Any) -> None:
-    """Unprojected: inner products of our features are those of plain gradients of ``mean(w l(e))``, sample by sample."""
+    """Unprojected: inner products of our features are those of plain gradients of ``mean(w l(e))``,
+    sample by sample."""
     module = ToyDiffusion().double().eval()
     tracer = GradientTracer(module.denoiser, EXACT)
     torch.manual_seed(0)
@@ -174,13 +188,17 @@ def test_the_gradient_of_a_part_is_that_of_the_masked_objective(objective: Any) 
     for i in range(3):
         e, other = (
             module.predict(
-                state.x_t[i : i + 1], state.t[:1], {k: v[i : i + 1].detach() for k, v in side.items()}
+                state.x_t[i : i + 1],
+                state.t[:1],
+                {k: v[i : i + 1].detach() for k, v in side.items()},
             )
             for side in (sides["present"], sides["absent"])
         )
         # Concept-TRAK's loss: the target, e plus the concept's direction, stands still.
         target = (
-            (e + (e - other)).detach() if isinstance(objective, ConceptDirection) else torch.zeros_like(e)
+            (e + (e - other)).detach()
+            if isinstance(objective, ConceptDirection)
+            else torch.zeros_like(e)
         )
         loss = (weights[i] * (target - e).square()).mean()
         gradients = torch.autograd.grad(loss, list(module.denoiser.parameters()), allow_unused=True)
@@ -190,7 +208,9 @@ def test_the_gradient_of_a_part_is_that_of_the_masked_objective(objective: Any) 
     torch.testing.assert_close(ours @ ours.T, expected @ expected.T, rtol=1e-4, atol=1e-9)
     # Complementary regions add up to the whole.
     region = (weights > 0.5).double()
-    torch.testing.assert_close(features(region) + features(1 - region), features(None), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        features(region) + features(1 - region), features(None), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_a_part_is_normalised_after_the_mask(folder: Path, module: ToyDiffusion) -> None:

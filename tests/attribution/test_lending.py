@@ -1,4 +1,5 @@
-"""The model that questions are put to: whose state it is in, and that it is the one that was traced."""
+"""The model that questions are put to: whose state it is in, and that it is the one that was
+traced."""
 
 import json
 import shutil
@@ -33,7 +34,8 @@ SAMPLER = Sampler(steps=3)
 
 
 class Dropping(ToyDiffusion):
-    """Dropout wherever a question meets the module: in its conditions, in encoding and in decoding."""
+    """Dropout wherever a question meets the module: in its conditions, in encoding and in
+    decoding."""
 
     def __init__(self) -> None:
         with torch.random.fork_rng():
@@ -68,7 +70,9 @@ def dropping(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dropping]:
 
 
 @pytest.mark.parametrize("image", [None, "given"])
-def test_questions_are_asked_in_evaluation_mode(dropping: tuple[Path, Dropping], image: str | None) -> None:
+def test_questions_are_asked_in_evaluation_mode(
+    dropping: tuple[Path, Dropping], image: str | None
+) -> None:
     path, module = dropping
     concept = (
         RED
@@ -94,13 +98,16 @@ def test_a_tasks_own_modules_are_in_evaluation_mode_as_well(
     apart = capture(tmp_path / "s", module.denoiser, module)
     apart.run(1, epoch=0)
     together = Attributor(path, module, sampler=SAMPLER).attribute(RED)
-    answer = Attributor(tmp_path / "s", module.denoiser, task=module, sampler=SAMPLER).attribute(RED)
+    answer = Attributor(tmp_path / "s", module.denoiser, task=module, sampler=SAMPLER).attribute(
+        RED
+    )
     torch.testing.assert_close(answer.scores, together.scores)
     assert module.drop.training
 
 
 class Moving(nn.Module):
-    """A network with running means, a table of constants, a scale that is no parameter, and state that no state dict has."""
+    """A network with running means, a table of constants, a scale that is no parameter, and state
+    that no state dict has."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +151,9 @@ def moving(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MovingToy]:
     return path, module
 
 
-def test_running_means_are_stored_and_taken_on_and_given_back(moving: tuple[Path, MovingToy]) -> None:
+def test_running_means_are_stored_and_taken_on_and_given_back(
+    moving: tuple[Path, MovingToy],
+) -> None:
     path, module = moving
     means = [one.buffers()["denoiser.norm.running_mean"] for one in TraceStore(path).checkpoints]
     torch.testing.assert_close(means[0], torch.full((3,), 0.3))
@@ -156,7 +165,9 @@ def test_running_means_are_stored_and_taken_on_and_given_back(moving: tuple[Path
     assert all(torch.equal(value, state[name]) for name, value in fresh.state_dict().items())
     # With the means of the last checkpoint at both, the answer is another one.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ctrak_lightning.attribution.asking.refuse_another_function", lambda *args: None)
+        patch.setattr(
+            "ctrak_lightning.attribution.asking.refuse_another_function", lambda *args: None
+        )
         patch.setattr(Checkpoint, "buffers", lambda self: {"denoiser.norm.running_mean": means[1]})
         wrong = Attributor(path, fresh, sampler=SAMPLER).attribute(RED)
     assert not torch.allclose(wrong.checkpoint_scores[0], ours.checkpoint_scores[0], rtol=1e-2)
@@ -172,7 +183,9 @@ def test_a_network_that_is_another_function_is_refused(moving: tuple[Path, Movin
             module.denoiser.shift.add_(0.05)
         else:
             module.embedding.register_forward_hook(lambda *given: given[-1] + 0.1)
-        with pytest.raises(StoreMismatchError, match=r"step 2, this network's outputs differ.*lora_alpha"):
+        with pytest.raises(
+            StoreMismatchError, match=r"step 2, this network's outputs differ.*lora_alpha"
+        ):
             Attributor(path, module, sampler=SAMPLER).attribute(RED)
     within = MovingToy()
     within.denoiser.scale = 1 + 2e-5
@@ -235,8 +248,12 @@ def test_a_store_of_schema_4_is_compared_in_what_it_has(
     old = tmp_path / "old"
     shutil.copytree(path, old)
     manifest = read_manifest(old)
-    with_average = model_fingerprint(module, trained_parameters(module), module.noise_schedule, None)
-    gone = [name for name in manifest.files if name.endswith(("function.h5", "buffers.safetensors"))]
+    with_average = model_fingerprint(
+        module, trained_parameters(module), module.noise_schedule, None
+    )
+    gone = [
+        name for name in manifest.files if name.endswith(("function.h5", "buffers.safetensors"))
+    ]
     assert len(gone) == 4
     files = {name: known for name, known in manifest.files.items() if name not in gone}
     manifest = replace(manifest, files=files, header=replace(manifest.header, model=with_average))

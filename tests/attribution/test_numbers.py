@@ -1,4 +1,5 @@
-"""Numbers at their edges: what scores are where rows are equal, dependent, huge, few, or in another order."""
+"""Numbers at their edges: what scores are where rows are equal, dependent, huge, few, or in another
+order."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from ctrak_lightning.errors import CorruptStoreError, GradientError
 from ctrak_lightning.traces import SampleTable, StoreHeader, TraceStore, TraceWriter
 
 DTYPES = {"float32": 1e-5, "float16": 5e-3, "int8": 3e-2}
-"""How far scores may be from those of the exact rows, relative to the largest: what a row of each kind is rounded to."""
+"""How far scores may be from those of the exact rows, relative to the largest: what a row of each
+kind is rounded to."""
 
 
 def store_of(path: Path, *checkpoints: Tensor, dtype: Any = "float32") -> TraceStore:
@@ -63,22 +65,29 @@ def test_a_gram_matrix_without_full_rank(tmp_path: Path, shape: tuple[int, int],
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_sample_with_a_gradient_a_million_times_the_others(tmp_path: Path, dtype: str) -> None:
-    """It decides the kernel, as it would decide a gradient step; nobody's score overflows or turns into noise of its own."""
+    """It decides the kernel, as it would decide a gradient step; nobody's score overflows or turns
+    into noise of its own."""
     phi = drawn(9, 5)
     phi[4] *= 1e6
     queries = drawn(2, 5, 1)
     found = checkpoint_scores(queries, store_of(tmp_path, phi, dtype=dtype).checkpoints[0], None)
     expected = queries.double() @ phi.double().T
-    relative = (found - expected).abs() / (queries.double().norm(dim=1)[:, None] * phi.double().norm(dim=1))
+    relative = (found - expected).abs() / (
+        queries.double().norm(dim=1)[:, None] * phi.double().norm(dim=1)
+    )
     assert float(relative.max()) < DTYPES[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e6, 1e18])
-def test_scores_do_not_depend_on_the_scale_of_gradients(tmp_path: Path, dtype: str, scale: float) -> None:
+def test_scores_do_not_depend_on_the_scale_of_gradients(
+    tmp_path: Path, dtype: str, scale: float
+) -> None:
     """float16 ends at 65504; norms are kept apart, in float32."""
     phi, queries = drawn(12, 6), drawn(2, 6, 1)
-    found = checkpoint_scores(queries, store_of(tmp_path, phi * scale, dtype=dtype).checkpoints[0], 1.0)
+    found = checkpoint_scores(
+        queries, store_of(tmp_path, phi * scale, dtype=dtype).checkpoints[0], 1.0
+    )
     expected = dense(phi, queries, 1.0) / scale
     np.testing.assert_allclose(found.numpy(), expected, atol=DTYPES[dtype] * np.abs(expected).max())
 
@@ -124,7 +133,9 @@ def test_another_order_of_samples_gives_each_its_own_score(
 def test_equal_samples_have_equal_scores(tmp_path: Path, dtype: str) -> None:
     phi = drawn(6, 4)
     phi[5] = phi[1]
-    scores = checkpoint_scores(drawn(3, 4, 1), store_of(tmp_path, phi, dtype=dtype).checkpoints[0], 0.1)
+    scores = checkpoint_scores(
+        drawn(3, 4, 1), store_of(tmp_path, phi, dtype=dtype).checkpoints[0], 0.1
+    )
     torch.testing.assert_close(scores[:, 5], scores[:, 1], rtol=1e-6, atol=1e-12)
 
 
@@ -156,7 +167,8 @@ def test_a_checkpoint_whose_scores_are_all_equal_is_no_division_by_zero(tmp_path
 def test_a_checkpoint_whose_scores_are_equal_up_to_rounding_does_not_rank(
     tmp_path: Path, shape: tuple[int, int], damping: float | None, scale: float
 ) -> None:
-    """One and the same gradient of all samples, as of a model that has learnt nothing, whose products differ in their last digits."""
+    """One and the same gradient of all samples, as of a model that has learnt nothing, whose
+    products differ in their last digits."""
     equal = scale * drawn(1, shape[1], 5).repeat(shape[0], 1)
     store = store_of(tmp_path, equal, drawn(*shape))
     queries = drawn(2, shape[1], 7).unsqueeze(1)
@@ -168,8 +180,12 @@ def test_a_checkpoint_whose_scores_are_equal_up_to_rounding_does_not_rank(
     assert abs(float(offset)) == pytest.approx(1, abs=1e-3)
     torch.testing.assert_close(2 * joined - offset, alone, rtol=0, atol=1e-3)
     found = top_scores(queries, store.checkpoints, shape[0], [damping])
-    assert found.positions[0].tolist() == torch.argsort(joined, descending=True, stable=True).tolist()
-    torch.testing.assert_close(found.scores[0].double(), joined[found.positions[0]], rtol=1e-3, atol=1e-3)
+    assert (
+        found.positions[0].tolist() == torch.argsort(joined, descending=True, stable=True).tolist()
+    )
+    torch.testing.assert_close(
+        found.scores[0].double(), joined[found.positions[0]], rtol=1e-3, atol=1e-3
+    )
 
 
 def test_scores_that_are_all_equal_up_to_rounding_share_out_nothing(tmp_path: Path) -> None:
@@ -191,7 +207,9 @@ def test_scores_are_measured_in_their_deviation_unless_it_is_rounding() -> None:
         assert float(spreads(scores)) == pytest.approx(float(scores.std(correction=0)))
         moments = Moments()
         moments.add(scores.unsqueeze(-2))
-        assert float(units(moments.deviation(), moments.mean())) == pytest.approx(float(spreads(scores)))
+        assert float(units(moments.deviation(), moments.mean())) == pytest.approx(
+            float(spreads(scores))
+        )
     assert float(spreads(5 + 5e-6 * noise)) == pytest.approx(5, rel=1e-4)
     assert float(spreads(0 * noise)) == 1
     # One sample that is a million times the others is no rounding of theirs.
@@ -201,7 +219,9 @@ def test_scores_are_measured_in_their_deviation_unless_it_is_rounding() -> None:
 
 
 @pytest.mark.parametrize("dataset", [{}, {"latent_shape": None}, {"latent_shape": ["x"]}])
-def test_a_manifest_without_the_shape_of_latents_is_damaged(tmp_path: Path, dataset: dict[str, Any]) -> None:
+def test_a_manifest_without_the_shape_of_latents_is_damaged(
+    tmp_path: Path, dataset: dict[str, Any]
+) -> None:
     store = store_of(tmp_path, drawn(2, 3))
     object.__setattr__(store.header, "dataset", dataset)
     with pytest.raises(CorruptStoreError, match="describes no shape of latents.*HINT"):

@@ -1,4 +1,5 @@
-"""Scores split by timestep and by group of layers: the parts add up, and each is what it says it is."""
+"""Scores split by timestep and by group of layers: the parts add up, and each is what it says it
+is."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,14 @@ from ..toy import tiny_unet
 from ..traces.store_builder import Capture
 from .test_attributor import BAR, METHODS, RED, SAMPLER, traced
 
-GROUPS = ["convolution", "cross-attention", "feed-forward", "normalisation", "other layers", "self-attention"]
+GROUPS = [
+    "convolution",
+    "cross-attention",
+    "feed-forward",
+    "normalisation",
+    "other layers",
+    "self-attention",
+]
 PART_METHODS = {name: METHODS[name] for name in ("concept_trak", "per_sample", "das", "retrac")}
 
 
@@ -26,7 +34,9 @@ def test_the_parts_add_up_to_the_scores(tmp_path: Path, method: Method) -> None:
     module = traced(tmp_path, method)
     attributor = Attributor(tmp_path, module, sampler=SAMPLER)
     plain = attributor.attribute_many([RED, BAR], [3, 4])
-    for whole, split in zip(plain, attributor.attribute_many([RED, BAR], [3, 4], parts=True), strict=True):
+    for whole, split in zip(
+        plain, attributor.attribute_many([RED, BAR], [3, 4], parts=True), strict=True
+    ):
         assert whole.parts is None
         torch.testing.assert_close(split.checkpoint_scores, whole.checkpoint_scores, rtol=0, atol=0)
         assert split.parts is not None
@@ -53,7 +63,9 @@ def test_a_timestep_is_what_a_query_of_it_alone_gives(tmp_path: Path) -> None:
     for i, state in enumerate(used):
         alone = replace(method, query_trajectory=replace(method.query_trajectory, timesteps=1))
         only = replace(generation, states=[state])
-        single = Attributor(tmp_path, module, method=alone, sampler=SAMPLER).query([RED], 3, generation=only)
+        single = Attributor(tmp_path, module, method=alone, sampler=SAMPLER).query(
+            [RED], 3, generation=only
+        )
         for index, parts in enumerate(whole.parts[0]):
             torch.testing.assert_close(parts.by_timestep[i], single.features[index])
         # [k] -> [M, N] raw scores, in the units of the whole
@@ -78,7 +90,9 @@ def test_a_group_is_what_a_query_without_the_other_layers_gives(
             return [tracer.only(rows, blocks) for rows in of_all(*args, **kwargs)]
 
         monkeypatch.setattr(tracer, "vjps", of_some)
-        torch.testing.assert_close(parts[0][0].by_layer_group[name], attributor.query([RED], 3).features[0])
+        torch.testing.assert_close(
+            parts[0][0].by_layer_group[name], attributor.query([RED], 3).features[0]
+        )
 
 
 def test_groups_are_separate_in_the_rows() -> None:
@@ -158,7 +172,8 @@ def test_self_check_is_that_of_brute_force(
     residual: bool,
     weights: list[float] | None,
 ) -> None:
-    """Every sample against numpy's inverse of the whole kernel, in one go and with memory for seven at once."""
+    """Every sample against numpy's inverse of the whole kernel, in one go and with memory for seven
+    at once."""
     checkpoints = TraceStore(Random(n, k).run(tmp_path / "store")).checkpoints
     joined = np.zeros((n, n))
     for index, checkpoint in enumerate(checkpoints):
@@ -202,5 +217,6 @@ def test_stability_is_between_alternate_checkpoints() -> None:
     assert stability(scores[[0, 2, 2, 0]]) == pytest.approx(1)
     assert stability(scores[:1]) is None
     assert stability(torch.ones(2, 4)) is None
-    # With weights the halves are sums of the raw scores: 1 * row 0 + 0 * row 2 against 1 * row 1 + 1 * row 3.
+    # With weights the halves are sums of the raw scores: 1 * row 0 + 0 * row 2 against 1 * row 1 +
+    # 1 * row 3.
     assert stability(scores, [1.0, 1.0, 0.0, 1.0]) == pytest.approx(-1)

@@ -137,14 +137,24 @@ def test_occurrences_are_whole_words_side_by_side() -> None:
         "New Yorks",
     ]
     assert occurrences("a Pikachu-like dog", "Pikachu") == []  # a hyphen makes one word
-    assert [word.key for word in words("👩‍🎨👍🏽 café ไทย")] == ["👩‍🎨", "👍🏽", "café", "ไ", "ท", "ย"]
+    assert [word.key for word in words("👩‍🎨👍🏽 café ไทย")] == [
+        "👩‍🎨",
+        "👍🏽",
+        "café",
+        "ไ",
+        "ท",
+        "ย",
+    ]
     assert occurrences("cafe\u0301 by x", "café") == [(0, 5)]  # however the accent is written
 
 
 def test_a_concept_from_a_prompt_shows_both_sides_and_can_be_overridden() -> None:
     concept = Concept.from_prompt("Pikachu in the style of  Picasso", "pikachu")
     assert concept == Concept(
-        "pikachu", "Pikachu in the style of Picasso", "a picture in the style of Picasso", alone="pikachu"
+        "pikachu",
+        "Pikachu in the style of Picasso",
+        "a picture in the style of Picasso",
+        alone="pikachu",
     )
     assert str(concept) == (
         'pikachu: "Pikachu in the style of Picasso" without it: "a picture in the style of Picasso"'
@@ -211,7 +221,8 @@ def test_images_and_masks_that_make_no_question() -> None:
     assert len(facts["mask"]["sha256"]) == 64
     assert facts != Concept("x", {"a": "1"}, {}, image=image + 0.1, mask=mask).to_dict()
     assert repr(given_) == (
-        "Concept('x', present={'a': '1'}, absent={}, image=torch.float32 [3, 4, 6], mask=torch.float32 [4, 6])"
+        "Concept('x', present={'a': '1'}, absent={}, image=torch.float32 [3, 4, 6], "
+        "mask=torch.float32 [4, 6])"
     )
     wrong_images = (image[0], image + 2, image * float("nan"), image.byte(), "a.png", image[:2])
     for wrong in wrong_images:

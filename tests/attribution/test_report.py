@@ -1,4 +1,5 @@
-"""The page, read by the standard library: what it says, and that the data set's texts stay texts."""
+"""The page, read by the standard library: what it says, and that the data set's texts stay
+texts."""
 
 import base64
 import hashlib
@@ -15,7 +16,14 @@ import torch
 from PIL import Image
 
 from ctrak_lightning import Attribution, Attributor, TraceStore
-from ctrak_lightning.attribution.confidence import BLIND, NOT_LEARNT, NOT_SHOWN, STILL, UNSTABLE, UNTOLD
+from ctrak_lightning.attribution.confidence import (
+    BLIND,
+    NOT_LEARNT,
+    NOT_SHOWN,
+    STILL,
+    UNSTABLE,
+    UNTOLD,
+)
 from ctrak_lightning.attribution.report import page as layout
 from ctrak_lightning.attribution.report import ranking as limits
 from ctrak_lightning.attribution.report import write_report
@@ -59,7 +67,12 @@ def test_cards_rows_and_opponents_are_those_of_the_ranking(tmp_path: Path) -> No
         result.timeline()[:, position].tolist(), abs=1e-4
     )
     best = result.top(1)[0]
-    for text in (best.sample_id, f"{best.score:.2f}", best.metadata["owner"], best.metadata["caption"]):
+    for text in (
+        best.sample_id,
+        f"{best.score:.2f}",
+        best.metadata["owner"],
+        best.metadata["caption"],
+    ):
         assert text in page.text
     assert "object: thing, ink: blue" in page.text
 
@@ -69,21 +82,29 @@ def test_pictures_are_the_stores_own(tmp_path: Path) -> None:
     page = page_of(tmp_path, result)
     data = page.data
     for place, index in data["pictures"].items():
-        picture = Image.open(io.BytesIO(base64.b64decode(data["thumbnails"][index].partition(",")[2])))
+        picture = Image.open(
+            io.BytesIO(base64.b64decode(data["thumbnails"][index].partition(",")[2]))
+        )
         expected = result.samples.thumbnails
         assert expected is not None
         assert torch.equal(
             torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(4, 4, 3),
             expected[result.samples.sample_ids.index(data["ids"][int(place)])],
         )
-    same = replace(result, samples=replace(result.samples, thumbnails=torch.zeros(20, 4, 4, 3).byte()))
+    same = replace(
+        result, samples=replace(result.samples, thumbnails=torch.zeros(20, 4, 4, 3).byte())
+    )
     assert len(page_of(tmp_path, same).data["thumbnails"]) == 1
 
 
 def test_a_card_shows_the_image_of_the_sample_that_it_names(tmp_path: Path) -> None:
     result = random_result(40)
     assert result.samples.thumbnails is not None
-    cards = [a for a in page_of(tmp_path, result).all("img") if (a["alt"] or "").startswith("Training image")]
+    cards = [
+        a
+        for a in page_of(tmp_path, result).all("img")
+        if (a["alt"] or "").startswith("Training image")
+    ]
     assert len(cards) == 18
     for card in cards:
         assert card["src"] is not None
@@ -97,7 +118,10 @@ def test_shares_are_those_of_by_group_with_the_interval(tmp_path: Path) -> None:
     result = random_result(30)
     text = page_of(tmp_path, result).text
     for share in result.by_group("owner"):
-        row = f"{share.group} {100 * share.share:.1f} % {100 * share.low:.1f} – {100 * share.high:.1f} % 10"  # noqa: RUF001
+        row = (
+            f"{share.group} {100 * share.share:.1f} % {100 * share.low:.1f} – "
+            f"{100 * share.high:.1f} % 10"
+        )  # noqa: RUF001
         assert row in text, row
     by_licence = page_of(tmp_path, result, group="licence")
     assert f"CC0 {100 * result.by_group('licence')[0].share:.1f} %" in by_licence.text or (
@@ -107,7 +131,9 @@ def test_shares_are_those_of_by_group_with_the_interval(tmp_path: Path) -> None:
 
 def test_many_groups_are_summed_up(tmp_path: Path) -> None:
     n = 40
-    result = result_of(torch.arange(1.0, n + 1)[None], table_of(n, owner=[f"o{i}" for i in range(n)]))
+    result = result_of(
+        torch.arange(1.0, n + 1)[None], table_of(n, owner=[f"o{i}" for i in range(n)])
+    )
     text = page_of(tmp_path, result).text
     rest = sum(share.share for share in result.by_group("owner")[15:])
     assert f"25 more hold {100 * rest:.1f} % together" in text
@@ -116,7 +142,10 @@ def test_many_groups_are_summed_up(tmp_path: Path) -> None:
 def test_several_concepts_share_a_page_and_its_samples(tmp_path: Path) -> None:
     first, second = random_result(20), random_result(20, seed=1, concept=INK)
     page = page_of(tmp_path, first, second)
-    assert [a["id"] for a in page.all("section") if "data-concept" in a] == ["concept-1", "concept-2"]
+    assert [a["id"] for a in page.all("section") if "data-concept" in a] == [
+        "concept-1",
+        "concept-2",
+    ]
     data = page.data
     assert len(data["ids"]) == 20
     for result, concept in zip((first, second), data["concepts"], strict=True):
@@ -163,7 +192,9 @@ def test_timeline_points_are_the_scores(tmp_path: Path) -> None:
 
 def test_labels_at_line_ends_do_not_cover_each_other() -> None:
     values = [torch.tensor([float(i), 1.0]) for i in range(6)]
-    marks = sorted(line.mark_y for line in line_chart([("x", "x", v) for v in values], [1, 2]).lines)
+    marks = sorted(
+        line.mark_y for line in line_chart([("x", "x", v) for v in values], [1, 2]).lines
+    )
     assert all(b - a >= 14.9 for a, b in itertools.pairwise(marks))
     assert 10 < marks[0] < marks[-1] < 280
 
@@ -177,11 +208,14 @@ def test_charts_of_equal_and_extreme_values(value: float) -> None:
 
 
 def test_hostile_texts_add_no_element_and_no_attribute(tmp_path: Path) -> None:
-    """The same result with harmless texts of the same shape gives the same elements with the same attributes."""
+    """The same result with harmless texts of the same shape gives the same elements with the same
+    attributes."""
     page = page_of(tmp_path, hostile_result())
     allowed = {"a": {"href", "rel", "target", "class"}, "img": {"src", "alt"}}
     for tag, attributes in page.elements:
-        assert not [name for name in attributes if name.startswith("on") or name == "style"], attributes
+        assert not [name for name in attributes if name.startswith("on") or name == "style"], (
+            attributes
+        )
         if tag in allowed:
             assert set(attributes) <= allowed[tag]
     assert len(page.all("script")) == 2
@@ -189,7 +223,9 @@ def test_hostile_texts_add_no_element_and_no_attribute(tmp_path: Path) -> None:
     assert not page.all("base")
     assert not page.all("iframe")
     sources = [a["src"] for a in page.all("img")]
-    assert all(source is not None and source.startswith("data:image/png;base64,") for source in sources)
+    assert all(
+        source is not None and source.startswith("data:image/png;base64,") for source in sources
+    )
     data = page.data
     assert sorted(data["ids"]) == sorted(HOSTILE)
     caption = data["columns"][data["caption"]]["values"]
@@ -208,7 +244,14 @@ def test_only_web_addresses_become_links(tmp_path: Path) -> None:
     linked = [value for value, is_link in zip(uri["values"], uri["links"], strict=True) if is_link]
     assert linked == ["https://example.org/ok?a=1&b=2#c"]
     assert [c["links"] for c in page.data["columns"] if c["name"] != "uri"] == [None] * 4
-    for bad in ("//x.example", "ftp://x.example", "https://", "https://a b", "vbscript:x", "https://x\u202e"):
+    for bad in (
+        "//x.example",
+        "ftp://x.example",
+        "https://",
+        "https://a b",
+        "vbscript:x",
+        "https://x\u202e",
+    ):
         assert link(shown(bad)) is None or bad == "https://x\u202e"
     assert link("HTTP://x.example/") == "HTTP://x.example/"
 
@@ -305,7 +348,9 @@ def test_a_ranking_that_says_nothing_is_said_first_and_withholds_its_shares(tmp_
     head = page.text.index("Concept attribution report")
     assert head < page.text.index(NOT_LEARNT) < page.text.index("The generated image")
     assert f"{FAINT / 2:.1e}, below {FAINT:g}" in page.text
-    assert len(page.all("p", **{"class": "warning grave"})) == 2  # the page's head, and the concept's section
+    assert (
+        len(page.all("p", **{"class": "warning grave"})) == 2
+    )  # the page's head, and the concept's section
     for claim in ("Images that taught it", "When it was learnt", "Each owner's", "Opponents"):
         assert claim not in page.text, claim
     assert "Withheld: the ranking says nothing" in page.text
@@ -328,7 +373,9 @@ def test_no_checkpoint_and_broken_scores_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="has 0 checkpoints and 3 of 3 scores.*HINT"):
         result_of(torch.zeros(0, 3), table_of(3)).report(tmp_path / "no.html")
     with pytest.raises(ReportError, match="has 1 checkpoints and [1-3] of 3 scores.*HINT"):
-        result_of(torch.tensor([[1.0, float("nan"), 2.0]]), table_of(3)).report(tmp_path / "no.html")
+        result_of(torch.tensor([[1.0, float("nan"), 2.0]]), table_of(3)).report(
+            tmp_path / "no.html"
+        )
     assert not (tmp_path / "no.html").exists()
     lone = result_of(torch.tensor([[1.0]]), table_of(1, owner=["a"]))
     assert "a 100.0 %" in page_of(tmp_path, lone).text
@@ -429,10 +476,13 @@ def test_a_very_large_ranking_is_cut_at_both_ends_and_says_so(
 
 
 def test_the_docs_state_the_limits_that_are_used() -> None:
-    text = " ".join((Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8").split())
+    text = " ".join(
+        (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8").split()
+    )
     for sentence in (
         f"the {limits.BEST:,} highest and the {limits.LOWEST:,} lowest rows",
-        f"the {limits.PICTURED_BEST} highest and the {limits.PICTURED_LOWEST} lowest have a picture",
+        f"the {limits.PICTURED_BEST} highest and the {limits.PICTURED_LOWEST} lowest have a "
+        "picture",
         f"the {layout.CARDS} highest and the {layout.OPPONENTS} lowest scores",
         f"| below {FAINT:g} | not learnt: the model does not tell",
         f"| above {BLIND:g} | not learnt",
@@ -468,7 +518,9 @@ def test_paths_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "file").write_text("")
     with pytest.raises(ReportError, match="cannot be written"):
         result.report(tmp_path / "file" / "report.html")
-    monkeypatch.setattr("ctrak_lightning.attribution.report.page.os.access", lambda path, mode: False)
+    monkeypatch.setattr(
+        "ctrak_lightning.attribution.report.page.os.access", lambda path, mode: False
+    )
     with pytest.raises(ReportError, match="no folder that this user may write to"):
         result.report(tmp_path / "report.html")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,4 +1,5 @@
-"""The page in a real browser, from disk: filter, sort, enlarge, keyboard, print, dark mode, 5,000 rows, hostile texts."""
+"""The page in a real browser, from disk: filter, sort, enlarge, keyboard, print, dark mode, 5,000
+rows, hostile texts."""
 
 import base64
 import shutil
@@ -71,7 +72,8 @@ def one(where: Browser, css: str) -> Any:
 def rows(section: Any) -> list[list[str]]:
     """Rank, sample, owner, licence and score of the rows of a section's table."""
     read: list[list[str]] = section.parent.execute_script(
-        "return [...arguments[0].querySelectorAll('.ranking tbody tr')].map((tr) => [...tr.cells].map((td) => td.textContent))",
+        "return [...arguments[0].querySelectorAll('.ranking tbody tr')].map((tr) => "
+        "[...tr.cells].map((td) => td.textContent))",
         section,
     )
     return [[row[0], *row[2:5], row[-1]] for row in read]
@@ -109,7 +111,9 @@ def test_rows_are_the_ranking_in_pages(opened: Browser) -> None:
 
 def test_filters_by_owner_licence_and_text(opened: Browser) -> None:
     section = section_of(opened)
-    owner, licence = (Select(one(section, f"[data-filter={name}]")) for name in ("group", "licence"))
+    owner, licence = (
+        Select(one(section, f"[data-filter={name}]")) for name in ("group", "licence")
+    )
     assert [option.text for option in owner.options] == ["all", *(f"owner {c} (20)" for c in "ABC")]
     owner.select_by_visible_text("owner B (20)")
     assert {row[2] for row in rows(section)} == {"owner B"}
@@ -244,11 +248,16 @@ def test_hostile_texts_are_shown_and_never_run(browser: Browser, tmp_path: Path)
     links = browser.execute_script(
         "return [...document.querySelectorAll('a')].map((a) => a.getAttribute('href'))"
     )
-    assert {link for link in links if not link.startswith("#")} == {"https://example.org/ok?a=1&b=2#c"}
+    assert {link for link in links if not link.startswith("#")} == {
+        "https://example.org/ok?a=1&b=2#c"
+    }
     assert browser.execute_script("return window.hit") is None
     assert browser.execute_script("return document.scripts.length") == 2
     assert (
-        browser.execute_script("return document.querySelectorAll('[onerror],[onmouseover],base').length") == 0
+        browser.execute_script(
+            "return document.querySelectorAll('[onerror],[onmouseover],base').length"
+        )
+        == 0
     )
     # An alert would have failed the calls above; a refused script or style would be in the log.
     assert browser.get_log("browser") == []
@@ -257,8 +266,13 @@ def test_hostile_texts_are_shown_and_never_run(browser: Browser, tmp_path: Path)
 def test_the_policy_stops_a_script_that_got_in(browser: Browser, tmp_path: Path) -> None:
     random_result(5).report(tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    planted = "<script>window.hit = 1</script><img src='https://example.org/x.png' onerror='window.hit = 2'>"
-    (tmp_path / "page.html").write_text(text.replace("<main", f"{planted}<main", 1), encoding="utf-8")
+    planted = (
+        "<script>window.hit = 1</script><img src='https://example.org/x.png' "
+        "onerror='window.hit = 2'>"
+    )
+    (tmp_path / "page.html").write_text(
+        text.replace("<main", f"{planted}<main", 1), encoding="utf-8"
+    )
     show(browser, tmp_path / "page.html")
     assert browser.execute_script("return window.hit") is None
     refused = [entry["message"] for entry in browser.get_log("browser")]
@@ -305,14 +319,17 @@ def media(browser: Browser, **features: str) -> None:
         "Emulation.setEmulatedMedia",
         {
             "media": features.pop("media", ""),
-            "features": [{"name": name.replace("_", "-"), "value": v} for name, v in features.items()],
+            "features": [
+                {"name": name.replace("_", "-"), "value": v} for name, v in features.items()
+            ],
         },
     )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_has_contrast(opened: Browser, scheme: str) -> None:
-    """WCAG 2.2 AA, 4.5 to 1 (3 to 1 for lines and bars), for every element that has text of its own."""
+    """WCAG 2.2 AA, 4.5 to 1 (3 to 1 for lines and bars), for every element that has text of its
+    own."""
     media(opened, prefers_color_scheme=scheme)
     poor = opened.execute_script(
         """
@@ -347,7 +364,9 @@ def test_dark_and_light_differ(opened: Browser) -> None:
     colours = []
     for scheme in ("light", "dark"):
         media(opened, prefers_color_scheme=scheme)
-        colours.append(opened.execute_script("return getComputedStyle(document.body).backgroundColor"))
+        colours.append(
+            opened.execute_script("return getComputedStyle(document.body).backgroundColor")
+        )
     media(opened)
     assert colours == ["rgb(255, 255, 255)", "rgb(17, 22, 27)"]
 

@@ -35,7 +35,9 @@ def test_top_ranks_by_the_ensemble_and_breaks_ties_by_position() -> None:
     scores = torch.tensor([[1.0, 5.0, -2.0, 5.0], [100.0, 500.0, -200.0, 500.0]])
     result = result_of(scores, ["a", "b", "a", "b"])
     spread = float(np.std([1.0, 5.0, -2.0, 5.0]))
-    np.testing.assert_allclose(result.scores.numpy(), np.array([1.0, 5.0, -2.0, 5.0]) / spread, rtol=1e-6)
+    np.testing.assert_allclose(
+        result.scores.numpy(), np.array([1.0, 5.0, -2.0, 5.0]) / spread, rtol=1e-6
+    )
     top = result.top(3)
     assert [(r.sample_id, r.rank) for r in top] == [("s1", 1), ("s3", 2), ("s0", 3)]
     assert top[0].metadata == {"owner": "b"}
@@ -53,7 +55,8 @@ def test_shown_it_is_a_short_table() -> None:
     scores = [f"{score:.3f}" for score in sorted(result.scores.tolist(), reverse=True)]
     assert repr(result).splitlines() == [
         "Attribution of 'owl': 3 samples, checkpoints at steps [10], method 'concept_trak'",
-        "Look at the generated image and at `.confidence` first: if the concept is not learnt, the ranking says nothing.",
+        "Look at the generated image and at `.confidence` first: if the concept is not learnt, "
+        "the ranking says nothing.",
         "rank   score  sample_id  owner",
         f"   1   {scores[0]}  s0         x",
         f"   2   {scores[1]}  s2         z",
@@ -85,12 +88,14 @@ def test_by_group_shares_are_those_of_the_positive_scores() -> None:
 
 
 def test_by_group_interval_is_the_bootstraps() -> None:
-    """Against a plain numpy bootstrap loop with resamples of its own: the bounds agree to Monte Carlo error."""
+    """Against a plain numpy bootstrap loop with resamples of its own: the bounds agree to Monte
+    Carlo error."""
     generator = np.random.default_rng(0)
     values = generator.exponential(size=40)
     owners = ["x" if i % 3 else "y" for i in range(40)]
     shares = {
-        s.group: s for s in result_of(torch.tensor(values)[None], owners).by_group("owner", resamples=4000)
+        s.group: s
+        for s in result_of(torch.tensor(values)[None], owners).by_group("owner", resamples=4000)
     }
     is_x = np.array([owner == "x" for owner in owners])
     draws = generator.integers(40, size=(4000, 40))
@@ -102,7 +107,8 @@ def test_by_group_interval_is_the_bootstraps() -> None:
 
 @pytest.mark.parametrize("weights", [None, [1.0, 0.01, 10.0]])
 def test_by_group_interval_draws_checkpoints_too(weights: list[float] | None) -> None:
-    """Against a plain numpy bootstrap loop over both; checkpoints that disagree make the interval wider."""
+    """Against a plain numpy bootstrap loop over both; checkpoints that disagree make the interval
+    wider."""
     generator = np.random.default_rng(1)
     scores = generator.normal(size=(3, 30)) + np.linspace(-1, 1, 30)
     scores *= np.array([[1.0], [10.0], [0.1]])
@@ -120,8 +126,12 @@ def test_by_group_interval_draws_checkpoints_too(weights: list[float] | None) ->
         rows = generator.integers(30, size=30)
         adds = np.clip(each, 0, None)[rows]
         sampled.append(adds[is_x[rows]].sum() / adds.sum())
-    np.testing.assert_allclose([share.low, share.high], np.quantile(sampled, [0.025, 0.975]), atol=0.03)
-    agreeing = replace(result, checkpoint_scores=result.checkpoint_scores[:1].repeat(3, 1), weights=None)
+    np.testing.assert_allclose(
+        [share.low, share.high], np.quantile(sampled, [0.025, 0.975]), atol=0.03
+    )
+    agreeing = replace(
+        result, checkpoint_scores=result.checkpoint_scores[:1].repeat(3, 1), weights=None
+    )
     lone = {s.group: s for s in agreeing.by_group("owner", resamples=4000)}["x"]
     if weights is None:
         assert share.high - share.low > lone.high - lone.low
@@ -135,7 +145,9 @@ def test_by_group_refuses_what_is_no_interval(wrong: dict[str, float]) -> None:
 
 
 def test_csv_and_json_hold_the_whole_ranking(tmp_path: Path) -> None:
-    result = result_of(torch.tensor([[1.0, 2.0, -1.0], [1.0, 0.5, 4.0]]), ['a,"b"\n', "naïve 猫", "=cmd()"])
+    result = result_of(
+        torch.tensor([[1.0, 2.0, -1.0], [1.0, 0.5, 4.0]]), ['a,"b"\n', "naïve 猫", "=cmd()"]
+    )
     result.to_csv(tmp_path / "r.csv")
     with open(tmp_path / "r.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -144,7 +156,8 @@ def test_csv_and_json_hold_the_whole_ranking(tmp_path: Path) -> None:
     assert {row["verdict"] for row in rows} == {NOT_SHOWN}  # the two checkpoints disagree
     assert [row["sample_id"] for row in rows] == [r.sample_id for r in expected]
     assert [float(row["score"]) for row in rows] == [r.score for r in expected]
-    # An apostrophe stands before what a spreadsheet would compute; taking it off gives the text back.
+    # An apostrophe stands before what a spreadsheet would compute; taking it off gives the text
+    # back.
     assert {row["sample_id"]: row["owner"] for row in rows}["s2"] == "'=cmd()"
     assert {row["sample_id"]: row["owner"].removeprefix("'") for row in rows} == dict(
         zip(["s0", "s1", "s2"], ['a,"b"\n', "naïve 猫", "=cmd()"], strict=True)
@@ -152,7 +165,10 @@ def test_csv_and_json_hold_the_whole_ranking(tmp_path: Path) -> None:
     result.to_json(tmp_path / "r.json")
     document = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert next(iter(document)) == "confidence"
-    assert list(document["confidence"].items())[:2] == [("says_nothing", True), ("verdict", NOT_SHOWN)]
+    assert list(document["confidence"].items())[:2] == [
+        ("says_nothing", True),
+        ("verdict", NOT_SHOWN),
+    ]
     assert document["concept"] == CONCEPT.to_dict()
     assert document["strength"] is None
     assert [s["sample_id"] for s in document["samples"]] == [r.sample_id for r in expected]
@@ -205,7 +221,8 @@ def test_shares_of_contributions_leave_the_small_scores_out() -> None:
 
 
 def test_effective_contributors_is_the_inverse_simpson_index() -> None:
-    """By hand: scores around a median of 0 with deviation s, so that contributions are score / s - threshold."""
+    """By hand: scores around a median of 0 with deviation s, so that contributions are score / s -
+    threshold."""
     scores = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 3.0, 1.0, -2.0]])
     spread = float(scores.std(correction=0))
     one = result_of(scores, ["x"] * 8)

@@ -21,7 +21,9 @@ def store_of(path: Path, phi: torch.Tensor, shard_rows: int = 4) -> TraceStore:
     facts = {"method": {}, "projection": {}, "model": {}, "dataset": {"size": n}}
     writer = TraceWriter(path, StoreHeader(**facts, dim=k, dtype="float32"), shard_rows=shard_rows)  # type: ignore[arg-type]
     writer.write_samples(SampleTable([f"s{i}" for i in range(n)], [""] * n, {}))
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(3))  # rows need not come in table order
+    order = torch.randperm(
+        n, generator=torch.Generator().manual_seed(3)
+    )  # rows need not come in table order
     with writer.begin_checkpoint(1, epoch=0) as checkpoint:
         checkpoint.append(order, phi[order], torch.zeros(n))
         checkpoint.seal()
@@ -30,7 +32,9 @@ def store_of(path: Path, phi: torch.Tensor, shard_rows: int = 4) -> TraceStore:
 
 @pytest.mark.parametrize(("n", "k"), [(12, 5), (5, 12), (8, 8), (1, 3), (6, 1)])
 @pytest.mark.parametrize("damping", [1e-3, 1.0, 30.0, None])
-def test_scores_equal_the_dense_inverse(tmp_path: Path, n: int, k: int, damping: float | None) -> None:
+def test_scores_equal_the_dense_inverse(
+    tmp_path: Path, n: int, k: int, damping: float | None
+) -> None:
     generator = torch.Generator().manual_seed(n * 100 + k)
     phi = torch.randn(n, k, generator=generator) * torch.linspace(0.1, 50, n)[:, None]
     queries = torch.randn(3, k, generator=generator)
@@ -42,11 +46,14 @@ def test_scores_equal_the_dense_inverse(tmp_path: Path, n: int, k: int, damping:
         ridge = damping * np.trace(a.T @ a) / min(n, k)
         expected = q @ np.linalg.inv(a.T @ a + ridge * np.eye(k)) @ a.T
     # The store keeps the Gram matrix in float32.
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        found.numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max()
+    )
 
 
 def test_primal_and_dual_agree(tmp_path: Path) -> None:
-    """The same samples, once with columns of zeros to spare: n > k solves the primal form, n < k the dual."""
+    """The same samples, once with columns of zeros to spare: n > k solves the primal form, n < k
+    the dual."""
     generator = torch.Generator().manual_seed(0)
     phi, queries = torch.randn(9, 6, generator=generator), torch.randn(2, 6, generator=generator)
     primal = store_of(tmp_path / "primal", phi).checkpoints[0]
@@ -82,16 +89,22 @@ def test_ensemble_weighs_checkpoints_alike() -> None:
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (4, 9)])
-def test_many_dampings_in_one_pass_are_those_of_single_ones(tmp_path: Path, shape: tuple[int, int]) -> None:
+def test_many_dampings_in_one_pass_are_those_of_single_ones(
+    tmp_path: Path, shape: tuple[int, int]
+) -> None:
     checkpoint = store_of(tmp_path / "s", torch.randn(shape)).checkpoints[0]
     queries, dampings = torch.randn(3, shape[1]), (0.1, None, 7.0)
     found = scores_by_damping(queries, checkpoint, dampings)
     for row, damping in zip(found, dampings, strict=True):
-        torch.testing.assert_close(row, checkpoint_scores(queries, checkpoint, damping), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            row, checkpoint_scores(queries, checkpoint, damping), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_agreement_is_the_mean_correlation_of_pairs_of_checkpoints() -> None:
-    scores = torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 5
+    scores = (
+        torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 5
+    )
     scores[:, 2] = (
         scores[:1, 2] * torch.tensor([[1.0], [2.0], [3.0], [4.0]]) - 7
     )  # the same up to scale and shift

@@ -17,7 +17,11 @@ from ctrak_lightning.traces import SampleTable
 from .test_attributor import BAR, METHODS, RED, SAMPLER, traced
 
 IDS = ["a", "b", "c", "d", "e"]
-SCORES = {"x": [5.0, 4.0, 3.0, 2.0, 1.0], "y": [4.0, 1.0, 5.0, 2.0, 3.0], "z": [1.0, 2.0, 3.0, 4.0, 5.0]}
+SCORES = {
+    "x": [5.0, 4.0, 3.0, 2.0, 1.0],
+    "y": [4.0, 1.0, 5.0, 2.0, 3.0],
+    "z": [1.0, 2.0, 3.0, 4.0, 5.0],
+}
 # Top 2: x has a, b; y has c, a; z has e, d. Top 3: x has a, b, c; y has c, a, e; z has e, d, c.
 
 
@@ -44,7 +48,9 @@ def test_what_is_shared_and_what_is_not() -> None:
     assert [(one.sample_id, one.concepts) for one in found.shared(2)] == [("a", ["x", "y"])]
     [one] = found.shared(2)
     assert one.ranks == {"x": 1, "y": 2, "z": 5}
-    assert one.scores == {name: float(result.scores[0]) for name, result in zip("xyz", found, strict=True)}
+    assert one.scores == {
+        name: float(result.scores[0]) for name, result in zip("xyz", found, strict=True)
+    }
     assert one.metadata == {"owner": "p"}
     assert [(one.sample_id, one.concepts) for one in found.shared(3)] == [
         ("c", ["x", "y", "z"]),
@@ -60,7 +66,11 @@ def test_what_is_shared_and_what_is_not() -> None:
     ]
     assert len(found.shared(100)) == 5
     assert found.exclusive(100) == []
-    for wrong in (lambda: found.shared(0), lambda: found.exclusive(0), lambda: found.shared(2, least=1)):
+    for wrong in (
+        lambda: found.shared(0),
+        lambda: found.exclusive(0),
+        lambda: found.shared(2, least=1),
+    ):
         with pytest.raises(ValueError, match="expected at least"):
             wrong()
 
@@ -98,13 +108,17 @@ def test_the_tables(tmp_path: Path) -> None:
 
 
 def test_cosines_are_means_over_checkpoints() -> None:
-    features = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]], [[1.0, 0.0], [0.0, 5.0], [0.0, -1.0]]])
+    features = torch.tensor(
+        [[[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]], [[1.0, 0.0], [0.0, 5.0], [0.0, -1.0]]]
+    )
     expected = torch.tensor([[1.0, 0.5, 0.0], [0.5, 1.0, -0.5], [0.0, -0.5, 1.0]])
     torch.testing.assert_close(cosines_of(features), expected)
 
 
 def test_concepts_that_nearly_coincide_are_named() -> None:
-    one, other, third = (Concept(name, "p", absent) for name, absent in (("u", "q"), ("v", "r"), ("w", "s")))
+    one, other, third = (
+        Concept(name, "p", absent) for name, absent in (("u", "q"), ("v", "r"), ("w", "s"))
+    )
     cosines = torch.tensor([[1.0, 0.95, 0.1], [0.95, 1.0, 0.89], [0.1, 0.89, 1.0]])
     with pytest.warns(CoincidingConceptsWarning, match=r": 'u' and 'v' \(0.95\)\. .*HINT"):
         warn_of_alike([one, other, third], [0, 0, 0], cosines)
@@ -121,7 +135,9 @@ def test_concepts_that_nearly_coincide_are_named() -> None:
         warn_of_alike(anywhere, [0, 0], cosines[:2, :2])
 
 
-def test_an_attributor_gives_the_cosines_and_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attributor_gives_the_cosines_and_warns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = traced(tmp_path / "s", METHODS["per_sample"])
     attributor = Attributor(tmp_path / "s", module, sampler=SAMPLER)
     query = attributor.query([RED, BAR], 3)
@@ -135,5 +151,7 @@ def test_an_attributor_gives_the_cosines_and_warns(tmp_path: Path, monkeypatch: 
         attributor.attribute_many([RED, BAR], 3)
     # A whole-image method asks the same of both, and that is no news.
     whole = replace(METHODS["per_sample"], query=(Term(SquaredNorm()),))
-    same = Attributor(tmp_path / "s", module, sampler=SAMPLER, method=whole).attribute_many([RED, BAR], 3)
+    same = Attributor(tmp_path / "s", module, sampler=SAMPLER, method=whole).attribute_many(
+        [RED, BAR], 3
+    )
     assert float(same.cosines[0, 1]) == pytest.approx(1.0)

@@ -36,7 +36,9 @@ def traces(n: int, k: int, m: int) -> tuple[list[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(n + k)
     common = torch.randn(n, k, generator=generator) * torch.logspace(0, -2, k)
     phi = [common + 0.02 * torch.randn(n, k, generator=generator) for _ in range(m)]
-    return phi, torch.randn(1, 4, k, generator=generator) + 0.1 * torch.randn(m, 4, k, generator=generator)
+    return phi, torch.randn(1, 4, k, generator=generator) + 0.1 * torch.randn(
+        m, 4, k, generator=generator
+    )
 
 
 def dense(
@@ -53,7 +55,9 @@ def dense(
 @pytest.mark.parametrize("grid", [(1.0,), (None,), AGREEMENT_GRID], ids=["1", "none", "agreement"])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("weights", [None, (0.1, 2.0, 0.5)])
-@pytest.mark.parametrize(("n", "k", "dtype"), [(230, 24, "int8"), (230, 24, "float32"), (20, 60, "float32")])
+@pytest.mark.parametrize(
+    ("n", "k", "dtype"), [(230, 24, "int8"), (230, 24, "float32"), (20, 60, "float32")]
+)
 def test_the_best_are_those_of_sorting_all_scores(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -74,7 +78,9 @@ def test_the_best_are_those_of_sorting_all_scores(
     assert found.dampings == dampings
 
 
-def test_queries_in_parts_are_those_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_in_parts_are_those_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     phi, queries = traces(230, 24, 2)
     store = store_of(tmp_path, phi, (7, 7))
     at_once = top_scores(queries, store.checkpoints, 5, AGREEMENT_GRID)
@@ -85,7 +91,8 @@ def test_queries_in_parts_are_those_at_once(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_scores_that_hardly_differ_keep_their_deviation(tmp_path: Path) -> None:
-    """The mean is a thousand deviations: the kernel's moments alone would lose the deviation to rounding."""
+    """The mean is a thousand deviations: the kernel's moments alone would lose the deviation to
+    rounding."""
     generator = torch.Generator().manual_seed(0)
     phi = torch.cat([torch.ones(300, 1), 1e-4 * torch.randn(300, 7, generator=generator)], 1)
     store, queries = store_of(tmp_path, [phi], (1,)), torch.ones(1, 1, 8)
@@ -134,5 +141,9 @@ def test_moments_in_blocks_are_those_of_all_scores(block: int) -> None:
     for part in scores.split(block, -1):
         moments.add(part)
     assert moments.count == 100
-    torch.testing.assert_close(moments.deviation(), scores.std(-1, correction=0), rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(moments.agreement(), agreement(scores.transpose(0, 1)), rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(
+        moments.deviation(), scores.std(-1, correction=0), rtol=1e-8, atol=1e-12
+    )
+    torch.testing.assert_close(
+        moments.agreement(), agreement(scores.transpose(0, 1)), rtol=1e-8, atol=1e-12
+    )

@@ -1,7 +1,8 @@
 """One fit of the toy on two processes: ``python -m tests.callbacks.ddp_worker FOLDER
 plain|traced|monitored|recorded|dies|resumes``.
 
-``dies``: the process of rank 1 ends without a word while the second checkpoint is traced; ``resumes`` goes on from there.
+``dies``: the process of rank 1 ends without a word while the second checkpoint is traced;
+``resumes`` goes on from there.
 """
 
 import os
@@ -35,7 +36,9 @@ def die_at_the_second_checkpoint() -> None:
 def main(folder: str, what: str) -> None:
     L.seed_everything(3, verbose=False)
     module = ToyDiffusion()
-    tracer = ConceptTracer(f"{folder}/traces", methods.d_trak(timesteps=2), rank=4, dim=64, every_n_epochs=1)
+    tracer = ConceptTracer(
+        f"{folder}/traces", methods.d_trak(timesteps=2), rank=4, dim=64, every_n_epochs=1
+    )
     saver = ModelCheckpoint(f"{folder}/weights", filename="last", save_on_train_epoch_end=True)
     red = Concept("red", {"colour": "red", "shape": "dot"}, {"shape": "dot"})
     monitor = ConceptMonitor([red], sampler=Sampler(steps=4), on_error="raise")
@@ -45,7 +48,9 @@ def main(folder: str, what: str) -> None:
         strategy="ddp",
         devices=2,
         max_epochs=2,
-        logger=TensorBoardLogger(folder, name="board", version="") if what == "monitored" else False,
+        logger=TensorBoardLogger(folder, name="board", version="")
+        if what == "monitored"
+        else False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[*attached, tracer, saver] if what != "plain" else [saver],

@@ -1,4 +1,5 @@
-"""Fits whose disk is full after the first epoch: ``python -m tests.callbacks.disk_worker FOLDER ON_ERROR...``."""
+"""Fits whose disk is full after the first epoch: ``python -m tests.callbacks.disk_worker FOLDER
+ON_ERROR...``."""
 
 import resource
 import sys
@@ -48,7 +49,9 @@ def run(folder: str, on_error: Any) -> None:
             trainer.fit(ToyDiffusion(), datamodule=ToyData())
         except StoreError as error:
             sys.stdout.write(f"{on_error}: stopped at step {trainer.global_step}: {error}\n")
-    sys.stdout.writelines(f"{on_error}: {w.message}\n" for w in caught if "no trace" in str(w.message))
+    sys.stdout.writelines(
+        f"{on_error}: {w.message}\n" for w in caught if "no trace" in str(w.message)
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A store that forgot a sample goes on as if it had never seen it: the report, the record, a training and its monitor."""
+"""A store that forgot a sample goes on as if it had never seen it: the report, the record, a
+training and its monitor."""
 
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,19 @@ class Remaining(ToyData):
     """The toys without the first."""
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(Subset(self.toys, range(1, len(self.toys))), self.batch_size, shuffle=True)
+        return DataLoader(
+            Subset(self.toys, range(1, len(self.toys))), self.batch_size, shuffle=True
+        )
 
 
 def trained(path: Path, data: ToyData, epochs: int, **kwargs: Any) -> L.Trainer:
     """A run with everything that reads the store while it is made."""
     tracer = ConceptTracer(
-        str(path / "traces"), methods.concept_trak_norm(timesteps=2), every_n_epochs=1, dim=64, rank=4
+        str(path / "traces"),
+        methods.concept_trak_norm(timesteps=2),
+        every_n_epochs=1,
+        dim=64,
+        rank=4,
     )
     monitor = ConceptMonitor([RED], sampler=Sampler(steps=4), on_error="raise")
     trainer = L.Trainer(
@@ -48,7 +55,9 @@ def trained(path: Path, data: ToyData, epochs: int, **kwargs: Any) -> L.Trainer:
 
 @pytest.mark.filterwarnings("ignore:damping='agreement' compares checkpoints")
 @pytest.mark.filterwarnings("ignore:The rankings of these concepts say nothing")
-def test_report_record_and_a_training_with_a_monitor_go_on_without_the_sample(tmp_path: Path) -> None:
+def test_report_record_and_a_training_with_a_monitor_go_on_without_the_sample(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "traces"
     trained(tmp_path, ToyData(), 1).save_checkpoint(tmp_path / "last.ckpt")
     assert GONE in TraceStore(path).samples.sample_ids

@@ -35,7 +35,9 @@ class Follower(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if trainer.current_epoch == 2:  # an epoch of stochastic averaging's own, of the average
             return
-        self.raw = {name: value.detach().clone() for name, value in pl_module.denoiser.named_parameters()}
+        self.raw = {
+            name: value.detach().clone() for name, value in pl_module.denoiser.named_parameters()
+        }
         for name, value in self.raw.items():
             old = self.average.get(name, value)
             self.average[name] = old * self.decay + value * (1 - self.decay)
@@ -55,13 +57,18 @@ def stored(path: Path, at: int = -1) -> dict[str, Tensor]:
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
 
 
 AVERAGING: dict[str, tuple[Callable[[], Callback], type[Toy]]] = {
     "ema": (lambda: EMAWeightAveraging(decay=0.5), Toy),
     "stochastic": (lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=1), Toy),
-    "stochastic with running means": (lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=1), Normed),
+    "stochastic with running means": (
+        lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=1),
+        Normed,
+    ),
 }
 
 
@@ -96,8 +103,12 @@ def test_averaged_weights_are_traced_when_asked_for(tmp_path: Path) -> None:
     assert TraceStore(tmp_path / "traces").header.model["weights"] == "ema"
     plain = Toy()
     fit(tmp_path / "plain", plain, EMAWeightAveraging(decay=0.5), Follower(0.5))
-    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in module.state_dict().items())
-    ema, raw = (TraceStore(path / "traces").checkpoints[0] for path in (tmp_path, tmp_path / "plain"))
+    assert all(
+        torch.equal(value, plain.state_dict()[name]) for name, value in module.state_dict().items()
+    )
+    ema, raw = (
+        TraceStore(path / "traces").checkpoints[0] for path in (tmp_path, tmp_path / "plain")
+    )
     assert not torch.allclose(ema.features(), raw.features(), atol=1e-4)
     concept = Concept("red", {"colour": "red", "shape": "dot"}, {"shape": "dot"})
     Attributor(tmp_path / "traces", Toy(), sampler=Sampler(steps=3)).attribute(concept)

@@ -1,4 +1,5 @@
-"""A store is the same whether or not ``torch.compile`` has wrapped the network, or a part of it, and opens with either."""
+"""A store is the same whether or not ``torch.compile`` has wrapped the network, or a part of it,
+and opens with either."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from ..toy import ToyDiffusion
 from .test_concept_tracer import fit, tracer
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:damping='agreement' compares checkpoints and the store has one"),
+    pytest.mark.filterwarnings(
+        "ignore:damping='agreement' compares checkpoints and the store has one"
+    ),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
 ]
 RED = Concept("red", {"colour": "red", "shape": "bar"}, {"shape": "bar"})
@@ -48,7 +51,9 @@ def test_stores_are_equal_and_open_with_either(tmp_path: Path) -> None:
     stores, results = {}, {}
     for wrapped in WRAPPED:
         L.seed_everything(0, verbose=False)
-        callback = tracer(tmp_path / wrapped, method=methods.concept_trak_norm(timesteps=2), on_error="raise")
+        callback = tracer(
+            tmp_path / wrapped, method=methods.concept_trak_norm(timesteps=2), on_error="raise"
+        )
         fit(made(wrapped), [callback], max_epochs=1)
         stores[wrapped] = store = TraceStore(tmp_path / wrapped / "traces")
         for asked in WRAPPED:
@@ -59,7 +64,9 @@ def test_stores_are_equal_and_open_with_either(tmp_path: Path) -> None:
         assert store.header == plain.header
         ours, theirs = store.checkpoints[0], plain.checkpoints[0]
         assert ours.weights().keys() == theirs.weights().keys()
-        assert all(torch.equal(value, ours.weights()[name]) for name, value in theirs.weights().items())
+        assert all(
+            torch.equal(value, ours.weights()[name]) for name, value in theirs.weights().items()
+        )
         torch.testing.assert_close(ours.features(), theirs.features())
         assert ours.exposures() is not None
     for result in results.values():
@@ -85,7 +92,9 @@ def test_names_that_are_told_have_no_wrappers(tmp_path: Path, wrapped: str) -> N
             return x + x.mean(0)
 
     module.denoiser.conv_out = torch.nn.Sequential(module.denoiser.conv_out, Sum())
-    with pytest.raises(MisconfigurationException, match=r"differ.* conv_out\.0|layers: conv_out\.0") as found:
+    with pytest.raises(
+        MisconfigurationException, match=r"differ.* conv_out\.0|layers: conv_out\.0"
+    ) as found:
         fit(module, [tracer(tmp_path)])
     assert "_orig_mod" not in str(found.value)
 
@@ -96,7 +105,10 @@ def test_attention_and_adapters_are_known_inside_wrappers() -> None:
             super().__init__()
             self.to_q = torch.nn.Linear(2, 2)
 
-    plain, wrapped = TinyCrossAttention(), torch.nn.ModuleDict({"attn": compiled(TinyCrossAttention())})
+    plain, wrapped = (
+        TinyCrossAttention(),
+        torch.nn.ModuleDict({"attn": compiled(TinyCrossAttention())}),
+    )
     assert GradientTracer(wrapped).layer_groups() == {"cross-attention": ["attn.to_q"]}
     for module in (plain, wrapped["attn"]):
         inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"]), module)

@@ -70,7 +70,9 @@ def fit(
     logger: Any = None,
     **kwargs: Any,
 ) -> L.Trainer:
-    logger = TensorBoardLogger(str(path / "board"), name="", version="") if logger is None else logger
+    logger = (
+        TensorBoardLogger(str(path / "board"), name="", version="") if logger is None else logger
+    )
     arguments: dict[str, Any] = {"max_epochs": 2, "log_every_n_steps": 1}
     ckpt_path = kwargs.pop("ckpt_path", None)
     trainer = L.Trainer(
@@ -142,11 +144,14 @@ class OnUNet(Logging):
     network = staticmethod(tiny_unet)
 
 
-@pytest.mark.parametrize(("first", "kind", "epochs"), [("tracer", OnUNet, 1), ("monitor", Logging, 2)])
+@pytest.mark.parametrize(
+    ("first", "kind", "epochs"), [("tracer", OnUNet, 1), ("monitor", Logging, 2)]
+)
 def test_training_is_bit_identical_with_and_without_the_monitor(
     tmp_path: Path, first: str, kind: type[Logging], epochs: int
 ) -> None:
-    """AdamW, dropout, shuffling, gradient accumulation, an averaging callback; looked at after every step and epoch."""
+    """AdamW, dropout, shuffling, gradient accumulation, an averaging callback; looked at after
+    every step and epoch."""
 
     def weights_after(attached: bool) -> dict[str, Tensor]:
         L.seed_everything(5, verbose=False)
@@ -155,7 +160,13 @@ def test_training_is_bit_identical_with_and_without_the_monitor(
         if attached:
             pair = [tracer(tmp_path, every_n_train_steps=1), monitor()]
             callbacks += pair if first == "tracer" else pair[::-1]
-        fit(tmp_path / str(attached), callbacks, module, accumulate_grad_batches=2, max_epochs=epochs)
+        fit(
+            tmp_path / str(attached),
+            callbacks,
+            module,
+            accumulate_grad_batches=2,
+            max_epochs=epochs,
+        )
         return {name: value.clone() for name, value in module.state_dict().items()}
 
     plain, watched = weights_after(False), weights_after(True)
@@ -179,7 +190,9 @@ def test_flags_random_state_and_gradients_are_left_alone(tmp_path: Path) -> None
         def __init__(self) -> None:
             self.seen: list[Any] = []
 
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_start(
+            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
             flags = {name: m.training for name, m in pl_module.named_modules()}
             requires = all(p.requires_grad for p in pl_module.parameters())
             self.seen.append((flags, requires, torch.get_rng_state().tolist()))
@@ -206,7 +219,9 @@ def test_scalars_are_what_the_attributor_says(
     for i, name in enumerate(NAMES):
         assert list(found[f"ctrak/strength/{name}"]) == [2, 5, 8]
         for x, results in expected.items():
-            assert found[f"ctrak/strength/{name}"][x] == pytest.approx(results[i].strength, rel=1e-5)
+            assert found[f"ctrak/strength/{name}"][x] == pytest.approx(
+                results[i].strength, rel=1e-5
+            )
             contributors = results[i].effective_contributors()
             assert found[f"ctrak/contributors/{name}"][x] == pytest.approx(contributors, rel=1e-4)
             shares = {share.group: share.share for share in results[i].by_group("owner")}
@@ -238,7 +253,9 @@ def test_histograms_and_tables_are_of_the_same_scores(
             assert value.max == pytest.approx(float(result.scores.max()), rel=1e-4)
             rows = [line for line in tables[event.step].splitlines() if line.startswith("| 1 |")]
             best = result.top(1)[0]
-            assert rows == [f"| 1 | {best.sample_id} | {best.metadata['owner']} | {best.score:.3f} |"]
+            assert rows == [
+                f"| 1 | {best.sample_id} | {best.metadata['owner']} | {best.score:.3f} |"
+            ]
 
 
 def test_pictures_show_the_thumbnails_by_rank(
@@ -254,7 +271,12 @@ def test_pictures_show_the_thumbnails_by_rank(
             assert result.samples.thumbnails is not None
             places = [*map(geometry.proponent, range(8)), *map(geometry.opponent, range(4))]
             for box, position in zip(places, [*order[:8], *order[:-5:-1]], strict=True):
-                shown = result.samples.thumbnails[position].numpy().repeat(CELL // 8, 0).repeat(CELL // 8, 1)
+                shown = (
+                    result.samples.thumbnails[position]
+                    .numpy()
+                    .repeat(CELL // 8, 0)
+                    .repeat(CELL // 8, 1)
+                )
                 np.testing.assert_array_equal(np.asarray(picture.crop(box)), shown)
             assert result.image is not None
             pixels = (result.image * 255).round().byte().permute(1, 2, 0).numpy()
@@ -275,9 +297,13 @@ def test_the_layout_charts_what_is_there(run: tuple[Path, Any]) -> None:
 
 def hparams(found: EventAccumulator) -> tuple[dict[str, Any], list[str]]:
     content = found.PluginTagToContent("hparams")
-    info = hparams_metadata.parse_session_start_info_plugin_data(content["_hparams_/session_start_info"])
+    info = hparams_metadata.parse_session_start_info_plugin_data(
+        content["_hparams_/session_start_info"]
+    )
     experiment = hparams_metadata.parse_experiment_plugin_data(content["_hparams_/experiment"])
-    values = {name: getattr(value, str(value.WhichOneof("kind"))) for name, value in info.hparams.items()}
+    values = {
+        name: getattr(value, str(value.WhichOneof("kind"))) for name, value in info.hparams.items()
+    }
     assert {info.name for info in experiment.hparam_infos} == values.keys()
     return values, [metric.name.tag for metric in experiment.metric_infos]
 
@@ -293,10 +319,15 @@ def test_hyperparameters_are_the_modules_and_the_methods(run: tuple[Path, Any]) 
     assert "hp_metric" in metrics
     tags = events(run[0]).Tags()["scalars"]
     assert (
-        {"ctrak/strength/red", "ctrak/contributors/red", "ctrak/overhead/monitor"} < set(metrics) < set(tags)
+        {"ctrak/strength/red", "ctrak/contributors/red", "ctrak/overhead/monitor"}
+        < set(metrics)
+        < set(tags)
     )
     # What Lightning itself keeps of the module's hyperparameters is as without the monitor.
-    assert yaml.safe_load((run[0] / "board" / "hparams.yaml").read_text()) == {"dropout": 0.0, "width": 7}
+    assert yaml.safe_load((run[0] / "board" / "hparams.yaml").read_text()) == {
+        "dropout": 0.0,
+        "width": 7,
+    }
 
 
 def test_a_users_own_summary_of_hyperparameters_is_not_displaced(tmp_path: Path) -> None:
@@ -304,7 +335,9 @@ def test_a_users_own_summary_of_hyperparameters_is_not_displaced(tmp_path: Path)
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             trainer.logger.log_hyperparams({"mine": 5}, {"my_metric": 0})
 
-    logger = TensorBoardLogger(str(tmp_path / "board"), name="", version="", default_hp_metric=False)
+    logger = TensorBoardLogger(
+        str(tmp_path / "board"), name="", version="", default_hp_metric=False
+    )
     fit(tmp_path, [tracer(tmp_path), monitor(), Own()], logger=logger, max_epochs=1)
     assert hparams(events(tmp_path)) == ({"mine": 5.0}, ["my_metric"])
 
@@ -313,8 +346,18 @@ def test_the_projector_has_the_last_traces_with_their_images(
     run: tuple[Path, Any], expected: dict[int, list[Attribution]]
 ) -> None:
     folder = run[0] / "board" / "00008" / "ctrak"
-    header, *rows = [line.split("\t") for line in (folder / "metadata.tsv").read_text().splitlines()]
-    assert header == ["sample id", "colour", "owner", "shape", "trace norm", "score red", "score a ring | 猫"]
+    header, *rows = [
+        line.split("\t") for line in (folder / "metadata.tsv").read_text().splitlines()
+    ]
+    assert header == [
+        "sample id",
+        "colour",
+        "owner",
+        "shape",
+        "trace norm",
+        "score red",
+        "score a ring | 猫",
+    ]
     samples = expected[8][0].samples
     assert [row[0] for row in rows] == samples.sample_ids
     assert [row[2] for row in rows] == samples.metadata["owner"]
@@ -342,7 +385,11 @@ def test_the_order_of_the_callbacks_does_not_matter(tmp_path: Path) -> None:
         pair = [tracer(tmp_path / name), monitor()]
         fit(tmp_path / name, pair if name == "a" else pair[::-1])
         timed = ("ctrak/seconds", "ctrak/overhead")
-        values = {tag: v for tag, v in curves(events(tmp_path / name)).items() if not tag.startswith(timed)}
+        values = {
+            tag: v
+            for tag, v in curves(events(tmp_path / name)).items()
+            if not tag.startswith(timed)
+        }
         found.append(values)
     assert found[0] == found[1]
     assert list(found[0]["ctrak/strength/red"]) == [2, 5]
@@ -358,7 +405,12 @@ def test_tags_do_not_grow_with_owners_and_samples(tmp_path: Path) -> None:
     data = ToyData(batch_size=12, copies=3)
     fit(tmp_path, [tracer(tmp_path), monitor()], Many(), data=data, max_epochs=4)
     tags = events(tmp_path).Tags()
-    own = [t for kind in ("images", "histograms", "scalars", "tensors") for t in tags[kind] if "ctrak" in t]
+    own = [
+        t
+        for kind in ("images", "histograms", "scalars", "tensors")
+        for t in tags[kind]
+        if "ctrak" in t
+    ]
     assert len(own) <= 2 * 16 + 12
     found = curves(events(tmp_path))
     shares = [values for tag, values in found.items() if tag.startswith("ctrak/share/red/")]
@@ -383,7 +435,9 @@ def test_without_tensorboard_training_goes_on_and_it_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
     if not installed:
-        monkeypatch.setattr("ctrak_lightning.callbacks.concept_monitor.find_spec", lambda name: None)
+        monkeypatch.setattr(
+            "ctrak_lightning.callbacks.concept_monitor.find_spec", lambda name: None
+        )
     states = []
     for attached in (False, True):
         L.seed_everything(1, verbose=False)
@@ -426,7 +480,9 @@ def test_what_to_follow_must_be_clear(tmp_path: Path) -> None:
     pair = [tracer(tmp_path / "a"), tracer(tmp_path / "b", method=methods.d_trak(timesteps=2))]
     with pytest.raises(MisconfigurationException, match=r"the Trainer has: none.*HINT"):
         fit(tmp_path, [monitor()])
-    with pytest.raises(MisconfigurationException, match=r"one ConceptTracer to follow.*/a/traces.*/b/traces"):
+    with pytest.raises(
+        MisconfigurationException, match=r"one ConceptTracer to follow.*/a/traces.*/b/traces"
+    ):
         fit(tmp_path, [*pair, monitor()])
     with pytest.raises(MisconfigurationException, match="2 ConceptMonitors"):
         fit(tmp_path, [pair[0], monitor(), monitor([RED])])
@@ -444,7 +500,9 @@ def test_mistakes_are_refused_before_the_first_step(tmp_path: Path) -> None:
         MisconfigurationException, match=r"group='ownr'.*They have: colour, owner, shape.*HINT"
     ):
         fit(tmp_path / "b", [monitor(group="ownr"), tracer(tmp_path / "b")], module)
-    with pytest.raises(MisconfigurationException, match=r"looks at 2 states .* has 1.*HINT: .*steps=3"):
+    with pytest.raises(
+        MisconfigurationException, match=r"looks at 2 states .* has 1.*HINT: .*steps=3"
+    ):
         fit(tmp_path / "c", [monitor(sampler=Sampler(steps=1)), tracer(tmp_path / "c")], module)
     with pytest.raises(MisconfigurationException, match="between 1 and 100 steps"):
         fit(tmp_path / "d", [monitor(sampler=Sampler(steps=101)), tracer(tmp_path / "d")], module)
@@ -462,14 +520,18 @@ def test_owners_that_are_not_there_are_told_and_left_out(
                 del encoded.metadata[name]
             return encoded
 
-    with pytest.warns(UserWarning, match=f"group='{group}'.*They have: {columns[0] if columns else 'none'}"):
+    with pytest.warns(
+        UserWarning, match=f"group='{group}'.*They have: {columns[0] if columns else 'none'}"
+    ):
         fit(tmp_path, [tracer(tmp_path), monitor(group=group)], Bare(), max_epochs=1)
     found = curves(events(tmp_path))
     assert not [tag for tag in found if "share" in tag]
     assert list(found["ctrak/strength/red"]) == [2]
 
 
-def test_a_failure_costs_its_own_panels_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_costs_its_own_panels_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, calls = watch.Attributor, []
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -512,7 +574,9 @@ def test_weights_are_put_back_after_a_failure_in_the_middle(
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_a_checkpoint_without_traces_has_no_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_without_traces_has_no_panels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full_disk(monkeypatch, lambda path: path.parent.name == "checkpoint-00000003")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the tracer's, of the step without a trace
@@ -568,7 +632,9 @@ def test_inline_traces_are_the_same_under_the_monitor(tmp_path: Path) -> None:
         path = tmp_path / str(len(callbacks))
         own = tracer(path, mode="inline", method=methods.inline_trak(timesteps=2))
         fit(path, [own, *callbacks])
-        features.append(torch.stack([c.features() for c in TraceStore(path / "traces").checkpoints]))
+        features.append(
+            torch.stack([c.features() for c in TraceStore(path / "traces").checkpoints])
+        )
     assert torch.equal(features[0], features[1])
     assert list(curves(events(tmp_path / "1"))["ctrak/strength/red"]) == [2, 5]
 

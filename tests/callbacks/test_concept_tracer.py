@@ -54,7 +54,10 @@ def fit(
         **(arguments | kwargs),
     )
     trainer.fit(
-        module, datamodule=data or ToyData(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None
+        module,
+        datamodule=data or ToyData(),
+        ckpt_path=ckpt_path,
+        weights_only=True if ckpt_path else None,
     )
     return trainer
 
@@ -66,7 +69,9 @@ def weights_after(path: Path | None, ema: bool = True, **kwargs: Any) -> dict[st
     if path is not None:
         callbacks.append(
             tracer(
-                path, method=methods.concept_trak_paper(timesteps=2, inversion_steps=2), every_n_train_steps=1
+                path,
+                method=methods.concept_trak_paper(timesteps=2, inversion_steps=2),
+                every_n_train_steps=1,
             )
         )
     fit(module, callbacks, **kwargs)
@@ -75,7 +80,8 @@ def weights_after(path: Path | None, ema: bool = True, **kwargs: Any) -> dict[st
 
 @pytest.mark.parametrize("ema", [True, False])
 def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path, ema: bool) -> None:
-    """AdamW, dropout, shuffling, gradient accumulation, an averaging callback; traced after every step and epoch."""
+    """AdamW, dropout, shuffling, gradient accumulation, an averaging callback; traced after every
+    step and epoch."""
     setting: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 3}
     plain, traced = weights_after(None, ema, **setting), weights_after(tmp_path, ema, **setting)
     assert [c.step for c in TraceStore(tmp_path / "traces").checkpoints] == [1, 2, 3, 4, 5, 6]
@@ -104,7 +110,9 @@ def test_training_flags_and_gradients_are_left_alone(tmp_path: Path) -> None:
     seen: list[tuple[dict[str, bool], bool]] = []
 
     class Watcher(L.Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_start(
+            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
             flags = {name: m.training for name, m in pl_module.named_modules()}
             seen.append((flags, all(p.requires_grad for p in pl_module.parameters())))
 
@@ -219,11 +227,14 @@ def test_stored_weights_are_those_of_the_step(tmp_path: Path) -> None:
 
 
 def files_of(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()
+    }
 
 
 def resumed_store(path: Path, stop_after: int) -> None:
-    """Trains three epochs with a checkpoint after each; interrupts after ``stop_after`` and resumes from the first."""
+    """Trains three epochs with a checkpoint after each; interrupts after ``stop_after`` and resumes
+    from the first."""
 
     class Stop(L.Callback):
         def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -239,7 +250,12 @@ def resumed_store(path: Path, stop_after: int) -> None:
         with pytest.raises(RuntimeError, match="power cut"):
             fit(QuickDiffusion(), [*callbacks(), Stop()], max_epochs=3)
         with pytest.warns(UserWarning, match=r"resumes at step 3; the traces of steps \[6\]"):
-            fit(QuickDiffusion(), callbacks(), max_epochs=3, ckpt_path=str(path / "ckpt" / "epoch=0.ckpt"))
+            fit(
+                QuickDiffusion(),
+                callbacks(),
+                max_epochs=3,
+                ckpt_path=str(path / "ckpt" / "epoch=0.ckpt"),
+            )
     else:
         fit(QuickDiffusion(), callbacks(), max_epochs=3)
 
@@ -249,7 +265,8 @@ def test_a_resumed_run_leaves_the_store_of_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("uuid.uuid4", lambda: type("Fixed", (), {"hex": "0" * 32}))
-    # Shuffling draws from the global generator, which Lightning does not restore: both runs use a fixed order here.
+    # Shuffling draws from the global generator, which Lightning does not restore: both runs use a
+    # fixed order here.
     monkeypatch.setattr(ToyData, "train_dataloader", lambda self: DataLoader(self.toys, 4))
     monkeypatch.setattr(QuickDiffusion, "training_step", deterministic_step)
     resumed_store(tmp_path / "whole", stop_after=3)
@@ -271,7 +288,8 @@ def deterministic_step(self: QuickDiffusion, batch: dict[str, Any], batch_idx: i
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
 def test_a_capture_that_was_cut_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure in the middle of a capture leaves the store of the earlier checkpoint readable, and a re-run completes it."""
+    """A failure in the middle of a capture leaves the store of the earlier checkpoint readable, and
+    a re-run completes it."""
     from ctrak_lightning import capture
 
     real, calls = capture.trace_batch, []
@@ -289,7 +307,11 @@ def test_a_capture_that_was_cut_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(capture, "trace_batch", real)
     with pytest.warns(UserWarning, match=r"steps \[6\] are not sealed.*HINT"):
         assert [c.step for c in TraceStore(tmp_path / "traces").checkpoints] == [3]
-    fit(QuickDiffusion(), [tracer(tmp_path), keep], ckpt_path=str(tmp_path / "ckpt" / "epoch=0.ckpt"))
+    fit(
+        QuickDiffusion(),
+        [tracer(tmp_path), keep],
+        ckpt_path=str(tmp_path / "ckpt" / "epoch=0.ckpt"),
+    )
     store = TraceStore(tmp_path / "traces")
     assert [c.step for c in store.checkpoints] == [3, 6]
     assert store.verify() == []
@@ -298,7 +320,9 @@ def test_a_capture_that_was_cut_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_fresh_run_does_not_touch_an_earlier_runs_store(tmp_path: Path) -> None:
     fit(QuickDiffusion(), [tracer(tmp_path)])
     before = files_of(tmp_path / "traces")
-    with pytest.raises(MisconfigurationException, match=r"traces of steps \[3, 6\] of an earlier run.*HINT"):
+    with pytest.raises(
+        MisconfigurationException, match=r"traces of steps \[3, 6\] of an earlier run.*HINT"
+    ):
         fit(QuickDiffusion(), [tracer(tmp_path)])
     assert files_of(tmp_path / "traces") == before
 
@@ -314,7 +338,9 @@ def test_a_fresh_run_does_not_touch_an_earlier_runs_store(tmp_path: Path) -> Non
         ({"dtype": "float16"}, "dtype"),
     ],
 )
-def test_another_set_up_is_refused_by_name(tmp_path: Path, change: dict[str, Any], field: str) -> None:
+def test_another_set_up_is_refused_by_name(
+    tmp_path: Path, change: dict[str, Any], field: str
+) -> None:
     fit(QuickDiffusion(), [tracer(tmp_path)], max_epochs=1)
     before = files_of(tmp_path / "traces")
     with pytest.raises(StoreMismatchError, match=field.replace(".", r"\.")):
@@ -449,5 +475,9 @@ def test_two_tracers_work_side_by_side(tmp_path: Path) -> None:
     stores = [TraceStore(tmp_path / name / "traces") for name in ("a", "b")]
     assert [store.header.method["name"] for store in stores] == ["d_trak", "trak"]
     facts = torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=True)
-    ids = [state["run_id"] for key, state in facts["callbacks"].items() if key.startswith("ConceptTracer")]
+    ids = [
+        state["run_id"]
+        for key, state in facts["callbacks"].items()
+        if key.startswith("ConceptTracer")
+    ]
     assert sorted(ids) == sorted(store.run_id for store in stores)

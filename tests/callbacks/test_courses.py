@@ -1,4 +1,5 @@
-"""Courses of a run that a store must not be silent about: gone on from elsewhere, drawn from twice, changed on the way."""
+"""Courses of a run that a store must not be silent about: gone on from elsewhere, drawn from twice,
+changed on the way."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,11 +28,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*step.* ha(s|ve) no trace"),
     pytest.mark.filterwarnings("ignore:.*training resumes at step"),
     # Lightning's own, about what is done here on purpose.
-    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+    pytest.mark.filterwarnings(
+        "ignore:You're resuming from a checkpoint that ended before the epoch ended"
+    ),
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
     pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor"),
     pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument in the `training_step`"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings(
+        "ignore:You defined a `validation_step` but have no `val_dataloader`"
+    ),
     pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined"),
 ]
 
@@ -70,10 +75,13 @@ class Faster(Callback):
 
 
 def test_a_checkpoint_of_an_abandoned_course_is_not_continued(tmp_path: Path) -> None:
-    """From step 4 the run is taken up twice; the store has the second course, the last checkpoint is of the first."""
+    """From step 4 the run is taken up twice; the store has the second course, the last checkpoint
+    is of the first."""
 
     def run(*others: Callback, ckpt_path: str | None = None, **options: Any) -> None:
-        keep = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        keep = ModelCheckpoint(
+            tmp_path / "ckpt", filename="{step}", save_top_k=-1, every_n_train_steps=1
+        )
         tracer = traced(tmp_path, every_n_epochs=None, every_n_train_steps=3, at_end=False)
         trainer(tracer, *others, keep, epochs=-1, **options).fit(
             Toy(), loader(), ckpt_path=ckpt_path, weights_only=False
@@ -99,7 +107,9 @@ def test_one_trainer_goes_on_with_its_own_weights_only(tmp_path: Path) -> None:
     once.fit(module, loader())
     assert steps(tmp_path) == [3, 6]
     once.fit_loop.max_epochs = 3
-    with pytest.raises(MisconfigurationException, match=r"goes on from step 6 with other weights.*HINT"):
+    with pytest.raises(
+        MisconfigurationException, match=r"goes on from step 6 with other weights.*HINT"
+    ):
         once.fit(Toy(), loader())
 
 
@@ -119,7 +129,11 @@ class Replacing(Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.current_epoch == self.epoch:
-            held = [p for name in self.layers for p in pl_module.denoiser.get_submodule(name).parameters()]
+            held = [
+                p
+                for name in self.layers
+                for p in pl_module.denoiser.get_submodule(name).parameters()
+            ]
             trainer.optimizers = [torch.optim.AdamW(held)]
 
 
@@ -192,7 +206,9 @@ class Rescheduled(Callback):
 def test_another_function_of_the_same_weights_ends_the_traces(
     tmp_path: Path, module: type[Toy], change: type[Callback], told: str
 ) -> None:
-    with pytest.raises(TrainingChangedError, match=rf"The same weights make another function.*{told}.*HINT"):
+    with pytest.raises(
+        TrainingChangedError, match=rf"The same weights make another function.*{told}.*HINT"
+    ):
         trainer(traced(tmp_path), change()).fit(module(), loader())
     assert steps(tmp_path) == [3]
 
@@ -340,6 +356,9 @@ def test_batches_that_a_step_draws_itself_are_not_counted(
     with caplog.at_level("INFO"):
         trainer(traced(tmp_path), epochs=1).fit(Iterating(), loader())
     assert TraceStore(tmp_path / "traces").checkpoints[-1].exposures() is None
-    assert "not known, and not stored: training_step(dataloader_iter) draws the batches itself" in caplog.text
+    assert (
+        "not known, and not stored: training_step(dataloader_iter) draws the batches itself"
+        in caplog.text
+    )
     with pytest.raises(MisconfigurationException, match=r"training_step\(dataloader_iter\).*HINT"):
         trainer(traced(tmp_path, method="inline_trak", mode="inline")).fit(Iterating(), loader())

@@ -1,4 +1,5 @@
-"""Two processes: training stays as it was, and the store is that of one process with the same weights."""
+"""Two processes: training stays as it was, and the store is that of one process with the same
+weights."""
 
 import os
 import subprocess
@@ -21,7 +22,9 @@ ROOT = Path(__file__).parent.parent.parent
 def fit(folder: Path, what: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tests.callbacks.ddp_worker", str(folder), what]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def weights_after(folder: Path, what: str) -> dict[str, torch.Tensor]:
@@ -32,7 +35,10 @@ def weights_after(folder: Path, what: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_two_processes_train_as_before_and_trace_a_share_each(tmp_path: Path) -> None:
-    plain, traced = weights_after(tmp_path / "plain", "plain"), weights_after(tmp_path / "traced", "traced")
+    plain, traced = (
+        weights_after(tmp_path / "plain", "plain"),
+        weights_after(tmp_path / "traced", "traced"),
+    )
     assert plain.keys() == traced.keys()
     assert all(torch.equal(plain[name], traced[name]) for name in plain)
 
@@ -41,7 +47,10 @@ def test_two_processes_train_as_before_and_trace_a_share_each(tmp_path: Path) ->
     assert len(store) == 12
     last = store.checkpoints[-1]
     folder = tmp_path / "traced" / "traces" / f"checkpoint-{last.step:08d}"
-    assert [path.name for path in sorted(folder.glob("rank*"))] == ["rank0-00000.h5", "rank1-00000.h5"]
+    assert [path.name for path in sorted(folder.glob("rank*"))] == [
+        "rank0-00000.h5",
+        "rank1-00000.h5",
+    ]
 
     module = ToyDiffusion()
     module.load_state_dict(traced)
@@ -60,7 +69,9 @@ def test_two_processes_train_as_before_and_trace_a_share_each(tmp_path: Path) ->
     single = TraceStore(tmp_path / "single")
     assert single.samples.sample_ids == store.samples.sample_ids
     assert single.samples.content_sha256 == store.samples.content_sha256
-    torch.testing.assert_close(last.features(), single.checkpoints[0].features(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        last.features(), single.checkpoints[0].features(), rtol=1e-4, atol=1e-6
+    )
     torch.testing.assert_close(last.losses(), single.checkpoints[0].losses())
 
 
@@ -87,7 +98,10 @@ def test_one_of_two_processes_keeps_the_ledger(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_of_two_processes_the_first_one_monitors(tmp_path: Path) -> None:
-    plain, watched = weights_after(tmp_path / "plain", "plain"), weights_after(tmp_path / "m", "monitored")
+    plain, watched = (
+        weights_after(tmp_path / "plain", "plain"),
+        weights_after(tmp_path / "m", "monitored"),
+    )
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
     assert TraceStore(tmp_path / "m" / "traces").verify() == []
     assert len(list((tmp_path / "m" / "board").glob("events.*"))) == 1

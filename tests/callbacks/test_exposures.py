@@ -1,4 +1,5 @@
-"""Exposures: how often each sample entered an optimizer step, compared with what the module itself saw."""
+"""Exposures: how often each sample entered an optimizer step, compared with what the module itself
+saw."""
 
 import logging
 from pathlib import Path
@@ -36,7 +37,8 @@ class Net(nn.Module):
 
 
 class Small(DiffusionTask, L.LightningModule):
-    """Keeps the ids of the batches that a step is made of, and counts them when its optimizer steps."""
+    """Keeps the ids of the batches that a step is made of, and counts them when its optimizer
+    steps."""
 
     manual: str | None = None
 
@@ -138,7 +140,9 @@ class Adversarial(Small):
             self.note()
 
     def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(part.parameters(), lr=1e-2) for part in (self.critic, self.denoiser)]
+        return [
+            torch.optim.SGD(part.parameters(), lr=1e-2) for part in (self.critic, self.denoiser)
+        ]
 
 
 class Labelled(Data):
@@ -243,7 +247,9 @@ def test_steps_that_a_grad_scaler_leaves_out_do_not_count(tmp_path: Path, fused:
     module = Recorded()
     fit(module, [tracer(tmp_path)], data=Data(), plugins=[precision])
     store = TraceStore(tmp_path / "traces")
-    assert known(store.checkpoints[-1]) == [module.seen.get(name, 0) for name in store.samples.sample_ids]
+    assert known(store.checkpoints[-1]) == [
+        module.seen.get(name, 0) for name in store.samples.sample_ids
+    ]
     assert 0 < sum(module.seen.values()) < 24
 
 
@@ -251,11 +257,19 @@ def test_steps_that_a_grad_scaler_leaves_out_do_not_count(tmp_path: Path, fused:
 @pytest.mark.filterwarnings("ignore:.*training resumes at step 4")
 @pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint")
 def test_a_resumed_run_counts_as_one_that_was_not_interrupted(tmp_path: Path) -> None:
-    """From the middle of an epoch; and what was counted before is not guessed where it is not known."""
+    """From the middle of an epoch; and what was counted before is not guessed where it is not
+    known."""
     order: dict[str, Any] = {"shuffle": False, "batch_size": 2}
     module = Small()
-    saver = ModelCheckpoint(tmp_path / "weights", filename="middle", every_n_train_steps=4, save_top_k=-1)
-    fit(module, [tracer(tmp_path / "a", every_n_epochs=None), saver], data=Data(**order), max_epochs=1)
+    saver = ModelCheckpoint(
+        tmp_path / "weights", filename="middle", every_n_train_steps=4, save_top_k=-1
+    )
+    fit(
+        module,
+        [tracer(tmp_path / "a", every_n_epochs=None), saver],
+        data=Data(**order),
+        max_epochs=1,
+    )
     [whole] = TraceStore(tmp_path / "a" / "traces").checkpoints
     assert known(whole) == [1] * 12
     resumed = str(tmp_path / "weights" / "middle.ckpt")
@@ -276,7 +290,9 @@ def test_a_resumed_run_counts_as_one_that_was_not_interrupted(tmp_path: Path) ->
     assert checkpoint.exposures() is None
 
 
-def test_they_are_unknown_rather_than_zero(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_they_are_unknown_rather_than_zero(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Where training batches have no ids, or others than the samples that are traced."""
 
     class Hidden(Small):
@@ -365,7 +381,9 @@ def test_the_field_of_the_ids_is_the_only_one_that_has_them_in_all_batches() -> 
         ids.share(ALONE)
         return ids.of(training)
 
-    assert read(None, "n") == read(None, "name") == read(SimpleNamespace(id_column="n")) == ["4", "7"]
+    assert (
+        read(None, "n") == read(None, "name") == read(SimpleNamespace(id_column="n")) == ["4", "7"]
+    )
     assert read(SimpleNamespace(sample_ids=lambda batch: batch["label"])) == ["1", "1"]
     for task, left_out, match in (
         (None, (), r"\['name', 'n'\] of a batch are all equal"),

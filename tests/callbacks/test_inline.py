@@ -1,4 +1,5 @@
-"""ConceptTracer(mode="inline"): the training steps' own gradients, exactly, and training as it was."""
+"""ConceptTracer(mode="inline"): the training steps' own gradients, exactly, and training as it
+was."""
 
 import warnings
 from dataclasses import replace
@@ -15,7 +16,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Subset
 
-from ctrak_lightning import Attributor, Concept, Encoded, GradientTracer, Projection, TraceStore, methods
+from ctrak_lightning import (
+    Attributor,
+    Concept,
+    Encoded,
+    GradientTracer,
+    Projection,
+    TraceStore,
+    methods,
+)
 from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.errors import BatchError, GradientError, StoreError
 from ctrak_lightning.inline import TIMESTEP_NAMES, _timesteps
@@ -52,7 +61,13 @@ class Recorded(ToyDiffusion):
 
 
 def inline(path: Path, **kwargs: Any) -> ConceptTracer:
-    arguments: dict[str, Any] = {"method": RAW, "rank": 4, "dim": 64, "every_n_epochs": 1, "at_end": False}
+    arguments: dict[str, Any] = {
+        "method": RAW,
+        "rank": 4,
+        "dim": 64,
+        "every_n_epochs": 1,
+        "at_end": False,
+    }
     return ConceptTracer(str(path / "traces"), mode="inline", **(arguments | kwargs))
 
 
@@ -66,7 +81,8 @@ def sample_gradient(module: Recorded, drawn: tuple[Tensor, Tensor, Tensor, Tenso
     blocks = {}
     for layer in tracer._layers:
         own = {
-            name.removeprefix(f"{layer.name}."): found[name].unsqueeze(0) for name in sorted(layer.parameters)
+            name.removeprefix(f"{layer.name}."): found[name].unsqueeze(0)
+            for name in sorted(layer.parameters)
         }
         blocks[layer.name] = tracer._projector.project(layer.name, layer.matrix(own))
     projector = tracer._projector
@@ -76,7 +92,11 @@ def sample_gradient(module: Recorded, drawn: tuple[Tensor, Tensor, Tensor, Tenso
 def expected_rows(module: Recorded, store: TraceStore) -> Tensor:
     rows = []
     for sample_id in store.samples.sample_ids:
-        each = [sample_gradient(module, drawn[sample_id]) for drawn in module.drawn if sample_id in drawn]
+        each = [
+            sample_gradient(module, drawn[sample_id])
+            for drawn in module.drawn
+            if sample_id in drawn
+        ]
         rows.append(torch.stack(each).mean(0))
     return torch.stack(rows)
 
@@ -86,8 +106,11 @@ def assert_rows(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> N
 
 
 @pytest.mark.parametrize("batch_size", [12, UNEVEN])
-def test_a_trace_is_the_mean_gradient_of_the_samples_own_losses(tmp_path: Path, batch_size: int) -> None:
-    """Two epochs with unchanged weights; batches of 5, 5 and 2, whose losses Lightning divides for accumulation."""
+def test_a_trace_is_the_mean_gradient_of_the_samples_own_losses(
+    tmp_path: Path, batch_size: int
+) -> None:
+    """Two epochs with unchanged weights; batches of 5, 5 and 2, whose losses Lightning divides for
+    accumulation."""
     L.seed_everything(4, verbose=False)
     module = Recorded()
     module.learning_rate = 0.0
@@ -132,8 +155,14 @@ def test_normalised_rows_are_averaged(tmp_path: Path) -> None:
     method = replace(RAW, normalisation="sample")
     fit(module, [inline(tmp_path, method=method, every_n_epochs=2)], data=ToyData(6))
     store = TraceStore(tmp_path / "traces")
-    for row, sample_id in zip(store.checkpoints[0].features(), store.samples.sample_ids, strict=True):
-        each = [sample_gradient(module, drawn[sample_id]) for drawn in module.drawn if sample_id in drawn]
+    for row, sample_id in zip(
+        store.checkpoints[0].features(), store.samples.sample_ids, strict=True
+    ):
+        each = [
+            sample_gradient(module, drawn[sample_id])
+            for drawn in module.drawn
+            if sample_id in drawn
+        ]
         expected = sum(one / one.norm() for one in each) / 2
         assert torch.allclose(row, expected, atol=TOLERANCE)  # type: ignore[arg-type]
 
@@ -152,14 +181,23 @@ class Sampling(ToyDiffusion):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path, precision: Any) -> None:
-    """AdamW, dropout, shuffling, gradient accumulation, weight averaging, an ``encode`` with side effects."""
+def test_training_is_bit_identical_with_and_without_the_callback(
+    tmp_path: Path, precision: Any
+) -> None:
+    """AdamW, dropout, shuffling, gradient accumulation, weight averaging, an ``encode`` with side
+    effects."""
     weights, states = [], []
     for callbacks in ([], [inline(tmp_path)]):
         L.seed_everything(5, verbose=False)
         module = Sampling()
         averaging = EMAWeightAveraging(decay=0.9)
-        fit(module, [averaging, *callbacks], accumulate_grad_batches=2, max_epochs=3, precision=precision)
+        fit(
+            module,
+            [averaging, *callbacks],
+            accumulate_grad_batches=2,
+            max_epochs=3,
+            precision=precision,
+        )
         weights.append({name: value.clone() for name, value in module.state_dict().items()})
         states.append(torch.random.get_rng_state())
     assert len(TraceStore(tmp_path / "traces").checkpoints) == 3
@@ -176,7 +214,9 @@ def test_gradients_and_hooks_are_left_alone(tmp_path: Path) -> None:
             def __init__(self, found: list[dict[str, Tensor]]) -> None:
                 self.found = found
 
-            def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            def on_before_optimizer_step(
+                self, trainer: Any, pl_module: Any, optimizer: Any
+            ) -> None:
                 named = pl_module.named_parameters()
                 self.found.append({n: p.grad.clone() for n, p in named if p.grad is not None})
 
@@ -202,11 +242,20 @@ def test_bf16_rows_point_where_those_of_full_precision_do(tmp_path: Path) -> Non
 
 def test_a_grad_scalers_scale_is_taken_out(tmp_path: Path) -> None:
     rows = []
-    for name, scaler in {"none": None, "scaled": torch.amp.GradScaler("cpu", init_scale=1024.0)}.items():
+    for name, scaler in {
+        "none": None,
+        "scaled": torch.amp.GradScaler("cpu", init_scale=1024.0),
+    }.items():
         L.seed_everything(4, verbose=False)
         precision = MixedPrecision("bf16-mixed", "cpu")
         precision.scaler = scaler
-        fit(ToyDiffusion(), [inline(tmp_path / name)], data=ToyData(12), max_epochs=1, plugins=[precision])
+        fit(
+            ToyDiffusion(),
+            [inline(tmp_path / name)],
+            data=ToyData(12),
+            max_epochs=1,
+            plugins=[precision],
+        )
         rows.append(TraceStore(tmp_path / name / "traces").checkpoints[0].features())
     assert_rows(rows[1], rows[0], tolerance=1e-2)
 
@@ -214,7 +263,11 @@ def test_a_grad_scalers_scale_is_taken_out(tmp_path: Path) -> None:
 def test_the_attributor_asks_the_store(tmp_path: Path) -> None:
     L.seed_everything(4, verbose=False)
     module = ToyDiffusion()
-    fit(module, [ConceptTracer(str(tmp_path), mode="inline", rank=4, dim=64, every_n_epochs=2)], max_epochs=6)
+    fit(
+        module,
+        [ConceptTracer(str(tmp_path), mode="inline", rank=4, dim=64, every_n_epochs=2)],
+        max_epochs=6,
+    )
     store = TraceStore(tmp_path)
     assert store.header.method["name"] == "inline_trak"
     assert [at.step for at in store.checkpoints] == [6, 12, 18]
@@ -277,12 +330,18 @@ def test_a_sample_that_no_step_saw_has_no_trace_or_keeps_that_of_the_last_window
     assert not torch.isclose(features[1][4:], features[2][4:]).all(1).any()
 
 
-def test_a_row_is_not_lost_where_ids_could_be_mistaken_or_a_step_was_left_out(tmp_path: Path) -> None:
-    """Labels that are equal to ids in the first batch; then also gradients that a guard clears after they were recorded."""
+def test_a_row_is_not_lost_where_ids_could_be_mistaken_or_a_step_was_left_out(
+    tmp_path: Path,
+) -> None:
+    """Labels that are equal to ids in the first batch; then also gradients that a guard clears
+    after they were recorded."""
 
     class Labelled(ToyData):
         def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-            rows = [{"label": str(i % 3)} | row | {"sample_id": str(i)} for i, row in enumerate(self.toys)]  # type: ignore[arg-type]
+            rows = [
+                {"label": str(i % 3)} | row | {"sample_id": str(i)}
+                for i, row in enumerate(self.toys)
+            ]  # type: ignore[arg-type]
             return DataLoader(rows, 2)  # type: ignore[arg-type]
 
     class Guarded(QuickDiffusion):
@@ -297,7 +356,9 @@ def test_a_row_is_not_lost_where_ids_could_be_mistaken_or_a_step_was_left_out(tm
         assert visits is not None
         assert visits.counts.tolist() == [1] * 12
         assert at.features().any(1).all()
-        assert (None if exposures is None else exposures.tolist()) == (None if kind is Guarded else [1] * 12)
+        assert (None if exposures is None else exposures.tolist()) == (
+            None if kind is Guarded else [1] * 12
+        )
 
 
 def test_samples_that_training_batches_never_have_stop_it_where_that_is_asked(
@@ -313,7 +374,9 @@ def test_samples_that_training_batches_never_have_stop_it_where_that_is_asked(
 
 
 @pytest.mark.filterwarnings("ignore:Optimizer steps had .* not in the store")
-def test_samples_that_are_not_traced_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_that_are_not_traced_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def some(self: ToyData) -> DataLoader[Any]:
         return DataLoader(Subset(self.toys, [7, 2]), 2)
 
@@ -392,7 +455,9 @@ def test_a_resumed_run_knows_the_samples_of_earlier_windows(
         )
     before, after = (at.features() for at in TraceStore(tmp_path / "traces").checkpoints[-2:])
     kept = torch.isclose(before, after, rtol=1e-5).all(1)
-    assert kept.tolist() == [False] * 10 + [True] * 2  # the new sampler's first epoch leaves out the last two
+    assert (
+        kept.tolist() == [False] * 10 + [True] * 2
+    )  # the new sampler's first epoch leaves out the last two
 
 
 @pytest.mark.filterwarnings("ignore:.*have no trace, because")
@@ -422,7 +487,9 @@ class Elsewhere(ToyDiffusion):
 
 class Penalised(ToyDiffusion):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx) + self.denoiser.conv_in.weight.square().mean()
+        return (
+            super().training_step(batch, batch_idx) + self.denoiser.conv_in.weight.square().mean()
+        )
 
 
 class Reentrant(ToyDiffusion):
@@ -468,7 +535,9 @@ def test_a_doubled_batch_is_refused(tmp_path: Path) -> None:
     class Doubled(ToyDiffusion):
         def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
             both = {name: value + value for name, value in batch.items() if isinstance(value, list)}
-            return super().training_step(both | {"image": batch["image"].repeat(2, 1, 1, 1)}, batch_idx)
+            return super().training_step(
+                both | {"image": batch["image"].repeat(2, 1, 1, 1)}, batch_idx
+            )
 
     with pytest.raises(
         MisconfigurationException, match="gave the denoiser 8 rows for a batch of 4 samples.*HINT"
@@ -483,7 +552,9 @@ def test_manual_optimization_and_compiled_modules_are_refused(tmp_path: Path) ->
         fit(module, [inline(tmp_path)])
     module = ToyDiffusion()
     module.denoiser.down_blocks[1].compile()
-    with pytest.raises(MisconfigurationException, match=r"'denoiser\.down_blocks\.1' is compiled.*HINT"):
+    with pytest.raises(
+        MisconfigurationException, match=r"'denoiser\.down_blocks\.1' is compiled.*HINT"
+    ):
         fit(module, [inline(tmp_path)])
     module = ToyDiffusion()
     with pytest.raises(MisconfigurationException, match="'ToyDiffusion' is compiled.*HINT"):
@@ -499,7 +570,8 @@ def test_a_gradient_that_is_not_finite_names_the_sample(tmp_path: Path) -> None:
 
 
 def test_a_step_that_fails_later_costs_its_own_rows_only(tmp_path: Path) -> None:
-    """A doubled batch, ids that are lost and a gradient that is not finite, in the second epoch; all of it on top of dropout."""
+    """A doubled batch, ids that are lost and a gradient that is not finite, in the second epoch;
+    all of it on top of dropout."""
 
     class Faulty(ToyDiffusion):
         def sample_ids(self, batch: dict[str, Any]) -> list[str]:
@@ -511,7 +583,9 @@ def test_a_step_that_fails_later_costs_its_own_rows_only(tmp_path: Path) -> None
             if self.trainer.global_step != 3:
                 return super().training_step(batch, batch_idx)
             both = {name: value + value for name, value in batch.items() if isinstance(value, list)}
-            return super().training_step(both | {"image": batch["image"].repeat(2, 1, 1, 1)}, batch_idx)
+            return super().training_step(
+                both | {"image": batch["image"].repeat(2, 1, 1, 1)}, batch_idx
+            )
 
     trained = []
     for callbacks in ([], [inline(tmp_path)]):
@@ -534,7 +608,9 @@ def test_a_step_that_fails_later_costs_its_own_rows_only(tmp_path: Path) -> None
 
 
 def test_modes_and_methods_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(MisconfigurationException, match=r"mode='online'.*'capture', 'inline'.*HINT"):
+    with pytest.raises(
+        MisconfigurationException, match=r"mode='online'.*'capture', 'inline'.*HINT"
+    ):
         ConceptTracer("x", mode="online")  # type: ignore[arg-type]
     with pytest.raises(MisconfigurationException, match=r"'d_trak', mode='inline'.*inline_trak"):
         ConceptTracer("x", "d_trak", mode="inline")
@@ -545,7 +621,9 @@ def test_modes_and_methods_that_do_not_fit_are_refused() -> None:
 
 
 class Named(nn.Module):
-    def forward(self, x: Tensor, context: Tensor | None = None, timestep: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, timestep: Tensor | None = None
+    ) -> Tensor:
         return x
 
 
@@ -567,7 +645,9 @@ def test_timesteps_are_found_in_the_denoisers_call() -> None:
     assert _timesteps(Wrapped(), (x, torch.tensor(9)), {}, 3).tolist() == [9, 9, 9]
     assert _timesteps(Wrapped(), (x,), {"timestep": 0.5}, 3).tolist() == [0.5, 0.5, 0.5]
     for args, kwargs in (((x,), {"noise": t}), ((x, other), {}), ((x,), {"t": t[:2]})):
-        with pytest.raises(GradientError, match=f"timesteps for 3 samples.*HINT.*{TIMESTEP_NAMES[0]}"):
+        with pytest.raises(
+            GradientError, match=f"timesteps for 3 samples.*HINT.*{TIMESTEP_NAMES[0]}"
+        ):
             _timesteps(Wrapped(), args, kwargs, 3)
 
 

@@ -20,7 +20,8 @@ POSITIONS = SIZE * SIZE // 4
 
 
 class Positions(nn.Module):
-    """Patches with a table of positions [T, C] for all samples, then layers on [T, B, C]; T is a multiple of B."""
+    """Patches with a table of positions [T, C] for all samples, then layers on [T, B, C]; T is a
+    multiple of B."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +29,9 @@ class Positions(nn.Module):
         self.position, self.words = nn.Embedding(POSITIONS, 8), nn.Linear(12, 8)
         self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 12)
 
-    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, return_dict: bool) -> Any:
+    def forward(
+        self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, return_dict: bool
+    ) -> Any:
         words = self.words(encoder_hidden_states).sum(1)
         h = self.patch(x).flatten(2).permute(2, 0, 1) + words  # [T, B, C]
         h = h + self.position(torch.arange(POSITIONS))[:, None]
@@ -46,7 +49,8 @@ def test_traces_are_those_of_the_loop_and_can_be_asked(tmp_path: Path) -> None:
     traced, method = module(), methods.d_trak(timesteps=2)
     tracer = ConceptTracer(str(tmp_path), method, rank=4, dim=64, every_n_epochs=1)
     with pytest.warns(
-        SlowParameterWarning, match="no sample alone: position. They are traced by a pass per sample"
+        SlowParameterWarning,
+        match="no sample alone: position. They are traced by a pass per sample",
     ):
         fit(traced, [tracer], max_epochs=1)
     loop = GradientTracer(traced.denoiser, Projection(rank=4, dim=64), engine="loop")
@@ -55,8 +59,12 @@ def test_traces_are_those_of_the_loop_and_can_be_asked(tmp_path: Path) -> None:
     store = TraceStore(tmp_path)
     order = [store.samples.sample_ids.index(one) for one in encoded.sample_ids]
     expected = trace_batch(traced, loop, method, encoded, 0).features
-    torch.testing.assert_close(store.checkpoints[-1].features()[order], expected, rtol=1e-4, atol=1e-6)
-    concepts = [Concept(colour, present={"colour": colour}, absent={}) for colour in ("red", "blue")]
+    torch.testing.assert_close(
+        store.checkpoints[-1].features()[order], expected, rtol=1e-4, atol=1e-6
+    )
+    concepts = [
+        Concept(colour, present={"colour": colour}, absent={}) for colour in ("red", "blue")
+    ]
     with pytest.warns(SlowParameterWarning, match="position"):
         [result, _] = Attributor(str(tmp_path), traced).attribute_many(concepts)
     assert result.scores.isfinite().all()

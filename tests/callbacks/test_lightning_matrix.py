@@ -1,4 +1,5 @@
-"""ConceptTracer under Lightning's own options: training is the same to the bit, and the store is right."""
+"""ConceptTracer under Lightning's own options: training is the same to the bit, and the store is
+right."""
 
 import copy
 import os
@@ -39,7 +40,8 @@ pytestmark = [
 
 
 class Module(ToyDiffusion):
-    """The toys on a small network; its steps draw from the global generator, so that a draw of ours would be seen."""
+    """The toys on a small network; its steps draw from the global generator, so that a draw of ours
+    would be seen."""
 
     def __init__(self) -> None:
         with torch.random.fork_rng():
@@ -128,7 +130,8 @@ def no_callbacks(path: Path) -> list[Any]:
     return []
 
 
-# Name, Trainer's options, other callbacks, steps of the traces (twelve samples in batches of four: three steps an epoch).
+# Name, Trainer's options, other callbacks, steps of the traces (twelve samples in batches of four:
+# three steps an epoch).
 CASES: list[tuple[str, dict[str, Any], Callable[[Path], list[Any]], list[int]]] = [
     ("plain", {}, no_callbacks, [2, 4, 6, 8, 9]),
     ("accumulation", {"accumulate_grad_batches": 2}, no_callbacks, [2, 4, 6]),
@@ -182,7 +185,11 @@ def test_training_is_the_same_and_the_store_is_right(
     # One batch, the same each epoch, is all that `overfit_batches=1` can draw.
     drawn = sorted(Data().toys[i]["sample_id"] for i in range(12))
     found_ids = sorted(store.samples.sample_ids)
-    assert found_ids == drawn if "overfit_batches" not in options else len(set(found_ids) & set(drawn)) == 4
+    assert (
+        found_ids == drawn
+        if "overfit_batches" not in options
+        else len(set(found_ids) & set(drawn)) == 4
+    )
     for checkpoint in store.checkpoints:
         assert bool(torch.isfinite(checkpoint.features()).all())
 
@@ -192,7 +199,11 @@ def test_manual_optimization_counts_every_optimizers_steps(tmp_path: Path) -> No
     found, trainer = trained(ByHand(), [tracer(tmp_path, every_n_train_steps=6)], {})
     assert trainer.global_step == 18
     assert not [name for name in reference if not torch.equal(reference[name], found[name])]
-    assert [checkpoint.step for checkpoint in TraceStore(tmp_path / "traces").checkpoints] == [6, 12, 18]
+    assert [checkpoint.step for checkpoint in TraceStore(tmp_path / "traces").checkpoints] == [
+        6,
+        12,
+        18,
+    ]
 
 
 @pytest.mark.parametrize("what", ["validate", "test", "predict"])
@@ -200,10 +211,16 @@ def test_other_loops_leave_the_store_alone(tmp_path: Path, what: str) -> None:
     module = Module()
     one = tracer(tmp_path)
     _, trainer = trained(module, [one], {})
-    before = {path: path.read_bytes() for path in (tmp_path / "traces").rglob("*") if path.is_file()}
+    before = {
+        path: path.read_bytes() for path in (tmp_path / "traces").rglob("*") if path.is_file()
+    }
     for each in (trainer, trainer_of([tracer(tmp_path)], {})):
-        getattr(each, what)(module, datamodule=Data(), **({} if what == "predict" else {"verbose": False}))
-    assert {path: path.read_bytes() for path in (tmp_path / "traces").rglob("*") if path.is_file()} == before
+        getattr(each, what)(
+            module, datamodule=Data(), **({} if what == "predict" else {"verbose": False})
+        )
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "traces").rglob("*") if path.is_file()
+    } == before
 
 
 def test_lr_find_before_the_run_leaves_no_traces_of_its_own(tmp_path: Path) -> None:
@@ -218,7 +235,9 @@ def test_lr_find_before_the_run_leaves_no_traces_of_its_own(tmp_path: Path) -> N
     def run(callbacks: list[Any]) -> dict[str, Tensor]:
         L.seed_everything(4, verbose=False)
         module = Findable()
-        trainer = trainer_of(callbacks, {"default_root_dir": str(tmp_path), "enable_checkpointing": True})
+        trainer = trainer_of(
+            callbacks, {"default_root_dir": str(tmp_path), "enable_checkpointing": True}
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             Tuner(trainer).lr_find(module, datamodule=Data(), num_training=5)
@@ -228,7 +247,13 @@ def test_lr_find_before_the_run_leaves_no_traces_of_its_own(tmp_path: Path) -> N
     reference = run([])
     found = run([tracer(tmp_path)])
     assert not [name for name in reference if not torch.equal(reference[name], found[name])]
-    assert [checkpoint.step for checkpoint in TraceStore(tmp_path / "traces").checkpoints] == [2, 4, 6, 8, 9]
+    assert [checkpoint.step for checkpoint in TraceStore(tmp_path / "traces").checkpoints] == [
+        2,
+        4,
+        6,
+        8,
+        9,
+    ]
 
 
 class Failing(Module):
@@ -261,7 +286,9 @@ ENDS = {an_error: RuntimeError, an_interruption: SystemExit, a_signal: SIGTERMEx
 
 
 @pytest.mark.parametrize("end", list(ENDS))
-def test_what_was_sealed_survives_the_end_of_the_users_step(tmp_path: Path, end: Callable[[], None]) -> None:
+def test_what_was_sealed_survives_the_end_of_the_users_step(
+    tmp_path: Path, end: Callable[[], None]
+) -> None:
     with pytest.raises(ENDS[end]):
         trained(Failing(end), [tracer(tmp_path)], {})
     store = TraceStore(tmp_path / "traces")
@@ -273,7 +300,11 @@ def test_a_tracer_can_be_pickled_and_copied_before_a_run(tmp_path: Path) -> None
     """As ``ddp_spawn`` does."""
     one = tracer(tmp_path)
     for twin in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one)):  # noqa: S301
-        assert (twin.dirpath, twin.method, twin.projection) == (one.dirpath, one.method, one.projection)
+        assert (twin.dirpath, twin.method, twin.projection) == (
+            one.dirpath,
+            one.method,
+            one.projection,
+        )
         assert twin.should_trace(step_idx=2)
 
 
@@ -298,8 +329,11 @@ def test_half_precision_on_a_cpu_is_lightnings_to_refuse_or_run(tmp_path: Path) 
 
 @pytest.mark.filterwarnings("ignore:.*Dynamo.*", "ignore:.*dynamo.*")
 @pytest.mark.parametrize("what", ["network", "module"])
-def test_a_compiled_module_trains_the_same_and_is_traced_as_itself(tmp_path: Path, what: str) -> None:
-    """``torch.compile`` with the eager backend: no compiler is needed, and hooks are cut out as with any other."""
+def test_a_compiled_module_trains_the_same_and_is_traced_as_itself(
+    tmp_path: Path, what: str
+) -> None:
+    """``torch.compile`` with the eager backend: no compiler is needed, and hooks are cut out as
+    with any other."""
 
     def compiled() -> Any:
         torch.compiler.reset()
@@ -313,7 +347,9 @@ def test_a_compiled_module_trains_the_same_and_is_traced_as_itself(tmp_path: Pat
     traced, _ = trained(compiled(), [tracer(tmp_path)], {})
     assert all(torch.equal(traced[name], value) for name, value in plain.items())
     trained(Silent(), [tracer(tmp_path / "eager")], {})
-    found, expected = (TraceStore(path / "traces").checkpoints for path in (tmp_path, tmp_path / "eager"))
+    found, expected = (
+        TraceStore(path / "traces").checkpoints for path in (tmp_path, tmp_path / "eager")
+    )
     assert [each.step for each in found] == [2, 4, 6, 8, 9]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.features(), other.features(), rtol=1e-5, atol=1e-6)
@@ -328,6 +364,7 @@ def test_spawned_processes_train_the_same_and_leave_one_store(tmp_path: Path) ->
     assert all(torch.equal(traced[name], value) for name, value in plain.items())
     store = TraceStore(tmp_path / "traces")
     assert store.verify() == []
-    # Two of the four batches of an epoch for each process: twelve samples in batches of four are two steps an epoch.
+    # Two of the four batches of an epoch for each process: twelve samples in batches of four are
+    # two steps an epoch.
     assert [each.step for each in store.checkpoints] == [2, 4, 6]
     assert len(store.samples.sample_ids) == 12

@@ -1,4 +1,5 @@
-"""The samples that are traced are those that the training loader can draw: compared with what it does draw."""
+"""The samples that are traced are those that the training loader can draw: compared with what it
+does draw."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,9 +99,13 @@ CASES: dict[str, Callable[[], list[Any]]] = {
         DataLoader(NUMBERS, 2, sampler=WeightedRandomSampler([0, 1, 0, 2, 0, 0.5], num_samples=4))
     ],
     "lists of batches": lambda: [DataLoader(NUMBERS, batch_sampler=[[9, 3], [1], [4, 5]])],
-    "a batch sampler": lambda: [DataLoader(NUMBERS, batch_sampler=BatchSampler(range(7), 3, drop_last=True))],
+    "a batch sampler": lambda: [
+        DataLoader(NUMBERS, batch_sampler=BatchSampler(range(7), 3, drop_last=True))
+    ],
     "index lists": lambda: [
-        DataLoader(NUMBERS, sampler=BatchSampler(SubsetRandomSampler([1, 5, 6]), 2, False), batch_size=None)
+        DataLoader(
+            NUMBERS, sampler=BatchSampler(SubsetRandomSampler([1, 5, 6]), 2, False), batch_size=None
+        )
     ],
     "items are batches": lambda: [DataLoader(NUMBERS, sampler=[4, 6, 8], batch_size=None)],
     "processes": lambda: shares(lambda rank: DistributedSampler(NUMBERS, 3, rank)),
@@ -112,10 +117,14 @@ CASES: dict[str, Callable[[], list[Any]]] = {
         drop_last=True,
     ),
     "processes, wrapped": lambda: shares(
-        lambda rank: DistributedSamplerWrapper([0, 9, 2, 7, 4, 5], num_replicas=3, rank=rank, shuffle=False)
+        lambda rank: DistributedSamplerWrapper(
+            [0, 9, 2, 7, 4, 5], num_replicas=3, rank=rank, shuffle=False
+        )
     ),
     "processes, wrapped subset": lambda: shares(
-        lambda rank: DistributedSamplerWrapper(SubsetRandomSampler([2, 7, 9]), num_replicas=3, rank=rank)
+        lambda rank: DistributedSamplerWrapper(
+            SubsetRandomSampler([2, 7, 9]), num_replicas=3, rank=rank
+        )
     ),
 }
 
@@ -161,10 +170,16 @@ class Stream(IterableDataset[Any]):
     [
         (DataLoader(NUMBERS, 2, sampler=Own()), "decided by Own, and cannot be known"),
         (DataLoader(NUMBERS, 2, sampler=Redrawn(NUMBERS)), "decided by Redrawn"),
-        (DataLoader(NUMBERS, batch_sampler=BatchSampler(Own(), 2, False)), "decided by BatchSampler"),
+        (
+            DataLoader(NUMBERS, batch_sampler=BatchSampler(Own(), 2, False)),
+            "decided by BatchSampler",
+        ),
         (DataLoader(NUMBERS, batch_sampler=Own()), "decided by Own"),  # type: ignore[arg-type]
         (DataLoader(Stream(), 2), "does not say how long it is"),
-        (DataLoader(NUMBERS, 2, sampler=WeightedRandomSampler([0, 0], 1)), "can draw none of its 12"),
+        (
+            DataLoader(NUMBERS, 2, sampler=WeightedRandomSampler([0, 0], 1)),
+            "can draw none of its 12",
+        ),
         (Own(), "is Own, expected one DataLoader"),
     ],
 )
@@ -182,7 +197,14 @@ def test_it_loads_as_the_training_loader_does() -> None:
         multiprocessing_context="spawn",
     )  # fmt: skip
     made: Any = training(loader).batches(6)
-    for name in ("collate_fn", "num_workers", "prefetch_factor", "worker_init_fn", "timeout", "pin_memory"):
+    for name in (
+        "collate_fn",
+        "num_workers",
+        "prefetch_factor",
+        "worker_init_fn",
+        "timeout",
+        "pin_memory",
+    ):
         assert getattr(made, name) == getattr(loader, name)
     assert made.multiprocessing_context.get_start_method() == "spawn"
     assert made.generator is None
@@ -190,15 +212,21 @@ def test_it_loads_as_the_training_loader_does() -> None:
 
 
 def test_the_one_of_several_loaders_is_named() -> None:
-    several = {"images": DataLoader(NUMBERS, 4), "more": [DataLoader(NUMBERS, 3), DataLoader(NUMBERS, 5)]}
+    several = {
+        "images": DataLoader(NUMBERS, 4),
+        "more": [DataLoader(NUMBERS, 3), DataLoader(NUMBERS, 5)],
+    }
     with pytest.raises(
         MisconfigurationException, match=r"3 loaders, 'images', 'more\.0', 'more\.1'.*loader=\.\.\."
     ):
         training(several).batches(None)
-    with pytest.raises(MisconfigurationException, match=r"loader='text'.*'images', 'more\.0', 'more\.1'"):
+    with pytest.raises(
+        MisconfigurationException, match=r"loader='text'.*'images', 'more\.0', 'more\.1'"
+    ):
         training(several, name="text")
     with pytest.raises(
-        MisconfigurationException, match=r"loader='images'.*one loader, DataLoader.*leave `loader` out"
+        MisconfigurationException,
+        match=r"loader='images'.*one loader, DataLoader.*leave `loader` out",
     ):
         training(DataLoader(NUMBERS), name="images")
     one = training(several, name="more.1")
@@ -220,10 +248,15 @@ def test_the_one_of_several_loaders_is_named() -> None:
     ],
 )
 def test_batches_in_a_list_are_no_loaders(given: Any, described: str) -> None:
-    match = f"the training data is {described}\\. Expected one DataLoader.*HINT: define `trace_dataloader"
+    match = (
+        f"the training data is {described}\\. Expected one DataLoader.*HINT: define "
+        "`trace_dataloader"
+    )
     with pytest.raises(MisconfigurationException, match=match):
         training(given).batches(None)
-    with pytest.raises(MisconfigurationException, match=f"loader='x'.*{described}\\. HINT: define `trace"):
+    with pytest.raises(
+        MisconfigurationException, match=f"loader='x'.*{described}\\. HINT: define `trace"
+    ):
         training(given, name="x")
 
 
@@ -245,9 +278,13 @@ def test_data_without_an_end_is_told() -> None:
         list(bounded(Long([1, 2, 3])))
     once = Once()
     once.add(["a", "b"])
-    with pytest.raises(BatchError, match=r"1 samples a second time, for example \[.x.\], after 0 others"):
+    with pytest.raises(
+        BatchError, match=r"1 samples a second time, for example \[.x.\], after 0 others"
+    ):
         Once().add(["x", "x"])
-    with pytest.raises(BatchError, match=r"1 samples a second time, for example \['a'\].*after 2 others"):
+    with pytest.raises(
+        BatchError, match=r"1 samples a second time, for example \['a'\].*after 2 others"
+    ):
         once.add(["c", "a"])
 
 
@@ -271,6 +308,8 @@ def test_a_named_loader_is_traced_and_training_is_as_without(tmp_path: Path) -> 
         L.seed_everything(3, verbose=False)
         fit(module, callbacks, data=Data(), max_epochs=1)
     toys = Toys()
-    assert TraceStore(tmp_path / "traces").samples.sample_ids == [toys[i]["sample_id"] for i in (1, 4, 6)]
+    assert TraceStore(tmp_path / "traces").samples.sample_ids == [
+        toys[i]["sample_id"] for i in (1, 4, 6)
+    ]
     for a, b in zip(with_.parameters(), without.parameters(), strict=True):
         assert torch.equal(a, b)

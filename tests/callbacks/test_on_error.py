@@ -1,4 +1,5 @@
-"""A trace that cannot be stored: training stops with a typed error, or goes on as if nothing had been attached."""
+"""A trace that cannot be stored: training stops with a typed error, or goes on as if nothing had
+been attached."""
 
 import errno
 import os
@@ -106,7 +107,9 @@ def test_the_same_step_is_tried_again_at_the_end_of_training(
     assert sealed(tmp_path) == [3, 6, 9]
 
 
-def test_on_error_raise_stops_with_the_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_error_raise_stops_with_the_typed_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full_disk(monkeypatch, lambda path: path.parent.name == "checkpoint-00000006")
     with pytest.raises(StoreError, match="checkpoint-00000006.*No space left on device.*HINT"):
         fitted([tracer(tmp_path, on_error="raise")])
@@ -114,12 +117,17 @@ def test_on_error_raise_stops_with_the_typed_error(tmp_path: Path, monkeypatch: 
 
 
 class Faulty(QuickDiffusion):
-    """Raises in a capture after so many optimizer steps, in one member or another; its training steps are sound."""
+    """Raises in a capture after so many optimizer steps, in one member or another; its training
+    steps are sound."""
 
     in_step = False
 
     def fails(self, steps: int) -> bool:
-        return not self.in_step and self.trainer.global_step == steps and not self.trainer.sanity_checking
+        return (
+            not self.in_step
+            and self.trainer.global_step == steps
+            and not self.trainer.sanity_checking
+        )
 
     def encode(self, batch: dict[str, Any]) -> Encoded:
         if self.fails(2):
@@ -136,7 +144,9 @@ class Faulty(QuickDiffusion):
             raise KeyError("no such word")
         return super().condition(spec, n)
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+    def predict(
+        self, x_t: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         if self.fails(6):
             raise RuntimeError("expected input to have 9 channels")
         if self.fails(7):
@@ -160,9 +170,13 @@ def test_whatever_a_capture_raises_costs_its_own_checkpoint_only(tmp_path: Path)
     module, seen = Faulty(dropout=0.2), []
 
     class After(L.Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_start(
+            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
             layers = list(pl_module.modules())
-            hooks = sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers)
+            hooks = sum(
+                len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers
+            )
             seen.append((all(layer.training for layer in layers), hooks, torch.is_grad_enabled()))
 
     L.seed_everything(5, verbose=False)
@@ -192,13 +206,17 @@ def test_an_end_of_the_process_is_no_failure_of_a_trace(
 
 
 def test_on_error_raise_stops_with_whatever_it_was(tmp_path: Path) -> None:
-    callback = tracer(tmp_path, method=GUIDED, every_n_epochs=None, every_n_train_steps=3, on_error="raise")
+    callback = tracer(
+        tmp_path, method=GUIDED, every_n_epochs=None, every_n_train_steps=3, on_error="raise"
+    )
     with pytest.raises(DatasetChangedError, match="red-dot-0"):
         fit(Faulty(), [callback])
 
 
 def test_an_unknown_choice_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match=r"on_error='ignore'.*'raise', 'warn'.*HINT"):
+    with pytest.raises(
+        MisconfigurationException, match=r"on_error='ignore'.*'raise', 'warn'.*HINT"
+    ):
         ConceptTracer("x", on_error="ignore")  # type: ignore[arg-type]
 
 
@@ -206,10 +224,14 @@ def test_an_unknown_choice_is_refused() -> None:
 def test_a_real_limit_on_file_sizes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.callbacks.disk_worker", str(tmp_path), "warn", "raise"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     told = {
-        choice: "".join(line for line in done.stdout.splitlines(True) if line.startswith(f"{choice}: "))
+        choice: "".join(
+            line for line in done.stdout.splitlines(True) if line.startswith(f"{choice}: ")
+        )
         for choice in ("warn", "raise")
     }
     assert "step 6 has no trace" in told["warn"]

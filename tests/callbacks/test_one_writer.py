@@ -1,4 +1,5 @@
-"""Two runs into one folder: the second is told at its start, and a run that has ended, however, holds nothing."""
+"""Two runs into one folder: the second is told at its start, and a run that has ended, however,
+holds nothing."""
 
 import os
 from pathlib import Path
@@ -39,13 +40,15 @@ def test_a_folder_that_another_run_has_is_refused_at_the_start(tmp_path: Path) -
     module, ours = Failing(), tracer(tmp_path)
     held = hold_folder(tmp_path / "traces")
     with pytest.raises(
-        MisconfigurationException, match=rf"ConceptTracer\(dirpath=.*process \({os.getpid()} on .*HINT"
+        MisconfigurationException,
+        match=rf"ConceptTracer\(dirpath=.*process \({os.getpid()} on .*HINT",
     ):
         fit(module, [ours], max_epochs=2)
     assert module.encoded == 0  # before the data is gone through, let alone a step
     assert os.listdir(tmp_path / "traces") == ["writer.lock"]
     held.release()
-    # The same callback again, whose run ends with an error; what was raised is kept, as a notebook does.
+    # The same callback again, whose run ends with an error; what was raised is kept, as a notebook
+    # does.
     with pytest.raises(FailingError) as kept:
         fit(module, [ours], max_epochs=2)
     hold_folder(tmp_path / "traces").release()

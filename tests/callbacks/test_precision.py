@@ -1,4 +1,5 @@
-"""A module that leaves conversion to the Trainer's precision is traced, and asked, in that precision."""
+"""A module that leaves conversion to the Trainer's precision is traced, and asked, in that
+precision."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +41,9 @@ class Relying(ToyDiffusion):
     def encode(self, batch: dict[str, Any]) -> Encoded:
         self.seen.add(batch["image"].dtype)
         condition = {"encoder_hidden_states": self.tokens(batch["colour"], batch["shape"])}
-        return Encoded(latents=batch["image"], condition=condition, sample_ids=list(batch["sample_id"]))
+        return Encoded(
+            latents=batch["image"], condition=condition, sample_ids=list(batch["sample_id"])
+        )
 
     def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         # A convolution takes what is of the weights' dtype alone.
@@ -62,11 +65,20 @@ def trained(precision: Any, callbacks: list[L.Callback]) -> Relying:
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_it_is_traced_and_asked_as_it_is_trained(tmp_path: Path, precision: str, mode: Any) -> None:
     dtype = DTYPES[precision]
-    method = methods.inline_trak(timesteps=2) if mode == "inline" else methods.concept_trak_norm(timesteps=2)
+    method = (
+        methods.inline_trak(timesteps=2)
+        if mode == "inline"
+        else methods.concept_trak_norm(timesteps=2)
+    )
     callback = tracer(tmp_path, method=method, mode=mode, on_error="raise")
-    plain, traced = trained(precision, []), trained(precision, [callback, ConceptMonitor([RED], group=None)])
+    plain, traced = (
+        trained(precision, []),
+        trained(precision, [callback, ConceptMonitor([RED], group=None)]),
+    )
     assert traced.seen == {dtype}
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), traced.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.parameters(), traced.parameters(), strict=True)
+    )
     assert torch.get_default_dtype() == torch.float32
     store = TraceStore(tmp_path / "traces")
     [checkpoint] = store.checkpoints

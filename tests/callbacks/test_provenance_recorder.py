@@ -37,7 +37,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two epochs with a ledger. Not to be changed."""
     path = tmp_path_factory.mktemp("run")
     L.seed_everything(11, verbose=False)
-    fit(QuickDiffusion(seed=4), [tracer(path), ProvenanceRecorder(base_model="toys/base", revision="7")])
+    fit(
+        QuickDiffusion(seed=4),
+        [tracer(path), ProvenanceRecorder(base_model="toys/base", revision="7")],
+    )
     return path
 
 
@@ -55,13 +58,21 @@ def test_training_is_bit_identical_and_the_order_of_callbacks_does_not_matter(
         fit(module, callbacks, accumulate_grad_batches=2, max_epochs=3)
         results.append(module.state_dict())
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
-    plain, traced = files_of(tmp_path / "without" / "traces"), files_of(tmp_path / "with" / "traces")
+    plain, traced = (
+        files_of(tmp_path / "without" / "traces"),
+        files_of(tmp_path / "with" / "traces"),
+    )
     assert traced.keys() - plain.keys() == {"ledger.jsonl", "ledger.lock", "commitments.h5"}
     assert [name for name in plain if name != "manifest.json" and plain[name] != traced[name]] == []
 
     steps = [c.step for c in TraceStore(tmp_path / "with" / "traces").checkpoints]
     assert [facts["step"] for facts in facts_of(tmp_path / "with", "checkpoint")] == steps
-    assert kinds(tmp_path / "with") == ["run_begun", "dataset", *["checkpoint"] * len(steps), "run_ended"]
+    assert kinds(tmp_path / "with") == [
+        "run_begun",
+        "dataset",
+        *["checkpoint"] * len(steps),
+        "run_ended",
+    ]
     assert TraceStore(tmp_path / "with" / "traces").verify() == []
 
 
@@ -72,11 +83,15 @@ def test_a_run_is_described(run: Path) -> None:
     assert begun["header"]["method"] == store.header.method
     assert begun["base_model"]["name"] == "toys/base"
     assert begun["base_model"]["revision"] == "7"
-    # The toy trains all of its parameters: the initial ones are those of the module as it was built.
+    # The toy trains all of its parameters: the initial ones are those of the module as it was
+    # built.
     assert begun["base_model"]["trained"] == weights_digest(dict(initial.named_parameters()))
     assert begun["base_model"]["frozen"] == weights_digest({})
     assert begun["code"]["packages"]["torch"] == torch.__version__
-    assert begun["seeds"] == {"torch": 11, "environment": {"PL_GLOBAL_SEED": "11", "PL_SEED_WORKERS": "0"}}
+    assert begun["seeds"] == {
+        "torch": 11,
+        "environment": {"PL_GLOBAL_SEED": "11", "PL_SEED_WORKERS": "0"},
+    }
     assert begun["configuration"]["trainer"]["max_epochs"] == 2
     assert begun["configuration"]["optimizers"][0]["defaults"]["lr"] == 1e-3
     assert begun["parent"] is None
@@ -103,7 +118,12 @@ def test_a_checkpoint_is_described(run: Path) -> None:
 def test_the_chain_has_no_sample_in_clear(run: Path) -> None:
     text = (run / "traces" / "ledger.jsonl").read_text()
     table = TraceStore(run / "traces").samples
-    secret = [*table.sample_ids, *table.content_sha256, *table.metadata["owner"], table.fingerprint()]
+    secret = [
+        *table.sample_ids,
+        *table.content_sha256,
+        *table.metadata["owner"],
+        table.fingerprint(),
+    ]
     assert [value for value in secret if value in text] == []
 
 
@@ -115,7 +135,10 @@ def test_frozen_weights_and_hyperparameters(tmp_path: Path) -> None:
             self.denoiser.conv_in.requires_grad_(False)
 
     module = Configured(float("inf"), Path("a"), other=object())
-    frozen = {f"denoiser.conv_in.{name}": v.clone() for name, v in module.denoiser.conv_in.named_parameters()}
+    frozen = {
+        f"denoiser.conv_in.{name}": v.clone()
+        for name, v in module.denoiser.conv_in.named_parameters()
+    }
     fit(module, [tracer(tmp_path), ProvenanceRecorder()], max_epochs=1)
     [begun] = facts_of(tmp_path, "run_begun")
     assert begun["base_model"]["frozen"] == weights_digest(frozen)
@@ -149,7 +172,11 @@ class Stop(L.Callback):
 def interrupted(tmp_path: Path) -> Path:
     """A run that failed after two of three epochs, with checkpoints of both."""
     with pytest.raises(RuntimeError, match="a secret"):
-        fit(QuickDiffusion(), [ProvenanceRecorder(), tracer(tmp_path), keep(tmp_path), Stop()], max_epochs=3)
+        fit(
+            QuickDiffusion(),
+            [ProvenanceRecorder(), tracer(tmp_path), keep(tmp_path), Stop()],
+            max_epochs=3,
+        )
     return tmp_path
 
 
@@ -186,7 +213,9 @@ def test_a_store_that_was_tampered_with_is_not_recorded_on(interrupted: Path) ->
     text = manifest.read_text()
     manifest.write_text(text.replace('"learning_rate": 0.001', '"learning_rate": 0.002', 1))
     before = (path / "traces" / "ledger.jsonl").read_bytes()
-    with pytest.raises(CorruptStoreError, match=r"learning_rate is 0\.002, the ledger records 0\.001.*HINT"):
+    with pytest.raises(
+        CorruptStoreError, match=r"learning_rate is 0\.002, the ledger records 0\.001.*HINT"
+    ):
         fit(
             QuickDiffusion(),
             [tracer(path), ProvenanceRecorder(), keep(path)],
@@ -199,7 +228,8 @@ def test_a_store_that_was_tampered_with_is_not_recorded_on(interrupted: Path) ->
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.filterwarnings("ignore:Optimizer steps had .* not in the store")
 def test_a_run_that_is_resumed_after_a_sample_was_forgotten(interrupted: Path) -> None:
-    """With the whole data set it is refused; without the sample it goes on, and the sample does not come back."""
+    """With the whole data set it is refused; without the sample it goes on, and the sample does not
+    come back."""
 
     class Without(ToyData):
         def trace_dataloader(self) -> DataLoader[Any]:
@@ -209,10 +239,17 @@ def test_a_run_that_is_resumed_after_a_sample_was_forgotten(interrupted: Path) -
     forget(path / "traces", ["green-bar-5"])
     before = files_of(path / "traces")
     resumed = {"ckpt_path": str(path / "ckpt" / "epoch=1.ckpt"), "max_epochs": 3}
-    with pytest.raises(DatasetChangedError, match="Samples have been forgotten from this store.*HINT"):
+    with pytest.raises(
+        DatasetChangedError, match="Samples have been forgotten from this store.*HINT"
+    ):
         fit(QuickDiffusion(), [tracer(path), ProvenanceRecorder(), keep(path)], **resumed)
     assert files_of(path / "traces") == before
-    fit(QuickDiffusion(), [tracer(path), ProvenanceRecorder(), keep(path)], data=Without(), **resumed)
+    fit(
+        QuickDiffusion(),
+        [tracer(path), ProvenanceRecorder(), keep(path)],
+        data=Without(),
+        **resumed,
+    )
     store = TraceStore(path / "traces")
     assert [c.step for c in store.checkpoints] == [3, 6, 9]
     assert len(store) == 11
@@ -252,7 +289,9 @@ def test_questions_are_recorded_with_the_hash_of_their_answer(run: Path, tmp_pat
     assert entry["concept"] == concept.to_dict()
     assert (entry["seed"], entry["damping"], entry["asker"]) == (3, 0.5, "a clerk")
     assert entry["steps"] == [3, 6]
-    assert entry["result_sha256"] == _by_hand(tmp_path / "traces", result.samples.sample_ids, result.scores)
+    assert entry["result_sha256"] == _by_hand(
+        tmp_path / "traces", result.samples.sample_ids, result.scores
+    )
     [[best, *_]] = attributor.top(query, 2)
     listed = facts_of(tmp_path, "query")[1]
     assert (listed["samples"], listed["count"]) == ("top", 2)
@@ -304,10 +343,19 @@ def test_a_fine_tune_of_a_fine_tune_names_its_parent(run: Path, tmp_path: Path) 
     parent = TraceStore(run / "traces")
     module = QuickDiffusion()
     module.load_state_dict(parent.checkpoints[-1].weights(), strict=False)
-    fit(module, [tracer(tmp_path / "child"), ProvenanceRecorder(parent=str(run / "traces"))], max_epochs=1)
+    fit(
+        module,
+        [tracer(tmp_path / "child"), ProvenanceRecorder(parent=str(run / "traces"))],
+        max_epochs=1,
+    )
     [begun] = facts_of(tmp_path / "child", "run_begun")
     entries = Ledger(run / "traces").entries()
-    expected = {"run_id": parent.run_id, "head": entries[-1].sha256, "entries": len(entries), "step": 6}
+    expected = {
+        "run_id": parent.run_id,
+        "head": entries[-1].sha256,
+        "entries": len(entries),
+        "step": 6,
+    }
     assert {name: begun["parent"][name] for name in expected} == expected
     assert begun["parent"]["weights"] == "equal"
 

@@ -69,21 +69,29 @@ def test_images_are_those_that_were_logged(board: tuple[Path, str, Page]) -> Non
     found = events(path)
     width = Geometry(8, 4).size[0]
     page.until(
-        lambda: all(img.get_property("naturalWidth") == width for img in page.find_all("img[src*='images']")),
+        lambda: all(
+            img.get_property("naturalWidth") == width for img in page.find_all("img[src*='images']")
+        ),
         "whole images",
     )
     shown = {
         base64.b64decode(page.driver.execute_async_script(BYTES, img.get_property("src")))
         for img in page.find_all("img[src*='images']")
     }
-    assert shown == {found.Images(f"ctrak/concept/{name}")[-1].encoded_image_string for name in NAMES}
+    assert shown == {
+        found.Images(f"ctrak/concept/{name}")[-1].encoded_image_string for name in NAMES
+    }
 
 
-def test_text_shows_the_ranking_and_hostile_captions_as_they_are(board: tuple[Path, str, Page]) -> None:
+def test_text_shows_the_ranking_and_hostile_captions_as_they_are(
+    board: tuple[Path, str, Page],
+) -> None:
     path, url, page = board
     page.open(f"{url}#text")
     samples = TraceStore(path / "traces").samples
-    page.until_text("Proponents", "Opponents", "Shares by owner", "a ring | 猫", *samples.sample_ids[:3])
+    page.until_text(
+        "Proponents", "Opponents", "Shares by owner", "a ring | 猫", *samples.sample_ids[:3]
+    )
     assert page.text().count(f"{SCRIPT} | ring") >= 3
     assert not page.find_all("td img, td script")
     cells = [cell.text for cell in page.find_all("td")]
@@ -93,8 +101,12 @@ def test_text_shows_the_ranking_and_hostile_captions_as_they_are(board: tuple[Pa
 def test_custom_scalars_group_the_curves(board: tuple[Path, str, Page]) -> None:
     _, url, page = board
     page.open(f"{url}#custom_scalars")
-    page.until_text("ctrak: shares", "red: share by owner", "a ring | 猫: share by owner", "Matches (3)")
-    page.until_text("concept strength", "effective number of contributors", "seconds per checkpoint")
+    page.until_text(
+        "ctrak: shares", "red: share by owner", "a ring | 猫: share by owner", "Matches (3)"
+    )
+    page.until_text(
+        "concept strength", "effective number of contributors", "seconds per checkpoint"
+    )
     assert page.text().count("Matches (3)") == 3
     assert page.text().count("Matches (2)") == 4
 
@@ -123,7 +135,9 @@ def test_hparams_show_the_method_and_the_final_numbers(board: tuple[Path, str, P
 def test_the_projector_shows_points_and_their_metadata(board: tuple[Path, str, Page]) -> None:
     path, url, page = board
     page.open(f"{url}#projector")
-    page.until_text("Points: 12", "Dimension: 12", "owner", "caption", "score red", "score a ring | 猫")
+    page.until_text(
+        "Points: 12", "Dimension: 12", "owner", "caption", "score red", "score a ring | 猫"
+    )
     sprite = (path / "board" / "00005" / "ctrak" / "sprite.png").read_bytes()
     query = "data/plugin/projector/sprite_image?run=.&name=ctrak%3A00005"
     assert base64.b64decode(page.driver.execute_async_script(BYTES, url + query)) == sprite

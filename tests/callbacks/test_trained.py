@@ -1,4 +1,5 @@
-"""ConceptTracer: what trains, how its steps are counted, and what becomes of a run in which that changes."""
+"""ConceptTracer: what trains, how its steps are counted, and what becomes of a run in which that
+changes."""
 
 import warnings
 from collections.abc import Callable
@@ -8,7 +9,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -70,7 +76,8 @@ class Raw(Toy):
 
 
 class Adversarial(Raw):
-    """Two optimizers a batch: one that Lightning counts, one of the module's own that it does not know."""
+    """Two optimizers a batch: one that Lightning counts, one of the module's own that it does not
+    know."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +132,11 @@ def fit(
 
 
 def files_of(store: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in store.rglob("*")
+        if path.is_file()
+    }
 
 
 def steps(path: Path) -> list[int]:
@@ -137,7 +148,9 @@ def test_steps_that_lightning_does_not_count_are_counted(tmp_path: Path) -> None
     fit(tmp_path, module, every_n_train_steps=2)
     assert steps(tmp_path) == [2, 3, 4, 6]
     stored = TraceStore(tmp_path / "traces").checkpoints[-1].weights()
-    assert all(torch.equal(value, stored[n]) for n, value in module.named_parameters() if n in stored)
+    assert all(
+        torch.equal(value, stored[n]) for n, value in module.named_parameters() if n in stored
+    )
     assert len(stored) == 6
 
 
@@ -149,7 +162,9 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     fit(cut, Raw(), ModelCheckpoint(cut), epochs=3, ckpt_path=str(cut / "last.ckpt"))
     assert steps(whole) == steps(cut) == [3, 6, 9]
     for ours, theirs in zip(
-        TraceStore(whole / "traces").checkpoints, TraceStore(cut / "traces").checkpoints, strict=True
+        TraceStore(whole / "traces").checkpoints,
+        TraceStore(cut / "traces").checkpoints,
+        strict=True,
     ):
         torch.testing.assert_close(ours.features(), theirs.features(), rtol=0, atol=0)
 
@@ -158,7 +173,8 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
 def test_every_optimizer_of_the_run_counts_and_no_due_step_is_jumped_over(tmp_path: Path) -> None:
     with pytest.warns(UntrainedParameterWarning, match=r"judge\.bias, judge\.weight"):
         tracer = fit(tmp_path / "a", Adversarial(), every_n_epochs=None, every_n_train_steps=12)
-    # Two steps a batch, six batches; the second optimizer is met in training only, when the first traces are due.
+    # Two steps a batch, six batches; the second optimizer is met in training only, when the first
+    # traces are due.
     assert tracer.untraced_steps == [12]
     module = Adversarial()
     module.judge.requires_grad_(False)
@@ -167,7 +183,9 @@ def test_every_optimizer_of_the_run_counts_and_no_due_step_is_jumped_over(tmp_pa
 
 
 def test_changes_that_no_step_tells_of_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrainingChangedError, match=r"Step 0 has traces already.*6 parameters.*HINT"):
+    with pytest.raises(
+        TrainingChangedError, match=r"Step 0 has traces already.*6 parameters.*HINT"
+    ):
         fit(tmp_path, ByHand(), on_error="raise")
 
 
@@ -190,7 +208,8 @@ class ThawAtOnce(Thaw):
 
 
 class Chosen(Toy):
-    """Decides what trains, and with which frozen weights, when training starts; ``hook`` says in which of Lightning's hooks."""
+    """Decides what trains, and with which frozen weights, when training starts; ``hook`` says in
+    which of Lightning's hooks."""
 
     hook = "on_train_start"
 
@@ -226,10 +245,15 @@ OUTER = ["conv_in.bias", "conv_in.weight", "conv_out.bias", "conv_out.weight"]
     ],
 )
 def test_what_trains_is_what_does_at_the_first_step(
-    tmp_path: Path, module: Callable[[], Toy], callbacks: Callable[[], list[Any]], trained: list[str]
+    tmp_path: Path,
+    module: Callable[[], Toy],
+    callbacks: Callable[[], list[Any]],
+    trained: list[str],
 ) -> None:
     subject = module()
-    tracer = fit(tmp_path, subject, *callbacks(), ProvenanceRecorder(), on_error="raise", tracer_first=True)
+    tracer = fit(
+        tmp_path, subject, *callbacks(), ProvenanceRecorder(), on_error="raise", tracer_first=True
+    )
     assert tracer.trial_seconds > 0
     assert steps(tmp_path) == [3, 6]
     stored = TraceStore(tmp_path / "traces").checkpoints[-1].weights()
@@ -293,18 +317,24 @@ def test_what_is_in_no_optimizer_is_named_and_neither_traced_nor_stored(tmp_path
     fit(tmp_path / "frozen", frozen)
     idle, plain = (TraceStore(tmp_path / name / "traces") for name in ("idle", "frozen"))
     assert idle.header == plain.header
-    assert sorted(idle.checkpoints[-1].weights()) == ["denoiser.conv_out.bias", "denoiser.conv_out.weight"]
+    assert sorted(idle.checkpoints[-1].weights()) == [
+        "denoiser.conv_out.bias",
+        "denoiser.conv_out.weight",
+    ]
     torch.testing.assert_close(idle.checkpoints[-1].features(), plain.checkpoints[-1].features())
 
 
 class OwnAverage(Callback):
-    """An average of the weights by hand, put in their place at the end of every epoch, or for as long as a validation takes."""
+    """An average of the weights by hand, put in their place at the end of every epoch, or for as
+    long as a validation takes."""
 
     def __init__(self, gives_back: bool) -> None:
         self.gives_back = gives_back
 
     def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
-        self.average = {name: value.detach().clone() for name, value in pl_module.denoiser.named_parameters()}
+        self.average = {
+            name: value.detach().clone() for name, value in pl_module.denoiser.named_parameters()
+        }
 
     def on_train_batch_end(self, trainer: Any, pl_module: L.LightningModule, *args: Any) -> None:
         for name, value in pl_module.denoiser.named_parameters():
@@ -334,10 +364,14 @@ def test_weights_that_no_step_has_left_are_told_once(tmp_path: Path) -> None:
     # Where the average goes back in time, or is Lightning's own, what is traced is what trains.
     assert changes_told(tmp_path / "lent", OwnAverage(gives_back=True), **at_end) == []
     assert changes_told(tmp_path / "known", EMAWeightAveraging(decay=0.5), **at_end) == []
-    assert changes_told(tmp_path / "ema", EMAWeightAveraging(decay=0.5), weights="ema", **at_end) == []
+    assert (
+        changes_told(tmp_path / "ema", EMAWeightAveraging(decay=0.5), weights="ema", **at_end) == []
+    )
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")  # Lightning's own
+@pytest.mark.filterwarnings(
+    "ignore:Be aware that when using `ckpt_path`, callbacks used"
+)  # Lightning's own
 def test_another_runs_checkpoint_is_not_continued_into_a_store(tmp_path: Path) -> None:
     def saved(name: str, module: Toy, **options: Any) -> str:
         fit(tmp_path / name, module, ModelCheckpoint(tmp_path / name, save_last=True), **options)
@@ -351,7 +385,8 @@ def test_another_runs_checkpoint_is_not_continued_into_a_store(tmp_path: Path) -
     longer = saved("longer", Toy(), epochs=3)
     mine = tmp_path / "mine"
     before = files_of(mine / "traces")
-    # At a step that has traces the weights tell; at another one, nothing shows that the two are one run.
+    # At a step that has traces the weights tell; at another one, nothing shows that the two are one
+    # run.
     for checkpoint, told in {
         other: r"traces of step 6 are of other weights .*6 parameters differ.*Nothing was changed.*HINT",
         longer: r"holds traces of steps \[3, 6\] of run .*from step 9 of a checkpoint that was saved without this folder.*Nothing was changed.*HINT",

@@ -1,4 +1,5 @@
-"""The trial of a training run: what does not fit ends it before the first step, and what fits is left as it was."""
+"""The trial of a training run: what does not fit ends it before the first step, and what fits is
+left as it was."""
 
 import logging
 from pathlib import Path
@@ -22,7 +23,8 @@ RED = Concept("red", {"colour": "red", "shape": "bar"}, {"shape": "bar"})
 
 
 class Unaskable(ToyDiffusion):
-    """Knows no values by name, and raises what a dictionary would for unknown ones; traces as it should."""
+    """Knows no values by name, and raises what a dictionary would for unknown ones; traces as it
+    should."""
 
     known_attributes = property()  # type: ignore[assignment]
 
@@ -61,7 +63,10 @@ def test_what_does_not_fit_ends_a_run_before_its_first_step(tmp_path: Path, mode
     ("colour", "told"),
     [
         ("mauve", r"Concept\('red', present=.*Unaskable\.condition\(.*KeyError: 'mauve'"),
-        ("wide", r"`ConceptTracer\(.*asking Concept\('red'\).*Unaskable\.predict\(.*float32 \[1, 2, 24\]"),
+        (
+            "wide",
+            r"`ConceptTracer\(.*asking Concept\('red'\).*Unaskable\.predict\(.*float32 \[1, 2, 24\]",
+        ),
     ],
 )
 def test_a_monitors_concept_that_cannot_be_asked_ends_a_run_before_its_first_step(
@@ -96,7 +101,9 @@ def test_it_is_told_once_and_left_out_of_a_dry_run_and_a_resumed_one(
         assert callback.trial_seconds > 0
         resumed = {"max_epochs": 2, "ckpt_path": str(tmp_path / "ckpt" / "last.ckpt")}
         # No trial, but the concepts may be new ones.
-        mauve = ConceptMonitor([Concept("red", {"colour": "mauve", "shape": "bar"}, {"shape": "bar"})])
+        mauve = ConceptMonitor(
+            [Concept("red", {"colour": "mauve", "shape": "bar"}, {"shape": "bar"})]
+        )
         with pytest.raises(MisconfigurationException, match=r"ConceptMonitor.*KeyError: 'mauve'"):
             fit(Unaskable(), [tracer(tmp_path), mauve], **resumed)
         fit(ToyDiffusion(), [tracer(tmp_path)], **resumed)

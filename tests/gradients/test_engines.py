@@ -38,7 +38,9 @@ def test_layers_that_samples_share_go_through_the_loop_and_are_named(name: str) 
     with pytest.raises(GradientError, match='no sample alone: (layer|expert).*HINT.*engine="auto"'):
         features(case)
     tracer = GradientTracer(case.module, PROJECTION, engine="auto")
-    with pytest.warns(SlowParameterWarning, match="no sample alone: (layer|expert).*a pass per sample.*HINT"):
+    with pytest.warns(
+        SlowParameterWarning, match="no sample alone: (layer|expert).*a pass per sample.*HINT"
+    ):
         [ours] = tracer.vjps(case.forward, [weighted], SAMPLES)
     assert row_error(ours, features(case, "loop")) < TOLERANCE
     for rows in (slice(0, 1), slice(2, 5)):  # known by now, and told once
@@ -52,9 +54,12 @@ def test_layers_that_samples_share_go_through_the_loop_and_are_named(name: str) 
 def test_rows_that_change_their_samples_from_batch_to_batch_are_seen_to(name: str) -> None:
     whole = build(name)
     batches = [
-        Case(whole.module, (whole.inputs[0][: len(last)], torch.tensor(last))) for last in CHANGING[name][1]
+        Case(whole.module, (whole.inputs[0][: len(last)], torch.tensor(last)))
+        for last in CHANGING[name][1]
     ]
-    auto, hooks = (GradientTracer(whole.module, PROJECTION, engine=engine) for engine in ("auto", "hooks"))
+    auto, hooks = (
+        GradientTracer(whole.module, PROJECTION, engine=engine) for engine in ("auto", "hooks")
+    )
     for position, case in enumerate(batches):
         size, expected = len(case.inputs[0]), features(case, "loop")
         assert row_error(auto.vjps(case.forward, [weighted], size)[0], expected) < TOLERANCE
@@ -66,7 +71,9 @@ def test_rows_that_change_their_samples_from_batch_to_batch_are_seen_to(name: st
                 hooks,
                 GradientTracer(whole.module, PROJECTION),
             ):  # remembering, and at first sight
-                with pytest.raises(GradientError, match="no sample alone: (text|inner).*in a regular order"):
+                with pytest.raises(
+                    GradientError, match="no sample alone: (text|inner).*in a regular order"
+                ):
                     tracer.vjps(case.forward, [weighted], size)
 
 
@@ -118,7 +125,9 @@ def test_equals_dense_projection_of_the_loss_gradient(name: str, engine: str) ->
                 columns = [] if weight is None else [weight.reshape(len(weight), -1)]
                 matrix = np.concatenate(columns + ([] if bias is None else [bias[:, None]]), axis=1)
             left, right = tracer._projector.matrices(block, torch.device("cpu"))
-            row.append((left.numpy().astype(float).T @ matrix @ right.numpy().astype(float)).ravel())
+            row.append(
+                (left.numpy().astype(float).T @ matrix @ right.numpy().astype(float)).ravel()
+            )
         expected.append(np.concatenate(row))
     assert row_error(ours.double(), torch.from_numpy(np.stack(expected))) < TOLERANCE
 

@@ -1,4 +1,5 @@
-"""Graphs that are hard to hook: checkpointing, in-place operations, leaves, autocast, cotangents that differentiate."""
+"""Graphs that are hard to hook: checkpointing, in-place operations, leaves, autocast, cotangents
+that differentiate."""
 
 import pytest
 import torch
@@ -31,7 +32,9 @@ class Checkpointed(nn.Module):
         if self.x_requires_grad:
             x = x.detach().requires_grad_()
         return (
-            checkpoint(lambda x: self.second(self.first(x).tanh()).relu_(), x, use_reentrant=self.reentrant)
+            checkpoint(
+                lambda x: self.second(self.first(x).tanh()).relu_(), x, use_reentrant=self.reentrant
+            )
             + x
         )
 
@@ -69,7 +72,8 @@ def test_checkpointing_with_layers_frozen_after_the_tracer_was_made(trainable: s
     case = frozen(Case(Checkpointed(False), (torch.randn(SAMPLES, 3, 5),)), trainable)
     expected = features(case, "loop")
     tracers = [
-        GradientTracer(case.module, PROJECTION, engine=engine) for engine in ("hooks", "loop", "functional")
+        GradientTracer(case.module, PROJECTION, engine=engine)
+        for engine in ("hooks", "loop", "functional")
     ]
     case.module.requires_grad_(False)
     for tracer in tracers[:2]:
@@ -83,7 +87,8 @@ def test_layers_frozen_after_the_tracer_was_made() -> None:
     case = build("lora_unet")
     expected = features(case, "loop")
     tracers = [
-        GradientTracer(case.module, PROJECTION, engine=engine) for engine in ("hooks", "loop", "functional")
+        GradientTracer(case.module, PROJECTION, engine=engine)
+        for engine in ("hooks", "loop", "functional")
     ]
     case.module.requires_grad_(False)
     for tracer in tracers:
@@ -102,7 +107,9 @@ def test_recomputation_inside_the_forward_pass_adds_nothing() -> None:
     loop = GradientTracer(case.module, PROJECTION, engine="loop")
     constant = [lambda e, rows: torch.ones_like(e)]
     assert (
-        row_error(tracer.vjps(forward, constant, SAMPLES)[0], loop.vjps(forward, constant, SAMPLES)[0])
+        row_error(
+            tracer.vjps(forward, constant, SAMPLES)[0], loop.vjps(forward, constant, SAMPLES)[0]
+        )
         < TOLERANCE
     )
 
@@ -181,7 +188,9 @@ def test_cotangent_that_differentiates(checkpointing: bool) -> None:
         loss = (x0_hat - x0[rows]).square().flatten(1).mean(1).sum()
         return -2 * torch.autograd.grad(loss, seen["x_t"], retain_graph=True)[0] / e[0].numel()
 
-    hooks = GradientTracer(case.module, PROJECTION).vjps(forward, [posterior, weighted, posterior], SAMPLES)
+    hooks = GradientTracer(case.module, PROJECTION).vjps(
+        forward, [posterior, weighted, posterior], SAMPLES
+    )
     loop = GradientTracer(case.module, PROJECTION, engine="loop").vjps(
         forward, [posterior, weighted], SAMPLES
     )
@@ -219,7 +228,9 @@ def test_autocast(outside: bool) -> None:
     exact = features(case)
     for engine in ("hooks", "loop"):
         with torch.autocast("cpu", torch.bfloat16, enabled=outside):
-            inside = Case(case.module, case.inputs, _autocast(case.call) if not outside else case.call)
+            inside = Case(
+                case.module, case.inputs, _autocast(case.call) if not outside else case.call
+            )
             ours = features(inside, engine)
         assert ours.dtype == torch.float32
         assert torch.cosine_similarity(ours, exact).min() > 0.99
@@ -263,7 +274,11 @@ def test_hooks_of_others_and_keyword_calls() -> None:
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     first.register_forward_pre_hook(lambda module, args: (args[0].cos(),))
     first.register_forward_hook(lambda module, args, output: 2 * output.tanh())
-    case = Case(nn.Sequential(first, second), (torch.randn(SAMPLES, 4),), lambda m, x: second(input=first(x)))
+    case = Case(
+        nn.Sequential(first, second),
+        (torch.randn(SAMPLES, 4),),
+        lambda m, x: second(input=first(x)),
+    )
     assert row_error(features(case), features(case, "loop")) < TOLERANCE
 
 

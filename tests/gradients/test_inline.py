@@ -1,4 +1,5 @@
-"""StepRecorder: rows of a training step's own backward pass against the per-sample loop, and the step itself untouched."""
+"""StepRecorder: rows of a training step's own backward pass against the per-sample loop, and the
+step itself untouched."""
 
 import copy
 from collections.abc import Callable
@@ -126,7 +127,8 @@ BESIDE_THE_GRAPH: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], str]] =
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", BESIDE_THE_GRAPH)
 def test_a_layer_used_beside_its_recorded_calls_is_refused(name: str, autocast: bool) -> None:
-    """Under autocast the weight is cast once, and the layer's call and the other product share the copy."""
+    """Under autocast the weight is cast once, and the layer's call and the other product share the
+    copy."""
     again, message = BESIDE_THE_GRAPH[name]
     module = randomized(Passes(again))
     recorder = GradientTracer(module, PROJECTION).step_recorder()
@@ -158,7 +160,9 @@ def test_a_layer_called_twice_under_autocast_and_reentrant_checkpointing_without
         loss = twice(x).float().square().mean()
     recorder.before_backward(loss)
     loss.backward()
-    cosine = torch.cosine_similarity(recorder.rows() * SAMPLES, features(Case(twice, (x,)), "loop"), dim=1)
+    cosine = torch.cosine_similarity(
+        recorder.rows() * SAMPLES, features(Case(twice, (x,)), "loop"), dim=1
+    )
     recorder.detach()
     assert cosine.shape == (SAMPLES,)
     around = Case(randomized(Passes(lambda layer, h: reentrant(torch.tanh, h))), (x,))
@@ -242,7 +246,8 @@ def test_a_batch_of_other_samples_is_refused() -> None:
 @pytest.mark.parametrize("name", SHARED)
 def test_layers_that_samples_share_are_refused(name: str) -> None:
     with pytest.raises(
-        GradientError, match=r"no sample of the training batch of 6 alone: \['(layer|expert).*capture"
+        GradientError,
+        match=r"no sample of the training batch of 6 alone: \['(layer|expert).*capture",
     ):
         inline_rows(build(name))
 
@@ -290,7 +295,8 @@ def test_a_layer_without_gradient_is_looked_at_again_and_the_rest_once(
 
 
 def test_the_steps_gradients_stay_under_checkpointing_with_dropout() -> None:
-    """Looking for layouts runs the checkpointed part again; the step's own recomputation must draw the same numbers."""
+    """Looking for layouts runs the checkpointed part again; the step's own recomputation must draw
+    the same numbers."""
 
     class Dropping(torch.nn.Module):
         def __init__(self) -> None:

@@ -71,7 +71,10 @@ def test_gradients_are_on_inside_no_grad() -> None:
 
 
 def test_inference_mode_is_refused() -> None:
-    with torch.inference_mode(), pytest.raises(GradientError, match=r"inference_mode.*needs autograd.*HINT"):
+    with (
+        torch.inference_mode(),
+        pytest.raises(GradientError, match=r"inference_mode.*needs autograd.*HINT"),
+    ):
         features(build("linear_2d"))
 
 
@@ -88,7 +91,9 @@ def test_grad_rng_and_parameters_are_untouched() -> None:
     for parameter in parameters.values():
         if parameter.requires_grad:
             parameter.grad = torch.full_like(parameter, 2.0)
-    facts = {n: (p.requires_grad, p.grad, p._version, p.detach().clone()) for n, p in parameters.items()}
+    facts = {
+        n: (p.requires_grad, p.grad, p._version, p.detach().clone()) for n, p in parameters.items()
+    }
     state = torch.get_rng_state()
     for engine in ("hooks", "loop", "functional"):
         features(case, engine)
@@ -123,7 +128,8 @@ def test_compiled_modules_run_eagerly() -> None:
 
 
 def test_autocast_does_not_reach_a_trace() -> None:
-    """A raw loop may ask for traces inside its own autocast; the network answers in its parameters' dtype."""
+    """A raw loop may ask for traces inside its own autocast; the network answers in its parameters'
+    dtype."""
     module = nn.Linear(4, 4)
     x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     plain = module(x)
@@ -135,7 +141,8 @@ def test_autocast_does_not_reach_a_trace() -> None:
 
 
 def test_a_second_thread_is_refused_and_flags_are_restored() -> None:
-    """Both on one network and on two that share a part; the attention backend is as before when the last has left."""
+    """Both on one network and on two that share a part; the attention backend is as before when the
+    last has left."""
     shared = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).train()
     around = nn.Sequential(shared, nn.Linear(3, 3)).train()
     other = nn.Linear(3, 3).train()
@@ -152,7 +159,10 @@ def test_a_second_thread_is_refused_and_flags_are_restored() -> None:
     try:
         assert inside.wait(30)
         for module in (shared, around, shared[0]):
-            with pytest.raises(GradientError, match="Two threads trace one.*HINT"), tracing_mode(module):
+            with (
+                pytest.raises(GradientError, match="Two threads trace one.*HINT"),
+                tracing_mode(module),
+            ):
                 pass
             assert not shared.training
         with tracing_mode(other):  # a network of its own

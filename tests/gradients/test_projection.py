@@ -18,7 +18,9 @@ SEEDS = 1500
 def test_inner_products_are_unbiased(rank: int, dim: int | None) -> None:
     shapes = {"a": (6, 9), "b": (2, 7), "c": (5, 1)}
     generator = torch.Generator().manual_seed(0)
-    gradients = {name: torch.randn(2, *shape, generator=generator) + 0.5 for name, shape in shapes.items()}
+    gradients = {
+        name: torch.randn(2, *shape, generator=generator) + 0.5 for name, shape in shapes.items()
+    }
     gradients = {name: g + 0.5 * g[:1] for name, g in gradients.items()}
     exact = sum(float((g[0] * g[1]).sum()) for g in gradients.values())
     products = []
@@ -56,7 +58,11 @@ def test_a_block_does_not_depend_on_the_others() -> None:
 def test_sides_blocks_and_seeds_differ() -> None:
     projector = BlockProjector(Projection(rank=2), {"a": (9, 9), "b": (9, 9)})
     other = BlockProjector(Projection(rank=2, seed=1), {"a": (9, 9)})
-    sides = [*projector.matrices("a", CPU), *projector.matrices("b", CPU), *other.matrices("a", CPU)]
+    sides = [
+        *projector.matrices("a", CPU),
+        *projector.matrices("b", CPU),
+        *other.matrices("a", CPU),
+    ]
     for i, side in enumerate(sides):
         assert not any(torch.equal(side, another) for another in sides[:i])
 
@@ -90,11 +96,21 @@ def test_matrices_are_cached() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"rank": 0}, {"rank": 2.5}, {"rank": True}, {"dim": 0}, {"dim": "all"}, {"seed": -1}, {"seed": None}],
+    [
+        {"rank": 0},
+        {"rank": 2.5},
+        {"rank": True},
+        {"dim": 0},
+        {"dim": "all"},
+        {"seed": -1},
+        {"seed": None},
+    ],
 )
 def test_wrong_settings_are_refused(options: dict[str, Any]) -> None:
     [(field, value)] = options.items()
-    with pytest.raises(ValueError, match=rf"Projection\({field}={value!r}\).*expected an integer.*HINT"):
+    with pytest.raises(
+        ValueError, match=rf"Projection\({field}={value!r}\).*expected an integer.*HINT"
+    ):
         Projection(**options)
 
 

@@ -82,9 +82,12 @@ def test_reference_engines_trace_bare_and_shared_parameters() -> None:
     exact = features(case, "loop", Projection(rank=1000, dim=None))
     case.module.zero_grad()
     (
-        case.forward(torch.tensor([1])) * weighted(case.forward(torch.tensor([1])), torch.tensor([1]))
+        case.forward(torch.tensor([1]))
+        * weighted(case.forward(torch.tensor([1])), torch.tensor([1]))
     ).sum().backward()
-    squares = sum(float(p.grad.square().sum()) for p in case.module.parameters() if p.grad is not None)
+    squares = sum(
+        float(p.grad.square().sum()) for p in case.module.parameters() if p.grad is not None
+    )
     assert exact[1].square().sum().item() == pytest.approx(squares, rel=1e-5)
 
 
@@ -136,10 +139,14 @@ def test_auto_allows_states_that_do_not_reach_the_parameters_without_hook() -> N
     assert row_error(ours, features(bare, "loop")) < TOLERANCE
 
 
-@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])
+@pytest.mark.parametrize(
+    "option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}]
+)
 def test_embedding_options_are_not_traced(option: dict[str, Any]) -> None:
     module = nn.Sequential(nn.Embedding(5, 4, **option), nn.Linear(4, 4))
-    with pytest.warns(UntracedParameterWarning, match=rf"0\.weight \(nn\.Embedding\({next(iter(option))}"):
+    with pytest.warns(
+        UntracedParameterWarning, match=rf"0\.weight \(nn\.Embedding\({next(iter(option))}"
+    ):
         assert GradientTracer(module, PROJECTION).block_names == ["1"]
     with pytest.raises(GradientError, match="none of the trainable parameters can be traced"):
         GradientTracer(module[0], PROJECTION)
@@ -154,7 +161,9 @@ def test_layers_with_a_forward_of_their_own_are_not_traced() -> None:
         GradientTracer(Other(3, 3))
     scaled = nn.Linear(3, 3)
     scaled.forward = lambda x: nn.functional.linear(x, 3 * scaled.weight)  # type: ignore[method-assign]
-    with pytest.raises(GradientError, match="Linear with a `forward` of its own is not a known layer kind"):
+    with pytest.raises(
+        GradientError, match="Linear with a `forward` of its own is not a known layer kind"
+    ):
         GradientTracer(scaled)
 
     class Standardised(nn.Conv2d):
@@ -168,14 +177,17 @@ def test_layers_with_a_forward_of_their_own_are_not_traced() -> None:
 def test_attention_of_torch_is_not_traced() -> None:
     module = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
     with pytest.warns(
-        UntracedParameterWarning, match=r"0\.self_attn\.out_proj\.weight \(used inside nn\.MultiheadAttention"
+        UntracedParameterWarning,
+        match=r"0\.self_attn\.out_proj\.weight \(used inside nn\.MultiheadAttention",
     ):
         tracer = GradientTracer(module, PROJECTION)
     assert tracer.block_names == ["0.linear1", "0.linear2", "0.norm1", "0.norm2"]
     x = torch.randn(SAMPLES, 3, 4)
     [ours] = tracer.vjps(lambda rows: module(x[rows]), [weighted], SAMPLES)
     loop = GradientTracer(module, PROJECTION, engine="loop", layers=["*linear*", "*norm*"])
-    assert row_error(ours, loop.vjps(lambda rows: module(x[rows]), [weighted], SAMPLES)[0]) < TOLERANCE
+    assert (
+        row_error(ours, loop.vjps(lambda rows: module(x[rows]), [weighted], SAMPLES)[0]) < TOLERANCE
+    )
 
 
 def test_parametrized_weights_are_not_traced() -> None:
@@ -203,17 +215,23 @@ def test_patterns_select_layers() -> None:
 def test_lora_traces_the_adapter_alone() -> None:
     tracer = GradientTracer(build("lora_unet").module, PROJECTION)
     assert len(tracer.block_names) == 4 * 2 * 4 * 2
-    assert all(".lora_A.default" in name or ".lora_B.default" in name for name in tracer.block_names)
+    assert all(
+        ".lora_A.default" in name or ".lora_B.default" in name for name in tracer.block_names
+    )
 
 
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
     module = build("conditional_unet").module
-    with pytest.raises(GradientError, match=r"'\*attn3\*' matches no module.*'conv_in'.*and \d+ more.*HINT"):
+    with pytest.raises(
+        GradientError, match=r"'\*attn3\*' matches no module.*'conv_in'.*and \d+ more.*HINT"
+    ):
         GradientTracer(module, layers=["*attn2*", "*attn3*"])
 
 
 def test_nothing_to_trace_is_refused() -> None:
-    with pytest.raises(GradientError, match=r"no parameter requires a gradient.*'weight', 'bias'.*HINT"):
+    with pytest.raises(
+        GradientError, match=r"no parameter requires a gradient.*'weight', 'bias'.*HINT"
+    ):
         GradientTracer(nn.Linear(2, 2).requires_grad_(False))
     with pytest.raises(GradientError, match="It has: none"):
         GradientTracer(nn.ReLU())
@@ -239,7 +257,9 @@ def test_description() -> None:
     facts = json.loads(json.dumps(tracer.describe()))
     assert (
         facts
-        == GradientTracer(module, Projection(rank=3, dim=32), layers=["*conv*"], engine="loop").describe()
+        == GradientTracer(
+            module, Projection(rank=3, dim=32), layers=["*conv*"], engine="loop"
+        ).describe()
     )
     assert facts["projection"] == {"rank": 3, "dim": 32, "seed": 0}
     assert facts["layers"] == ["*conv*"]
@@ -250,7 +270,13 @@ def test_description() -> None:
         GradientTracer(nn.Linear(3, 2)),
     ]
     assert (
-        len({facts["parameters_sha256"], *(other.describe()["parameters_sha256"] for other in others)}) == 4
+        len(
+            {
+                facts["parameters_sha256"],
+                *(other.describe()["parameters_sha256"] for other in others),
+            }
+        )
+        == 4
     )
 
 
@@ -295,7 +321,9 @@ def test_wrong_cotangents_are_refused(cotangent: Callable[..., Any]) -> None:
 def test_cotangents_of_another_dtype(dtype: torch.dtype) -> None:
     case = build("linear_2d")
     ours = features(case, cotangents=[lambda e, rows: (4 * weighted(e, rows)).round().to(dtype)])
-    assert torch.equal(ours, features(case, cotangents=[lambda e, rows: (4 * weighted(e, rows)).round()]))
+    assert torch.equal(
+        ours, features(case, cotangents=[lambda e, rows: (4 * weighted(e, rows)).round()])
+    )
 
 
 def test_empty_batches_are_refused() -> None:
@@ -311,7 +339,8 @@ def test_a_shared_input_that_does_not_matter_is_passed_over() -> None:
 
 
 class Gated(nn.Module):
-    """A layer on [T, B, C] that has no gradient while its gate is shut, as a LoRA before its first step."""
+    """A layer on [T, B, C] that has no gradient while its gate is shut, as a LoRA before its first
+    step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -326,14 +355,18 @@ def counted_passes(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """Grows with every call of `torch.autograd.grad`."""
     passes: list[None] = []
     grad = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (passes.append(None), grad(*a, **k))[1])
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *a, **k: (passes.append(None), grad(*a, **k))[1]
+    )
     return passes
 
 
 def test_a_layer_without_gradient_is_looked_at_again() -> None:
     torch.manual_seed(0)
     case = Case(Gated(), (torch.randn(SAMPLES, SAMPLES, 4),))
-    tracer, loop = (GradientTracer(case.module, PROJECTION, engine=engine) for engine in ("hooks", "loop"))
+    tracer, loop = (
+        GradientTracer(case.module, PROJECTION, engine=engine) for engine in ("hooks", "loop")
+    )
     for gate in (0.0, 0.0, 1.0, 2.0):
         case.module.gate = gate  # type: ignore[assignment]
         ours, theirs = (each.vjps(case.forward, [weighted], SAMPLES)[0] for each in (tracer, loop))
@@ -354,7 +387,9 @@ def test_layouts_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_layouts_of_the_usual_networks_are_remembered(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layouts_of_the_usual_networks_are_remembered(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = build(name)
     tracer = GradientTracer(case.module, PROJECTION)
     tracer.vjps(case.forward, [weighted], 2)
@@ -391,7 +426,9 @@ def test_check_names_layers_whose_samples_are_not_independent() -> None:
             return self.after(x / x.norm()) + 10 * self.before(x)
 
     case = Case(Normed(), (torch.randn(SAMPLES, 4),))
-    with pytest.raises(GradientError, match=r"batch of 6 differ.*1 layers: after \(.*batch first.*HINT"):
+    with pytest.raises(
+        GradientError, match=r"batch of 6 differ.*1 layers: after \(.*batch first.*HINT"
+    ):
         GradientTracer(case.module, PROJECTION).check(
             case.forward, [lambda e, rows: torch.ones_like(e)], SAMPLES
         )
@@ -414,14 +451,17 @@ def test_check_tries_another_batch_size_and_order() -> None:
 
 
 def test_layers_can_weigh_the_same() -> None:
-    """Each layer's part of a row at norm 1, against tracers of one layer each; a layer without gradient stays zero."""
+    """Each layer's part of a row at norm 1, against tracers of one layer each; a layer without
+    gradient stays zero."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 4))
     x, weight = torch.randn(3, 5), torch.randn(3, 4) * torch.tensor([[1.0], [100.0], [0.0]])
 
     def rows(layers: list[str] | None, dim: int | None) -> tuple[GradientTracer, torch.Tensor]:
         tracer = GradientTracer(network, Projection(rank=3, dim=dim), layers=layers)
-        return tracer, tracer.vjps(lambda r: network(x[r]), [lambda e, r: weight[r]], 3, sketch=False)[0]
+        return tracer, tracer.vjps(
+            lambda r: network(x[r]), [lambda e, r: weight[r]], 3, sketch=False
+        )[0]
 
     for dim in (None, 20):
         tracer, joined = rows(None, dim)
@@ -436,7 +476,8 @@ def test_layers_can_weigh_the_same() -> None:
         torch.testing.assert_close(tracer.sketch(joined, unit_layers=True), total)
         assert tracer.sketch(joined, unit_layers=True)[2].eq(0).all()
         torch.testing.assert_close(
-            tracer.sketch(joined), tracer.vjps(lambda r: network(x[r]), [lambda e, r: weight[r]], 3)[0]
+            tracer.sketch(joined),
+            tracer.vjps(lambda r: network(x[r]), [lambda e, r: weight[r]], 3)[0],
         )
     before = joined.clone()
     tracer.sketch(joined, unit_layers=True)

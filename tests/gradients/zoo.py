@@ -17,7 +17,8 @@ PROJECTION = Projection(rank=4, dim=None, seed=3)
 
 @dataclass
 class Case:
-    """A network, its inputs (each [SAMPLES, ...]) and how it is called with a selection of their rows."""
+    """A network, its inputs (each [SAMPLES, ...]) and how it is called with a selection of their
+    rows."""
 
     module: nn.Module
     inputs: tuple[Tensor, ...]
@@ -102,7 +103,11 @@ def conditional_unet() -> Case:
         cross_attention_dim=12,
         attention_head_dim=4,
     )
-    inputs = (torch.randn(SAMPLES, 2, 8, 8), torch.arange(SAMPLES) * 100, torch.randn(SAMPLES, 3, 12))
+    inputs = (
+        torch.randn(SAMPLES, 2, 8, 8),
+        torch.arange(SAMPLES) * 100,
+        torch.randn(SAMPLES, 3, 12),
+    )
     return Case(randomized(module), inputs, lambda m, x, t, c: m(x, t, c, return_dict=False)[0])
 
 
@@ -185,7 +190,8 @@ class FramesFirst(Frames):
 
 
 class BatchInside(nn.Module):
-    """A layer whose input has the batch between two dimensions, and one that sees every sample twice, as under guidance."""
+    """A layer whose input has the batch between two dimensions, and one that sees every sample
+    twice, as under guidance."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,7 +236,8 @@ def shared(layer: nn.Module, given: Tensor) -> Callable[[], Case]:
 
 
 class Routed(nn.Module):
-    """A layer that sees the positions that a router sends to it, more of one sample than of another."""
+    """A layer that sees the positions that a router sends to it, more of one sample than of
+    another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +250,8 @@ class Routed(nn.Module):
 
 
 class Packed(nn.Module):
-    """A layer that sees texts [B, T, 5] without their padding, which a mask takes off, or cuts of the texts' lengths put back."""
+    """A layer that sees texts [B, T, 5] without their padding, which a mask takes off, or cuts of
+    the texts' lengths put back."""
 
     def __init__(self, is_cut: bool) -> None:
         super().__init__()
@@ -325,7 +333,9 @@ SMALL: dict[str, Callable[[], Case]] = {
     ),
     "conv_same": convolution(nn.Conv2d(3, 5, (4, 3), padding="same", dilation=(1, 2)), 3, 7, 6),
     "conv_valid": convolution(nn.Conv2d(3, 5, 3, padding="valid"), 3, 7, 6),
-    "conv_reflect": convolution(nn.Conv2d(3, 5, 3, padding=(1, 2), padding_mode="reflect"), 3, 7, 6),
+    "conv_reflect": convolution(
+        nn.Conv2d(3, 5, 3, padding=(1, 2), padding_mode="reflect"), 3, 7, 6
+    ),
     "conv_circular_same": convolution(
         nn.Conv2d(3, 5, (4, 3), padding="same", padding_mode="circular"), 3, 7, 6
     ),
@@ -356,20 +366,26 @@ SHARED: dict[str, Callable[[], Case]] = {
     "position_ids_of_one_row": shared(nn.Embedding(6, 5), torch.arange(6)[None]),
     "constant_tokens": shared(nn.Linear(4, 5), torch.randn(6, 4)),
     "one_time": shared(nn.Linear(4, 5), torch.randn(4)),
-    "learned_queries": shared(nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5)), torch.randn(1, 6, 4)),
+    "learned_queries": shared(
+        nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5)), torch.randn(1, 6, 4)
+    ),
     "routed": lambda: Case(randomized(Routed()), (torch.randn(SAMPLES, 4, 5),)),
 }
 """Layers with rows that are no sample's own, or in no order: these go through a pass per sample."""
 CHANGING: dict[str, tuple[Callable[[], Case], list[list[int]]]] = {
     "packed": (lambda: packed(False), [[3, 3, 3, 3, 3, 3], [4, 3, 3, 3, 3, 2], [5, 1]]),
-    "packed_and_cut": (lambda: packed(True), [[3, 3, 3, 3, 3, 3], [3, 3, 5, 1, 3, 3], [3, 3], [5, 1]]),
+    "packed_and_cut": (
+        lambda: packed(True),
+        [[3, 3, 3, 3, 3, 3], [3, 3, 5, 1, 3, 3], [3, 3], [5, 1]],
+    ),
     "sorted": (
         lambda: Case(randomized(Sorted()), (torch.randn(SAMPLES, 5), torch.arange(SAMPLES))),
         [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 5, 4], [0, 1, 2, 4, 3]],
     ),
 }
-"""Cases whose last input changes the rows of a layer from batch to batch, and what it is in some batches; in the first of a number of
-samples the rows may be in order, with the shape of the others."""
+"""Cases whose last input changes the rows of a layer from batch to batch, and what it is in some
+batches; in the first of a number of samples the rows may be in order, with the shape of the
+others."""
 ZOO = LARGE | SMALL | REORDERED
 
 

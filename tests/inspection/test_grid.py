@@ -31,7 +31,8 @@ def test_images_stand_in_their_places(side: int) -> None:
     images = thumbnails(7, side, side)
     generated = torch.rand(3, side, side, generator=torch.Generator().manual_seed(1))
     picture = concept_grid(
-        answer_of(SCORES, OWNERS, images=images, image=generated), Shown(group="owner", top=5, bottom=2)
+        answer_of(SCORES, OWNERS, images=images, image=generated),
+        Shown(group="owner", top=5, bottom=2),
     )
     geometry = Geometry(5, 2)
     assert picture.size == geometry.size
@@ -54,7 +55,11 @@ def test_images_stand_in_their_places(side: int) -> None:
 
 def test_boxes_do_not_touch_and_lie_inside() -> None:
     geometry = Geometry(11, 6)
-    boxes = [geometry.generated, *map(geometry.proponent, range(11)), *map(geometry.opponent, range(6))]
+    boxes = [
+        geometry.generated,
+        *map(geometry.proponent, range(11)),
+        *map(geometry.opponent, range(6)),
+    ]
     width, height = geometry.size
     covered = np.zeros((height, width), dtype=int)
     for left, top, right, bottom in boxes:
@@ -106,7 +111,9 @@ def test_rank_score_owner_are_drawn_below_each_image() -> None:
     plain = below(answer_of(SCORES, OWNERS, images=images), None)
     owner = below(answer_of(SCORES, OWNERS, images=images), "owner")
     other = below(answer_of(SCORES, {"owner": ["zed"] * 7}, images=images), "owner")
-    score = below(answer_of([2 * s for s in SCORES[:5]] + [9.0, 0.2], OWNERS, images=images), "owner")
+    score = below(
+        answer_of([2 * s for s in SCORES[:5]] + [9.0, 0.2], OWNERS, images=images), "owner"
+    )
     assert (plain[:26] == owner[:26]).all()
     assert (plain[26:46] == 255).all()
     assert (owner[26:46] != other[26:46]).any()
@@ -128,9 +135,13 @@ def test_bars_are_as_long_as_the_shares() -> None:
 
 def test_a_concept_within_noise_says_so_in_the_title() -> None:
     def title(strength: float) -> np.ndarray:
-        return np.asarray(concept_grid(answer_of(SCORES, strength=strength), Shown(group=None)))[:60]
+        return np.asarray(concept_grid(answer_of(SCORES, strength=strength), Shown(group=None)))[
+            :60
+        ]
 
-    reds = [(title(s)[..., 0].astype(int) - title(s)[..., 1]).max() for s in (0.2, float("nan"), 1e-5)]
+    reds = [
+        (title(s)[..., 0].astype(int) - title(s)[..., 1]).max() for s in (0.2, float("nan"), 1e-5)
+    ]
     assert reds[0] == reds[1] < 20 < 100 < reds[2]
 
 

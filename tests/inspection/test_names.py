@@ -29,7 +29,9 @@ def test_equal_names_of_several_things_get_parts_of_their_own() -> None:
 
 
 def test_letters_that_the_font_lacks_are_replaced() -> None:
-    assert drawable("José Ångström") == "Jose Angstrom" == drawable("Jose\u0301 A\u030angstro\u0308m")
+    assert (
+        drawable("José Ångström") == "Jose Angstrom" == drawable("Jose\u0301 A\u030angstro\u0308m")
+    )
     assert drawable("猫 owl 🦉") == "? owl ?"
     assert drawable("a\n\tb\x00\u202ec") == "a b c"
     assert drawable("Ⅻ ™") == "XII ™"
@@ -66,10 +68,17 @@ def test_each_chart_matches_its_own_tags_only(group: str | None) -> None:
         for title, lines in category.items()
     }
     tags = [
-        *("ctrak/share/a.b/noto", "ctrak/share/axb/noto", "ctrak/strength/a.b", "ctrak/contributors/axb"),
+        *(
+            "ctrak/share/a.b/noto",
+            "ctrak/share/axb/noto",
+            "ctrak/strength/a.b",
+            "ctrak/contributors/axb",
+        ),
         *("ctrak/trace_norm/q50", "ctrak/seconds/tracer", "ctrak/overhead/monitor", "train_loss"),
     ]
-    found = {title: [tag for tag in tags if re.match(pattern, tag)] for title, pattern in charts.items()}
+    found = {
+        title: [tag for tag in tags if re.match(pattern, tag)] for title, pattern in charts.items()
+    }
     expected = {
         "concept strength": ["ctrak/strength/a.b"],
         "effective number of contributors": ["ctrak/contributors/axb"],

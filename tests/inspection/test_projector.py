@@ -16,7 +16,9 @@ from ctrak_lightning.traces import SampleTable, StoreHeader
 from .answers import result_of, thumbnails
 
 
-def store_of(path: Path, features: Tensor, table: SampleTable, dtype: str = "float32") -> TraceStore:
+def store_of(
+    path: Path, features: Tensor, table: SampleTable, dtype: str = "float32"
+) -> TraceStore:
     n, k = features.shape
     facts = {"method": {}, "projection": {}, "model": {}, "dataset": {"size": n}}
     writer = TraceWriter(path, StoreHeader(**facts, dim=k, dtype=dtype))  # type: ignore[arg-type]
@@ -43,10 +45,13 @@ def test_principal_components_are_scikit_learns(n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_points_are_of_unit_rows_and_rows_sprites_and_points_agree(tmp_path: Path, dtype: str) -> None:
+def test_points_are_of_unit_rows_and_rows_sprites_and_points_agree(
+    tmp_path: Path, dtype: str
+) -> None:
     n = 9
     features = (
-        torch.randn(n, 30, generator=torch.Generator().manual_seed(0)) * torch.arange(1, n + 1)[:, None]
+        torch.randn(n, 30, generator=torch.Generator().manual_seed(0))
+        * torch.arange(1, n + 1)[:, None]
     )
     images = thumbnails(n, 12, 16)
     table = SampleTable(
@@ -83,7 +88,9 @@ def test_of_many_samples_the_extremes_are_kept(tmp_path: Path) -> None:
     features = torch.randn(n, 70, generator=torch.Generator().manual_seed(0))
     table = SampleTable([str(i) for i in range(n)], [""] * n)
     store = store_of(tmp_path, features, table)
-    results = [result_of(torch.randn(n, generator=torch.Generator().manual_seed(s))) for s in range(3)]
+    results = [
+        result_of(torch.randn(n, generator=torch.Generator().manual_seed(s))) for s in range(3)
+    ]
     found = embedding(store.checkpoints[0], store.samples, results, points=120)
     assert found.points.shape == (120, 64)
     assert found.sprites is None
@@ -92,9 +99,9 @@ def test_of_many_samples_the_extremes_are_kept(tmp_path: Path) -> None:
     for result in results:
         order = result.scores.argsort(descending=True).tolist()
         assert {*order[:20], *order[-20:]} <= set(shown)
-    assert [row[0] for row in embedding(store.checkpoints[0], store.samples, results, points=120).rows] == [
-        row[0] for row in found.rows
-    ]
+    assert [
+        row[0] for row in embedding(store.checkpoints[0], store.samples, results, points=120).rows
+    ] == [row[0] for row in found.rows]
 
 
 def test_nothing_ends_a_field() -> None:

@@ -13,7 +13,10 @@ def shares(values: dict[str, float]) -> list[Share]:
 
 def test_few_owners_are_all_shown() -> None:
     values = {f"o{i}": (i + 1) / 55 for i in range(10)}
-    assert ShareCurves().values(shares(values)) == (dict(sorted(values.items(), key=lambda v: -v[1])), None)
+    assert ShareCurves().values(shares(values)) == (
+        dict(sorted(values.items(), key=lambda v: -v[1])),
+        None,
+    )
 
 
 def test_of_many_the_largest_of_each_checkpoint_are_shown_and_stay() -> None:

@@ -81,7 +81,8 @@ def test_the_ranking_is_shown_whole_and_hostile_text_is_inert() -> None:
     scores = [f"{score:.3f}" for score in answer.result.scores.tolist()]
     one_line = [" ".join(text.split()) for text in HOSTILE]
     expected = [
-        [str(i + 1), " ".join(ids[i].split()), one_line[i], one_line[n - 1 - i], scores[i]] for i in range(n)
+        [str(i + 1), " ".join(ids[i].split()), one_line[i], one_line[n - 1 - i], scores[i]]
+        for i in range(n)
     ]
     assert proponents == [["rank", "id", "owner", "caption", "score"], *expected]
     assert opponents[1:] == [expected[-1], expected[-2]]
@@ -103,7 +104,18 @@ def test_what_is_missing_is_left_out_or_said() -> None:
     assert page.tables[1][0] == ["rank", "id", "score"]
     assert [row[1] for row in page.tables[1][1:]] == ["s0", "s2"]
     unlearnt = ranking(answer_of([1.0, 2.0], strength=1e-6), Shown(group=None))
-    assert rendered(unlearnt).tags == {"h3", "h4", "p", "strong", "table", "thead", "tbody", "tr", "th", "td"}
+    assert rendered(unlearnt).tags == {
+        "h3",
+        "h4",
+        "p",
+        "strong",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+    }
     assert 0 < unlearnt.index(escaped(NOT_LEARNT)) < unlearnt.index("Proponents")
     assert "says nothing" not in ranking(answer_of([1.0, 2.0]), Shown(group=None))
     undefined = rendered(ranking(answer_of([1.0, 2.0], strength=float("nan")), Shown(group=None)))

@@ -1,4 +1,5 @@
-"""Forgets that SIGKILL themselves at every sixth step; each runs in a fork, so torch is imported once. Writes a JSON report."""
+"""Forgets that SIGKILL themselves at every sixth step; each runs in a fork, so torch is imported
+once. Writes a JSON report."""
 
 import json
 import os

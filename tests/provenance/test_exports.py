@@ -1,4 +1,5 @@
-"""What others read: valid by the libraries that define it, without what was forgotten, and inert."""
+"""What others read: valid by the libraries that define it, without what was forgotten, and
+inert."""
 
 import json
 import re
@@ -47,13 +48,23 @@ def store(tmp_path: Path) -> Path:
     path = tmp_path / "hostile"
     capture = Capture(n=7, steps=(300, 600))
     writer = capture.open(path)
-    metadata = {"owner": HOSTILE, "licence": ["CC-BY", "MIT"] * 3 + [""], "a/b <i>": HOSTILE, "uri": [""] * 7}
+    metadata = {
+        "owner": HOSTILE,
+        "licence": ["CC-BY", "MIT"] * 3 + [""],
+        "a/b <i>": HOSTILE,
+        "uri": [""] * 7,
+    }
     ids = [f"{i}{text}" for i, text in enumerate(HOSTILE)]
     writer.write_samples(SampleTable(ids, ["0" * 64] * 7, metadata))
     for step in capture.steps:
         capture.run_checkpoint(writer, step)
     record_run(path, run_facts(path), resumed=False)
-    question = {"concept": {"name": "<b>"}, "asker": "me", "steps": [300], "result_sha256": "1" * 64}
+    question = {
+        "concept": {"name": "<b>"},
+        "asker": "me",
+        "steps": [300],
+        "result_sha256": "1" * 64,
+    }
     Ledger(path).append_all(
         [("query", question), ("run_ended", {"step": 600, "epoch": 6, "weights": "2" * 64})]
     )
@@ -70,7 +81,9 @@ def test_prov_is_read_by_the_prov_package_and_says_what_made_what(store: Path) -
     from prov import model
 
     document = read_prov(prov_json(store))
-    entities = {str(e.identifier): dict(e.attributes) for e in document.get_records(model.ProvEntity)}
+    entities = {
+        str(e.identifier): dict(e.attributes) for e in document.get_records(model.ProvEntity)
+    }
     samples = [name for name in entities if name.startswith("ctrak:sample-")]
     assert len(samples) == 7
     ids = {str(v) for e in samples for k, v in entities[e].items() if str(k) == "ctrak:sample_id"}
@@ -91,7 +104,9 @@ def test_prov_is_read_by_the_prov_package_and_says_what_made_what(store: Path) -
         ("ctrak:run-0", "ctrak:dataset"),
         ("ctrak:query-0", "ctrak:traces-300"),
     }
-    [run] = [a for a in document.get_records(model.ProvActivity) if str(a.identifier) == "ctrak:run-0"]
+    [run] = [
+        a for a in document.get_records(model.ProvActivity) if str(a.identifier) == "ctrak:run-0"
+    ]
     assert run.get_startTime() is not None
     assert run.get_endTime() >= run.get_startTime()
     owners = {str(a.identifier) for a in document.get_records(model.ProvAgent)} - {"ctrak:software"}
@@ -123,7 +138,9 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-@pytest.mark.parametrize("export", [prov_json, croissant, model_card, lambda path: block(TraceStore(path))])
+@pytest.mark.parametrize(
+    "export", [prov_json, croissant, model_card, lambda path: block(TraceStore(path))]
+)
 def test_what_was_forgotten_does_not_appear(store: Path, export: Any) -> None:
     text = json.dumps(export(store))
     gone = TraceStore(store).samples.sample_ids[5]

@@ -16,8 +16,21 @@ import pytest
 import torch
 
 from ctrak_lightning import Concept, TraceStore
-from ctrak_lightning.errors import CorruptStoreError, DatasetChangedError, StoreError, StoreLockedError
-from ctrak_lightning.provenance import Ledger, LedgerWarning, forget, forgetting, recording, signature, verify
+from ctrak_lightning.errors import (
+    CorruptStoreError,
+    DatasetChangedError,
+    StoreError,
+    StoreLockedError,
+)
+from ctrak_lightning.provenance import (
+    Ledger,
+    LedgerWarning,
+    forget,
+    forgetting,
+    recording,
+    signature,
+    verify,
+)
 from ctrak_lightning.provenance.commitments import commit
 from ctrak_lightning.provenance.forgetting import finish
 from ctrak_lightning.provenance.query_log import QueryLog, result_digest
@@ -78,7 +91,8 @@ class Partial(Capture):
 
 
 def assert_same_content(left: Path, right: Path) -> None:
-    """Equal but for the names of files and the shards' boundaries; kernels to 1e-6 of the largest entry."""
+    """Equal but for the names of files and the shards' boundaries; kernels to 1e-6 of the largest
+    entry."""
     mine, theirs = TraceStore(left), TraceStore(right)
     assert mine.header == theirs.header
     assert mine.samples.sample_ids == theirs.samples.sample_ids
@@ -110,7 +124,8 @@ def assert_same_content(left: Path, right: Path) -> None:
 def test_the_store_is_one_that_never_saw_the_samples(
     tmp_path: Path, dtype: str, k: int, visits: bool
 ) -> None:
-    """Also where fewer samples than features are left (k = 9: ten samples, then eight) and the kernel changes its side."""
+    """Also where fewer samples than features are left (k = 9: ten samples, then eight) and the
+    kernel changes its side."""
     options: dict[str, Any] = {"k": k, "visits": visits, "changes": {"dtype": dtype}}
     recorded(tmp_path / "store", Partial(**options))
     expected = Partial(**options, stay=tuple(STAY)).run(tmp_path / "expected")
@@ -130,7 +145,9 @@ def store(tmp_path: Path) -> Path:
 def places_of(path: Path, *texts: str) -> list[str]:
     """Files that have one of ``texts`` in them."""
     return [
-        name for name, content in read_bytes(path).items() if any(text.encode() in content for text in texts)
+        name
+        for name, content in read_bytes(path).items()
+        if any(text.encode() in content for text in texts)
     ]
 
 
@@ -139,7 +156,9 @@ def test_nothing_of_the_sample_is_left_in_any_file(store: Path) -> None:
     [image] = TraceStore(store).samples.thumbnails[3:4].numpy()
     with h5py.File(store / "commitments.h5") as file:
         salt = file["salts"][3].tobytes()
-    unit = [c.rows_of(torch.tensor([3])).unit.numpy().tobytes() for c in TraceStore(store).checkpoints]
+    unit = [
+        c.rows_of(torch.tensor([3])).unit.numpy().tobytes() for c in TraceStore(store).checkpoints
+    ]
     content = TraceStore(store).samples.content_sha256[3]
     old = TraceStore(store).samples.fingerprint()
     assert places_of(store, GONE[0]) == ["samples.h5"]
@@ -177,14 +196,18 @@ def test_the_ledger_keeps_a_tombstone_that_says_nothing_and_can_be_checked_by_wh
 
 
 def digests_of(path: Path) -> set[str]:
-    """What somebody who has every file of a store, or guesses one to the last byte, can compare with a ledger."""
+    """What somebody who has every file of a store, or guesses one to the last byte, can compare
+    with a ledger."""
     table = TraceStore(path).samples
     files = [data for name, data in read_bytes(path).items() if "weights" not in name]
-    return {hashlib.sha256(data).hexdigest() for data in files} | set(map(str, table.facts().values()))
+    return {hashlib.sha256(data).hexdigest() for data in files} | set(
+        map(str, table.facts().values())
+    )
 
 
 def test_a_guess_of_the_row_cannot_be_confirmed(store: Path, tmp_path: Path) -> None:
-    """The whole table as it was, guessed to the last byte, and every other file: the ledger has no digest of any of it."""
+    """The whole table as it was, guessed to the last byte, and every other file: the ledger has no
+    digest of any of it."""
     picture = torch.full((3, 8, 8), 0.5)
     log = QueryLog(store, 0, None)
     concept = Concept("this very sample", {"artist": "ann"}, {}, image=picture)
@@ -204,7 +227,9 @@ def test_a_guess_of_the_row_cannot_be_confirmed(store: Path, tmp_path: Path) -> 
     secrets = before | {concept.to_dict()["image"]["sha256"], result_digest(ids, scores)}
     forget(store, GONE[:1])
     write_samples(tmp_path / "guess.h5", guess)
-    assert hashlib.sha256((tmp_path / "guess.h5").read_bytes()).hexdigest() in secrets  # the guess is right
+    assert (
+        hashlib.sha256((tmp_path / "guess.h5").read_bytes()).hexdigest() in secrets
+    )  # the guess is right
     ledger = (store / "ledger.jsonl").read_text()
     kept = {digest for digest in secrets if len(digest) == 64 and digest in ledger}
     kept -= {known["sha256"] for known in commitment_files(store)}
@@ -227,7 +252,9 @@ def test_a_ledger_that_an_earlier_version_began_goes_on_and_is_told_of(
     [samples] = [e.facts["samples"] for e in Ledger(store).entries() if e.kind == "dataset"]
     assert samples["sha256"] == hashlib.sha256((store / "samples.h5").read_bytes()).hexdigest()
     assert verify(store) == []
-    with pytest.warns(LedgerWarning, match=r"without a salt.*can see from them that it was there.*HINT"):
+    with pytest.warns(
+        LedgerWarning, match=r"without a salt.*can see from them that it was there.*HINT"
+    ):
         forget(store, GONE[:1])
     assert verify(store, deep=True) == []
     forget(
@@ -237,26 +264,34 @@ def test_a_ledger_that_an_earlier_version_began_goes_on_and_is_told_of(
 
 
 def test_an_edition_whose_samples_are_others_is_not_recorded(store: Path) -> None:
-    """What looks like a forgetting that a crash cut off, and is somebody's own table under the next edition's name."""
+    """What looks like a forgetting that a crash cut off, and is somebody's own table under the next
+    edition's name."""
     original = read_manifest(store)
     table = TraceStore(store).samples
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forgetting, "_finish", lambda root: read_manifest(root))  # stops before the ledger
+        patch.setattr(
+            forgetting, "_finish", lambda root: read_manifest(root)
+        )  # stops before the ledger
         forget(store, GONE)
     manifest = read_manifest(store)
     assert manifest.edition == original.edition + 1
-    stolen = replace(table.take(STAY), metadata={"artist": ["mallory"] * 8, "licence/url": [""] * 8})
+    stolen = replace(
+        table.take(STAY), metadata={"artist": ["mallory"] * 8, "licence/url": [""] * 8}
+    )
     known = write_atomically(store / manifest.samples, lambda path: write_samples(path, stolen))
     write_manifest(store, manifest.with_files({manifest.samples: known}))
     before = (store / "ledger.jsonl").read_bytes()
     for completes in (finish, sync):
-        with pytest.raises(CorruptStoreError, match="8 samples that are not those of the edition before"):
+        with pytest.raises(
+            CorruptStoreError, match="8 samples that are not those of the edition before"
+        ):
             completes(store)
     assert (store / "ledger.jsonl").read_bytes() == before
 
 
 def test_what_has_nothing_of_the_samples_in_it_is_carried_over(tmp_path: Path) -> None:
-    """Companions of any kind, as long as their names are those of no edition; the ledger vouches for them."""
+    """Companions of any kind, as long as their names are those of no edition; the ledger vouches
+    for them."""
     store = Partial(steps=(300,)).run(tmp_path / "store")
     names = ["buffers.safetensors", "function.h5", "weights.safetensors"]
     content = {name: f"of no sample: {name}".encode() for name in names[:2]}
@@ -270,15 +305,18 @@ def test_what_has_nothing_of_the_samples_in_it_is_carried_over(tmp_path: Path) -
     known = read_manifest(store).files
     assert {path: known[path] for path in files} == added
     for entry in Ledger(store).entries():
-        for facts in {"checkpoint": [entry.facts], "forget": entry.facts.get("checkpoints", [])}.get(
-            entry.kind, []
-        ):
+        for facts in {
+            "checkpoint": [entry.facts],
+            "forget": entry.facts.get("checkpoints", []),
+        }.get(entry.kind, []):
             assert files < facts["files"].keys()
     assert TraceStore(store).verify() == []
 
 
 def test_again_and_again(store: Path, tmp_path: Path) -> None:
-    for number, sample_id in enumerate(("image/000.png", "image/009.png", "image/004.png"), start=1):
+    for number, sample_id in enumerate(
+        ("image/000.png", "image/009.png", "image/004.png"), start=1
+    ):
         forget(store, [sample_id])
         assert verify(store, deep=True) == []
         assert (store / f"samples-e{number}.h5").exists()
@@ -303,15 +341,23 @@ def test_again_and_again(store: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (["image/03.png"], r"has no sample 'image/03\.png'.*Near: 'image/00.*nothing|Near: 'image/0"),
+        (
+            ["image/03.png"],
+            r"has no sample 'image/03\.png'.*Near: 'image/00.*nothing|Near: 'image/0",
+        ),
         (["image/003.png", "x" * 10**6], r"has no sample 'xxx.*\.\.\.; nothing was forgotten"),
         (["../../x"], r"has no sample '\.\./\.\./x'"),
         ([""], "has no sample ''"),
         ([], "expected at least one sample"),
-        ([f"image/{i:03d}.png" for i in range(10)], "these are all of its 10 samples.*HINT: delete"),
+        (
+            [f"image/{i:03d}.png" for i in range(10)],
+            "these are all of its 10 samples.*HINT: delete",
+        ),
     ],
 )
-def test_what_cannot_be_forgotten_changes_nothing(store: Path, ids: list[str], message: str) -> None:
+def test_what_cannot_be_forgotten_changes_nothing(
+    store: Path, ids: list[str], message: str
+) -> None:
     before = read_bytes(store)
     with pytest.raises(StoreError, match=message) as caught:
         forget(store, ids)
@@ -351,12 +397,16 @@ def test_unsealed_checkpoints_go_whole(store: Path) -> None:
     assert verify(store) == []
 
 
-@pytest.mark.parametrize("name", ["checkpoint-00000300/rank0-00000.h5", "samples.h5", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["checkpoint-00000300/rank0-00000.h5", "samples.h5", "manifest.json"]
+)
 def test_a_store_that_was_tampered_with_is_not_written_anew(store: Path, name: str) -> None:
     """Else the next edition's entry would vouch for what somebody changed."""
     content = (store / name).read_bytes()
     changed = content.replace(b'"learning_rate": 0.1', b'"learning_rate": 0.2')
-    (store / name).write_bytes(changed if changed != content else content[:-1] + bytes([content[-1] ^ 1]))
+    (store / name).write_bytes(
+        changed if changed != content else content[:-1] + bytes([content[-1] ^ 1])
+    )
     before = read_bytes(store)
     with pytest.raises(CorruptStoreError):
         forget(store, GONE)
@@ -388,13 +438,21 @@ def test_a_run_that_goes_on_without_the_sample_continues_the_store(store: Path) 
     assert len(TraceStore(store).checkpoints[2].features()) == 7
 
 
-def test_forgetting_and_signing_are_refused_while_a_run_has_the_store(store: Path, tmp_path: Path) -> None:
+def test_forgetting_and_signing_are_refused_while_a_run_has_the_store(
+    store: Path, tmp_path: Path
+) -> None:
     capture = Partial(visits=True)
     private, public = write_keys(tmp_path)
     with TraceWriter(store, capture.header(), shard_rows=4) as writer:
         before = read_bytes(store)
-        for change in (lambda: forget(store, GONE), lambda: finish(store), lambda: sign(store, private)):
-            with pytest.raises(StoreLockedError, match=rf"process \({os.getpid()} on .*traces into it"):
+        for change in (
+            lambda: forget(store, GONE),
+            lambda: finish(store),
+            lambda: sign(store, private),
+        ):
+            with pytest.raises(
+                StoreLockedError, match=rf"process \({os.getpid()} on .*traces into it"
+            ):
                 change()
         assert read_bytes(store) == before
         # What the run records itself, and what it is asked meanwhile, goes on.
@@ -408,11 +466,16 @@ def test_forgetting_and_signing_are_refused_while_a_run_has_the_store(store: Pat
     forget(store, GONE)
     with pytest.raises(StoreError, match="its writer was closed"):
         writer.begin_checkpoint(1200, epoch=9)
-    assert [entry.kind for entry in Ledger(store).entries()][-3:] == ["checkpoint", "query", "forget"]
+    assert [entry.kind for entry in Ledger(store).entries()][-3:] == [
+        "checkpoint",
+        "query",
+        "forget",
+    ]
 
 
 def test_a_capture_that_is_under_way_does_not_bring_the_sample_back(store: Path) -> None:
-    """Where the lock does not hold: on some network file systems, or once somebody has deleted its file."""
+    """Where the lock does not hold: on some network file systems, or once somebody has deleted its
+    file."""
     writer = TraceWriter(store, Partial(visits=True).header(), shard_rows=4)
     (store / WRITER_LOCK).unlink()
     forget(store, GONE)
@@ -436,7 +499,9 @@ def test_a_capture_that_begins_meanwhile_is_refused_or_ends_the_forgetting(
 
     monkeypatch.setattr(forgetting, "rewrite_without", interfering)
     message = (
-        "which forgets samples since" if locks_hold else "another process has written to the store meanwhile"
+        "which forgets samples since"
+        if locks_hold
+        else "another process has written to the store meanwhile"
     )
     with pytest.raises(StoreError, match=f"{message}.*HINT") as caught:
         forget(store, GONE)
@@ -477,7 +542,8 @@ class Crash(BaseException):
 
 
 def crash_at(tick: int, patch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Raises just before or just after the ``tick``-th operation on files; returns how many there have been."""
+    """Raises just before or just after the ``tick``-th operation on files; returns how many there
+    have been."""
     ticks = 0
 
     def tick_once() -> None:
@@ -562,7 +628,9 @@ def test_verify_names_what_an_interrupted_forgetting_left(store: Path) -> None:
     problems = verify(store)
     assert any("there is no entry of it: it was interrupted" in line for line in problems)
     assert "samples.h5: not recorded in the manifest" in problems
-    assert any(entry.kind == "forget" for entry in sync(store))  # a run that begins completes it too
+    assert any(
+        entry.kind == "forget" for entry in sync(store)
+    )  # a run that begins completes it too
     finish(store)
     assert verify(store) == []
 
@@ -571,7 +639,11 @@ def test_verify_names_what_an_interrupted_forgetting_left(store: Path) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
 def test_sigkill_at_many_steps_leaves_the_old_store_or_the_new_one(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "tests.provenance.forget_worker", str(tmp_path)]
     done = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False

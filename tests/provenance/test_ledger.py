@@ -141,7 +141,9 @@ def test_nothing_is_added_after_a_damaged_entry(tmp_path: Path) -> None:
         ledger.append("query", {})
 
 
-def test_long_lines_are_read_from_their_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_lines_are_read_from_their_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ledger = make(tmp_path)
     last = ledger.append("query", {"text": "x" * 300_000})
     assert ledger.append("query", {}).previous == last.sha256
@@ -204,7 +206,10 @@ def test_a_lock_that_another_process_holds_is_waited_for_and_told(tmp_path: Path
     try:
         while not ready.exists():
             time.sleep(0.01)
-        with pytest.raises(StoreError, match=r"another process is writing.*HINT"), ledger_lock(tmp_path, 0.2):
+        with (
+            pytest.raises(StoreError, match=r"another process is writing.*HINT"),
+            ledger_lock(tmp_path, 0.2),
+        ):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
@@ -221,7 +226,9 @@ def test_a_kill_at_any_moment_leaves_the_entries_and_at_most_a_torn_line(tmp_pat
     for attempt in range(12):
         if (child := os.fork()) == 0:
             for i in range(10**6):
-                added = Ledger(tmp_path).append("query", {"attempt": attempt, "i": i, "text": "y" * 3000})
+                added = Ledger(tmp_path).append(
+                    "query", {"attempt": attempt, "i": i, "text": "y" * 3000}
+                )
                 acknowledged.write_text(str(added.sequence))
         time.sleep(0.01 + 0.003 * attempt)
         os.kill(child, signal.SIGKILL)

@@ -25,7 +25,9 @@ class Named(Capture):
         return TraceWriter(path, self.header(), run_id=self.run_id, shard_rows=self.shard_rows)
 
 
-def named(path: Path, parent: Path | None = None, weights: dict[str, torch.Tensor] | None = None) -> Path:
+def named(
+    path: Path, parent: Path | None = None, weights: dict[str, torch.Tensor] | None = None
+) -> Path:
     """A recorded store whose run has the name of its folder."""
     capture = Named()
     capture.run_id = path.name
@@ -61,7 +63,10 @@ def test_weights_are_compared_by_name_and_bytes(chain: list[Path]) -> None:
     weights = TraceStore(oldest).checkpoints[-1].weights()
     more = weights | {"other": torch.ones(2)}
     assert parent_facts(oldest, oldest, more)["weights"] == "equal"
-    assert parent_facts(oldest, oldest, weights | {"b": weights["b"].double()})["weights"] == "different"
+    assert (
+        parent_facts(oldest, oldest, weights | {"b": weights["b"].double()})["weights"]
+        == "different"
+    )
     assert parent_facts(oldest, oldest, {"b": weights["b"]})["weights"] == "not comparable"
     first = TraceStore(oldest).checkpoints[0].weights()
     assert parent_facts(oldest, oldest, first)["weights"] == "different"
@@ -89,7 +94,9 @@ def test_a_parent_that_was_changed_is_named(chain: list[Path], tmp_path: Path) -
     assert lineage(chain[0])[2].problems == []  # entries may be added
 
     path.write_bytes(b"".join(whole[:-1]))
-    assert lineage(chain[0])[2].problems == ["its ledger has 3 entries, 4 were there when its child began"]
+    assert lineage(chain[0])[2].problems == [
+        "its ledger has 3 entries, 4 were there when its child began"
+    ]
 
     Ledger(chain[2]).append("query", {"instead": True})
     [problem] = lineage(chain[0])[2].problems

@@ -1,4 +1,5 @@
-"""A store from somebody else may hold links, pipes and arrays of any size: none of them is followed, waited for or read."""
+"""A store from somebody else may hold links, pipes and arrays of any size: none of them is
+followed, waited for or read."""
 
 import contextlib
 import os
@@ -153,7 +154,9 @@ def thumbnails(file: h5py.File) -> None:
 
 def overflowing(file: h5py.File) -> None:
     del file["thumbnails"]
-    file.create_dataset("thumbnails", shape=(10, 2**40, 2**40, 3), dtype="uint8", chunks=(1, 1, 1, 3))
+    file.create_dataset(
+        "thumbnails", shape=(10, 2**40, 2**40, 3), dtype="uint8", chunks=(1, 1, 1, 3)
+    )
 
 
 def no_metadata(file: h5py.File) -> None:
@@ -167,7 +170,8 @@ def linked_metadata(file: h5py.File) -> None:
 
 
 def one_long_text(file: h5py.File) -> None:
-    """Every row of a column points to the same long text: 10,000 rows of 16 bytes that ask for gigabytes."""
+    """Every row of a column points to the same long text: 10,000 rows of 16 bytes that ask for
+    gigabytes."""
     texts = ["x" * 200_000, *[""] * 9]
     file["metadata"].create_dataset("x", data=texts, dtype=h5py.string_dtype("utf-8"))
 
@@ -218,7 +222,10 @@ def test_many_texts_do_not_share_a_long_one(store: Path) -> None:
 
 
 def test_arrays_beside_the_table_are_bounded_too(store: Path) -> None:
-    for name, dataset, dtype in ((f"{FOLDER}/kernel.h5", "mean", "f8"), ("commitments.h5", "salts", "u1")):
+    for name, dataset, dtype in (
+        (f"{FOLDER}/kernel.h5", "mean", "f8"),
+        ("commitments.h5", "salts", "u1"),
+    ):
         with h5py.File(store / name, "r+") as file:
             shape = (2**40,) if dtype == "f8" else (2**40, 32)
             del file[dataset]

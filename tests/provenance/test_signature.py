@@ -78,7 +78,9 @@ LATER: dict[str, Callable[[Path], list[tuple[Any, dict[str, Any]]]]] = {
     "run_resumed": lambda store: [("run_resumed", run_facts(store))],
     "run_begun": lambda store: [("run_begun", run_facts(store))],
     "run_ended": lambda store: [("run_ended", {"step": 900, "epoch": 9})],
-    "run_failed": lambda store: [("run_failed", {"step": 900, "epoch": 9, "error": "KeyboardInterrupt"})],
+    "run_failed": lambda store: [
+        ("run_failed", {"step": 900, "epoch": 9, "error": "KeyboardInterrupt"})
+    ],
 }
 
 
@@ -89,7 +91,9 @@ def test_any_entry_after_the_signature_but_a_question_is_a_problem(
     sign(store, keys[0])
     news = LATER[kind](store)
     Ledger(store).append_all(news)
-    found = [line for line in verify(store, public_key=keys[1]) if "came after the signature" in line]
+    found = [
+        line for line in verify(store, public_key=keys[1]) if "came after the signature" in line
+    ]
     assert len(found) == len(news)
     assert f"({kind}) came after the signature" in found[-1]
 
@@ -110,12 +114,17 @@ def test_the_whole_content_cannot_be_replaced_behind_a_signature(
     for step in steps:
         capture.run_checkpoint(writer, step)
     manifest, commitments = read_manifest(store), commit(table)
-    described = dataset_facts(manifest, table, put_commitments(store, 0, commitments), commitments.salt)
+    described = dataset_facts(
+        manifest, table, put_commitments(store, 0, commitments), commitments.salt
+    )
     checkpoints = [
         checkpoint_facts(manifest, record, stored_digest(store, manifest, record), commitments.salt)
         for record in manifest.checkpoints
     ]
-    news: list[tuple[Any, dict[str, Any]]] = [("discarded", {"steps": steps}), ("dataset", described)]
+    news: list[tuple[Any, dict[str, Any]]] = [
+        ("discarded", {"steps": steps}),
+        ("dataset", described),
+    ]
     Ledger(store).append_all([*news, *(("checkpoint", facts) for facts in checkpoints)])
     found = problems(store, public_key=keys[1])
     for number, kind in enumerate(("discarded", "dataset", "checkpoint", "checkpoint"), start=4):
@@ -124,7 +133,9 @@ def test_the_whole_content_cannot_be_replaced_behind_a_signature(
     assert "the samples have been described before" in problems(store)
 
 
-def test_an_unsealed_checkpoint_is_not_under_the_signature(store: Path, keys: tuple[Path, Path]) -> None:
+def test_an_unsealed_checkpoint_is_not_under_the_signature(
+    store: Path, keys: tuple[Path, Path]
+) -> None:
     sign(store, keys[0])
     Capture.run_checkpoint(capture := Capture(), capture.open(store), 900, stop=9)
     assert verify(store) == []
@@ -137,7 +148,9 @@ def problems(store: Path, **options: Any) -> str:
     return "\n".join(verify(store, **options))
 
 
-def test_another_key_and_no_signature_are_found(store: Path, tmp_path: Path, keys: tuple[Path, Path]) -> None:
+def test_another_key_and_no_signature_are_found(
+    store: Path, tmp_path: Path, keys: tuple[Path, Path]
+) -> None:
     assert "is missing, the ledger is not signed" in problems(store, public_key=keys[1])
     sign(store, write_keys(tmp_path, "mallory")[0])
     assert verify(store) == []  # by itself a signature shows no more than that its key signed
@@ -159,7 +172,9 @@ def test_a_chain_that_was_cut_or_written_anew_is_found(
     assert problems(store) == "ledger.jsonl: entry 5 is not the one that was signed"
 
 
-def test_a_signature_of_another_store_is_found(store: Path, tmp_path: Path, keys: tuple[Path, Path]) -> None:
+def test_a_signature_of_another_store_is_found(
+    store: Path, tmp_path: Path, keys: tuple[Path, Path]
+) -> None:
     other = recorded(tmp_path / "other", Capture(steps=(300,)))
     sign(other, keys[0])
     shutil.copy(other / "ledger.signature.json", store / "ledger.signature.json")
@@ -231,16 +246,18 @@ def test_without_cryptography_the_extra_is_named_and_the_rest_works(
     for name in [name for name in sys.modules if name.split(".")[0] == "cryptography"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cryptography", None)
-    with pytest.raises(StoreError, match=r"`cryptography`, which is not installed.*ctrak-lightning\[sign\]"):
+    with pytest.raises(
+        StoreError, match=r"`cryptography`, which is not installed.*ctrak-lightning\[sign\]"
+    ):
         sign(store, keys[0])
     assert verify(store) == []
 
 
 def test_the_package_is_imported_only_when_it_is_used(store: Path) -> None:
     text = (
-        "import sys; from ctrak_lightning.provenance import verify; import ctrak_lightning.callbacks; "
-        f"assert verify({str(store)!r}) == []; "
-        "assert not [n for n in sys.modules if n.split('.')[0] in ('cryptography', 'prov', 'mlcroissant')]"
+        "import sys; from ctrak_lightning.provenance import verify; import "
+        f"ctrak_lightning.callbacks; assert verify({str(store)!r}) == []; assert not [n for n in "
+        "sys.modules if n.split('.')[0] in ('cryptography', 'prov', 'mlcroissant')]"
     )
     done = subprocess.run(
         [sys.executable, "-c", text], capture_output=True, text=True, cwd=Path(__file__).parents[2]

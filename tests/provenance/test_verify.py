@@ -37,12 +37,16 @@ def test_a_store_that_nobody_touched(store: Path) -> None:
 
 
 def flips(path: Path, count: int, seed: int) -> list[tuple[str, int, int]]:
-    """Flips ``count`` random bytes over all files one after the other; those that :func:`verify` did not find."""
-    files = {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
+    """Flips ``count`` random bytes over all files one after the other; those that :func:`verify`
+    did not find."""
+    files = {
+        str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()
+    }
     names = [name for name, content in files.items() if content]
     draw, missed = random.Random(seed), []
     for number in range(count):
-        # Each file in its turn: by size alone the small ones, which say most, would hardly be drawn.
+        # Each file in its turn: by size alone the small ones, which say most, would hardly be
+        # drawn.
         name = names[number % len(names)]
         place, bit = draw.randrange(len(files[name])), 1 << draw.randrange(8)
         content = bytearray(files[name])
@@ -77,7 +81,9 @@ def named_problem(path: Path, *words: str, **options: Any) -> None:
     assert any(all(word in line for word in words) for line in problems), problems
 
 
-@pytest.mark.parametrize("name", ["samples.h5", "commitments.h5", SHARD, KERNEL, WEIGHTS, "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["samples.h5", "commitments.h5", SHARD, KERNEL, WEIGHTS, "manifest.json"]
+)
 def test_missing_cut_and_emptied_files_are_named(store: Path, name: str) -> None:
     content = (store / name).read_bytes()
     for change in (content[:-1], content + b"\0", b""):
@@ -96,7 +102,9 @@ def test_files_that_were_swapped_are_named(store: Path) -> None:
     named_problem(store, other, "sha256")
 
 
-@pytest.mark.parametrize("name", ["extra", "checkpoint-00000300/rank0-00009.h5", "samples-e1.h5", "a/b/c"])
+@pytest.mark.parametrize(
+    "name", ["extra", "checkpoint-00000300/rank0-00009.h5", "samples-e1.h5", "a/b/c"]
+)
 def test_files_that_were_added_are_named(store: Path, name: str) -> None:
     (store / name).parent.mkdir(parents=True, exist_ok=True)
     (store / name).write_bytes(b"x")
@@ -205,14 +213,18 @@ def test_a_store_of_an_earlier_schema_is_what_that_version_wrote(
 
 
 def test_a_manifest_in_another_style_is_found(store: Path) -> None:
-    (store / "manifest.json").write_text(json.dumps(json.loads((store / "manifest.json").read_text())))
+    (store / "manifest.json").write_text(
+        json.dumps(json.loads((store / "manifest.json").read_text()))
+    )
     named_problem(store, "manifest.json", "is not written as the library writes it")
 
 
 def test_a_checkpoint_that_was_taken_out_with_its_record_is_found(store: Path) -> None:
     content = json.loads((store / "manifest.json").read_text())
     content["checkpoints"] = content["checkpoints"][:1]
-    content["files"] = {name: known for name, known in content["files"].items() if "600" not in name}
+    content["files"] = {
+        name: known for name, known in content["files"].items() if "600" not in name
+    }
     write_text(store, content)
     shutil.rmtree(store / "checkpoint-00000600")
     assert TraceStore(store).verify() == []
@@ -239,7 +251,8 @@ def test_entries_in_another_order_and_entries_removed_are_found(store: Path) -> 
 
 
 def test_what_a_chain_without_signature_cannot_prove(store: Path, tmp_path: Path) -> None:
-    """The last entries, where nothing else refers to them, can be taken away unseen; a signature tells."""
+    """The last entries, where nothing else refers to them, can be taken away unseen; a signature
+    tells."""
     Ledger(store).append("query", {"asker": "somebody"})
     private, public = write_keys(tmp_path)
     whole = lines(store)
@@ -311,7 +324,9 @@ def test_with_the_manifest_gone_the_ledger_still_speaks_of_the_files(store: Path
     assert f"{SHARD}: is not the file that the ledger records" in problems
 
 
-def test_a_checkpoint_that_a_run_without_recorder_added_is_named_and_can_be_recorded(store: Path) -> None:
+def test_a_checkpoint_that_a_run_without_recorder_added_is_named_and_can_be_recorded(
+    store: Path,
+) -> None:
     Capture(steps=(300, 600, 900)).run(store)
     named_problem(store, "checkpoint 900 is not in the ledger")
     assert [entry.kind for entry in sync(store)] == ["checkpoint"]

@@ -2,13 +2,14 @@
 
 python -m tests.stress.double_start --starts 30
 
-As a job that is queued again, or launched by every process of a node, does. Two processes begin the same fine-tune, the second
-0, 0.6, 1.1 or a random number of seconds after the first. Looked at is
+As a job that is queued again, or launched by every process of a node, does. Two processes begin the
+same fine-tune, the second 0, 0.6, 1.1 or a random number of seconds after the first. Looked at is
 
 - that one of them trains to its end, without a step that has no trace;
-- that the other ends with a MisconfigurationException that names the first one's process, and changes nothing;
-- that the store holds every checkpoint, that ``verify`` finds nothing in it or its ledger, and that the traces are to the bit those
-  of a run that was alone.
+- that the other ends with a MisconfigurationException that names the first one's process, and
+  changes nothing;
+- that the store holds every checkpoint, that ``verify`` finds nothing in it or its ledger, and that
+  the traces are to the bit those of a run that was alone.
 """
 
 import argparse
@@ -61,7 +62,8 @@ def double_start(folder: Path, delay: float, alone: TraceStore) -> list[str]:
     for pid in pids:
         os.waitpid(pid, 0)
     first, second = sorted(
-        (json.loads((folder / f"{who}.json").read_text()) for who in (0, 1)), key=lambda one: one["ended"]
+        (json.loads((folder / f"{who}.json").read_text()) for who in (0, 1)),
+        key=lambda one: one["ended"],
     )
     refused, trained = first, second  # "Misconfiguration..." comes before "trained"
     problems = []
@@ -70,7 +72,8 @@ def double_start(folder: Path, delay: float, alone: TraceStore) -> list[str]:
             f"they ended with {refused['ended']} and {trained['ended']}: {refused['message'][:300]}"
         )
     elif not re.search(
-        rf"held by process {trained['pid']} on {re.escape(socket.gethostname())}", refused["message"]
+        rf"held by process {trained['pid']} on {re.escape(socket.gethostname())}",
+        refused["message"],
     ):
         problems.append(f"the other was told {refused['message'][:300]}")
     problems += trained["warned"]
@@ -114,7 +117,12 @@ def stress(root: Path, starts: int, seed: int) -> dict[str, Any]:
         if found := double_start(root / str(number), delay, alone):
             problems[f"{number}, {delay:.2f} s later"] = found
         print(number, f"{delay:.2f} s:", found or "one trained, the other was told", flush=True)
-    return {"starts": starts, "by_delay": by_delay, "with_problems": len(problems), "problems": problems}
+    return {
+        "starts": starts,
+        "by_delay": by_delay,
+        "with_problems": len(problems),
+        "problems": problems,
+    }
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""Result files of the stress scripts: what was found, and the command, machine and versions that found it."""
+"""Result files of the stress scripts: what was found, and the command, machine and versions that
+found it."""
 
 import json
 import platform
@@ -22,7 +23,11 @@ def keep(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> None:
         at = given.index("--results")
         given = given[:at] + given[at + 2 :]
     command = shlex.join(["python", "-m", module.name if module else sys.argv[0], *given])
-    versions = {"torch": torch.__version__, "lightning": lightning.__version__, "h5py": h5py.__version__}
+    versions = {
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "h5py": h5py.__version__,
+    }
     facts = {
         "command": command,
         "machine": f"{platform.machine()}, {platform.system()}, {torch.get_num_threads()} thread(s)",

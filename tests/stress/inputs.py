@@ -1,15 +1,20 @@
-"""Ten thousand stores, tables, ledgers, weights, configurations and questions that no honest program makes.
+"""Ten thousand stores, tables, ledgers, weights, configurations and questions that no honest
+program makes.
 
 python -m tests.stress.inputs --cases 10000
 
-Each must end in one of the library's typed errors; or in being told, by `TraceStore.verify` or `ctrak verify`; or in a result that is
-the sound store's: the same ranking, scores, owners, shares and steps, of a ledger the same entries, and a table of samples as
-it was given. (What was altered with all its hashes cannot be told from what was written so, but by the ledger; such a store is
-told, and may answer otherwise.) Counted apart: other answers, other exceptions, crashes of the process,
-hangs (over ten seconds of the processor, or two minutes), allocations beyond a gigabyte, writes outside the store's folder, and anything that would run code from
-a file (unpickling, ``exec``, a subprocess, a socket, an import that only a hostile store brings about), which Python's audit hooks tell.
+Each must end in one of the library's typed errors; or in being told, by `TraceStore.verify` or
+`ctrak verify`; or in a result that is the sound store's: the same ranking, scores, owners, shares
+and steps, of a ledger the same entries, and a table of samples as it was given. (What was altered
+with all its hashes cannot be told from what was written so, but by the ledger; such a store is
+told, and may answer otherwise.) Counted apart: other answers, other exceptions, crashes of the
+process, hangs (over ten seconds of the processor, or two minutes), allocations beyond a gigabyte,
+writes outside the store's folder, and anything that would run code from a file (unpickling,
+``exec``, a subprocess, a socket, an import that only a hostile store brings about), which Python's
+audit hooks tell.
 
-Files are altered as by a hostile hand: the manifest is given the sizes and hashes of what was altered.
+Files are altered as by a hostile hand: the manifest is given the sizes and hashes of what was
+altered.
 """
 
 import argparse
@@ -98,10 +103,15 @@ class Workplace:
         if name not in manifest["files"]:  # the ledger's own, which the manifest does not vouch for
             return
         content = (self.store / name).read_bytes()
-        manifest["files"][name] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest["files"][name] |= {
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
         # As the library writes it, so that nothing but what was altered is told.
         text = json.dumps(manifest)
-        (self.store / "manifest.json").write_text(manifest_text(parse_manifest(text, "manifest.json")))
+        (self.store / "manifest.json").write_text(
+            manifest_text(parse_manifest(text, "manifest.json"))
+        )
 
     def files(self, suffix: str) -> list[str]:
         return sorted(str(path.relative_to(self.sound)) for path in self.sound.rglob(f"*{suffix}"))
@@ -136,10 +146,15 @@ class Workplace:
         )
         query = attributor.query([concept])
         result = attributor.score(query)[0]
-        ranking = [(each.sample_id, round(each.score, 5), each.metadata) for each in result.top(100)]
+        ranking = [
+            (each.sample_id, round(each.score, 5), each.metadata) for each in result.top(100)
+        ]
         best = [(each.sample_id, round(each.score, 5)) for each in attributor.top(query, 3)[0]]
         try:
-            shares = [(each.group, round(each.share, 5)) for each in result.by_group("owner", resamples=10)]
+            shares = [
+                (each.group, round(each.share, 5))
+                for each in result.by_group("owner", resamples=10)
+            ]
         except ValueError:  # the column is gone, or there is nothing positive to share out
             shares = []
         return [ranking, best, shares, result.steps]
@@ -183,7 +198,9 @@ def altered_bytes(content: bytes, draw: random.Random) -> bytes:
         elif kind == 2:
             del found[at : at + draw.randrange(1, 64)]
         else:
-            found[at:at] = draw.choice((b"\0" * 16, b"\xff" * 8, draw.randbytes(draw.randrange(1, 64))))
+            found[at:at] = draw.choice(
+                (b"\0" * 16, b"\xff" * 8, draw.randbytes(draw.randrange(1, 64)))
+            )
         if not found:
             break
     return bytes(found if draw.random() < 0.9 else found[: draw.randrange(len(found) + 1)])
@@ -212,7 +229,9 @@ def hdf5_content(work: Workplace, draw: random.Random) -> None:
     store, name = work.fresh(), draw.choice(work.files(".h5"))
     with h5py.File(store / name, "r+") as file:
         names: list[str] = []
-        file.visititems(lambda key, item: names.append(key) if isinstance(item, h5py.Dataset) else None)
+        file.visititems(
+            lambda key, item: names.append(key) if isinstance(item, h5py.Dataset) else None
+        )
         _replace(file, draw.choice(names), store, draw)
     work.record(name)
     work.use()
@@ -228,23 +247,30 @@ def _replace(file: h5py.File, name: str, store: Path, draw: random.Random) -> No
     if kind == 1:  # huge, and takes no room on disk
         file.create_dataset(name, shape=(2**40, *shape[1:]), dtype="f4", chunks=True)
     elif kind == 2:
-        file.create_dataset(name, shape=(shape[0] if shape else 1, 2**38), dtype="f4", chunks=(1, 1024))
+        file.create_dataset(
+            name, shape=(shape[0] if shape else 1, 2**38), dtype="f4", chunks=(1, 1024)
+        )
     elif kind == 3:
         file[name] = h5py.ExternalLink(str(store.parent / "outside" / "x.h5"), "/x")
     elif kind == 4:
         file[name] = h5py.SoftLink("/" + name)
     elif kind == 5:
         file.create_dataset(
-            name, data=[draw.choice(TEXTS).replace("\0", "") for _ in range(3)], dtype=h5py.string_dtype()
+            name,
+            data=[draw.choice(TEXTS).replace("\0", "") for _ in range(3)],
+            dtype=h5py.string_dtype(),
         )
     elif kind == 6:
         file.create_dataset(
             name,
-            data=np.asarray(old, dtype="f8" if np.issubdtype(np.asarray(old).dtype, np.number) else None),
+            data=np.asarray(
+                old, dtype="f8" if np.issubdtype(np.asarray(old).dtype, np.number) else None
+            ),
         ) if np.issubdtype(np.asarray(old).dtype, np.number) else file.create_group(name)
     elif kind == 7 and np.issubdtype(np.asarray(old).dtype, np.floating):
         file.create_dataset(
-            name, data=np.full(shape, draw.choice((np.nan, np.inf, 3e38, 0.0)), np.asarray(old).dtype)
+            name,
+            data=np.full(shape, draw.choice((np.nan, np.inf, 3e38, 0.0)), np.asarray(old).dtype),
         )
     else:
         file.create_virtual_dataset(name, _virtual(store, shape))
@@ -252,7 +278,9 @@ def _replace(file: h5py.File, name: str, store: Path, draw: random.Random) -> No
 
 def _virtual(store: Path, shape: tuple[int, ...]) -> h5py.VirtualLayout:
     layout = h5py.VirtualLayout(shape=shape or (1,), dtype="f4")
-    layout[...] = h5py.VirtualSource(str(store.parent / "outside" / "x.h5"), "x", shape=shape or (1,))
+    layout[...] = h5py.VirtualSource(
+        str(store.parent / "outside" / "x.h5"), "x", shape=shape or (1,)
+    )
     return layout
 
 
@@ -263,7 +291,9 @@ def weights_bytes(work: Workplace, draw: random.Random) -> None:
         length = int.from_bytes(content[:8], "little")
         header = altered_json(json.loads(content[8 : 8 + length]), draw)
         text = json.dumps(header).encode()
-        content = draw.choice((len(text), 2**62, 0)).to_bytes(8, "little") + text + content[8 + length :]
+        content = (
+            draw.choice((len(text), 2**62, 0)).to_bytes(8, "little") + text + content[8 + length :]
+        )
     else:
         content = altered_bytes(content, draw)
     (store / name).write_bytes(content)
@@ -309,7 +339,9 @@ def sample_ids(work: Workplace, draw: random.Random) -> None:
         checkpoint.seal()
     samples = TraceStore(work.store).samples
     if samples.sample_ids != ids or samples.metadata != columns:
-        raise AssertionError(f"written {ids!r} {columns!r}, read {samples.sample_ids!r} {samples.metadata!r}")
+        raise AssertionError(
+            f"written {ids!r} {columns!r}, read {samples.sample_ids!r} {samples.metadata!r}"
+        )
 
 
 def questions(work: Workplace, draw: random.Random) -> None:
@@ -321,10 +353,15 @@ def questions(work: Workplace, draw: random.Random) -> None:
 
     if draw.random() < 0.5:
         parse_spec(
-            [draw.choice((*TEXTS, "colour=red", "=", "a=b=c", "==")) for _ in range(draw.randrange(4))]
+            [
+                draw.choice((*TEXTS, "colour=red", "=", "a=b=c", "=="))
+                for _ in range(draw.randrange(4))
+            ]
         )
     concept = Concept(draw.choice((*TEXTS, "c")), spec(), spec())
-    Attributor(work.sound, work.module, sampler=Sampler(steps=2), record=False).attribute(concept).top(2)
+    Attributor(work.sound, work.module, sampler=Sampler(steps=2), record=False).attribute(
+        concept
+    ).top(2)
 
 
 def configurations(work: Workplace, draw: random.Random) -> None:

@@ -1,15 +1,21 @@
-"""Fine-tunes with traces that are killed with SIGKILL at a random moment, checked, resumed, and held against a whole run.
+"""Fine-tunes with traces that are killed with SIGKILL at a random moment, checked, resumed, and
+held against a whole run.
 
 python -m tests.stress.kill --runs 200
 
-A moment is a random time within a random occurrence of a stage (a training step, a shard, sealing, the Gram matrix, the manifest, ...),
-so that short stages are hit as often as long ones. Of every run it is checked that
+A moment is a random time within a random occurrence of a stage (a training step, a shard, sealing,
+the Gram matrix, the manifest, ...), so that short stages are hit as often as long ones. Of every
+run it is checked that
 
-- the store opens, every file in it is as it was sealed, and every shard that was recorded before the kill is there;
-- ``fit(ckpt_path=...)`` from Lightning's newest checkpoint goes on to the end, without a hand on the store;
-- it goes on inside a batch where the kill left a shard's end there, as many kills do (``cut_inside_a_batch``);
-- then all files of the store but the ledger (which tells of the interruption) are byte for byte those of a run that was never
-  killed, the final weights are bit-identical, and ``verify`` finds the ledger and the store in agreement.
+- the store opens, every file in it is as it was sealed, and every shard that was recorded before
+  the kill is there;
+- ``fit(ckpt_path=...)`` from Lightning's newest checkpoint goes on to the end, without a hand on
+  the store;
+- it goes on inside a batch where the kill left a shard's end there, as many kills do
+  (``cut_inside_a_batch``);
+- then all files of the store but the ledger (which tells of the interruption) are byte for byte
+  those of a run that was never killed, the final weights are bit-identical, and ``verify`` finds
+  the ledger and the store in agreement.
 
 Each run is a fork, so that the imports are paid once.
 """
@@ -43,23 +49,29 @@ from tests.stress.figures import RESULTS, keep
 from tests.stress.subject import Subject, SubjectData, fine_tune
 
 OF_THE_RUN = ("ledger.jsonl", "commitments.h5", "writer.lock")
-"""The ledger tells of the interruption, its commitments have random salts, and the lock names the process."""
+"""The ledger tells of the interruption, its commitments have random salts, and the lock names the
+process."""
 UNRECORDED = ": not recorded in the manifest"
 SHARD_ROWS = 5
-"""Of twelve samples in batches of four: a checkpoint has several shards, and all but the last end inside a batch."""
+"""Of twelve samples in batches of four: a checkpoint has several shards, and all but the last end
+inside a batch."""
 Moment = tuple[str, int, float]
 """Stage, occurrence, and seconds after its begin."""
 
 
 def run(folder: Path, tell: Callable[[str], None]) -> None:
-    """The fine-tune from wherever it got to, then an export; tells of every stage as it begins and ends."""
+    """The fine-tune from wherever it got to, then an export; tells of every stage as it begins and
+    ends."""
     _tell_stages(tell)
     # The id of a run and the ledger's clock are all that two runs differ in.
-    checkpoints = sorted((folder / "checkpoints").glob("step=*.ckpt"), key=lambda path: int(path.stem[5:]))
+    checkpoints = sorted(
+        (folder / "checkpoints").glob("step=*.ckpt"), key=lambda path: int(path.stem[5:])
+    )
     newest = next((path for path in reversed(checkpoints) if _loads(path)), None)
     module = fine_tune(folder, ckpt_path=None if newest is None else str(newest))
     save_file(
-        {name: value.detach() for name, value in module.state_dict().items()}, folder / "final.safetensors"
+        {name: value.detach() for name, value in module.state_dict().items()},
+        folder / "final.safetensors",
     )
     tell("begin export")
     # --force: an earlier occurrence may have been killed when the file was there.
@@ -83,7 +95,9 @@ def _tell_stages(tell: Callable[[str], None]) -> None:
 
     writer.default_shard_rows = lambda *_: SHARD_ROWS
 
-    def stage(name: str, owner: Any, attribute: str, done: Callable[..., str] | None = None) -> None:
+    def stage(
+        name: str, owner: Any, attribute: str, done: Callable[..., str] | None = None
+    ) -> None:
         original = getattr(owner, attribute)
 
         def told(*args: Any, **kwargs: Any) -> Any:
@@ -96,7 +110,9 @@ def _tell_stages(tell: Callable[[str], None]) -> None:
 
     stage("training", Subject, "training_step")
     stage("capture", ctrak_lightning.capture, "trace_batch")
-    stage("shard", CheckpointWriter, "_write_shard", lambda it, rows: f"{it.step} {len(rows.index)}")
+    stage(
+        "shard", CheckpointWriter, "_write_shard", lambda it, rows: f"{it.step} {len(rows.index)}"
+    )
     stage("sealing", CheckpointWriter, "seal")
     stage("manifest", records, "write_manifest")
     stage("Gram", checkpoint_writer, "kernel_of_columns")
@@ -171,7 +187,11 @@ def content(folder: Path) -> dict[str, bytes]:
     """The store's files, but for those that tell when and how it was made."""
     root = folder / "traces"
     files = (path for path in sorted(root.rglob("*")) if path.is_file())
-    return {str(path.relative_to(root)): path.read_bytes() for path in files if path.name not in OF_THE_RUN}
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in files
+        if path.name not in OF_THE_RUN
+    }
 
 
 def check_after_kill(folder: Path, told: Sequence[tuple[float, str]]) -> list[str]:
@@ -191,8 +211,11 @@ def check_after_kill(folder: Path, told: Sequence[tuple[float, str]]) -> list[st
         if lost:
             problems.append(f"recorded rows {lost}, the manifest has {held}")
         try:
-            # A file that was being written, or was written and not yet recorded, is told and does no harm.
-            problems += [problem for problem in TraceStore(path).verify() if not problem.endswith(UNRECORDED)]
+            # A file that was being written, or was written and not yet recorded, is told and does
+            # no harm.
+            problems += [
+                problem for problem in TraceStore(path).verify() if not problem.endswith(UNRECORDED)
+            ]
         except StoreError as error:
             if any("end sealing" in line for _, line in told):
                 problems.append(f"does not open: {error}")
@@ -200,7 +223,8 @@ def check_after_kill(folder: Path, told: Sequence[tuple[float, str]]) -> list[st
 
 
 def is_cut_inside_a_batch(folder: Path) -> bool:
-    """Whether the store has a checkpoint whose recorded rows end inside a batch, where the resumed run goes on."""
+    """Whether the store has a checkpoint whose recorded rows end inside a batch, where the resumed
+    run goes on."""
     path, size = folder / "traces", SubjectData().batch_size
     if not (path / "manifest.json").exists():
         return False
@@ -216,9 +240,14 @@ def check_at_end(folder: Path, whole: Path) -> list[str]:
         for name in sorted(ours.keys() | theirs.keys())
         if ours.get(name) != theirs.get(name)
     ]
-    mine, reference = load_file(folder / "final.safetensors"), load_file(whole / "final.safetensors")
+    mine, reference = (
+        load_file(folder / "final.safetensors"),
+        load_file(whole / "final.safetensors"),
+    )
     problems += [
-        f"weights differ: {name}" for name in reference if not torch.equal(mine[name], reference[name])
+        f"weights differ: {name}"
+        for name in reference
+        if not torch.equal(mine[name], reference[name])
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -237,7 +266,9 @@ def one(folder: Path, whole: Path, moment: Moment) -> dict[str, Any]:
     report["cut_inside_a_batch"] = is_cut_inside_a_batch(folder)
     ended = Fork(folder).finish()
     if ended != 0:
-        problems.append(f"the resumed run ended with {ended}: {(folder / 'log.txt').read_text()[-600:]}")
+        problems.append(
+            f"the resumed run ended with {ended}: {(folder / 'log.txt').read_text()[-600:]}"
+        )
     else:
         problems += check_at_end(folder, whole)
     return report | {"problems": problems}

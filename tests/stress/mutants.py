@@ -2,9 +2,10 @@
 
 python -m tests.stress.mutants --per-file 40
 
-Of every file the mutants are drawn at random (comparisons, arithmetic, constants, conditions, and / or, dropped calls); each is run in a
-copy of the checkout against the tests that are named for the file. A survivor is a fault that no test noticed: some change
-nothing that can be seen (a bound that is never met), the others want a test.
+Of every file the mutants are drawn at random (comparisons, arithmetic, constants, conditions, and /
+or, dropped calls); each is run in a copy of the checkout against the tests that are named for the
+file. A survivor is a fault that no test noticed: some change nothing that can be seen (a bound that
+is never met), the others want a test.
 """
 
 import argparse
@@ -62,7 +63,11 @@ def mutants(source: str) -> Iterator[tuple[int, str, str]]:
             changed = copy.deepcopy(tree)
             target = next(each for i, each in enumerate(ast.walk(changed)) if i == number)
             _apply(target, done)
-            yield getattr(node, "lineno", 0), f"{done}: {ast.unparse(node)[:90]}", ast.unparse(changed)
+            yield (
+                getattr(node, "lineno", 0),
+                f"{done}: {ast.unparse(node)[:90]}",
+                ast.unparse(changed),
+            )
 
 
 def _ways(node: ast.AST) -> list[str]:
@@ -98,14 +103,27 @@ def _apply(node: Any, done: str) -> None:
 
 def notices(copied: Path, tests: Sequence[str]) -> bool:
     """Whether the tests fail."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        *tests,
+    ]
     environment = os.environ | {
         "PYTHONPATH": str(copied),
         "OMP_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     try:
-        done = subprocess.run(command, cwd=copied, env=environment, capture_output=True, timeout=TIMEOUT_S)
+        done = subprocess.run(
+            command, cwd=copied, env=environment, capture_output=True, timeout=TIMEOUT_S
+        )
     except subprocess.TimeoutExpired:
         return True
     return done.returncode != 0

@@ -1,14 +1,15 @@
-"""Fine-tunes with traces by several processes: the same training, the store of one process, and an end where one process dies.
+"""Fine-tunes with traces by several processes: the same training, the store of one process, and an
+end where one process dies.
 
 python -m tests.stress.processes
 
-Thirteen samples, which no number of processes here divides: the sampler of DDP pads, and the store must hold each once. For 2 and 4
-processes (gloo):
+Thirteen samples, which no number of processes here divides: the sampler of DDP pads, and the store
+must hold each once. For 2 and 4 processes (gloo):
 
 - final weights with and without the tracer, to the bit;
 - the last checkpoint's traces against those of one process with the same weights, row for row;
-- one process is killed with SIGKILL while it traces (the last one, or the first): the others must end, with an error, without
-  waiting for ever; what was sealed stays;
+- one process is killed with SIGKILL while it traces (the last one, or the first): the others must
+  end, with an error, without waiting for ever; what was sealed stays;
 - the run goes on from there with another number of processes.
 """
 
@@ -92,7 +93,8 @@ def work(folder: Path, processes: int, what: str) -> None:
     )
     if trainer.is_global_zero:
         save_file(
-            {name: value.clone() for name, value in module.state_dict().items()}, folder / "final.safetensors"
+            {name: value.clone() for name, value in module.state_dict().items()},
+            folder / "final.safetensors",
         )
 
 
@@ -111,7 +113,15 @@ def _die_at_the_second_checkpoint() -> None:
 def launch(folder: Path, processes: int, what: str) -> dict[str, Any]:
     """Runs the processes; how they ended, and after how long."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tests.stress.processes", "--work", str(folder), str(processes), what]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.stress.processes",
+        "--work",
+        str(folder),
+        str(processes),
+        what,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     began = time.monotonic()
     with (folder / f"{what}.log").open("w") as log:
@@ -175,12 +185,19 @@ def stress(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for count, other in ((2, 4), (4, 1)):
         here = root / str(count)
-        plain, traced = launch(here / "plain", count, "plain"), launch(here / "traced", count, "traced")
+        plain, traced = (
+            launch(here / "plain", count, "plain"),
+            launch(here / "traced", count, "traced"),
+        )
         if plain["code"] != 0 or traced["code"] != 0:
             raise SystemExit(plain["tail"] + traced["tail"])
-        mine, reference = (load_file(here / name / "final.safetensors") for name in ("traced", "plain"))
+        mine, reference = (
+            load_file(here / name / "final.safetensors") for name in ("traced", "plain")
+        )
         row: dict[str, Any] = {
-            "weights_equal": all(torch.equal(mine[name], value) for name, value in reference.items()),
+            "weights_equal": all(
+                torch.equal(mine[name], value) for name, value in reference.items()
+            ),
             "samples": len(TraceStore(here / "traced" / "traces")),
             "verified": TraceStore(here / "traced" / "traces").verify() == [],
             "relative_difference_to_one_process": against_one(here / "traced"),
@@ -222,7 +239,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", nargs=3, metavar=("FOLDER", "PROCESSES", "WHAT"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--work", nargs=3, metavar=("FOLDER", "PROCESSES", "WHAT"), help=argparse.SUPPRESS
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.work:

@@ -1,10 +1,13 @@
-"""Fine-tunes with traces on a machine that runs out of something in the middle: what becomes of training, store and ledger?
+"""Fine-tunes with traces on a machine that runs out of something in the middle: what becomes of
+training, store and ledger?
 
 python -m tests.stress.resources
 
-Steps 4 to 6 of nine lack the resource, so that of the traces at steps 3, 6 and 9 one cannot be stored. With ``on_error="warn"`` the
-weights must be those of a run without callbacks, the store must be sound and hold the others, a warning and the ledger must name
-the step; with ``"raise"`` the run must stop there with a StoreError. A file system of its own takes root; without it those rows say so.
+Steps 4 to 6 of nine lack the resource, so that of the traces at steps 3, 6 and 9 one cannot be
+stored. With ``on_error="warn"`` the weights must be those of a run without callbacks, the store
+must be sound and hold the others, a warning and the ledger must name the step; with ``"raise"`` the
+run must stop there with a StoreError. A file system of its own takes root; without it those rows
+say so.
 """
 
 import argparse
@@ -100,8 +103,11 @@ class NoHandles(Scenario):
 
     def take(self) -> None:
         self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        # The highest that is in use, not the count of them: the limit is on the number of a new one.
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(self.limits[1], _lowest_free()), self.limits[1]))
+        # The highest that is in use, not the count of them: the limit is on the number of a new
+        # one.
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (min(self.limits[1], _lowest_free()), self.limits[1])
+        )
 
     def give_back(self) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, self.limits)
@@ -204,7 +210,9 @@ def outcome(name: str, on_error: str) -> dict[str, Any]:
             return {"skipped": str(reason)}
         try:
             return _outcome(scenario, reference, on_error)
-        except SkippedError as reason:  # a file system with a lock that is held is not always made read-only
+        except (
+            SkippedError
+        ) as reason:  # a file system with a lock that is held is not always made read-only
             return {"skipped": str(reason)}
         finally:
             scenario.close()
@@ -217,10 +225,16 @@ def _outcome(scenario: Scenario, reference: dict[str, Tensor], on_error: str) ->
         warnings.simplefilter("always")
         try:
             weights = fine_tune(
-                [Shortage(scenario), tracer(scenario.folder, on_error=on_error), ProvenanceRecorder()]
+                [
+                    Shortage(scenario),
+                    tracer(scenario.folder, on_error=on_error),
+                    ProvenanceRecorder(),
+                ]
             )
             found["stopped"] = None
-            found["weights_equal"] = all(torch.equal(weights[key], value) for key, value in reference.items())
+            found["weights_equal"] = all(
+                torch.equal(weights[key], value) for key, value in reference.items()
+            )
         except StoreError as error:
             found["stopped"] = type(error).__name__
             scenario.give_back()
@@ -229,7 +243,9 @@ def _outcome(scenario: Scenario, reference: dict[str, Tensor], on_error: str) ->
         warnings.simplefilter("ignore")
         store = TraceStore(path)
         found["sealed"] = [checkpoint.step for checkpoint in store.checkpoints]
-        found["problems"] = [p for p in verify(path) if not p.endswith("not recorded in the manifest")]
+        found["problems"] = [
+            p for p in verify(path) if not p.endswith("not recorded in the manifest")
+        ]
         last = Ledger(path).entries()[-1]
     expected = scenario.message
     found["told_how"] = expected is None or any(expected in message for message in messages)

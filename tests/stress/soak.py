@@ -1,8 +1,10 @@
-"""Fine-tunes with traces and a question each, one after the other in one process, for hours: memory and handles must stay flat.
+"""Fine-tunes with traces and a question each, one after the other in one process, for hours: memory
+and handles must stay flat.
 
 python -m tests.stress.soak --minutes 120
 
-The figures after the first tenth (when every library has its caches) are held against those of the last tenth.
+The figures after the first tenth (when every library has its caches) are held against those of the
+last tenth.
 """
 
 import argparse
@@ -25,7 +27,9 @@ from tests.stress.figures import RESULTS, keep
 from tests.stress.subject import fine_tune
 from tests.toy import COLOURS, SHAPES
 
-CONCEPT = Concept(COLOURS[0], present={"colour": COLOURS[0], "shape": SHAPES[0]}, absent={"shape": SHAPES[0]})
+CONCEPT = Concept(
+    COLOURS[0], present={"colour": COLOURS[0], "shape": SHAPES[0]}, absent={"shape": SHAPES[0]}
+)
 
 
 def cycle(folder: Path) -> None:
@@ -79,9 +83,8 @@ def places(root: Path, cycles: int) -> dict[str, Any]:
     return {
         "cycles": cycles,
         "bytes_per_cycle": {
-            "/".join(Path(row.traceback[0].filename).parts[-3:]) + f":{row.traceback[0].lineno}": round(
-                row.size_diff / cycles
-            )
+            "/".join(Path(row.traceback[0].filename).parts[-3:])
+            + f":{row.traceback[0].lineno}": round(row.size_diff / cycles)
             for row in rows
         },
     }
@@ -92,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=120)
-    parser.add_argument("--places", type=int, default=0, metavar="CYCLES", help="where memory grows, instead")
+    parser.add_argument(
+        "--places", type=int, default=0, metavar="CYCLES", help="where memory grows, instead"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")

@@ -1,5 +1,5 @@
-"""What is stressed: a small fine-tune whose every step depends on its number alone, so that two runs can be held against each
-other to the bit, also when one was interrupted."""
+"""What is stressed: a small fine-tune whose every step depends on its number alone, so that two
+runs can be held against each other to the bit, also when one was interrupted."""
 
 import itertools
 from pathlib import Path
@@ -35,8 +35,9 @@ class Small(nn.Module):
 
 
 class Subject(ToyDiffusion):
-    """The toys' task on the small network. Samples, noise and timesteps of a step depend on its number alone: where a run is
-    resumed within an epoch, Lightning begins a plain DataLoader anew."""
+    """The toys' task on the small network. Samples, noise and timesteps of a step depend on its
+    number alone: where a run is resumed within an epoch, Lightning begins a plain DataLoader
+    anew."""
 
     def __init__(self) -> None:
         with torch.random.fork_rng():
@@ -63,8 +64,8 @@ class Subject(ToyDiffusion):
 
 
 class Resumable(DataLoader[dict[str, Any]]):
-    """A DataLoader that goes on where it was: Lightning begins a plain one anew within an epoch, and then other samples have been
-    trained on, which the store rightly tells."""
+    """A DataLoader that goes on where it was: Lightning begins a plain one anew within an epoch,
+    and then other samples have been trained on, which the store rightly tells."""
 
     taken = 0
 
@@ -90,7 +91,12 @@ class SubjectData(ToyData):
 
 def tracer(folder: Path, **options: Any) -> ConceptTracer:
     """A tracer with several shards to a checkpoint."""
-    given = {"every_n_train_steps": EVERY, "rank": 4, "dim": 32, "method": methods.concept_trak(timesteps=2)}
+    given = {
+        "every_n_train_steps": EVERY,
+        "rank": 4,
+        "dim": 32,
+        "method": methods.concept_trak(timesteps=2),
+    }
     return ConceptTracer(str(folder / "traces"), **(given | options))
 
 
@@ -101,7 +107,9 @@ def fine_tune(folder: Path, *, ledger: bool = True, ckpt_path: str | None = None
     if ledger:
         callbacks.append(ProvenanceRecorder())
     callbacks.append(
-        ModelCheckpoint(folder / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        ModelCheckpoint(
+            folder / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=1
+        )
     )
     trainer = L.Trainer(
         max_steps=STEPS,

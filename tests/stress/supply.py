@@ -1,14 +1,17 @@
-"""What is installed, and what is shipped: the wheel in a bare environment, its demo, and every installed file against its hash.
+"""What is installed, and what is shipped: the wheel in a bare environment, its demo, and every
+installed file against its hash.
 
 python -m tests.stress.supply              # minutes: it runs the demo
 python -m tests.stress.supply --no-demo
 
-- The wheel is built twice, and must be the same file; it holds the library, the demo's files and licences, and nothing else.
-- It is installed with nothing but what it and the demo ask for, in an environment of its own; imported from an empty folder; every command
-  answers; ``ctrak demo`` runs.
+- The wheel is built twice, and must be the same file; it holds the library, the demo's files and
+  licences, and nothing else.
+- It is installed with nothing but what it and the demo ask for, in an environment of its own;
+  imported from an empty folder; every command answers; ``ctrak demo`` runs.
 - Every file of every distribution in that environment is what its RECORD says (sha256).
-- The versions there are those of .ci/requirements.lock, and none is a known malicious release. (Advisories that are published
-  later need the network: run ``pip-audit -r .ci/requirements.lock`` for them.)
+- The versions there are those of .ci/requirements.lock, and none is a known malicious release.
+  (Advisories that are published later need the network: run ``pip-audit -r .ci/requirements.lock``
+  for them.)
 """
 
 import argparse
@@ -58,7 +61,10 @@ def run(command: Sequence[str | Path], cwd: Path) -> str:
 
 def built(folder: Path) -> Path:
     """The wheel of this checkout."""
-    run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT], folder)
+    run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT],
+        folder,
+    )
     [wheel] = folder.glob("*.whl")
     return wheel
 
@@ -97,8 +103,17 @@ def supply(root: Path, demo: bool) -> dict[str, Any]:
     # The demo trains an adapter.
     asked = ["--quiet", "--constraint", ROOT / "constraints.txt", f"{wheel}[lora]"]
     run([python, "-m", "pip", "install", *asked], empty)
-    run([python, "-c", "import ctrak_lightning, ctrak_lightning.callbacks, ctrak_lightning.metrics"], empty)
-    found["commands"] = [name for name in COMMANDS if "usage: ctrak" in run([ctrak, name, "--help"], empty)]
+    run(
+        [
+            python,
+            "-c",
+            "import ctrak_lightning, ctrak_lightning.callbacks, ctrak_lightning.metrics",
+        ],
+        empty,
+    )
+    found["commands"] = [
+        name for name in COMMANDS if "usage: ctrak" in run([ctrak, name, "--help"], empty)
+    ]
     if demo:
         began = time.monotonic()
         said = run([ctrak, "demo", "--out", "demo"], empty)

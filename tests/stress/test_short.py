@@ -17,7 +17,9 @@ def run(folder: Path, name: str, *arguments: str) -> dict[str, Any]:
     """What a script found."""
     command = [sys.executable, "-m", f"tests.stress.{name}", *arguments, "--results", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())["found"]
     return found
@@ -45,7 +47,9 @@ def test_shortages_cost_their_own_checkpoint_only(tmp_path: Path) -> None:
     assert all(each["as_promised"] for each in ran), found
 
 
-def test_of_two_runs_started_into_one_folder_one_trains_and_the_other_is_told(tmp_path: Path) -> None:
+def test_of_two_runs_started_into_one_folder_one_trains_and_the_other_is_told(
+    tmp_path: Path,
+) -> None:
     found = run(tmp_path, "double_start", "--starts", "4")
     assert found["with_problems"] == 0, found["problems"]
     assert found["by_delay"] == {"0.0 s": 1, "0.6 s": 1, "1.1 s": 1, "random": 1}

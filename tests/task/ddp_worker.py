@@ -1,4 +1,5 @@
-"""One fine-tune of a tiny pipeline on two processes: ``python -m tests.task.ddp_worker FOLDER PIPELINE plain|traced``."""
+"""One fine-tune of a tiny pipeline on two processes: ``python -m tests.task.ddp_worker FOLDER
+PIPELINE plain|traced``."""
 
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ def main(folder: str, name: str, what: str) -> None:
     if trainer.is_global_zero:
         Path(folder).mkdir(exist_ok=True)
         save_file(
-            {n: p.detach().clone() for n, p in module.named_parameters()}, f"{folder}/weights.safetensors"
+            {n: p.detach().clone() for n, p in module.named_parameters()},
+            f"{folder}/weights.safetensors",
         )
 
 

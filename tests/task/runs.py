@@ -25,11 +25,18 @@ def tracer(path: Path | str, **options: Any) -> ConceptTracer:
 
 
 def train(
-    module: L.LightningModule, callbacks: list[L.Callback], ckpt_path: str | None = None, **options: Any
+    module: L.LightningModule,
+    callbacks: list[L.Callback],
+    ckpt_path: str | None = None,
+    **options: Any,
 ) -> L.Trainer:
     """One run of the Trainer from a fixed seed: two batches of two samples an epoch."""
     L.seed_everything(0, verbose=False)
-    arguments: dict[str, Any] = {"max_epochs": 1, "accelerator": "cpu", "enable_checkpointing": False}
+    arguments: dict[str, Any] = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "enable_checkpointing": False,
+    }
     trainer = L.Trainer(
         callbacks=callbacks,
         logger=False,
@@ -38,7 +45,10 @@ def train(
         **(arguments | options),
     )
     trainer.fit(
-        module, DataLoader(Samples(), 2), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None
+        module,
+        DataLoader(Samples(), 2),
+        ckpt_path=ckpt_path,
+        weights_only=True if ckpt_path else None,
     )
     return trainer
 
@@ -53,4 +63,6 @@ def made(name: str, checkpointing: bool = False) -> FineTune:
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     ours, theirs = one.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )

@@ -1,4 +1,5 @@
-"""Which checks each pipeline passes: the table that the tests are parametrised by, and that docs/support.md shows.
+"""Which checks each pipeline passes: the table that the tests are parametrised by, and that
+docs/support.md shows.
 
 ``python -m tests.task.support`` writes it there.
 """
@@ -10,7 +11,10 @@ from typing import Any
 import pytest
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
-BEGIN, END = "<!-- support table: python -m tests.task.support -->", "<!-- end of the support table -->"
+BEGIN, END = (
+    "<!-- support table: python -m tests.task.support -->",
+    "<!-- end of the support table -->",
+)
 PIPELINES = {
     "sd1": "Stable Diffusion 1.x",
     "sd2": "Stable Diffusion 2.x (v prediction)",
@@ -31,7 +35,8 @@ ALL = tuple(PIPELINES)
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """A column of the table: what it is called, the pipelines it is made of, and those of them whose test is among the slow ones."""
+    """A column of the table: what it is called, the pipelines it is made of, and those of them
+    whose test is among the slow ones."""
 
     title: str
     pipelines: tuple[str, ...] = ALL
@@ -43,16 +48,21 @@ CHECKS = {
     "lora": Check(title="hooks = loop: LoRA"),
     "attention": Check(title="attention, all"),
     "end to end": Check(
-        title="traced and asked", slow=("sd2", "sd35", "flux-schnell", "pixart-sized", "pixart-sigma")
+        title="traced and asked",
+        slow=("sd2", "sd35", "flux-schnell", "pixart-sized", "pixart-sigma"),
     ),
     "same training": Check(
         title="training same to the bit", slow=tuple(n for n in ALL if n not in ("sd1", "sd3"))
     ),
     "half": Check(
-        title="bf16, mixed and true", pipelines=("sd1", "sdxl", "sd3", "flux"), slow=("sdxl", "sd3", "flux")
+        title="bf16, mixed and true",
+        pipelines=("sd1", "sdxl", "sd3", "flux"),
+        slow=("sdxl", "sd3", "flux"),
     ),
     "checkpointing": Check(
-        title="gradient checkpointing", pipelines=("sd1", "sdxl", "sd3", "flux"), slow=("sdxl", "sd3", "flux")
+        title="gradient checkpointing",
+        pipelines=("sd1", "sdxl", "sd3", "flux"),
+        slow=("sdxl", "sd3", "flux"),
     ),
     "accumulation": Check(
         title="accumulation and EMA", pipelines=("sd1", "sdxl", "sd3"), slow=("sd1", "sdxl", "sd3")
@@ -85,11 +95,13 @@ def table() -> str:
 def block() -> str:
     """What stands between the markers of the page."""
     return (
-        f"{BEGIN}\n**Tiny networks with random weights, on a CPU**: what is tested of each pipeline, every cell by a test that has "
-        'the table as its list (`tests/task/support.py`); "-" is not tested. "Traced and asked" is a fine-tune with the default method '
-        "(without conditions, which is without concepts: D-TRAK), two timesteps: a stored row is that of its sample traced alone, and "
-        "the scores are the stored rows' own, computed anew. No published checkpoint was loaded, and 16-bit "
-        f"floats (fp16) need a GPU, which no test had.\n\n{table()}\n{END}"
+        f"{BEGIN}\n**Tiny networks with random weights, on a CPU**: what is tested of each "
+        "pipeline, every cell by a test that has the table as its list (`tests/task/support.py`); "
+        '"-" is not tested. "Traced and asked" is a fine-tune with the default method (without '
+        "conditions, which is without concepts: D-TRAK), two timesteps: a stored row is that of "
+        "its sample traced alone, and the scores are the stored rows' own, computed anew. No "
+        "published checkpoint was loaded, and 16-bit floats (fp16) need a GPU, which no test "
+        f"had.\n\n{table()}\n{END}"
     )
 
 

@@ -1,4 +1,5 @@
-"""A module that knows nothing of this library is traced by the names of its attributes, and stays as it is."""
+"""A module that knows nothing of this library is traced by the names of its attributes, and stays
+as it is."""
 
 import warnings
 from pathlib import Path
@@ -64,7 +65,9 @@ NAMED = DiffusersTask(
 ROOT = Path(__file__).parents[2]
 
 
-def fit(module: L.LightningModule, *callbacks: L.Callback, data: L.LightningDataModule | None = None) -> None:
+def fit(
+    module: L.LightningModule, *callbacks: L.Callback, data: L.LightningDataModule | None = None
+) -> None:
     L.seed_everything(0, verbose=False)
     trainer = L.Trainer(
         max_epochs=1,
@@ -110,19 +113,31 @@ def test_a_module_is_traced_by_names_and_stays_as_it_is(tmp_path: Path) -> None:
         "2",
         "3",
     ]  # positions in the data set, though training shuffles
-    assert all(name.startswith("unet.") and "lora" in name for name in store.checkpoints[-1].weights())
+    assert all(
+        name.startswith("unet.") and "lora" in name for name in store.checkpoints[-1].weights()
+    )
 
     # The traces are those that the same weights give as a pipeline with captions.
     pipeline = build("sd1")
-    pipeline.unet, pipeline.vae, pipeline.text_encoder = module.unet, module.vae, module.text_encoder
+    pipeline.unet, pipeline.vae, pipeline.text_encoder = (
+        module.unet,
+        module.vae,
+        module.text_encoder,
+    )
     whole = DiffusersTask.from_pipeline(pipeline).eval()
-    rows = {"image": TheirData().images, "caption": list(CAPTIONS), "sample_id": ["0", "1", "2", "3"]}
+    rows = {
+        "image": TheirData().images,
+        "caption": list(CAPTIONS),
+        "sample_id": ["0", "1", "2", "3"],
+    }
     loop = GradientTracer(module.unet, Projection(rank=4, dim=128), engine="loop")
     by_loop = trace_batch(whole, loop, METHOD, whole.encode(rows), 0)
     assert row_error(store.checkpoints[-1].features(), by_loop.features) < TOLERANCE
 
     cat = Concept("cat", present="a cat by x", absent="a picture by x")
-    result = Attributor(store, module, task=NAMED, sampler=Sampler(steps=3, guidance=2.0)).attribute(cat)
+    result = Attributor(
+        store, module, task=NAMED, sampler=Sampler(steps=3, guidance=2.0)
+    ).attribute(cat)
     assert result.scores.std() > 0
     assert result.image is not None
     disputed = Concept("cat", "a cat by x", "a picture by x", image=TheirData().images[0])
@@ -132,7 +147,9 @@ def test_a_module_is_traced_by_names_and_stays_as_it_is(tmp_path: Path) -> None:
         Attributor(store, module)
 
 
-def test_from_yaml_and_for_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_yaml_and_for_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The file that the documentation names, on a module of which it knows nothing."""
     monkeypatch.chdir(tmp_path)
     attached = ROOT / "callbacks" / "concept_tracer_diffusers.yaml"
@@ -154,7 +171,9 @@ def test_from_yaml_and_for_the_command_line(tmp_path: Path, monkeypatch: pytest.
             }
         )
     )
-    monkeypatch.setattr("sys.argv", ["ctrak", "fit", "--config", str(run), "--config", str(attached)])
+    monkeypatch.setattr(
+        "sys.argv", ["ctrak", "fit", "--config", str(run), "--config", str(attached)]
+    )
     cli = LightningCLI()
     assert TraceStore("runs/traces").samples.sample_ids == ["0", "1", "2", "3"]
     task = tracer_task(attached)
@@ -168,7 +187,15 @@ def test_from_yaml_and_for_the_command_line(tmp_path: Path, monkeypatch: pytest.
     whole["trainer"]["callbacks"] = facts["trainer"]["callbacks+"]
     merged = tmp_path / "config.yaml"
     merged.write_text(yaml.safe_dump(whole))
-    asked = ["attribute", "runs/traces", "--config", str(merged), "--present", "a cat by x", "--absent"]
+    asked = [
+        "attribute",
+        "runs/traces",
+        "--config",
+        str(merged),
+        "--present",
+        "a cat by x",
+        "--absent",
+    ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "damping='agreement' compares checkpoints")
         main([*asked, "a picture by x", "--steps", "10", "--csv", "cat.csv"])
@@ -183,7 +210,8 @@ def test_from_yaml_and_for_the_command_line(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.filterwarnings("ignore:The rankings of these concepts say nothing")
 @pytest.mark.parametrize("name", ["theirs", pytest.param("sd3", marks=pytest.mark.slow)])
 def test_the_other_callbacks_follow_the_tracers_task(name: str, tmp_path: Path) -> None:
-    """The monitor generates and asks; the recorder notes the base model. A flow has no alpha_bar to look at."""
+    """The monitor generates and asks; the recorder notes the base model. A flow has no alpha_bar to
+    look at."""
     cat = Concept("cat", present="a cat by x", absent="a picture by x")
     monitor = ConceptMonitor([cat], group=None, sampler=Sampler(steps=4), on_error="raise")
     module = TheirModule() if name == "theirs" else FineTune(task_of(name))
@@ -239,15 +267,21 @@ def test_parts_deeper_in_a_module_and_the_defaults_of_names() -> None:
         name: getattr(theirs, name)
         for name in ("unet", "vae", "text_encoder", "tokenizer", "noise_scheduler")
     }
-    assert torch.equal(DiffusersTask(batch=BATCH).bind(parts).encode(rows).latents, task.encode(rows).latents)
+    assert torch.equal(
+        DiffusersTask(batch=BATCH).bind(parts).encode(rows).latents, task.encode(rows).latents
+    )
 
 
 def test_an_outdated_scheduler_stays_as_it_is() -> None:
-    """Stable Diffusion's pipeline changes these two settings of the scheduler it gets; what it generates with is the changed one."""
+    """Stable Diffusion's pipeline changes these two settings of the scheduler it gets; what it
+    generates with is the changed one."""
     theirs = TheirModule()
     theirs.noise_scheduler = diffusers.DDPMScheduler()
     task = NAMED.bind(theirs)
-    assert (theirs.noise_scheduler.config.clip_sample, theirs.noise_scheduler.config.steps_offset) == (
+    assert (
+        theirs.noise_scheduler.config.clip_sample,
+        theirs.noise_scheduler.config.steps_offset,
+    ) == (
         True,
         0,
     )
@@ -258,11 +292,17 @@ def test_an_outdated_scheduler_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"unet": "unett"}, r"unet='unett'.*TheirModule has no attribute 'unett'.*It has: unet, .*HINT"),
+        (
+            {"unet": "unett"},
+            r"unet='unett'.*TheirModule has no attribute 'unett'.*It has: unet, .*HINT",
+        ),
         ({"unet": "unet.inner.net"}, r"TheirModule\.unet has no attribute 'inner'"),
         ({"vae": "text_encoder"}, r"vae \(CLIPTextModel\)|CLIPText"),
         ({"scheduler": "tokenizer"}, r"tokenizer|scheduler"),
-        ({"unet": "vae"}, r"denoiser is AutoencoderKL: expected one of UNet2DConditionModel.*unwrapped"),
+        (
+            {"unet": "vae"},
+            r"denoiser is AutoencoderKL: expected one of UNet2DConditionModel.*unwrapped",
+        ),
         ({"pipeline": "FluxPipeline"}, r"FluxPipeline.*unknown \['unet'\]|lacks|transformer"),
         ({"batch": {"pixel_values": "picture"}}, r"unknown \['picture'\].*'pixel_values': 'image'"),
         ({"batch": {"a": "image", "b": "image"}}, r"two columns under one name"),
@@ -270,7 +310,9 @@ def test_an_outdated_scheduler_stays_as_it_is() -> None:
 )
 def test_what_does_not_fit_is_said(names: dict[str, Any], message: str) -> None:
     with pytest.raises(TaskError, match=message):
-        DiffusersTask(**({"unet": "unet", "scheduler": "noise_scheduler"} | names)).bind(TheirModule())
+        DiffusersTask(**({"unet": "unet", "scheduler": "noise_scheduler"} | names)).bind(
+            TheirModule()
+        )
 
 
 def test_missing_parts_are_named(tmp_path: Path) -> None:
@@ -290,7 +332,10 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
     no_submodule.pipe = build("sd1")
     with pytest.raises(TaskError, match="no submodule.*self.unet = pipeline.unet"):
         DiffusersTask(
-            unet="pipe.unet", vae="pipe.vae", text_encoder="pipe.text_encoder", scheduler="pipe.scheduler"
+            unet="pipe.unet",
+            vae="pipe.vae",
+            text_encoder="pipe.text_encoder",
+            scheduler="pipe.scheduler",
         ).bind(no_submodule)
 
 
@@ -298,7 +343,8 @@ NAMED_WITHOUT_VAE = DiffusersTask(batch=BATCH)
 
 
 @pytest.mark.parametrize(
-    "name", ["sd1", "sdxl", "sd3", "sd35", "flux", "dit", "ddpm", "ddpm-classes", "pixart", "pixart-sigma"]
+    "name",
+    ["sd1", "sdxl", "sd3", "sd35", "flux", "dit", "ddpm", "ddpm-classes", "pixart", "pixart-sigma"],
 )
 def test_the_family_is_inferred_from_the_parts(name: str) -> None:
     pipeline = build(name)
@@ -314,16 +360,18 @@ def test_the_family_is_inferred_from_the_parts(name: str) -> None:
     ours, expected = task.encode(batch(2)), whole.encode(batch(2))
     assert torch.equal(ours.latents, expected.latents)
     torch.testing.assert_close(ours.condition, expected.condition)
-    assert all(p.requires_grad for p in parts.get("vae", task.denoiser).parameters())  # left as they were
+    assert all(
+        p.requires_grad for p in parts.get("vae", task.denoiser).parameters()
+    )  # left as they were
 
 
 def test_a_borrowed_text_encoder_is_asked_in_evaluation_mode() -> None:
     """T5 has dropout, and a module that was never told leaves it in training mode."""
     pipeline = build("pixart")
     pipeline.text_encoder.train()
-    task = DiffusersTask(pipeline="PixArtAlphaPipeline", options={"max_sequence_length": TOKENS}).bind(
-        pipeline.components
-    )
+    task = DiffusersTask(
+        pipeline="PixArtAlphaPipeline", options={"max_sequence_length": TOKENS}
+    ).bind(pipeline.components)
     expected = task_of("pixart").condition("a cat", 1)["encoder_hidden_states"]
     assert torch.equal(task.condition("a cat", 1)["encoder_hidden_states"], expected)
     assert all(module.training for module in pipeline.text_encoder.modules())

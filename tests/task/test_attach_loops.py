@@ -1,4 +1,5 @@
-"""The loops of docs/attach.md: each writes the store that the callback writes for the same weights."""
+"""The loops of docs/attach.md: each writes the store that the callback writes for the same
+weights."""
 
 from pathlib import Path
 from typing import Any
@@ -47,20 +48,27 @@ def run(block: int, scope: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> d
 
 
 @pytest.mark.parametrize(
-    "loop", [pytest.param(loop, marks=[] if loop == "plain" else [pytest.mark.slow]) for loop in LOOPS]
+    "loop",
+    [pytest.param(loop, marks=[] if loop == "plain" else [pytest.mark.slow]) for loop in LOOPS],
 )
-def test_a_loop_of_the_documentation(loop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_of_the_documentation(
+    loop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     module = TheirModule()
     before = [value.clone() for value in module.parameters()]
     names = ("unet", "vae", "text_encoder", "tokenizer", "noise_scheduler")
     scope = {name: getattr(module, name) for name in names} | {"dataset": TheirData()}
     run(LOOPS[loop], scope, monkeypatch)
-    assert any(not torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
+    assert any(
+        not torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True)
+    )
     store = TraceStore("runs/x/traces")
     assert store.verify() == []
     [sealed] = store.checkpoints
-    assert sealed.step == (2 if loop == "accelerate" else 4)  # which accumulates two batches for a step
+    assert sealed.step == (
+        2 if loop == "accelerate" else 4
+    )  # which accumulates two batches for a step
 
     # The same weights, and a callback at the end of a training that does not change them.
     module.configure_optimizers = lambda: torch.optim.SGD(module.unet.parameters(), lr=0.0)  # type: ignore[method-assign]
@@ -95,7 +103,9 @@ def test_a_loop_of_the_documentation(loop: str, tmp_path: Path, monkeypatch: pyt
 def test_the_module_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {"L": L, "module": TheirModule(), "loader": DataLoader(TheirData(), 2)}
-    monkeypatch.setattr("ctrak_lightning.callbacks.concept_tracer.methods.by_name", lambda name: METHOD)
+    monkeypatch.setattr(
+        "ctrak_lightning.callbacks.concept_tracer.methods.by_name", lambda name: METHOD
+    )
     result = run(0, scope, monkeypatch)["result"]
     assert result.steps == [4]
     assert result.scores.std() > 0

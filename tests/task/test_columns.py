@@ -1,4 +1,5 @@
-"""The columns of a batch: token numbers, and latents and prompts that were encoded before; tuples."""
+"""The columns of a batch: token numbers, and latents and prompts that were encoded before;
+tuples."""
 
 import pytest
 import torch
@@ -15,12 +16,23 @@ def test_tokens_and_embeddings_made_before_stand_for_captions(name: str) -> None
     task = task_of(name)
     rows = batch(3)
     expected = task.encode(rows).condition
-    tokenizers = {"sd1": "c", "sdxl": "cc", "sd3": "cct", "sd35": "cc", "flux": "ct", "pixart": "t"}[name]
+    tokenizers = {
+        "sd1": "c",
+        "sdxl": "cc",
+        "sd3": "cct",
+        "sd35": "cc",
+        "flux": "ct",
+        "pixart": "t",
+    }[name]
     columns = {}
     for i, kind in enumerate(tokenizers):
         tokenizer = clip_tokenizer(TOKENS) if kind == "c" else t5_tokenizer()
         columns["tokens" if i == 0 else f"tokens_{i + 1}"] = tokenizer(
-            rows["caption"], padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+            rows["caption"],
+            padding="max_length",
+            max_length=TOKENS,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
     tokenised = {key: value for key, value in rows.items() if key != "caption"} | columns
     found = task_of(name).encode(tokenised).condition
@@ -40,7 +52,9 @@ def test_tokens_and_embeddings_made_before_stand_for_captions(name: str) -> None
     options = {"resolution": 2 * SIZE} if name == "flux" else {}
     kind = "PixArtAlphaPipeline" if name == "pixart" else None
     said = DiffusersTask(
-        batch={"latents": "latents", "prompt_embeds": "prompt_embeds"}, pipeline=kind, options=options
+        batch={"latents": "latents", "prompt_embeds": "prompt_embeds"},
+        pipeline=kind,
+        options=options,
     )
     alone = said.bind(parts)
     found = alone.encode(ready).condition

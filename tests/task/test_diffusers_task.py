@@ -1,4 +1,5 @@
-"""What a pipeline's task makes of batches and concepts: latents, prompts, classes, sizes; and what it refuses."""
+"""What a pipeline's task makes of batches and concepts: latents, prompts, classes, sizes; and what
+it refuses."""
 
 import math
 from typing import Any
@@ -27,7 +28,8 @@ from tests.task.tiny import (
 
 
 class HalfVAE(torch.nn.Module):
-    """An autoencoder whose mean is half of an image's left columns, so that factors can be followed by hand."""
+    """An autoencoder whose mean is half of an image's left columns, so that factors can be followed
+    by hand."""
 
     dtype = torch.float32
 
@@ -79,7 +81,9 @@ def test_every_pipeline_is_a_task(name: str) -> None:
     output = task.predict(encoded.latents, t, encoded.condition)
     assert output.shape == encoded.latents.shape
     # A sample's output does not depend on the others.
-    alone = task.predict(encoded.latents[1:2], t[1:2], {k: v[1:2] for k, v in encoded.condition.items()})
+    alone = task.predict(
+        encoded.latents[1:2], t[1:2], {k: v[1:2] for k, v in encoded.condition.items()}
+    )
     torch.testing.assert_close(output[1:2], alone, rtol=1e-4, atol=1e-5)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -129,7 +133,11 @@ def test_prompts_are_encoded_as_the_pipeline_does_and_once(name: str) -> None:
             **({} if name.startswith("flux") else {"do_classifier_free_guidance": False}),
             **({"num_images_per_prompt": 1} if name in ("sd1", "sd2") else {}),
             **({"prompt_2": None, "prompt_3": None} if name.startswith("sd3") else {}),
-            **({"max_sequence_length": TOKENS} if name.startswith(("sd3", "flux", "pixart")) else {}),
+            **(
+                {"max_sequence_length": TOKENS}
+                if name.startswith(("sd3", "flux", "pixart"))
+                else {}
+            ),
         }
     )
     torch.testing.assert_close(expected[0][0], dog)
@@ -193,7 +201,8 @@ def test_the_prompts_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_null_condition() -> None:
-    """The unconditional side is the negative prompt, else what the pipeline takes: the empty prompt, or zeros."""
+    """The unconditional side is the negative prompt, else what the pipeline takes: the empty
+    prompt, or zeros."""
     sd = task_of("sd1")
     assert torch.equal(
         sd.condition({}, 1)["encoder_hidden_states"], sd.condition("", 1)["encoder_hidden_states"]
@@ -216,7 +225,10 @@ def test_time_ids_of_a_batch_are_its_own() -> None:
     task = task_of("sdxl", resolution=(32, 16), batch={"size": "original_size"})
     assert task.condition("a cat", 1)["time_ids"].tolist() == [[32, 16, 0, 0, 32, 16]]
     assert task.encode(batch(1)).condition["time_ids"].tolist() == [[8, 8, 0, 0, 8, 8]]
-    rows = batch(2) | {"size": torch.tensor([[20, 30], [40, 50]]), "crop_top_left": [[1, 2], [3, 4]]}
+    rows = batch(2) | {
+        "size": torch.tensor([[20, 30], [40, 50]]),
+        "crop_top_left": [[1, 2], [3, 4]],
+    }
     assert task.encode(rows).condition["time_ids"].tolist() == [
         [20, 30, 1, 2, 8, 8],
         [40, 50, 3, 4, 8, 8],
@@ -233,7 +245,8 @@ def test_embedded_guidance_and_the_shift_of_flux() -> None:
         schedule = task_of("flux", resolution=size).noise_schedule
         assert isinstance(schedule, FlowSchedule)
         shifts.append(schedule.shift)
-    # 4 and 65,536 tokens, for the tiny VAE halves the sides and packing halves them again: 0.5 + 0.65 (n - 256) / 3840.
+    # 4 and 65,536 tokens, for the tiny VAE halves the sides and packing halves them again: 0.5 +
+    # 0.65 (n - 256) / 3840.
     assert shifts == pytest.approx([math.exp(0.5 - 0.65 * 252 / 3840), math.exp(0.5 + 0.65 * 17)])
 
 
@@ -280,11 +293,15 @@ def test_a_concept_that_the_tokenizers_cut_away_is_refused(name: str) -> None:
     task = task_of(name)
     away = Concept("name", present="a cat by a long named x", absent="a cat by a long named y")
     left = Concept("cat", present="a cat by a long named x", absent="a dog by a long named x")
-    with pytest.raises(ConceptError, match=r"'name'.*cut away.*a long named x.*tokens of at most 16.*HINT"):
+    with pytest.raises(
+        ConceptError, match=r"'name'.*cut away.*a long named x.*tokens of at most 16.*HINT"
+    ):
         check_known(away, task)
     with pytest.warns(UserWarning, match=r"'cat'.*tokenizers cut.*tokens of at most 16.*HINT"):
         check_known(left, task)
-    conditions = [task.condition(spec, 1)["encoder_hidden_states"] for spec in (left.present, left.absent)]
+    conditions = [
+        task.condition(spec, 1)["encoder_hidden_states"] for spec in (left.present, left.absent)
+    ]
     assert not torch.equal(*conditions)
     cut = task.encode(
         batch(1) | {"caption": [away.present]}
@@ -297,7 +314,8 @@ def test_a_concept_that_the_tokenizers_cut_away_is_refused(name: str) -> None:
 
 
 def test_the_absent_side_may_be_the_negative_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The unconditional side of guidance and a concept's other side are different things, and may be the same text."""
+    """The unconditional side of guidance and a concept's other side are different things, and may
+    be the same text."""
     task = task_of("sd1", negative_prompt="a dog")
     for absent in ("a dog", {}):
         concept = Concept("cat", present="a cat", absent=absent)
@@ -332,7 +350,11 @@ def test_encodings_are_made_anew_in_another_dtype() -> None:
 
 def test_columns_may_have_other_names() -> None:
     rows = batch(2)
-    renamed = {"pixel_values": rows["image"], "text": rows["caption"], "sample_id": rows["sample_id"]}
+    renamed = {
+        "pixel_values": rows["image"],
+        "text": rows["caption"],
+        "sample_id": rows["sample_id"],
+    }
     task = task_of("sd1", batch={"pixel_values": "image", "text": "caption"})
     assert torch.equal(task.encode(renamed).latents, task_of("sd1").encode(rows).latents)
     with pytest.raises(TaskError, match="unknown \\['picture'\\].*caption.*HINT"):
@@ -365,11 +387,16 @@ def test_what_is_no_supported_pipeline_is_refused() -> None:
         DiffusersTask.from_pipeline(pipeline)
 
 
-UNET = {"class_embed_type": "projection", "num_class_embeds": 7, "encoder_hid_dim_type": "ip_image_proj"}
+UNET = {
+    "class_embed_type": "projection",
+    "num_class_embeds": 7,
+    "encoder_hid_dim_type": "ip_image_proj",
+}
 UNET |= {"in_channels": 9, "out_channels": 8, "time_cond_proj_dim": 4, "attention_type": "gated"}
 OF_OTHER_PIPELINES: dict[str, dict[str, Any]] = {
     "sd1": UNET | {"addition_embed_type": "image", "cross_attention_dim": 99},
-    "sdxl": UNET | {"addition_embed_type": "text_image", "projection_class_embeddings_input_dim": 99},
+    "sdxl": UNET
+    | {"addition_embed_type": "text_image", "projection_class_embeddings_input_dim": 99},
     "sd3": {"in_channels": 33, "out_channels": 2},
     "flux": {"in_channels": 384, "out_channels": 2},
     "pixart": {"in_channels": 9, "out_channels": 99, "caption_channels": 99},
@@ -386,7 +413,8 @@ def test_networks_of_other_pipelines_are_refused_by_their_configuration(name: st
         own = network.config.get(entry)
         network.register_to_config(**{entry: value})
         with pytest.raises(
-            TaskError, match=rf"{type(network).__name__} has {entry}={value!r}.*expected.*HINT.*predict"
+            TaskError,
+            match=rf"{type(network).__name__} has {entry}={value!r}.*expected.*HINT.*predict",
         ):
             DiffusersTask.from_pipeline(pipeline)
         network.register_to_config(**{entry: own})

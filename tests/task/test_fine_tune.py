@@ -115,7 +115,10 @@ def test_stable_diffusion_with_lora_is_traced_and_asked_by_prompt(tmp_path: Path
     query = attributor.query([CAT], 7)
     generation = attributor.generate(["a cat by x"], [7])
     states = method.query_trajectory.select(generation, task.noise_schedule)  # type: ignore[attr-defined]
-    conditions = {"present": task.condition("a cat by x", 1), "absent": task.condition("a picture by x", 1)}
+    conditions = {
+        "present": task.condition("a cat by x", 1),
+        "absent": task.condition("a picture by x", 1),
+    }
     asked = trace_query(task, loop, method, states, generation.latents, conditions)  # type: ignore[arg-type]
     assert row_error(query.features[-1], asked.features) < TOLERANCE
     result = attributor.score(query)[0]
@@ -128,8 +131,9 @@ def test_stable_diffusion_with_lora_is_traced_and_asked_by_prompt(tmp_path: Path
 
 @pytest.mark.parametrize("name", pipelines_of("end to end"))
 def test_every_family_is_traced_and_asked(name: str, tmp_path: Path) -> None:
-    """By the default method, with two timesteps; of a model without conditions, which has no concepts, by D-TRAK. Each stored row is
-    that of its sample alone, and the answer is the rows' own, computed anew from the question's gradients."""
+    """By the default method, with two timesteps; of a model without conditions, which has no
+    concepts, by D-TRAK. Each stored row is that of its sample alone, and the answer is the rows'
+    own, computed anew from the question's gradients."""
     concept = {"ddpm": IMAGE, "ddpm-classes": FIRST, "dit": FIRST}.get(name, CAT)
     module = fine_tune(name, full=name.startswith(("ddpm", "pixart")))
     method = methods.d_trak(timesteps=2) if concept is IMAGE else methods.concept_trak(timesteps=2)
@@ -145,7 +149,9 @@ def test_every_family_is_traced_and_asked(name: str, tmp_path: Path) -> None:
         tracer = GradientTracer(module.task.denoiser, Projection(rank=4, dim=128), engine="auto")
     last = attributor.store.checkpoints[-1]
     with isolated_rng(0):
-        alone = trace_batch(module.task, tracer, method, module.task.encode(batch(SAMPLES)).rows(1, 2), 0)
+        alone = trace_batch(
+            module.task, tracer, method, module.task.encode(batch(SAMPLES)).rows(1, 2), 0
+        )
     assert row_error(last.features()[1:2], alone.features) < TOLERANCE
     assert [c.step for c in attributor.store.checkpoints] == result.steps == [1, 2]
     scores = checkpoint_scores(query.features[-1], last, result.damping)[0]
@@ -159,18 +165,25 @@ def test_the_example_of_the_documentation_runs(
     page = Path(__file__).parents[2] / "docs" / "adapters.md"
     code = page.read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("diffusers.StableDiffusionPipeline.from_pretrained", lambda name: build("sd1"))
     monkeypatch.setattr(
-        "lightning.Trainer", partial(L.Trainer, accelerator="cpu", logger=False, enable_checkpointing=False)
+        "diffusers.StableDiffusionPipeline.from_pretrained", lambda name: build("sd1")
     )
-    code = code.replace("max_epochs=30", "max_epochs=2").replace("every_n_epochs=10", "every_n_epochs=1")
+    monkeypatch.setattr(
+        "lightning.Trainer",
+        partial(L.Trainer, accelerator="cpu", logger=False, enable_checkpointing=False),
+    )
+    code = code.replace("max_epochs=30", "max_epochs=2").replace(
+        "every_n_epochs=10", "every_n_epochs=1"
+    )
     scope: dict[str, Any] = {"loader": DataLoader(Samples(), 2)}
     exec(compile(code, str(page), "exec"), scope)
     result = scope["result"]
     assert result.steps == [2, 4]
     assert result.scores.shape == (SAMPLES,)
     assert result.scores.isfinite().all()
-    assert all("lora" in name for name in TraceStore(tmp_path / "runs/x/traces").checkpoints[0].weights())
+    assert all(
+        "lora" in name for name in TraceStore(tmp_path / "runs/x/traces").checkpoints[0].weights()
+    )
 
 
 def test_the_training_steps_own_gradients_of_a_pipeline(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""What our sampler generates is what the pipeline itself generates from the same noise, prompt, guidance and scheduler."""
+"""What our sampler generates is what the pipeline itself generates from the same noise, prompt,
+guidance and scheduler."""
 
 from typing import Any
 
@@ -47,7 +48,11 @@ def test_prompts(name: str, guidance: float, negative: str | None) -> None:
     task = evaluated(name, negative_prompt=negative)
     options: dict[str, Any] = {}
     if name.startswith("pixart"):
-        options = {"clean_caption": False, "use_resolution_binning": False, "negative_prompt": negative or ""}
+        options = {
+            "clean_caption": False,
+            "use_resolution_binning": False,
+            "negative_prompt": negative or "",
+        }
     elif negative is not None:
         options = {"negative_prompt": [negative] * 2}
     if name.startswith(("sd3", "pixart")):
@@ -93,7 +98,9 @@ def test_flux(name: str, true_cfg: float, negative: str | None) -> None:
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_dit(name: str, guidance: float) -> None:
     task = evaluated(name)
-    generator = torch.Generator().manual_seed(3)  # the pipeline takes no latents; this is the seed of noise()
+    generator = torch.Generator().manual_seed(
+        3
+    )  # the pipeline takes no latents; this is the seed of noise()
     theirs = task.pipeline(
         class_labels=[207, 207],
         guidance_scale=guidance,
@@ -110,7 +117,11 @@ def test_unconditional_unet(name: str) -> None:
     task = evaluated(name)
     generator = torch.Generator().manual_seed(3)
     theirs = task.pipeline(
-        batch_size=2, num_inference_steps=STEPS, generator=generator, output_type="pt", return_dict=False
+        batch_size=2,
+        num_inference_steps=STEPS,
+        generator=generator,
+        output_type="pt",
+        return_dict=False,
     )
     # This pipeline makes arrays of anything but a tensor's name.
     found = task.decode(ours(task, noise(3, 2 * SIZE), {}, 1.0))

@@ -1,4 +1,5 @@
-"""Per-sample gradients by hooks equal a plain loop over the samples, in every family of pipelines."""
+"""Per-sample gradients by hooks equal a plain loop over the samples, in every family of
+pipelines."""
 
 import warnings
 from collections.abc import Sequence
@@ -30,7 +31,9 @@ def features(task: PipelineTask, engine: str, layers: Sequence[str] | None = Non
         x, at = x_t[rows], t[rows]
         return schedule.epsilon(task.predict(x, at, select(encoded.condition, rows)), x, at)
 
-    tracer = GradientTracer(task.denoiser, Projection(rank=4, dim=None), layers=layers, engine=engine)  # type: ignore[arg-type]
+    tracer = GradientTracer(
+        task.denoiser, Projection(rank=4, dim=None), layers=layers, engine=engine
+    )  # type: ignore[arg-type]
     return tracer.vjps(forward, [weighted], SAMPLES)[0]
 
 
@@ -45,7 +48,9 @@ def test_lora(name: str) -> None:
 def test_full_fine_tuning_and_its_attention(name: str) -> None:
     """The attention's columns of all parameters' features are the attention's own features."""
     task = task_of(name)
-    assert row_error(features(task, "hooks", ATTENTION), features(task, "loop", ATTENTION)) < TOLERANCE
+    assert (
+        row_error(features(task, "hooks", ATTENTION), features(task, "loop", ATTENTION)) < TOLERANCE
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SlowParameterWarning)  # PixArt's and Flux's bare parameters
         assert row_error(features(task, "auto"), features(task, "loop")) < TOLERANCE
@@ -54,10 +59,16 @@ def test_full_fine_tuning_and_its_attention(name: str) -> None:
 def test_dora_goes_through_the_loop_with_a_warning_that_names_it() -> None:
     task = task_of("sd1")
     add_lora(task.denoiser, use_dora=True)
-    with pytest.warns(SlowParameterWarning, match=r"pass per sample.*lora_magnitude_vector.*HINT") as caught:
+    with pytest.warns(
+        SlowParameterWarning, match=r"pass per sample.*lora_magnitude_vector.*HINT"
+    ) as caught:
         ours = features(task, "auto")
     assert "lora_A" not in str(caught[0].message)
     loop = features(task, "loop")
     assert row_error(ours, loop) < TOLERANCE
-    magnitudes = [n for n, p in task.denoiser.named_parameters() if "magnitude" in n and p.requires_grad]
-    assert len(magnitudes) == 2 * 2 * 2 * 4  # blocks with attention x (self, cross) x (q, k, v, out)
+    magnitudes = [
+        n for n, p in task.denoiser.named_parameters() if "magnitude" in n and p.requires_grad
+    ]
+    assert (
+        len(magnitudes) == 2 * 2 * 2 * 4
+    )  # blocks with attention x (self, cross) x (q, k, v, out)

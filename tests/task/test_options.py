@@ -1,4 +1,5 @@
-"""Pipelines under the Trainer's options: training stays the same to the bit, and the traces are those of the weights."""
+"""Pipelines under the Trainer's options: training stays the same to the bit, and the traces are
+those of the weights."""
 
 import copy
 import gc
@@ -28,7 +29,8 @@ from tests.task.tiny import batch
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training"),
     pytest.mark.filterwarnings(
-        "ignore:These trainable parameters have no hook:ctrak_lightning.gradients.SlowParameterWarning"
+        "ignore:These trainable parameters have no "
+        "hook:ctrak_lightning.gradients.SlowParameterWarning"
     ),
     pytest.mark.filterwarnings(
         "ignore:Mismatch dtype between input and weight"
@@ -36,13 +38,16 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 IN_HALF = 0.01
-"""Relative error of a bfloat16 network's traces beside a loop over the same network; 0.002 was measured."""
+"""Relative error of a bfloat16 network's traces beside a loop over the same network; 0.002 was
+measured."""
 HALF = 0.8
-"""The same beside a loop in float32 over the same weights: 0.05 (SD 3) to 0.60 (Flux) was measured, of random weights."""
+"""The same beside a loop in float32 over the same weights: 0.05 (SD 3) to 0.60 (Flux) was measured,
+of random weights."""
 
 
 def by_loop(task: PipelineTask) -> Tensor:
-    """The traces [n, k] of a plain loop over the samples, under the present weights, without autocast."""
+    """The traces [n, k] of a plain loop over the samples, under the present weights, without
+    autocast."""
     loop = GradientTracer(task.denoiser, Projection(rank=4, dim=128), engine="loop")
     return trace_batch(task, loop, METHOD, task.encode(batch(SAMPLES)), 0).features
 
@@ -105,11 +110,16 @@ def test_gradient_checkpointing(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", pipelines_of("accumulation"))
 def test_accumulation_and_averaged_weights(name: str, tmp_path: Path) -> None:
-    """Traced are the weights that train, unless the average is asked for, which the module has at the end."""
+    """Traced are the weights that train, unless the average is asked for, which the module has at
+    the end."""
     options: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 3}
     plain, raw, traced = made(name), made(name), made(name)
     train(plain, [EMAWeightAveraging(decay=0.5)], **options)
-    train(raw, [tracer(tmp_path / "raw", every_n_train_steps=2), EMAWeightAveraging(decay=0.5)], **options)
+    train(
+        raw,
+        [tracer(tmp_path / "raw", every_n_train_steps=2), EMAWeightAveraging(decay=0.5)],
+        **options,
+    )
     averaged = tracer(tmp_path / "ema", every_n_train_steps=2, weights="ema")
     train(traced, [EMAWeightAveraging(decay=0.5), averaged], **options)
     assert same_weights(plain, traced)
@@ -162,7 +172,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 class SeedSteps(Callback):
     """Lightning does not restore the global generator that the loss draws from."""
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         torch.manual_seed(trainer.global_step)
 
 
@@ -212,7 +224,8 @@ def live_bytes() -> int:
 
 
 def test_a_half_base_with_a_float32_adapter_is_traced(tmp_path: Path) -> None:
-    """As diffusers' LoRA scripts hold a model: what is frozen in half precision, what trains in float32."""
+    """As diffusers' LoRA scripts hold a model: what is frozen in half precision, what trains in
+    float32."""
     task = made("sd1").task
     for value in task.parameters():
         value.data = value.data.to(torch.float32 if value.requires_grad else torch.bfloat16)
@@ -228,16 +241,23 @@ def test_two_processes(name: str, tmp_path: Path) -> None:
     for what in ("plain", "traced"):
         command = [sys.executable, "-m", "tests.task.ddp_worker", str(tmp_path / what), name, what]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         weights[what] = load_file(tmp_path / what / "weights.safetensors")
     assert weights["plain"].keys() == weights["traced"].keys()
-    assert all(torch.equal(value, weights["traced"][key]) for key, value in weights["plain"].items())
+    assert all(
+        torch.equal(value, weights["traced"][key]) for key, value in weights["plain"].items()
+    )
     store = TraceStore(tmp_path / "traced" / "traces")
     assert store.verify() == []
     assert store.samples.sample_ids == [f"image-{i}" for i in range(SAMPLES)]
     folder = tmp_path / "traced" / "traces" / "checkpoint-00000001"
-    assert [path.name for path in sorted(folder.glob("rank*"))] == ["rank0-00000.h5", "rank1-00000.h5"]
+    assert [path.name for path in sorted(folder.glob("rank*"))] == [
+        "rank0-00000.h5",
+        "rank1-00000.h5",
+    ]
     module = made(name)
     module.load_state_dict(weights["traced"], strict=False)
     assert row_error(last(tmp_path / "traced" / "traces"), by_loop(module.task)) < 10 * TOLERANCE

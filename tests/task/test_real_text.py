@@ -34,12 +34,15 @@ def samples() -> list[dict[str, Any]]:
         for i in range(PER_COLOUR):
             image = torch.tensor(values).view(3, 1, 1).expand(3, 2 * SIZE, 2 * SIZE)
             image = image + 0.1 * torch.randn(image.shape, generator=generator)
-            made.append({"image": image, "caption": f"a {colour} picture", "sample_id": f"{colour}-{i}"})
+            made.append(
+                {"image": image, "caption": f"a {colour} picture", "sample_id": f"{colour}-{i}"}
+            )
     return made
 
 
 class Pooled(nn.Module):
-    """A VAE's stand-in that keeps colours apart, which a VAE with random weights does not: means of 2 x 2 pixels."""
+    """A VAE's stand-in that keeps colours apart, which a VAE with random weights does not: means of
+    2 x 2 pixels."""
 
     dtype = torch.float32
 

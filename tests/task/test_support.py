@@ -30,7 +30,8 @@ def run_by_tests() -> dict[str, set[str]]:
                 for mark in marks
                 if mark.name == "parametrize"
                 for each in mark.args[1]
-                if isinstance(values := getattr(each, "values", None), tuple) and values[0] in PIPELINES
+                if isinstance(values := getattr(each, "values", None), tuple)
+                and values[0] in PIPELINES
             }
             for check in checks:
                 found[check].append(names)

@@ -28,7 +28,10 @@ class TheirModule(L.LightningModule):
             add_lora(self.unet)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        latents = self.vae.encode(batch["pixel_values"]).latent_dist.sample() * self.vae.config.scaling_factor
+        latents = (
+            self.vae.encode(batch["pixel_values"]).latent_dist.sample()
+            * self.vae.config.scaling_factor
+        )
         noise = torch.randn_like(latents)
         t = torch.randint(0, 1000, (len(latents),), device=self.device)
         noised = self.noise_scheduler.add_noise(latents, noise, t)
@@ -47,7 +50,11 @@ class TheirData(Dataset[dict[str, Tensor]]):
         self.images = torch.rand(SAMPLES, 3, 2 * SIZE, 2 * SIZE, generator=generator) * 2 - 1
         tokenizer = build("sd1").tokenizer
         self.tokens = tokenizer(
-            list(CAPTIONS), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+            list(CAPTIONS),
+            padding="max_length",
+            max_length=TOKENS,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
 
     def __len__(self) -> int:

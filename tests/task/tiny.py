@@ -1,4 +1,5 @@
-"""Every supported pipeline, tiny, from its config classes with random weights: nothing is downloaded."""
+"""Every supported pipeline, tiny, from its config classes with random weights: nothing is
+downloaded."""
 
 from functools import partial
 from typing import Any

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-# The builders are shared with a subprocess, so they are a plain module, found here in every import mode.
+# The builders are shared with a subprocess, so they are a plain module, found here in every import
+# mode.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from store_builder import Capture

@@ -1,4 +1,5 @@
-"""Captures that SIGKILL themselves; each runs in a fork, so torch is imported once. Writes a JSON report."""
+"""Captures that SIGKILL themselves; each runs in a fork, so torch is imported once. Writes a JSON
+report."""
 
 from __future__ import annotations
 
@@ -20,9 +21,13 @@ from ctrak_lightning.traces import TraceStore
 
 
 def in_fork(
-    work: Callable[..., object], *arguments: Any, kill_tick: int = 0, kill_after_s: float | None = None
+    work: Callable[..., object],
+    *arguments: Any,
+    kill_tick: int = 0,
+    kill_after_s: float | None = None,
 ) -> int:
-    """Run ``work(*arguments)`` in a fork; returns its exit status, or minus the signal that ended it."""
+    """Run ``work(*arguments)`` in a fork; returns its exit status, or minus the signal that ended
+    it."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -66,7 +71,8 @@ def kill_at(tick: int) -> None:
 
 
 def check_and_continue(path: Path, capture: Capture) -> None:
-    """The store opens and is sound, or says in a typed error that nothing is sealed yet; then complete it."""
+    """The store opens and is sound, or says in a typed error that nothing is sealed yet; then
+    complete it."""
     try:
         for checkpoint in TraceStore(path).checkpoints:
             assert bool((checkpoint.features().norm(dim=1) > 0).all())
@@ -115,7 +121,9 @@ def any_time(folder: Path, capture: Capture, expected: dict[str, bytes]) -> dict
 def run(root: Path, capture: Capture, works: list[Callable[..., dict[str, Any]]]) -> dict[str, Any]:
     in_fork(capture.run, root / "whole")
     expected = read_bytes(root / "whole")
-    return {work.__name__: work(root, capture, expected) | {"files": len(expected)} for work in works}
+    return {
+        work.__name__: work(root, capture, expected) | {"files": len(expected)} for work in works
+    }
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ def make_traces(n: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Features [n, k] whose rows differ in scale by many orders, and losses [n]."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.logspace(-3, 6, n)[torch.randperm(n, generator=generator)]
-    return torch.randn(n, k, generator=generator) * scale[:, None], torch.rand(n, generator=generator)
+    return torch.randn(n, k, generator=generator) * scale[:, None], torch.rand(
+        n, generator=generator
+    )
 
 
 @dataclass
@@ -76,8 +78,11 @@ class Capture:
                     self.run_checkpoint(writer, step, batch)
         return path
 
-    def run_checkpoint(self, writer: TraceWriter, step: int, batch: int = 3, stop: int | None = None) -> None:
-        """Capture one checkpoint in batches; with ``stop``, leave after so many rows and do not seal."""
+    def run_checkpoint(
+        self, writer: TraceWriter, step: int, batch: int = 3, stop: int | None = None
+    ) -> None:
+        """Capture one checkpoint in batches; with ``stop``, leave after so many rows and do not
+        seal."""
         features, loss = self.traces(step)
         options = {"epoch": step // 100, "learning_rate": 0.1, "weights": self.weights(step)}
         with writer.begin_checkpoint(step, **options) as checkpoint:
@@ -88,6 +93,7 @@ class Capture:
 
 
 def read_bytes(path: Path) -> dict[str, bytes]:
-    """Every file below ``path``, by relative name, but the one that says who has the store open now."""
+    """Every file below ``path``, by relative name, but the one that says who has the store open
+    now."""
     files = (file for file in path.rglob("*") if file.is_file() and file.name != WRITER_LOCK)
     return {str(file.relative_to(path)): file.read_bytes() for file in files}

@@ -31,7 +31,10 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_differences_are_relative_and_infinite_where_there_is_no_comparing() -> None:
     other = replace(FUNCTION, outputs=torch.tensor([[3.0, 4.5], [0.0, 2.0]]))
     torch.testing.assert_close(
-        FUNCTION.differences(other), torch.tensor([0.1, 0.0], dtype=torch.float64), rtol=1e-6, atol=0
+        FUNCTION.differences(other),
+        torch.tensor([0.1, 0.0], dtype=torch.float64),
+        rtol=1e-6,
+        atol=0,
     )
     nothing = torch.full((2, 2), torch.nan)
     for unlike in (

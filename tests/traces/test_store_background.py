@@ -1,4 +1,5 @@
-"""Shards are written by a thread: capture does not wait for it, and what goes wrong there is raised by the next call."""
+"""Shards are written by a thread: capture does not wait for it, and what goes wrong there is raised
+by the next call."""
 
 import errno
 import os
@@ -52,7 +53,8 @@ def append(checkpoint: CheckpointWriter, capture: Capture, start: int, stop: int
 
 
 def on_write(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> list[str]:
-    """Call ``act`` with the number of the attempt before each shard is written; returns the names of the threads."""
+    """Call ``act`` with the number of the attempt before each shard is written; returns the names
+    of the threads."""
     threads: list[str] = []
 
     def write(path: Path, rows: Any) -> None:
@@ -131,7 +133,10 @@ def test_the_bytes_are_those_of_a_writer_that_waits_after_every_batch(
 
 @pytest.mark.parametrize("call", ["append", "seal", "flush", "close", "with", "begin"])
 def test_a_full_disk_is_told_by_the_next_call_and_sealed_shards_stay(
-    opened: tuple[TraceWriter, CheckpointWriter], capture: Capture, monkeypatch: pytest.MonkeyPatch, call: str
+    opened: tuple[TraceWriter, CheckpointWriter],
+    capture: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
 ) -> None:
     writer, checkpoint = opened
     append(checkpoint, capture, 0, 4)
@@ -161,7 +166,9 @@ def test_a_full_disk_is_told_by_the_next_call_and_sealed_shards_stay(
         again.seal()
     store = TraceStore(writer.path)
     assert store.verify() == []
-    torch.testing.assert_close(store.checkpoints[0].features(), capture.traces(300)[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        store.checkpoints[0].features(), capture.traces(300)[0], rtol=1e-6, atol=0
+    )
 
 
 def settle() -> None:
@@ -238,7 +245,9 @@ def test_a_thread_that_dies_of_another_error_is_told_and_replaced(
     assert TraceStore(writer.path).verify() == []
 
 
-def test_a_thread_that_dies_without_a_word_does_not_hang_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_dies_without_a_word_does_not_hang_the_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     jobs, done = InBackground(1), []
     with monkeypatch.context() as patch:
         patch.setattr(InBackground, "_run", lambda self: None)
@@ -309,10 +318,14 @@ def test_files_that_the_system_refuses_to_let_grow(tmp_path: Path) -> None:
     here = str(Path(__file__).parent)
     command = [sys.executable, "-c", FILL, here, str(tmp_path / "store")]
     environment = os.environ | {"PYTHONPATH": str(Path(here).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "rank0-00001.h5 cannot be written" in done.stdout
     assert "HINT" in done.stdout
     capture = Capture(n=64, k=4096, shard_rows=16, steps=(300,))
-    assert read_bytes(capture.run(tmp_path / "store")) == read_bytes(capture.run(tmp_path / "whole"))
+    assert read_bytes(capture.run(tmp_path / "store")) == read_bytes(
+        capture.run(tmp_path / "whole")
+    )
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

@@ -18,12 +18,22 @@ from ctrak_lightning.traces import TraceStore
 @pytest.mark.slow
 def test_killed_and_continued_stores_are_byte_identical(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(Path(__file__).with_name("crash_worker.py")), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    for name, files, least in (("every_tick", 6, 80), ("again_and_again", 12, 2), ("any_time", 12, 1)):
+    for name, files, least in (
+        ("every_tick", 6, 80),
+        ("again_and_again", 12, 2),
+        ("any_time", 12, 1),
+    ):
         assert report[name]["bad"] == [], (name, done.stderr)
         assert report[name]["files"] == files
         assert report[name]["killed"] >= least
@@ -61,7 +71,9 @@ def test_exception_inside_a_capture_keeps_sealed_shards(tmp_path: Path, capture:
     assert again.rows_done == 8
     again.append(torch.arange(8, 10), features[8:], loss[8:])
     again.seal()
-    torch.testing.assert_close(TraceStore(tmp_path).checkpoints[0].features(), features, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        TraceStore(tmp_path).checkpoints[0].features(), features, rtol=1e-6, atol=0
+    )
 
 
 def test_leftovers_of_a_killed_run_are_removed_and_other_files_are_not(
@@ -84,7 +96,9 @@ def test_leftovers_of_a_killed_run_are_removed_and_other_files_are_not(
     assert TraceStore(tmp_path).verify() == ["notes.txt: not recorded in the manifest"]
 
 
-def test_samples_renamed_but_not_recorded_are_written_again(tmp_path: Path, capture: Capture) -> None:
+def test_samples_renamed_but_not_recorded_are_written_again(
+    tmp_path: Path, capture: Capture
+) -> None:
     capture.open(tmp_path).close()
     (tmp_path / "samples.h5").write_text("half a table")
     with capture.open(tmp_path) as writer:
@@ -102,7 +116,9 @@ def test_disk_that_fails_once_loses_and_doubles_nothing(
     writer.write_samples(make_table())
     features, loss = capture.traces(300)
     order = capture.order(300)
-    checkpoint = writer.begin_checkpoint(300, epoch=3, learning_rate=0.1, weights=capture.weights(300))
+    checkpoint = writer.begin_checkpoint(
+        300, epoch=3, learning_rate=0.1, weights=capture.weights(300)
+    )
     checkpoint.append(order[:4], features[order[:4]], loss[order[:4]])
     replace = os.replace
 
@@ -157,7 +173,8 @@ def test_content_and_names_are_durable_before_the_manifest_says_so(
 
 
 def test_other_weights_begin_the_checkpoint_anew(tmp_path: Path, capture: Capture) -> None:
-    """A capture that was cut and whose training then went another way must not keep the first model's rows."""
+    """A capture that was cut and whose training then went another way must not keep the first
+    model's rows."""
     whole = read_bytes(capture.run(tmp_path / "whole"))
     writer = capture.open(tmp_path / "cut")
     writer.write_samples(make_table())

@@ -21,7 +21,12 @@ from ctrak_lightning.traces.arrays import open_for_reading
 from ctrak_lightning.traces.row_array import row_sums
 
 SHARD = "checkpoint-00000300/rank0-00001.h5"
-FILES = ["samples.h5", SHARD, "checkpoint-00000600/kernel.h5", "checkpoint-00000600/weights.safetensors"]
+FILES = [
+    "samples.h5",
+    SHARD,
+    "checkpoint-00000600/kernel.h5",
+    "checkpoint-00000600/weights.safetensors",
+]
 
 
 @pytest.fixture
@@ -176,7 +181,9 @@ def make_virtual(file: h5py.File) -> None:
         make_virtual,
     ],
 )
-def test_shards_of_other_content_are_refused(path: Path, change: Callable[[h5py.File], object]) -> None:
+def test_shards_of_other_content_are_refused(
+    path: Path, change: Callable[[h5py.File], object]
+) -> None:
     rewrite(path / SHARD, change)
     with pytest.raises(CorruptStoreError, match="checkpoint-00000300"):
         read_everything(path)
@@ -251,7 +258,11 @@ RECORD = {"sha256": "0" * 64, "bytes": 1}
         (("files", "/etc/passwd"), RECORD, "/etc/passwd.*not a path that a store uses"),
         (("files", "../x.h5"), RECORD, "not a path that a store uses"),
         (("files", "checkpoint-00000300/../../x.h5"), RECORD, "not a path that a store uses"),
-        (("files", "checkpoint-00000300/rank0-\u0661\u0661\u0661\u0661\u0661.h5"), RECORD, "not a path"),
+        (
+            ("files", "checkpoint-00000300/rank0-\u0661\u0661\u0661\u0661\u0661.h5"),
+            RECORD,
+            "not a path",
+        ),
         (("files", "checkpoint-00000900/kernel.h5"), RECORD, "belongs to no recorded checkpoint"),
         (("files", "samples.h5", "sha256"), "abc", "64 hexadecimal digits"),
         (("files", "samples.h5", "bytes"), -1, "bytes is -1, expected an integer"),
@@ -277,7 +288,9 @@ RECORD = {"sha256": "0" * 64, "bytes": 1}
         (("checkpoints", 0, "learning_rate"), float("nan"), "not valid JSON .NaN"),
     ],
 )
-def test_manifests_that_no_writer_writes(path: Path, keys: tuple[Any, ...], value: Any, message: str) -> None:
+def test_manifests_that_no_writer_writes(
+    path: Path, keys: tuple[Any, ...], value: Any, message: str
+) -> None:
     with pytest.raises(StoreError, match=message) as caught:
         TraceStore(edited(path, *keys, value=value))
     assert isinstance(caught.value, CorruptStoreError) == (not message.startswith("schema is 1"))
@@ -290,13 +303,21 @@ JSON = st.recursive(
     | st.floats()
     | st.text(max_size=8)
     | st.sampled_from([*FILES, "..", "\0"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=4,
 )
 
 
 def places(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [here, *(place for key, item in inner for place in places(item, (*here, key)))]
 
 
@@ -363,8 +384,12 @@ def test_any_edit_of_the_manifest_bytes_is_refused_or_harmless(
     either_sound_or_refused(path, whole[:start] + inserted + whole[start + length :], features)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[" * 10**5, b"9" * 5000, b'{"schema": 4}', b"null"])
-def test_text_that_is_no_manifest(victim: tuple[Path, bytes, list[torch.Tensor]], text: bytes) -> None:
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"\xff", b"[" * 10**5, b"9" * 5000, b'{"schema": 4}', b"null"]
+)
+def test_text_that_is_no_manifest(
+    victim: tuple[Path, bytes, list[torch.Tensor]], text: bytes
+) -> None:
     path, _, _ = victim
     (path / "manifest.json").write_bytes(text)
     with pytest.raises(CorruptStoreError, match=r"manifest\.json.*HINT"):
@@ -389,7 +414,8 @@ def test_the_checksum_of_a_row_is_the_sum_of_its_words_and_last_bytes() -> None:
 def test_an_address_in_a_file_that_is_no_address_is_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """HDF5 asks Python for bytes at an offset that was read from the file, which need not fit a C long."""
+    """HDF5 asks Python for bytes at an offset that was read from the file, which need not fit a C
+    long."""
 
     def beyond(*_: object, **__: object) -> None:
         raise OverflowError("Python int too large to convert to C long")

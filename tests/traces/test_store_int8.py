@@ -26,15 +26,19 @@ def write(path: Path, features: torch.Tensor, dtype: str) -> TraceStore:
 
 
 def low_rank(n: int, k: int, rank: int, seed: int = 0) -> torch.Tensor:
-    """Rows as gradients are: a decaying spectrum, noise in every direction, and norms that differ by far."""
+    """Rows as gradients are: a decaying spectrum, noise in every direction, and norms that differ
+    by far."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randn(n, rank, generator=generator) * torch.arange(1, rank + 1) ** -0.7
-    rows = codes @ torch.randn(rank, k, generator=generator) + 0.5 * torch.randn(n, k, generator=generator)
+    rows = codes @ torch.randn(rank, k, generator=generator) + 0.5 * torch.randn(
+        n, k, generator=generator
+    )
     return rows * torch.randn(n, 1, generator=generator).exp()
 
 
 def test_a_row_computed_by_hand(tmp_path: Path) -> None:
-    """(3, -4, 0, 12) has norm 13 and largest entry 12: steps of 12/13/127; 3 is 31.75 of them and -4 is -42.33."""
+    """(3, -4, 0, 12) has norm 13 and largest entry 12: steps of 12/13/127; 3 is 31.75 of them and
+    -4 is -42.33."""
     store = write(tmp_path, torch.tensor([[3.0, -4.0, 0.0, 12.0], [0.0, 0.0, -1e-6, 0.0]]), "int8")
     with h5py.File(tmp_path / "checkpoint-00000001" / "rank0-00000.h5") as file:
         assert file["features"].dtype == np.int8
@@ -55,7 +59,9 @@ def test_no_entry_is_off_by_more_than_half_a_step(tmp_path: Path) -> None:
 
 
 def test_quantised_rows_reach_both_ends_and_no_further() -> None:
-    unit, scale = stored_unit(torch.tensor([[1.0, -1.0, 0.5 / 127], [0.1, 0.3, -0.2]]).double(), "int8")
+    unit, scale = stored_unit(
+        torch.tensor([[1.0, -1.0, 0.5 / 127], [0.1, 0.3, -0.2]]).double(), "int8"
+    )
     assert unit[0].tolist() == [127, -127, 0]
     assert unit.abs().amax(1).tolist() == [127, 127]
     assert scale.dtype == torch.float32
@@ -70,7 +76,9 @@ def test_a_sample_takes_one_byte_a_feature_and_28_more(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("batch", [1, 4, 10])
 @pytest.mark.parametrize("stop", [0, 5, 8])
-def test_interrupted_int8_captures_are_byte_identical(tmp_path: Path, stop: int, batch: int) -> None:
+def test_interrupted_int8_captures_are_byte_identical(
+    tmp_path: Path, stop: int, batch: int
+) -> None:
     capture = Capture(changes={"dtype": "int8"})
     whole = read_bytes(capture.run(tmp_path / "whole"))
     writer = capture.open(tmp_path / "stopped")
@@ -82,7 +90,9 @@ def test_interrupted_int8_captures_are_byte_identical(tmp_path: Path, stop: int,
 
 @pytest.mark.parametrize(("n", "k"), [(1500, 256), (200, 256)])
 @pytest.mark.parametrize("damping", [0.1, 10.0, None])
-def test_scores_rank_as_those_of_float32_rows(tmp_path: Path, n: int, k: int, damping: float | None) -> None:
+def test_scores_rank_as_those_of_float32_rows(
+    tmp_path: Path, n: int, k: int, damping: float | None
+) -> None:
     features, queries = low_rank(n + 4, k, 24).split([n, 4])
     exact, rounded = (
         checkpoint_scores(queries, write(tmp_path / dtype, features, dtype).checkpoints[0], damping)

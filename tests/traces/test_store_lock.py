@@ -34,7 +34,8 @@ def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def child(work: Callable[[int], None]) -> tuple[int, int]:
-    """A process that does ``work`` with the end of a pipe to write to; its id and the end to read from."""
+    """A process that does ``work`` with the end of a pipe to write to; its id and the end to read
+    from."""
     readable, writable = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads
@@ -119,7 +120,9 @@ def test_a_killed_holder_holds_nothing_even_if_its_workers_live(tmp_path: Path) 
         ):
             WriterLock(tmp_path, "forgets samples")
         kill(pid)
-        assert json.loads((tmp_path / WRITER_LOCK).read_text())["pid"] == pid  # what a dead one leaves behind
+        assert (
+            json.loads((tmp_path / WRITER_LOCK).read_text())["pid"] == pid
+        )  # what a dead one leaves behind
         os.kill(int(worker), 0)
         WriterLock(tmp_path, "forgets samples").release()
     finally:
@@ -167,12 +170,16 @@ def test_a_ledger_has_a_lock_of_its_own(tmp_path: Path) -> None:
     lock.release()
 
 
-def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unsupported(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", unsupported)
-    with pytest.raises(StoreError, match=r"cannot be locked.*Function not implemented.*HINT: keep the store"):
+    with pytest.raises(
+        StoreError, match=r"cannot be locked.*Function not implemented.*HINT: keep the store"
+    ):
         Capture().open(tmp_path)
 
 
@@ -188,8 +195,12 @@ def test_a_manifest_that_another_has_changed_is_not_replaced(
     sealed = read_bytes(tmp_path)
     # Of the step that the other has sealed as well, whose files have the same names.
     for step in (300, 900):
-        with pytest.raises(StoreError, match=r"manifest\.json: another process has changed it.*HINT"):
-            first.begin_checkpoint(step, epoch=9, weights={"a": torch.ones(7)}, exposures=torch.ones(10))
+        with pytest.raises(
+            StoreError, match=r"manifest\.json: another process has changed it.*HINT"
+        ):
+            first.begin_checkpoint(
+                step, epoch=9, weights={"a": torch.ones(7)}, exposures=torch.ones(10)
+            )
         assert read_bytes(tmp_path) == sealed
     assert read_bytes(tmp_path) == sealed
     assert TraceStore(tmp_path).verify() == []
@@ -209,7 +220,9 @@ def remove_lock(root: Path) -> None:
 
 
 @pytest.mark.parametrize("remove", [remove_folder, remove_lock])
-def test_a_run_whose_lock_was_removed_writes_nothing(tmp_path: Path, remove: Callable[[Path], None]) -> None:
+def test_a_run_whose_lock_was_removed_writes_nothing(
+    tmp_path: Path, remove: Callable[[Path], None]
+) -> None:
     root, capture = tmp_path / "store", Capture(steps=(300,))
     first = capture.open(root)
     first.write_samples(make_table())

@@ -33,7 +33,8 @@ def capture(
     weights: float = 1.0,
     done: list[int] | None = None,
 ) -> TraceWriter:
-    """Each process traces every so-manieth sample, two at a time into shards of 3; rank r stops before its ``stop[r]``-th."""
+    """Each process traces every so-manieth sample, two at a time into shards of 3; rank r stops
+    before its ``stop[r]``-th."""
     features, loss = make_traces(N, k)
     writer = TraceWriter(
         path, make_header(dim=k, dataset={"size": N}), shard_rows=3, run_id="r", processes=processes
@@ -75,11 +76,15 @@ def test_the_store_is_that_of_one_process(tmp_path: Path, count: int, k: int) ->
     assert torch.equal(many.checkpoints[0].features(), one.checkpoints[0].features())
     assert torch.equal(many.checkpoints[0].losses(), one.checkpoints[0].losses())
     mine, other = many.checkpoints[0].kernel(), one.checkpoints[0].kernel()
-    torch.testing.assert_close(mine.eigenvalues, other.eigenvalues, rtol=1e-9, atol=1e-9 * one_trace(other))
+    torch.testing.assert_close(
+        mine.eigenvalues, other.eigenvalues, rtol=1e-9, atol=1e-9 * one_trace(other)
+    )
     torch.testing.assert_close(mine.gram(), other.gram(), rtol=1e-5, atol=1e-6 * one_trace(other))
     torch.testing.assert_close(mine.mean, other.mean)
     names = [f"rank{rank}" for rank in range(count)]
-    assert [name for name in names if not list((tmp_path / "many" / FOLDER).glob(f"{name}-*.h5"))] == []
+    assert [
+        name for name in names if not list((tmp_path / "many" / FOLDER).glob(f"{name}-*.h5"))
+    ] == []
     assert list((tmp_path / "many" / FOLDER).glob("*.json")) == []
 
 
@@ -101,7 +106,9 @@ def test_an_interrupted_capture_goes_on_and_ends_in_the_same_bytes(tmp_path: Pat
     assert read_bytes(tmp_path / "cut") == read_bytes(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("count", "weights"), [(2, 2.0), (3, 1.0), (1, 1.0)], ids=["weights", "more", "one"])
+@pytest.mark.parametrize(
+    ("count", "weights"), [(2, 2.0), (3, 1.0), (1, 1.0)], ids=["weights", "more", "one"]
+)
 def test_other_weights_or_another_number_of_processes_begin_anew(
     tmp_path: Path, count: int, weights: float
 ) -> None:
@@ -129,8 +136,9 @@ def seal(path: Path, processes: Processes, own: torch.Tensor) -> None:
 def test_a_sample_of_two_processes_is_refused_in_both(tmp_path: Path) -> None:
     for error in together(2, lambda one: seal(tmp_path, one, torch.arange(12) + 10 * one.rank)):
         assert isinstance(error, StoreError)
-        assert "2 samples have traces of more than one process: 'image/010.png', 'image/011.png'" in str(
-            error
+        assert (
+            "2 samples have traces of more than one process: 'image/010.png', 'image/011.png'"
+            in str(error)
         )
 
 
@@ -177,7 +185,9 @@ def test_journals_that_a_crash_left_after_sealing_are_removed(tmp_path: Path) ->
     journal = (tmp_path / "cut" / FOLDER / "rank1.json").read_bytes()
     together(2, lambda processes: capture(tmp_path / "cut", processes))
     (tmp_path / "cut" / FOLDER / "rank1.json").write_bytes(journal)
-    assert TraceStore(tmp_path / "cut").verify() == [f"{FOLDER}/rank1.json: not recorded in the manifest"]
+    assert TraceStore(tmp_path / "cut").verify() == [
+        f"{FOLDER}/rank1.json: not recorded in the manifest"
+    ]
     TraceWriter(tmp_path / "cut", make_header(dim=6, dataset={"size": N}))
     assert TraceStore(tmp_path / "cut").verify() == []
 

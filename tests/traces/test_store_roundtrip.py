@@ -1,4 +1,5 @@
-"""What is appended comes back, in the order of the sample table, whatever its scale, batch size and order."""
+"""What is appended comes back, in the order of the sample table, whatever its scale, batch size and
+order."""
 
 import copy
 from pathlib import Path
@@ -17,7 +18,8 @@ from ctrak_lightning.traces.kernel import gram_of_rows, kernel_of_columns
 
 FILES = ("kernel.h5", "rank0-00000.h5", "rank0-00001.h5", "rank0-00002.h5", "weights.safetensors")
 TOLERANCE = {"float32": 1e-6, "float16": 1e-3, "int8": 1e-2}
-"""Of a row's norm; int8 is off by half a step, 1/254 of the largest entry, in every one of k entries."""
+"""Of a row's norm; int8 is off by half a step, 1/254 of the largest entry, in every one of k
+entries."""
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
@@ -44,12 +46,16 @@ def test_features_losses_norms_weights_and_kernel(tmp_path: Path, dtype: str, k:
         kernel = checkpoint.kernel()
         expected = found.T @ found if k <= 10 else found @ found.T
         assert (kernel.side, kernel.n, kernel.k) == ("primal" if k <= 10 else "dual", 10, k)
-        np.testing.assert_allclose(kernel.gram().numpy(), expected, rtol=1e-6, atol=1e-6 * expected.max())
+        np.testing.assert_allclose(
+            kernel.gram().numpy(), expected, rtol=1e-6, atol=1e-6 * expected.max()
+        )
         np.testing.assert_allclose(
             kernel.mean.numpy(), found.mean(0), rtol=1e-9, atol=1e-12 * np.abs(found).max()
         )
         values = np.linalg.eigvalsh(expected)
-        np.testing.assert_allclose(kernel.eigenvalues.numpy(), values, rtol=1e-9, atol=1e-12 * values[-1])
+        np.testing.assert_allclose(
+            kernel.eigenvalues.numpy(), values, rtol=1e-9, atol=1e-12 * values[-1]
+        )
         assert kernel.trace == pytest.approx(float((found**2).sum()), rel=1e-12)
 
         weights = checkpoint.weights()
@@ -70,9 +76,13 @@ def test_rows_are_stored_with_unit_norm_whatever_their_scale(tmp_path: Path, dty
         stored = file["features"]
         assert (stored.dtype, stored.chunks, stored.compression) == (np.dtype(dtype), None, None)
         assert file["norm"].fletcher32
-        np.testing.assert_allclose(np.linalg.norm(stored[:].astype(float), axis=1), 1, rtol=TOLERANCE[dtype])
+        np.testing.assert_allclose(
+            np.linalg.norm(stored[:].astype(float), axis=1), 1, rtol=TOLERANCE[dtype]
+        )
     found = TraceStore(tmp_path).checkpoints[0].features()
-    np.testing.assert_allclose(found.double().numpy(), features.double().numpy(), rtol=TOLERANCE[dtype])
+    np.testing.assert_allclose(
+        found.double().numpy(), features.double().numpy(), rtol=TOLERANCE[dtype]
+    )
 
 
 @settings(max_examples=12)
@@ -98,7 +108,9 @@ def test_batch_size_shard_size_and_order_change_no_feature(
         torch.testing.assert_close(values, features[index], rtol=1e-6, atol=0)
 
 
-def test_equal_captures_give_equal_bytes_and_batches_do_not_matter(tmp_path: Path, capture: Capture) -> None:
+def test_equal_captures_give_equal_bytes_and_batches_do_not_matter(
+    tmp_path: Path, capture: Capture
+) -> None:
     first = read_bytes(capture.run(tmp_path / "a", batch=1))
     assert first == read_bytes(capture.run(tmp_path / "b", batch=10))
     assert sorted(first) == [
@@ -163,16 +175,21 @@ def test_kernel_matches_numpy_for_any_blocks(n: int, k: int, block: int) -> None
         kernel, expected = kernel_of_columns(features.split(block, 1), n, k), wide @ wide.T
     assert (kernel.side, kernel.n, kernel.k) == ("primal" if k <= n else "dual", n, k)
     assert kernel.eigenvectors.dtype == torch.float32
-    np.testing.assert_allclose(kernel.gram().numpy(), expected, rtol=1e-6, atol=1e-6 * expected.max())
+    np.testing.assert_allclose(
+        kernel.gram().numpy(), expected, rtol=1e-6, atol=1e-6 * expected.max()
+    )
     values = np.linalg.eigvalsh(expected)
-    np.testing.assert_allclose(kernel.eigenvalues.numpy(), values, rtol=1e-9, atol=1e-12 * values[-1])
+    np.testing.assert_allclose(
+        kernel.eigenvalues.numpy(), values, rtol=1e-9, atol=1e-12 * values[-1]
+    )
     assert (np.diff(kernel.eigenvalues.numpy()) >= 0).all()
     np.testing.assert_allclose(kernel.mean.numpy(), wide.mean(0), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("damping", [1e-6, 1e-3, 1.0, 100.0])
 def test_solves_are_as_good_as_float64_inverses_at_every_damping(damping: float) -> None:
-    """Eigenvalues over twelve orders of magnitude: a Gram matrix rounded to float32 would lose all but seven."""
+    """Eigenvalues over twelve orders of magnitude: a Gram matrix rounded to float32 would lose all
+    but seven."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(200, 40, generator=generator) * torch.logspace(0, -6, 40)
     rows = features[:3] + torch.randn(3, 40, generator=generator) * torch.logspace(0, -6, 40)

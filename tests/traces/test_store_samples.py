@@ -16,7 +16,9 @@ from ctrak_lightning.traces.samples import count_samples, read_samples, write_sa
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
 IDS = st.lists(
-    TEXT | st.sampled_from(["", ".", "..", "a/b", "/etc/passwd", "ä\n", "🎨"]), min_size=1, unique=True
+    TEXT | st.sampled_from(["", ".", "..", "a/b", "/etc/passwd", "ä\n", "🎨"]),
+    min_size=1,
+    unique=True,
 )
 COLUMNS = st.sampled_from([".", "..", "a/b", "%2F", "%", "/", "licence", "é"]) | TEXT.filter(bool)
 
@@ -26,7 +28,9 @@ COLUMNS = st.sampled_from([".", "..", "a/b", "%2F", "%", "/", "licence", "é"]) 
 def test_any_text_comes_back(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     ids = data.draw(IDS)
     column = st.lists(TEXT, min_size=len(ids), max_size=len(ids))
-    table = SampleTable(ids, data.draw(column), data.draw(st.dictionaries(COLUMNS, column, max_size=3)))
+    table = SampleTable(
+        ids, data.draw(column), data.draw(st.dictionaries(COLUMNS, column, max_size=3))
+    )
     path = tmp_path_factory.mktemp("samples") / "samples.h5"
     write_samples(path, table)
     stored = read_samples(path)
@@ -61,7 +65,9 @@ def test_some_samples_are_read_without_the_others(tmp_path: Path) -> None:
     some = read_samples(tmp_path / "samples.h5", [2, 3, 7])
     assert some.sample_ids == [table.sample_ids[i] for i in (2, 3, 7)]
     assert some.content_sha256 == [table.content_sha256[i] for i in (2, 3, 7)]
-    assert some.metadata == {name: [values[i] for i in (2, 3, 7)] for name, values in table.metadata.items()}
+    assert some.metadata == {
+        name: [values[i] for i in (2, 3, 7)] for name, values in table.metadata.items()
+    }
     assert some.thumbnails is not None
     assert table.thumbnails is not None
     assert torch.equal(some.thumbnails, table.thumbnails[[2, 3, 7]])
@@ -91,9 +97,18 @@ def test_fingerprint_depends_on_ids_their_order_and_their_ends() -> None:
         ({"metadata": {"": ["a"] * 4}}, "not empty"),
         ({"metadata": {"a\0": ["a"] * 4}}, "NUL"),
         ({"thumbnails": torch.zeros(4, 2, 2, 3)}, r"expected uint8 \[4, h, w, 3\]"),
-        ({"thumbnails": torch.zeros(3, 2, 2, 3, dtype=torch.uint8)}, r"expected uint8 \[4, h, w, 3\]"),
-        ({"thumbnails": torch.zeros(4, 3, 2, 2, dtype=torch.uint8)}, r"expected uint8 \[4, h, w, 3\]"),
-        ({"thumbnails": torch.zeros(4, 0, 2, 3, dtype=torch.uint8)}, r"expected uint8 \[4, h, w, 3\]"),
+        (
+            {"thumbnails": torch.zeros(3, 2, 2, 3, dtype=torch.uint8)},
+            r"expected uint8 \[4, h, w, 3\]",
+        ),
+        (
+            {"thumbnails": torch.zeros(4, 3, 2, 2, dtype=torch.uint8)},
+            r"expected uint8 \[4, h, w, 3\]",
+        ),
+        (
+            {"thumbnails": torch.zeros(4, 0, 2, 3, dtype=torch.uint8)},
+            r"expected uint8 \[4, h, w, 3\]",
+        ),
     ],
 )
 def test_tables_that_cannot_be_stored(changes: dict[str, Any], message: str) -> None:
@@ -111,13 +126,22 @@ def test_metadata_that_changed_is_told_and_not_taken(tmp_path: Path) -> None:
     # Thumbnails, and the order of the columns, may be others.
     with warnings.catch_warnings(), Capture().open(tmp_path) as writer:
         warnings.simplefilter("error")
-        writer.write_samples(SampleTable(*table_of(table, dict(reversed(columns.items()))), table.thumbnails))
-    now = {"artist": columns["artist"], "owner": ["anna"] * 7 + ["bert\x1b"] * 3, "caption": [""] * 10}
+        writer.write_samples(
+            SampleTable(*table_of(table, dict(reversed(columns.items()))), table.thumbnails)
+        )
+    now = {
+        "artist": columns["artist"],
+        "owner": ["anna"] * 7 + ["bert\x1b"] * 3,
+        "caption": [""] * 10,
+    }
     told = (
         r"\(column 'caption' is new; column 'licence/url' is not given any more; column 'owner' differs for 3 of 10 samples, "
         r"such as 'image/007\.png': recorded 'anna', now 'bert\\x1b'\)\. The store keeps what it recorded.*HINT: .*new folder"
     )
-    with Capture().open(tmp_path) as writer, pytest.warns(ChangedMetadataWarning, match=told) as seen:
+    with (
+        Capture().open(tmp_path) as writer,
+        pytest.warns(ChangedMetadataWarning, match=told) as seen,
+    ):
         writer.write_samples(SampleTable(*table_of(table, now)))
     assert [Path(warning.filename).name for warning in seen] == [Path(__file__).name]
     assert read_bytes(tmp_path) == before

@@ -1,4 +1,5 @@
-"""Visits beside the traces: what is written is read, what does not fit or was altered is refused."""
+"""Visits beside the traces: what is written is read, what does not fit or was altered is
+refused."""
 
 import json
 from pathlib import Path
@@ -21,7 +22,9 @@ def visits() -> Visits:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    header = StoreHeader(method={}, projection={}, model={}, dataset={"size": 3}, dim=2, dtype="float32")
+    header = StoreHeader(
+        method={}, projection={}, model={}, dataset={"size": 3}, dim=2, dtype="float32"
+    )
     writer = TraceWriter(tmp_path / "store", header)
     writer.write_samples(SampleTable(["a", "b", "c"], [""] * 3, {}))
     for step, given in {300: visits(), 600: None}.items():
@@ -55,8 +58,14 @@ def test_a_discarded_checkpoint_takes_its_visits_along(path: Path) -> None:
 
 def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="add up to 3, 2 timesteps"):
-        Visits(counts=torch.tensor([1, 2]), timesteps=torch.zeros(2), steps=torch.zeros(3, dtype=torch.int64))
-    header = StoreHeader(method={}, projection={}, model={}, dataset={"size": 1}, dim=2, dtype="float32")
+        Visits(
+            counts=torch.tensor([1, 2]),
+            timesteps=torch.zeros(2),
+            steps=torch.zeros(3, dtype=torch.int64),
+        )
+    header = StoreHeader(
+        method={}, projection={}, model={}, dataset={"size": 1}, dim=2, dtype="float32"
+    )
     writer = TraceWriter(tmp_path, header)
     writer.write_samples(SampleTable(["a"], [""], {}))
     with (
@@ -64,10 +73,14 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         pytest.raises(ValueError, match=r"write_visits\(3 samples\): expected 1"),
     ):
         checkpoint.write_visits(visits())
-    once = Visits(counts=torch.tensor([1]), timesteps=torch.zeros(1), steps=torch.zeros(1, dtype=torch.int64))
+    once = Visits(
+        counts=torch.tensor([1]), timesteps=torch.zeros(1), steps=torch.zeros(1, dtype=torch.int64)
+    )
     with (
         writer.begin_checkpoint(2, epoch=0, exposures=torch.tensor([0])) as checkpoint,
-        pytest.raises(ValueError, match="1 samples are visited and have no exposure, for example 'a'"),
+        pytest.raises(
+            ValueError, match="1 samples are visited and have no exposure, for example 'a'"
+        ),
     ):
         checkpoint.write_visits(once)
 

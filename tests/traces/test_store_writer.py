@@ -34,14 +34,20 @@ def writer(tmp_path: Path) -> TraceWriter:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"projection": {"dim": 4096, "seed": 0}}, r"projection\.dim: the store has 2048, this run 4096"),
+        (
+            {"projection": {"dim": 4096, "seed": 0}},
+            r"projection\.dim: the store has 2048, this run 4096",
+        ),
         ({"projection": {"dim": 2048}}, r"projection\.seed: the store has 0, this run nothing"),
         (
             {"method": {"name": "concept_trak", "timesteps": [10, 501]}},
             r"method\.timesteps: .*\[10, 500\], .*501\]",
         ),
         ({"method": {}}, r"method\.name: .*; method\.timesteps: "),
-        ({"model": {"architecture": "b"}}, r"model\.architecture: the store has 'a1', this run 'b'"),
+        (
+            {"model": {"architecture": "b"}},
+            r"model\.architecture: the store has 'a1', this run 'b'",
+        ),
         ({"dim": 7}, r"(: |; )dim: the store has 6, this run 7"),
         ({"dtype": "float16"}, r"dtype: the store has 'float32', this run 'float16'"),
     ],
@@ -131,7 +137,9 @@ def test_foreign_files_are_not_mixed_with(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options", [{"shard_rows": 0}, {"shard_rows": 1.5}, {"queue_shards": 0}, {"run_id": ""}]
 )
-def test_options_are_checked_before_a_folder_is_made(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_options_are_checked_before_a_folder_is_made(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
     with pytest.raises(StoreError, match=next(iter(options))):
         TraceWriter(tmp_path / "store", make_header(), **options)
     assert not (tmp_path / "store").exists()
@@ -146,8 +154,14 @@ def test_changed_samples_are_named(writer: TraceWriter) -> None:
     assert read_samples(writer.path / "samples.h5").metadata == make_table().metadata
     for table, message in (
         (make_table(sample_ids=["new", *ids[1:]]), r"1 added: 'new'; 1 removed: 'image/000\.png'"),
-        (make_table(content_sha256=["f" * 64, *digests[1:]]), r"1 changed content: 'image/000\.png'"),
-        (make_table(sample_ids=ids[::-1], content_sha256=digests[::-1]), "same samples in another order"),
+        (
+            make_table(content_sha256=["f" * 64, *digests[1:]]),
+            r"1 changed content: 'image/000\.png'",
+        ),
+        (
+            make_table(sample_ids=ids[::-1], content_sha256=digests[::-1]),
+            "same samples in another order",
+        ),
         (make_table(20), r"10 added: 'image/010\.png', .*'image/014\.png' and 5 more"),
     ):
         with pytest.raises(DatasetChangedError, match=message):
@@ -182,10 +196,15 @@ def append(writer: TraceWriter, **changes: Any) -> None:
         ({"indices": torch.tensor([4, 5, 10])}, r"\[10\] lie outside the sample table.*0 to 9"),
         ({"indices": torch.tensor([4, 5, -1])}, r"\[-1\] lie outside"),
         ({"indices": torch.tensor([4, 5, 5])}, r"more than one trace of 'image/005\.png'"),
-        ({"indices": torch.tensor([4, 5, 3])}, r"more than one trace of 'image/003\.png'.*rows_done=4"),
+        (
+            {"indices": torch.tensor([4, 5, 3])},
+            r"more than one trace of 'image/003\.png'.*rows_done=4",
+        ),
     ],
 )
-def test_append_refuses_wrong_arrays(writer: TraceWriter, changes: dict[str, Tensor], message: str) -> None:
+def test_append_refuses_wrong_arrays(
+    writer: TraceWriter, changes: dict[str, Tensor], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         append(writer, **changes)
 
@@ -202,8 +221,14 @@ def bad_row(row: int, value: float, column: slice = slice(2, 3)) -> Tensor:
         ({"features": bad_row(0, NAN)}, r"features that are not finite: 'image/004\.png'\."),
         ({"features": bad_row(1, -INF)}, r"features that are not finite: 'image/005\.png'\."),
         ({"features": bad_row(2, 0.0, slice(None))}, r"all zero: 'image/006\.png'\."),
-        ({"features": bad_row(2, 3e38, slice(None))}, r"norm is beyond float32: 'image/006\.png'\."),
-        ({"loss": torch.tensor([0.0, NAN, INF])}, r"2 of 3.*a loss.*: 'image/005\.png', 'image/006\.png'\."),
+        (
+            {"features": bad_row(2, 3e38, slice(None))},
+            r"norm is beyond float32: 'image/006\.png'\.",
+        ),
+        (
+            {"loss": torch.tensor([0.0, NAN, INF])},
+            r"2 of 3.*a loss.*: 'image/005\.png', 'image/006\.png'\.",
+        ),
     ],
 )
 def test_rows_that_are_not_usable_are_named_and_leave_earlier_shards(
@@ -230,12 +255,16 @@ def test_a_refused_batch_leaves_nothing_behind(writer: TraceWriter) -> None:
         checkpoint.append(torch.arange(10), broken, loss)
     checkpoint.append(torch.arange(10), features, loss)
     checkpoint.seal()
-    torch.testing.assert_close(TraceStore(writer.path).checkpoints[0].features(), features, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        TraceStore(writer.path).checkpoints[0].features(), features, rtol=1e-6, atol=0
+    )
 
 
 def test_at_most_five_samples_are_named(writer: TraceWriter) -> None:
     with pytest.raises(GradientError, match=r"10 of 10.*image/004\.png' and 5 more\."):
-        writer.begin_checkpoint(1, epoch=0).append(torch.arange(10), torch.zeros(10, 6), torch.zeros(10))
+        writer.begin_checkpoint(1, epoch=0).append(
+            torch.arange(10), torch.zeros(10, 6), torch.zeros(10)
+        )
 
 
 def test_seal_requires_every_sample(writer: TraceWriter) -> None:
@@ -249,7 +278,10 @@ def test_seal_requires_every_sample(writer: TraceWriter) -> None:
     checkpoint.append(torch.arange(7, 10), features[7:], loss[7:])
     checkpoint.seal()
     assert writer.sealed_steps == [300]
-    for call in (checkpoint.seal, lambda: checkpoint.append(torch.arange(1), features[:1], loss[:1])):
+    for call in (
+        checkpoint.seal,
+        lambda: checkpoint.append(torch.arange(1), features[:1], loss[:1]),
+    ):
         with pytest.raises(StoreError, match="checkpoint 300 is sealed"):
             call()
     with pytest.raises(StoreError, match=r"sealed already.*HINT"):
@@ -270,14 +302,23 @@ def test_one_checkpoint_is_open_at_a_time(writer: TraceWriter) -> None:
 
 def test_continuing_with_another_model_is_refused(writer: TraceWriter) -> None:
     writer.begin_checkpoint(300, epoch=3, learning_rate=0.1)
-    for changes in ({"epoch": 4, "learning_rate": 0.1}, {"epoch": 3, "learning_rate": 0.2}, {"epoch": 3}):
+    for changes in (
+        {"epoch": 4, "learning_rate": 0.1},
+        {"epoch": 3, "learning_rate": 0.2},
+        {"epoch": 3},
+    ):
         with pytest.raises(StoreError, match=r"it was begun at epoch 3 with learning rate 0\.1"):
             writer.begin_checkpoint(300, **changes)
 
 
 @pytest.mark.parametrize(
     ("step", "options"),
-    [(-1, {"epoch": 0}), (1, {"epoch": -1}), (1.0, {"epoch": 0}), (1, {"epoch": 0, "learning_rate": NAN})],
+    [
+        (-1, {"epoch": 0}),
+        (1, {"epoch": -1}),
+        (1.0, {"epoch": 0}),
+        (1, {"epoch": 0, "learning_rate": NAN}),
+    ],
 )
 def test_impossible_checkpoints(writer: TraceWriter, step: Any, options: dict[str, Any]) -> None:
     with pytest.raises(StoreError, match="begin_checkpoint"):
@@ -289,7 +330,9 @@ def test_checkpoints_need_samples(tmp_path: Path) -> None:
         TraceWriter(tmp_path, make_header()).begin_checkpoint(1, epoch=0)
 
 
-def test_discard_after_removes_later_checkpoints_and_their_files(tmp_path: Path, capture: Capture) -> None:
+def test_discard_after_removes_later_checkpoints_and_their_files(
+    tmp_path: Path, capture: Capture
+) -> None:
     three = Capture(steps=(300, 600, 900))
     whole = read_bytes(three.run(tmp_path / "whole"))
     three.run(tmp_path / "store")
@@ -340,7 +383,9 @@ def test_writer_refuses_a_damaged_store(tmp_path: Path, capture: Capture) -> Non
         (10**6, 10**6, "float32", 1024),
     ],
 )
-def test_shards_grow_with_the_store_up_to_32_mib(samples: int, dim: int, dtype: str, rows: int) -> None:
+def test_shards_grow_with_the_store_up_to_32_mib(
+    samples: int, dim: int, dtype: str, rows: int
+) -> None:
     assert default_shard_rows(make_header(dim=dim, dtype=dtype), samples) == rows
 
 

@@ -18,7 +18,9 @@ from ctrak_lightning.traces.row_array import RowArray
 
 @pytest.fixture
 def store(tmp_path: Path, capture: Capture, monkeypatch: pytest.MonkeyPatch) -> TraceStore:
-    monkeypatch.setattr(stored_rows, "BLOCK_BYTES", 3 * capture.k * 4)  # shards of 4 rows, blocks of 3 and 1
+    monkeypatch.setattr(
+        stored_rows, "BLOCK_BYTES", 3 * capture.k * 4
+    )  # shards of 4 rows, blocks of 3 and 1
     return TraceStore(capture.run(tmp_path))
 
 
@@ -31,11 +33,15 @@ def test_blocks_are_the_shards_in_pieces(store: TraceStore, capture: Capture) ->
     features, loss = capture.traces(300)
     blocks = []
     for rows in store.checkpoints[0].blocks():
-        time.sleep(0.05)  # the thread has read as far ahead as it will, and must not have touched this block
+        time.sleep(
+            0.05
+        )  # the thread has read as far ahead as it will, and must not have touched this block
         blocks.append((rows.index.clone(), rows.features(), rows.loss))
     assert [len(index) for index, _, _ in blocks] == [3, 1, 3, 1, 2]
     assert torch.equal(torch.cat([index for index, _, _ in blocks]), order)
-    torch.testing.assert_close(torch.cat([rows for _, rows, _ in blocks]), features[order], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        torch.cat([rows for _, rows, _ in blocks]), features[order], rtol=1e-6, atol=0
+    )
     assert torch.equal(torch.cat([losses for _, _, losses in blocks]), loss[order])
 
 
@@ -55,9 +61,13 @@ def test_what_the_thread_meets_is_raised_where_blocks_are_used(store: TraceStore
     (values,) = [rows.unit for rows in [store.checkpoints[0].rows_of(Capture().order(300)[4:8])]]
     start = content.index(values.numpy().tobytes())
     shard.write_bytes(content[:start] + bytes([content[start] ^ 1]) + content[start + 1 :])
-    with pytest.raises(CorruptStoreError, match=r"rank0-00001\.h5: features of row 0 are not those"):
+    with pytest.raises(
+        CorruptStoreError, match=r"rank0-00001\.h5: features of row 0 are not those"
+    ):
         list(store.checkpoints[0].blocks())
-    with pytest.raises(CorruptStoreError, match=r"rank0-00001\.h5: features of row 0 are not those"):
+    with pytest.raises(
+        CorruptStoreError, match=r"rank0-00001\.h5: features of row 0 are not those"
+    ):
         list(store.checkpoints[0]._stored.columns())
     assert readers() == []
 
@@ -89,7 +99,9 @@ def test_sealing_and_scoring_read_every_byte_once(
     values = 0
     read, read_columns = RowArray.read, RowArray.read_columns
 
-    def counted(self: RowArray, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
+    def counted(
+        self: RowArray, start: int, stop: int, into: torch.Tensor | None = None
+    ) -> torch.Tensor:
         nonlocal values
         values += (stop - start) * self.shape[1]
         return read(self, start, stop, into)
@@ -126,13 +138,17 @@ print(peak_mb() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the peak of a process")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="asks Linux for the peak of a process"
+)
 def test_a_store_larger_than_the_memory_it_is_read_in(tmp_path: Path) -> None:
     n, k = 2**17, 512  # 64 MiB of int8; 256 as float32, 512 as float64
     block = torch.randn(2**16, k)
     for name, size in (("large", n), ("small", 1024)):
         width = k if name == "large" else 64
-        writer = TraceWriter(tmp_path / name, make_header(dim=width, dtype="int8"), shard_rows=2**16)
+        writer = TraceWriter(
+            tmp_path / name, make_header(dim=width, dtype="int8"), shard_rows=2**16
+        )
         writer.write_samples(make_table(size, thumbnails=None, metadata={}))
         with writer.begin_checkpoint(1, epoch=0) as checkpoint:
             for index in torch.arange(size).split(len(block)):
@@ -141,5 +157,6 @@ def test_a_store_larger_than_the_memory_it_is_read_in(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "large"), str(tmp_path / "small")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    # 2 MiB of scores in float64, two blocks of 4 MiB and their int32 products, and the kernel of 2 MiB
+    # 2 MiB of scores in float64, two blocks of 4 MiB and their int32 products, and the kernel of 2
+    # MiB
     assert float(done.stdout) < 48

@@ -13,8 +13,8 @@ _LINKS = ("uri", "url")
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Names of metadata columns: all of them, those that have a part of their own on the page (None where the store lacks it), and those of
-    web addresses."""
+    """Names of metadata columns: all of them, those that have a part of their own on the page (None
+    where the store lacks it), and those of web addresses."""
 
     names: list[str]
     group: str | None
@@ -36,8 +36,9 @@ class Columns:
         if group is not None and group not in names:
             known = ", ".join(sorted(names)) or "none"
             raise ReportError(
-                f"report(group={group!r}): no such metadata column. The store has: {known}. HINT: `encode` gives the columns, "
-                'for example Encoded(..., metadata={"owner": batch["owner"]}).'
+                f"report(group={group!r}): no such metadata column. The store has: {known}. HINT: "
+                '`encode` gives the columns, for example Encoded(..., metadata={"owner": '
+                'batch["owner"]}).'
             )
         chosen = group or _first(names, _GROUPS)
         licence, caption = _first(names, _LICENCES), _first(names, _CAPTIONS)

@@ -19,8 +19,8 @@ _MOST_TICKS = 8
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a chart: its ``label`` in the legend, its short ``mark`` at the line's end (at height ``mark_y``), the
-    ``points`` of an SVG polyline, and the ``values`` drawn."""
+    """One line of a chart: its ``label`` in the legend, its short ``mark`` at the line's end (at
+    height ``mark_y``), the ``points`` of an SVG polyline, and the ``values`` drawn."""
 
     label: str
     mark: str
@@ -32,7 +32,8 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class LineChart:
-    """Lines over checkpoints, with the ticks ``(position, text)`` of both axes, and the ``band`` behind them (an SVG polygon)."""
+    """Lines over checkpoints, with the ticks ``(position, text)`` of both axes, and the ``band``
+    behind them (an SVG polygon)."""
 
     lines: list[Line]
     x_ticks: list[tuple[float, str]]
@@ -44,7 +45,8 @@ class LineChart:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One bar: from ``start`` to ``start + width``, in percent of the chart's width; ``value`` in percent of the whole."""
+    """One bar: from ``start`` to ``start + width``, in percent of the chart's width; ``value`` in
+    percent of the whole."""
 
     label: str
     value: float
@@ -62,14 +64,18 @@ class Bars:
 
 @dataclass(frozen=True, slots=True)
 class ShareRow:
-    """An owner's share with its interval, and the share that its number of images would give, all in percent of the chart."""
+    """An owner's share with its interval, and the share that its number of images would give, all
+    in percent of the chart."""
 
     share: Share
     images: float
 
 
 def line_chart(
-    named: Sequence[tuple[str, str, Tensor]], steps: Sequence[int], band: Tensor | None = None, unit: str = ""
+    named: Sequence[tuple[str, str, Tensor]],
+    steps: Sequence[int],
+    band: Tensor | None = None,
+    unit: str = "",
 ) -> LineChart:
     """Lines over the checkpoints.
 
@@ -80,7 +86,8 @@ def line_chart(
         unit: behind the numbers of the axis.
     """
     all_values = torch.cat(
-        [values.double() for _, _, values in named] + ([] if band is None else [band.double().flatten()])
+        [values.double() for _, _, values in named]
+        + ([] if band is None else [band.double().flatten()])
     )
     ticks = _ticks(float(all_values.min()), float(all_values.max()))
     low, high = ticks[0], ticks[-1]
@@ -97,7 +104,9 @@ def line_chart(
 
     heights = _apart([y(float(values[-1])) for _, _, values in named])
     lines = [
-        Line(label, mark, height, _joined(points(values)), points(values), [float(v) for v in values])
+        Line(
+            label, mark, height, _joined(points(values)), points(values), [float(v) for v in values]
+        )
         for (label, mark, values), height in zip(named, heights, strict=True)
     ]
     every = -(-len(steps) // _MOST_TICKS)
@@ -113,7 +122,8 @@ def line_chart(
 
 
 def best_timeline(attribution: Attribution, most: int = 6) -> LineChart | None:
-    """The best-ranked samples' scores per checkpoint, before the middle half of all samples; None of one checkpoint."""
+    """The best-ranked samples' scores per checkpoint, before the middle half of all samples; None
+    of one checkpoint."""
     if len(attribution.steps) < 2:
         return None
     timeline = attribution.timeline()  # [M, N]
@@ -126,9 +136,11 @@ def best_timeline(attribution: Attribution, most: int = 6) -> LineChart | None:
     return line_chart(named, attribution.steps, quartiles)
 
 
-def group_timeline(attribution: Attribution, column: str, groups: Sequence[str]) -> LineChart | None:
-    """Each group's part of the positive scores, per checkpoint, in percent; None of one checkpoint, or where a checkpoint has no
-    positive score."""
+def group_timeline(
+    attribution: Attribution, column: str, groups: Sequence[str]
+) -> LineChart | None:
+    """Each group's part of the positive scores, per checkpoint, in percent; None of one checkpoint,
+    or where a checkpoint has no positive score."""
     positive = attribution.timeline().double().clamp(min=0)  # [M, N]
     totals = positive.sum(1)
     if len(attribution.steps) < 2 or not bool((totals > 0).all()):
@@ -142,8 +154,8 @@ def group_timeline(attribution: Attribution, column: str, groups: Sequence[str])
 
 
 def part_bars(parts: Parts, scores: Tensor, best: Sequence[int]) -> tuple[Bars, Bars]:
-    """What each timestep (most noise first) and each group of layers adds to the scores of some samples, summed, in percent of
-    that sum: the bars add up to 100.
+    """What each timestep (most noise first) and each group of layers adds to the scores of some
+    samples, summed, in percent of that sum: the bars add up to 100.
 
     Args:
         parts: of all samples.
@@ -181,7 +193,10 @@ def _bars(values: Sequence[tuple[str, float]]) -> Bars:
     return Bars(
         [
             Bar(
-                label, value, round(zero + 100 * min(value, 0.0) / span, 2), round(100 * abs(value) / span, 2)
+                label,
+                value,
+                round(zero + 100 * min(value, 0.0) / span, 2),
+                round(100 * abs(value) / span, 2),
             )
             for label, value in values
         ],

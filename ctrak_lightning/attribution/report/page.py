@@ -56,7 +56,8 @@ _CHARTED_GROUPS = 5
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A sample as the page shows it without the script; ``bar`` is its score in percent of the largest, without sign."""
+    """A sample as the page shows it without the script; ``bar`` is its score in percent of the
+    largest, without sign."""
 
     row: int
     rank: int
@@ -96,17 +97,20 @@ def write_report(
     *,
     group: str | None = None,
 ) -> None:
-    """Writes one self-contained HTML page about one or several concepts of one image, generated or given, or of none.
+    """Writes one self-contained HTML page about one or several concepts of one image, generated or
+    given, or of none.
 
     It needs no network and no other file. Whatever comes from the data set is shown as text only.
 
     Args:
         path: of the file, replaced if it exists.
         attributions: of the same image, by the same store and method.
-        group: the metadata column whose values share out the concepts; by default ``owner``, else ``artist``, else none.
+        group: the metadata column whose values share out the concepts; by default ``owner``, else
+            ``artist``, else none.
 
     Raises:
-        ReportError: nothing to report, results that do not belong together, no such column, or the file cannot be written.
+        ReportError: nothing to report, results that do not belong together, no such column, or the
+            file cannot be written.
         CorruptStoreError: the store is damaged.
     """
     several = [attributions] if isinstance(attributions, Attribution) else list(attributions)
@@ -119,14 +123,18 @@ def check_path(path: str | Path) -> None:
     """Refuses a path that :func:`write_report` could not write to, before the work.
 
     Raises:
-        ReportError: the path is a folder, or its folder does not exist or is not this user's to write to.
+        ReportError: the path is a folder, or its folder does not exist or is not this user's to
+            write to.
     """
     path = Path(path)
     if path.is_dir():
-        raise ReportError(f"{path} is a folder; expected the path of a file. HINT: {path / 'report.html'}.")
+        raise ReportError(
+            f"{path} is a folder; expected the path of a file. HINT: {path / 'report.html'}."
+        )
     if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise ReportError(
-            f"{path} cannot be written: {path.parent} is no folder that this user may write to. HINT: make it, or name another."
+            f"{path} cannot be written: {path.parent} is no folder that this user may write to. "
+            "HINT: make it, or name another."
         )
 
 
@@ -167,7 +175,13 @@ def _render(attributions: Sequence[Attribution], columns: Columns) -> str:
         knows_exposures=first.exposures is not None,
         steps=first.steps,
         method=first.method,
-        thresholds={"faint": FAINT, "blind": BLIND, "still": STILL, "unstable": UNSTABLE, "untold": UNTOLD},
+        thresholds={
+            "faint": FAINT,
+            "blind": BLIND,
+            "still": STILL,
+            "unstable": UNSTABLE,
+            "untold": UNTOLD,
+        },
         weighted=first.weights is not None,
         facts=_facts(first),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -180,14 +194,20 @@ def _render(attributions: Sequence[Attribution], columns: Columns) -> str:
     )
 
 
-def _section(attribution: Attribution, rows: Ranking, columns: Columns, thumbnails: Thumbnails) -> Section:
+def _section(
+    attribution: Attribution, rows: Ranking, columns: Columns, thumbnails: Thumbnails
+) -> Section:
     scores = attribution.scores
     largest = float(scores.abs().max()) or 1.0
 
     def card(row: int) -> Card:
         sample = rows.samples[row]
         metadata = attribution.samples.metadata_of(sample)
-        names = [name for name in (columns.group, columns.licence, columns.caption, *columns.links) if name]
+        names = [
+            name
+            for name in (columns.group, columns.licence, columns.caption, *columns.links)
+            if name
+        ]
         return Card(
             row,
             rows.ranks[row],
@@ -196,7 +216,11 @@ def _section(attribution: Attribution, rows: Ranking, columns: Columns, thumbnai
             round(100 * abs(float(scores[sample])) / largest, 1),
             thumbnails.uri(sample),
             [
-                (name, shown(metadata[name], 120), link(metadata[name]) if name in columns.links else None)
+                (
+                    name,
+                    shown(metadata[name], 120),
+                    link(metadata[name]) if name in columns.links else None,
+                )
                 for name in dict.fromkeys(names)
             ],
         )
@@ -207,9 +231,12 @@ def _section(attribution: Attribution, rows: Ranking, columns: Columns, thumbnai
     trained = [row for row in held if not untrained[rows.samples[row]]]
     lowest = [row for row in trained[: -OPPONENTS - 1 : -1] if scores[rows.samples[row]] < 0]
     positive = bool((scores > 0).any())
-    # What a page shows is paid by: a share that says nothing is withheld rather than struck out, for numbers get copied.
+    # What a page shows is paid by: a share that says nothing is withheld rather than struck out,
+    # for numbers get copied.
     nothing = attribution.confidence.says_nothing
-    shares = share_rows(attribution, columns.group) if columns.group and positive and not nothing else []
+    shares = (
+        share_rows(attribution, columns.group) if columns.group and positive and not nothing else []
+    )
     charted = [row.share.group for row in shares[:_CHARTED_GROUPS]]
     parts = None
     leading = [sample for sample in rows.samples[:PARTS_OF] if scores[sample] > 0]
@@ -219,7 +246,9 @@ def _section(attribution: Attribution, rows: Ranking, columns: Columns, thumbnai
         name=shown(attribution.concept.name, 200),
         present=spec_text(_sides(attribution.concept).present),
         absent=spec_text(_sides(attribution.concept).absent),
-        masked=None if attribution.concept.mask is None else float(attribution.concept.mask.float().mean()),
+        masked=None
+        if attribution.concept.mask is None
+        else float(attribution.concept.mask.float().mean()),
         rows=rows,
         cards=[card(row) for row in best],
         opponents=[card(row) for row in lowest],
@@ -243,7 +272,9 @@ def _facts(attribution: Attribution) -> dict[str, str]:
         return {}
     facts = provenance_facts(attribution.store)
     try:
-        facts |= {f"ledger: {name.lower()}": value for name, value in block(attribution.store).items()}
+        facts |= {
+            f"ledger: {name.lower()}": value for name, value in block(attribution.store).items()
+        }
     except CorruptStoreError as error:
         facts["ledger"] = f"damaged, so that it shows nothing: {error}"
     return {shown(name): shown(value) for name, value in facts.items()}
@@ -256,8 +287,9 @@ def _check_together(attributions: Sequence[Attribution]) -> None:
         bad = int((~each.scores.isfinite()).sum()) if each.steps else len(each.samples)
         if bad:
             raise ReportError(
-                f"write_report: {each.concept.name!r} has {len(each.steps)} checkpoints and {bad} of {len(each.samples)} scores that "
-                "are no finite number; expected at least one checkpoint, and finite scores. HINT: ctrak info STORE --verify."
+                f"write_report: {each.concept.name!r} has {len(each.steps)} checkpoints and {bad} "
+                f"of {len(each.samples)} scores that are no finite number; expected at least one "
+                "checkpoint, and finite scores. HINT: ctrak info STORE --verify."
             )
     first = attributions[0]
     for other in attributions[1:]:
@@ -272,9 +304,10 @@ def _check_together(attributions: Sequence[Attribution]) -> None:
         for field, (mine, theirs) in pairs.items():
             if mine != theirs:
                 raise ReportError(
-                    f"write_report: {first.concept.name!r} and {other.concept.name!r} have another {field}; expected concepts of "
-                    "one generated image, asked of one store. HINT: a page for each image, or "
-                    "Attributor.attribute_many([...], seed) with the same `present`."
+                    f"write_report: {first.concept.name!r} and {other.concept.name!r} have another "
+                    f"{field}; expected concepts of one generated image, asked of one store. HINT: "
+                    "a page for each image, or Attributor.attribute_many([...], seed) with the "
+                    "same `present`."
                 )
 
 
@@ -304,7 +337,8 @@ def _write(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise ReportError(
-            f"{path} cannot be written ({error}). HINT: name a file in a folder that exists and that this user may write to."
+            f"{path} cannot be written ({error}). HINT: name a file in a folder that exists and "
+            "that this user may write to."
         ) from error
 
 

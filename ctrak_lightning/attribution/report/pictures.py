@@ -12,9 +12,12 @@ THUMBNAIL = 128
 
 
 def png_uri(image: Tensor, longest: int) -> str:
-    """An image, float [3, H, W] in [0, 1] or uint8 [H, W, 3], as a data URI; scaled down if a side is longer than ``longest``."""
+    """An image, float [3, H, W] in [0, 1] or uint8 [H, W, 3], as a data URI; scaled down if a side
+    is longer than ``longest``."""
     if image.is_floating_point():
-        image = image.detach().cpu().nan_to_num().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0)
+        image = (
+            image.detach().cpu().nan_to_num().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0)
+        )
     picture = Image.fromarray(image.contiguous().numpy())
     picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -1,4 +1,5 @@
-"""The rankings as the page's script reads them: compact JSON values, each sample's text once for all concepts."""
+"""The rankings as the page's script reads them: compact JSON values, each sample's text once for
+all concepts."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ class Ranking:
     def pictured(self) -> list[int]:
         """The rows (not the samples) that have a thumbnail."""
         count = len(self.samples)
-        return sorted({*range(min(PICTURED_BEST, count)), *range(max(0, count - PICTURED_LOWEST), count)})
+        return sorted(
+            {*range(min(PICTURED_BEST, count)), *range(max(0, count - PICTURED_LOWEST), count)}
+        )
 
 
 def ranking(attribution: Attribution) -> Ranking:
@@ -79,7 +82,9 @@ def page_data(
     }
 
 
-def _column(table: SampleTable, name: str, head: str, used: Sequence[int], links: bool) -> dict[str, Any]:
+def _column(
+    table: SampleTable, name: str, head: str, used: Sequence[int], links: bool
+) -> dict[str, Any]:
     """A metadata column under its ``head``; ``links`` says which of its values may become one."""
     return _coded(head, [table.metadata[name][sample] for sample in used], links)
 
@@ -117,7 +122,9 @@ def _concept(attribution: Attribution, rows: Ranking, place: dict[int, int]) -> 
     if parts is not None:
         found["timesteps"] = parts.timesteps
         found["by_timestep"] = [_rounded(row) for row in parts.by_timestep[:, chosen]]
-        found["by_layer_group"] = {name: _rounded(row[chosen]) for name, row in parts.by_layer_group.items()}
+        found["by_layer_group"] = {
+            name: _rounded(row[chosen]) for name, row in parts.by_layer_group.items()
+        }
     return found
 
 

@@ -1,5 +1,5 @@
-"""Text of other people's data, made safe to read. (That it cannot be markup is jinja2's work, and the script's, which writes
-text nodes only.)"""
+"""Text of other people's data, made safe to read. (That it cannot be markup is jinja2's work, and
+the script's, which writes text nodes only.)"""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,8 @@ from ctrak_lightning.task import Spec
 MOST = 1000
 """Characters of a value that a page shows."""
 _LINK = re.compile(r"https?://[^\s\"'<>\\^`{|}]+", re.IGNORECASE)
-# Direction marks, embeddings, overrides and isolates: with them "gpj.exe" can be shown as "exe.jpg".
+# Direction marks, embeddings, overrides and isolates: with them "gpj.exe" can be shown as
+# "exe.jpg".
 _DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _SHOWN = {ord(character): f"[U+{ord(character):04X}]" for character in _DIRECTIONS}
 _SHOWN |= {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
@@ -17,8 +18,8 @@ _SHOWN |= {0x7F: "\u2421"} | {code: f"[U+{code:04X}]" for code in range(0x80, 0x
 
 
 def shown(text: str, most: int = MOST) -> str:
-    """``text`` as a page shows it: what is invisible or turns the reading direction is spelt out, and what is too long is cut,
-    with a word that says so.
+    """``text`` as a page shows it: what is invisible or turns the reading direction is spelt out,
+    and what is too long is cut, with a word that says so.
 
     Example:
         >>> shown("a" * 12, most=10)
@@ -43,7 +44,8 @@ def link(text: str) -> str | None:
 
 
 def spec_text(spec: Spec) -> str:
-    """A concept's condition in words: the prompt, or ``attribute: value`` pairs; empty for the null condition."""
+    """A concept's condition in words: the prompt, or ``attribute: value`` pairs; empty for the null
+    condition."""
     if isinstance(spec, Mapping):
         return shown(", ".join(f"{key}: {value}" for key, value in spec.items()))
     return shown(spec)
