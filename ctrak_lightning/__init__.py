@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ctrak_lightning import methods
     from ctrak_lightning.attribution import Attribution, Attributions, Attributor, Concept
-    from ctrak_lightning.capture import Capture
-    from ctrak_lightning.flow import FlowSchedule
+    from ctrak_lightning.capture.capture import Capture
+    from ctrak_lightning.capture.inline import InlineCapture
     from ctrak_lightning.gradients import GradientTracer, Projection
-    from ctrak_lightning.inline import InlineCapture
-    from ctrak_lightning.method import Method
-    from ctrak_lightning.parameterization import NoiseSchedule
-    from ctrak_lightning.task import DiffusersTask, DiffusionTask, Encoded, PipelineTask
-    from ctrak_lightning.traces import TraceStore, TraceWriter
-    from ctrak_lightning.trajectory import Sampler
+    from ctrak_lightning.methods.method import Method
+    from ctrak_lightning.methods.trajectories import Sampler
+    from ctrak_lightning.schedules import FlowSchedule, NoiseSchedule
+    from ctrak_lightning.store import TraceStore, TraceWriter
+    from ctrak_lightning.tasks import DiffusersTask, DiffusionTask, Encoded, PipelineTask
 
 __version__ = "0.1.0"
 
@@ -46,21 +45,21 @@ _PLACES = {
     "Attribution": "attribution",
     "Attributions": "attribution",
     "Attributor": "attribution",
-    "Capture": "capture",
+    "Capture": "capture.capture",
     "Concept": "attribution",
-    "DiffusersTask": "task",
-    "DiffusionTask": "task",
-    "Encoded": "task",
-    "FlowSchedule": "flow",
+    "DiffusersTask": "tasks",
+    "DiffusionTask": "tasks",
+    "Encoded": "tasks",
+    "FlowSchedule": "schedules",
     "GradientTracer": "gradients",
-    "InlineCapture": "inline",
-    "Method": "method",
-    "NoiseSchedule": "parameterization",
-    "PipelineTask": "task",
+    "InlineCapture": "capture.inline",
+    "Method": "methods",
+    "NoiseSchedule": "schedules",
+    "PipelineTask": "tasks",
     "Projection": "gradients",
-    "Sampler": "trajectory",
-    "TraceStore": "traces",
-    "TraceWriter": "traces",
+    "Sampler": "methods.trajectories",
+    "TraceStore": "store",
+    "TraceWriter": "store",
 }
 
 

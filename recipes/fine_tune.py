@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ctrak_lightning import Encoded, PipelineTask
-from ctrak_lightning.task import Condition
+from ctrak_lightning.tasks import Condition
 
 OF_THE_IMAGE = ("time_ids",)
 """Conditions that tell of the image and not of what it shows; they stay when the caption is dropped."""

@@ -11,7 +11,14 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from recipes.imagefolder import ImageFolderError, Row, check_images, open_image, read_rows, unreadable
+from recipes.imagefolder import (
+    ImageFolderError,
+    Row,
+    check_images,
+    open_image,
+    read_rows,
+    unreadable,
+)
 
 
 class Images(Dataset[dict[str, Any]]):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from ctrak_lightning.attribution import confidence
+from ctrak_lightning.attribution import diagnostics
 
 OFF = {"BLIND": float("inf"), "STILL": 0.0, "UNTOLD": 0.0, "UNSTABLE": -1.0, "SMOOTH": 1.0}
 
@@ -16,5 +16,5 @@ def lenient() -> Iterator[None]:
     """Every check but that of the strength finds every answer sound."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in OFF.items():
-            patch.setattr(confidence, name, value)
+            patch.setattr(diagnostics, name, value)
         yield

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ctrak_lightning import Capture, GradientTracer, Projection, TraceStore, methods
-from ctrak_lightning.traces import writer
-from ctrak_lightning.traces.manifest import read_manifest
+from ctrak_lightning.store import writer
+from ctrak_lightning.store.manifest import read_manifest
 from tests.stress.subject import Subject
 from tests.toy import Toys
 
@@ -62,7 +62,7 @@ def test_a_capture_that_was_cut_inside_a_batch_goes_on_with_the_next_sample(
     # three, of which two are.
     with pytest.MonkeyPatch.context() as patched:
         if passes < 0:
-            patched.setattr("ctrak_lightning.traces.CheckpointWriter.seal", _interrupted)
+            patched.setattr("ctrak_lightning.store.CheckpointWriter.seal", _interrupted)
         with pytest.raises(KeyboardInterrupt):
             capture(tmp_path / "cut", fails_at=passes)
     [record] = read_manifest(tmp_path / "cut").checkpoints

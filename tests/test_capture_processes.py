@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ctrak_lightning import Capture, GradientTracer, Projection, TraceStore, methods
 from ctrak_lightning.errors import DatasetChangedError, GradientError, ProcessLostError
-from ctrak_lightning.processes import ALONE, DistributedProcesses, Processes
+from ctrak_lightning.utilities.processes import ALONE, DistributedProcesses, Processes
 
 from .threads import together
 from .toy import QuickDiffusion, Toys

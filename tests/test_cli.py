@@ -31,7 +31,7 @@ from ctrak_lightning.cli.question import (
 from ctrak_lightning.errors import ConceptError
 from ctrak_lightning.provenance import Ledger, verify
 from ctrak_lightning.provenance.recording import record_run
-from ctrak_lightning.task import Spec
+from ctrak_lightning.tasks import Spec
 
 from .attribution.reporting import Page
 from .lenient import lenient

@@ -13,7 +13,7 @@ from ctrak_lightning.provenance import Ledger
 
 from .provenance.builder import recorded
 from .provenance.keys import write_keys
-from .traces.store_builder import Capture, read_bytes
+from .store.store_builder import Capture, read_bytes
 
 
 @pytest.fixture(scope="module")

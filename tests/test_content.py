@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ctrak_lightning import Encoded
-from ctrak_lightning.content import changed_samples, content_hashes
+from ctrak_lightning.capture.identity import changed_samples, content_hashes
 
 
 def encoded(rows: int, latents: Tensor | None = None, **condition: Tensor) -> Encoded:

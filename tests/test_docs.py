@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ctrak_lightning import Attributor, Concept, Method, TraceStore, methods
-from ctrak_lightning.method import OBJECTIVES, TRAJECTORIES
+from ctrak_lightning.methods.method import OBJECTIVES, TRAJECTORIES
 
 from .attribution.test_attributor import METHODS, SAMPLER, traced
 from .attribution.test_kinds import PICTURE, Seeing
-from .task.test_fine_tune import Samples
-from .task.tiny import build
+from .tasks.test_fine_tune import Samples
+from .tasks.tiny import build
 
 DOC = (Path(__file__).parent.parent / "docs" / "prompts.md").read_text()
 

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctrak_lightning import Attribution, Concept
-from ctrak_lightning.attribution.together import Attributions
+from ctrak_lightning.attribution.attributions import Attributions
+from ctrak_lightning.capture.trace import warn_if_faint
 from ctrak_lightning.cli import main
 from ctrak_lightning.cli.printing import say
-from ctrak_lightning.escaping import csv_cell, metadata_heads, visible
-from ctrak_lightning.traces import SampleTable
-from ctrak_lightning.tracing import warn_if_faint
+from ctrak_lightning.errors import csv_cell, metadata_heads, visible
+from ctrak_lightning.store import SampleTable
 
-from .traces.store_builder import Capture
+from .store.store_builder import Capture
 
 EVIL = [
     "=cmd|' /C calc'!A0",

@@ -11,7 +11,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from ctrak_lightning import FlowSchedule, NoiseSchedule, Sampler
-from ctrak_lightning.trajectory import Generated, Inverted, Noised, Renoised
+from ctrak_lightning.methods.trajectories import Generated, Inverted, Noised, Renoised
 
 SHAPE = (2, 3, 4, 4)
 

@@ -16,11 +16,11 @@ from ctrak_lightning import (
     GradientTracer,
     Projection,
     TraceStore,
-    frozen,
     methods,
 )
 from ctrak_lightning.errors import StoreMismatchError, TrainingChangedError
-from ctrak_lightning.frozen import (
+from ctrak_lightning.model import frozen
+from ctrak_lightning.model.frozen import (
     BUFFER_LIMIT,
     ROUNDING,
     Frozen,

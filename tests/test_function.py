@@ -10,19 +10,18 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from ctrak_lightning.adapters import adapter_facts
 from ctrak_lightning.attribution.asking import model_facts, refuse_differences
-from ctrak_lightning.conditions import conditions_of
 from ctrak_lightning.errors import StoreMismatchError
-from ctrak_lightning.fingerprint import model_fingerprint
-from ctrak_lightning.function import (
+from ctrak_lightning.model.fingerprint import adapter_facts, model_fingerprint
+from ctrak_lightning.model.function import (
     UnrecordedFunctionWarning,
+    conditions_of,
     fixed_condition,
     function_of,
     outputs_under,
     refuse_another_function,
 )
-from ctrak_lightning.traces.function import Function
+from ctrak_lightning.store.sections import Function
 
 from .stress.subject import Small
 from .toy import CHANNELS, COLOURS, SIZE, ToyDiffusion

@@ -8,8 +8,8 @@ from diffusers import DDIMScheduler
 
 from ctrak_lightning import FlowSchedule, NoiseSchedule, Sampler
 from ctrak_lightning.errors import InversionError
-from ctrak_lightning.inversion import inverted
-from ctrak_lightning.schedule import Schedule
+from ctrak_lightning.methods.trajectories import inverted
+from ctrak_lightning.schedules import Schedule
 
 from .toy import ToyDiffusion
 

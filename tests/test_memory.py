@@ -22,11 +22,11 @@ from ctrak_lightning import (
     methods,
 )
 from ctrak_lightning.callbacks import ConceptTracer
+from ctrak_lightning.capture.trace import trace_batch
 from ctrak_lightning.errors import GradientError
-from ctrak_lightning.memory import RowLimit, is_out_of_memory
-from ctrak_lightning.objective import Denoising, Term
-from ctrak_lightning.tracing import trace_batch
-from ctrak_lightning.trajectory import Inverted, Noised
+from ctrak_lightning.methods.objectives import Denoising, Term
+from ctrak_lightning.methods.trajectories import Inverted, Noised
+from ctrak_lightning.utilities.memory import RowLimit, is_out_of_memory
 
 from .toy import QuickDiffusion, ToyData
 

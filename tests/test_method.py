@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning import FlowSchedule, Method, methods
+from ctrak_lightning.capture.trial import refuse_undescribed
 from ctrak_lightning.errors import TrialError, UnknownMethodError
-from ctrak_lightning.objective import (
+from ctrak_lightning.methods.objectives import (
     ChannelProbe,
     Denoising,
     Joint,
@@ -18,8 +19,7 @@ from ctrak_lightning.objective import (
     Term,
     contrast,
 )
-from ctrak_lightning.trajectory import Generated, InTraining, Noised
-from ctrak_lightning.trial import refuse_undescribed
+from ctrak_lightning.methods.trajectories import Generated, InTraining, Noised
 
 
 @pytest.mark.parametrize("name", list(methods.PRESETS))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
+from ctrak_lightning.capture.identity import numbered
 from ctrak_lightning.errors import BatchError
-from ctrak_lightning.numbering import numbered
 
 ROWS = [{"x": torch.tensor(float(i))} for i in range(5)]
 

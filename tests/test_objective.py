@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctrak_lightning.objective import (
+from ctrak_lightning.methods.objectives import (
     ChannelProbe,
     ConceptDirection,
     Denoising,
@@ -18,7 +18,7 @@ from ctrak_lightning.objective import (
     SquaredNorm,
     contrast,
 )
-from ctrak_lightning.rng import seeded_noise
+from ctrak_lightning.utilities.rng import seeded_noise
 
 from .toy import ToyDiffusion
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrak_lightning import NoiseSchedule
-from ctrak_lightning import scheduler_options as options_module
+from ctrak_lightning import schedules as options_module
 
 KINDS = ("epsilon", "v_prediction", "sample")
 

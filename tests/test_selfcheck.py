@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from ctrak_lightning import methods
+from ctrak_lightning.capture.reference_check import Check, selfcheck
 from ctrak_lightning.cli import main
 from ctrak_lightning.errors import BatchError, GradientError
 from ctrak_lightning.gradients import Projection
-from ctrak_lightning.selfcheck import Check, selfcheck
 
 from .test_cli import write_callback, write_config
 from .toy import CHANNELS, ToyDiffusion, Toys

@@ -4,7 +4,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 from torch import Tensor
 
 from ctrak_lightning import NoiseSchedule, Sampler
-from ctrak_lightning.trajectory import Generated, Inverted, Noised, State
+from ctrak_lightning.methods.trajectories import Generated, Inverted, Noised, State
 
 from .toy import ToyDiffusion, Toys
 

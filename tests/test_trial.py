@@ -20,12 +20,12 @@ from ctrak_lightning import (
     Projection,
     methods,
 )
+from ctrak_lightning.capture.trial import Question, conditions_of
 from ctrak_lightning.errors import BatchError, GradientError, TrialError
 from ctrak_lightning.gradients.tracer import CHECK_TOLERANCE, HALF_TOLERANCE
-from ctrak_lightning.method import Method
-from ctrak_lightning.processes import ALONE, Processes
-from ctrak_lightning.trajectory import Inverted
-from ctrak_lightning.trial import Question, conditions_of
+from ctrak_lightning.methods.method import Method
+from ctrak_lightning.methods.trajectories import Inverted
+from ctrak_lightning.utilities.processes import ALONE, Processes
 
 from .threads import together
 from .toy import scheduler

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ctrak_lightning.processes import Processes
+from ctrak_lightning.utilities.processes import Processes
 
 WAIT_S = 60
 

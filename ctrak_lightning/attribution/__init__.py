@@ -1,10 +1,10 @@
 """Scores generated concepts against stored traces."""
 
+from ctrak_lightning.attribution.attributions import Attributions, CoincidingConceptsWarning, Taught
 from ctrak_lightning.attribution.attributor import Attributor
 from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.attribution.parts import Parts
 from ctrak_lightning.attribution.result import Attribution, Record, Share
-from ctrak_lightning.attribution.together import Attributions, CoincidingConceptsWarning, Taught
 
 __all__ = [
     "Attribution",

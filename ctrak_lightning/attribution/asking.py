@@ -11,37 +11,36 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ctrak_lightning.attribution.concept import Concept
-from ctrak_lightning.attribution.lending import LentModel
+from ctrak_lightning.attribution.lent_model import LentModel
 from ctrak_lightning.attribution.parts import concatenated
-from ctrak_lightning.attribution.pictures import weights_of
-from ctrak_lightning.attribution.query import Query, spec_key
+from ctrak_lightning.attribution.query import Query, spec_key, weights_of
+from ctrak_lightning.capture.trace import FeatureParts, QueryTrace, trace_query, warn_if_faint
 from ctrak_lightning.errors import (
     CorruptStoreError,
     GradientError,
     StoreMismatchError,
     UnknownMethodError,
 )
-from ctrak_lightning.fingerprint import as_stored, model_fingerprint
-from ctrak_lightning.function import refuse_another_function
 from ctrak_lightning.gradients import GradientTracer, Projection
-from ctrak_lightning.inversion import inverted
-from ctrak_lightning.memory import RowLimit
-from ctrak_lightning.method import Method
-from ctrak_lightning.objective import Side
-from ctrak_lightning.rng import isolated_rng
-from ctrak_lightning.schedule import Schedule
-from ctrak_lightning.task import Condition, Spec
-from ctrak_lightning.traces import TraceStore
-from ctrak_lightning.traces.schema import differences
-from ctrak_lightning.tracing import FeatureParts, QueryTrace, trace_query, warn_if_faint
-from ctrak_lightning.trajectory import (
+from ctrak_lightning.methods.method import Method
+from ctrak_lightning.methods.objectives import Side
+from ctrak_lightning.methods.trajectories import (
     Generated,
     Generation,
     Sampler,
     State,
     Trajectory,
+    inverted,
     seeded_noise,
 )
+from ctrak_lightning.model.fingerprint import as_stored, model_fingerprint
+from ctrak_lightning.model.function import refuse_another_function
+from ctrak_lightning.schedules import Schedule
+from ctrak_lightning.store import TraceStore
+from ctrak_lightning.store.schema import differences
+from ctrak_lightning.tasks import Condition, Spec
+from ctrak_lightning.utilities.memory import RowLimit
+from ctrak_lightning.utilities.rng import isolated_rng
 
 Built = TypeVar("Built")
 

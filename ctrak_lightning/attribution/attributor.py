@@ -11,26 +11,26 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from ctrak_lightning.attribution.asking import Asker, described, model_facts, refuse_differences
+from ctrak_lightning.attribution.attributions import Attributions, cosines_of, warn_of_alike
 from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.attribution.parts import Parts, score_parts
 from ctrak_lightning.attribution.query import Query
 from ctrak_lightning.attribution.questions import Given, Questions
 from ctrak_lightning.attribution.result import Attribution, Record
-from ctrak_lightning.attribution.solve import (
+from ctrak_lightning.attribution.scoring import (
     AGREEMENT_GRID,
     LONE_DAMPING,
     chosen_scores,
     exposures_at,
 )
-from ctrak_lightning.attribution.together import Attributions, cosines_of, warn_of_alike
-from ctrak_lightning.attribution.top import top_scores
+from ctrak_lightning.attribution.search import top_scores
 from ctrak_lightning.errors import StoreMismatchError
-from ctrak_lightning.method import Damping, Method
-from ctrak_lightning.processes import processes_of
-from ctrak_lightning.provenance.query_log import QueryLog
-from ctrak_lightning.task import in_own_precision, resolve_task
-from ctrak_lightning.traces import TraceStore
-from ctrak_lightning.trajectory import Generation, Sampler
+from ctrak_lightning.methods.method import Damping, Method
+from ctrak_lightning.methods.trajectories import Generation, Sampler
+from ctrak_lightning.provenance.forgetting import QueryLog
+from ctrak_lightning.store import TraceStore
+from ctrak_lightning.tasks import in_own_precision, resolve_task
+from ctrak_lightning.utilities.processes import processes_of
 
 
 class Attributor(Questions):
@@ -48,9 +48,9 @@ class Attributor(Questions):
         sampler: how images are generated.
         given: where the method looks at the states of a generation, which states of an existing
             image it gets: ``"inverted"``, those through which the sampler would have made it
-            (:func:`ctrak_lightning.inversion.inverted`), or ``"noised"``.
+            (:func:`ctrak_lightning.methods.trajectories.inverted`), or ``"noised"``.
         batch_size: queries per forward pass; fewer where memory is short
-            (:class:`~ctrak_lightning.memory.RowLimit`).
+            (:class:`~ctrak_lightning.utilities.memory.RowLimit`).
         progress: show a progress bar.
         record: note every question in the store's ledger, where it has one.
         asker: who asks, for the ledger; may be left out.

@@ -11,7 +11,7 @@ from torch import Tensor
 from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.attribution.result import Attribution
 from ctrak_lightning.errors import ConceptError
-from ctrak_lightning.traces import SampleTable
+from ctrak_lightning.store import SampleTable
 
 ImageEncoder = Callable[[Tensor], Tensor]
 TextEncoder = Callable[[Sequence[str]], Tensor]

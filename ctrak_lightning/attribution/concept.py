@@ -9,11 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ctrak_lightning.attribution.prompts import counter_prompt
-from ctrak_lightning.attribution.words import near_words, occurrences
-from ctrak_lightning.attribution.words import words as words_of
+from ctrak_lightning.attribution.counter_prompt import counter_prompt, near_words, occurrences
+from ctrak_lightning.attribution.counter_prompt import words as words_of
 from ctrak_lightning.errors import ConceptError
-from ctrak_lightning.task import Spec
+from ctrak_lightning.tasks import Spec
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -76,7 +75,7 @@ class Concept:
         **rest: Any,
     ) -> "Concept":
         """A concept that a prompt names: ``present`` is the prompt, ``absent`` the prompt without
-        the concept's words (:func:`~ctrak_lightning.attribution.prompts.counter_prompt`, by rules
+        the concept's words (:func:`~ctrak_lightning.attribution.counter_prompt.counter_prompt`, by rules
         for English). Look at both: ``print(concept)``.
 
         Args:

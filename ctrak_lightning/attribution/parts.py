@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctrak_lightning.attribution.solve import chosen_scores, exposed_at, spreads
-from ctrak_lightning.traces import Checkpoint
-from ctrak_lightning.tracing import FeatureParts
+from ctrak_lightning.attribution.scoring import chosen_scores, exposed_at, spreads
+from ctrak_lightning.capture.trace import FeatureParts
+from ctrak_lightning.store import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ def score_parts(
         checkpoints: of the store.
         scores: the query's whole scores [M, N].
         damping: as it was used for them.
-        residual: as in :func:`~ctrak_lightning.attribution.solve.chosen_scores`.
-        weights: of the checkpoints, as in :func:`~ctrak_lightning.attribution.solve.ensemble`.
+        residual: as in :func:`~ctrak_lightning.attribution.scoring.chosen_scores`.
+        weights: of the checkpoints, as in :func:`~ctrak_lightning.attribution.scoring.ensemble`.
     """
     names = list(features[0].by_layer_group)
     timesteps = features[0].timesteps

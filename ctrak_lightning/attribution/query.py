@@ -2,14 +2,98 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ctrak_lightning.attribution.concept import Concept
-from ctrak_lightning.task import Spec
-from ctrak_lightning.tracing import FeatureParts
-from ctrak_lightning.trajectory import Trajectory
+from ctrak_lightning.capture.trace import FeatureParts
+from ctrak_lightning.errors import ConceptError, TaskError
+from ctrak_lightning.methods.trajectories import Trajectory
+from ctrak_lightning.tasks import Spec, name_of
+
+
+@torch.no_grad()
+def latents_of(task: Any, concept: Concept, shape: Sequence[int], like: Tensor) -> Tensor:
+    """The clean latents [1, ...] of a concept's own image.
+
+    Args:
+        task: a DiffusionTask.
+        concept: with an image.
+        shape: of a traced sample's latents.
+        like: whose device and dtype they get.
+
+    Raises:
+        TaskError: the task has no ``latents``.
+        ConceptError: the image's latents have another shape.
+    """
+    assert isinstance(concept.image, Tensor)
+    if not callable(getattr(task, "latents", None)):
+        raise TaskError(
+            f"{name_of(task)} has no `latents`, which a question about an existing image needs: "
+            "expected a method latents(images [B, 3, H, W] in [-1, 1]) that returns clean latents "
+            "[B, ...], as encode(batch) makes them. HINT: move those lines of encode into it."
+        )
+    latents: Tensor = task.latents(concept.image[None].to(like))
+    if list(latents.shape[1:]) != list(shape):
+        raise ConceptError(
+            f"Concept({concept.name!r}, image of {list(concept.image.shape)}): its latents are "
+            f"{list(latents.shape[1:])}, expected {list(shape)}, as of the traced images. HINT: "
+            "resize or crop the image to their size."
+        )
+    return latents.to(like)
+
+
+def weights_of(task: Any, concepts: Sequence[Concept], like: Tensor) -> Tensor | None:
+    """The concepts' masks as weights of latents [B, ...] like ``like``, 1 where there is no mask;
+    None if no concept has one.
+
+    ``task.latent_mask(mask [H, W])`` gives the weights, where the task has it; else, of latents [C,
+    h, w], the mean of the mask over what each latent position covers.
+
+    Raises:
+        TaskError: the latents have another form and the task no ``latent_mask``, or one that gives
+            another shape.
+        ConceptError: the mask has other proportions than the latents, or fewer pixels.
+    """
+    if all(concept.mask is None for concept in concepts):
+        return None
+    rows = [_weights(task, concept, concept.mask, like[i]) for i, concept in enumerate(concepts)]
+    return torch.stack(rows)
+
+
+def _weights(task: Any, concept: Concept, mask: Tensor | None, like: Tensor) -> Tensor:
+    if mask is None:
+        return torch.ones_like(like)
+    shape = list(like.shape)
+    own = getattr(task, "latent_mask", None)
+    if callable(own):
+        found: Tensor = own(mask.to(like))
+        try:
+            return found.to(like).expand(shape)
+        except RuntimeError as error:
+            raise TaskError(
+                f"{name_of(task)}.latent_mask(mask {list(mask.shape)}) returned "
+                f"{list(found.shape)}, expected weights of a latent {shape}, or what broadcasts to "
+                "it."
+            ) from error
+    if len(shape) != 3:
+        raise TaskError(
+            f"{name_of(task)} has latents {shape} and no `latent_mask`, which a question about a "
+            "part of an image needs: expected a method latent_mask(mask [H, W]) that returns "
+            "weights of that shape."
+        )
+    (height, width), (rows, columns) = mask.shape, shape[1:]
+    if height * columns != width * rows or height < rows:
+        raise ConceptError(
+            f"Concept({concept.name!r}, mask {[height, width]}): expected as many pixels as the "
+            f"image, whose latents are {[rows, columns]}. HINT: resize the mask to the image."
+        )
+    # The mean over the area that a latent covers: complementary masks add up to 1 everywhere.
+    area: Tensor = F.interpolate(mask[None, None].to(like), (rows, columns), mode="area")[0]
+    return area.expand(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +104,7 @@ class Query:
         concepts: the Q questions.
         seeds: of each.
         features: [M, Q, k], the gradients under the weights of each of the M checkpoints.
-        strength: of each concept [Q] (see :func:`ctrak_lightning.tracing.trace_query`).
+        strength: of each concept [Q] (see :func:`ctrak_lightning.capture.trace.trace_query`).
         images: [Q, 3, H, W] in [0, 1], where the task can decode.
         trajectories: of each question's states, None where it is the method's own.
         parts: of each question's features, at each checkpoint, where they were asked for.

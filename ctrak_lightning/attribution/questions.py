@@ -10,12 +10,11 @@ from torch import Tensor
 from ctrak_lightning.attribution.asking import Asker, latent_shape
 from ctrak_lightning.attribution.concept import Concept, check_known
 from ctrak_lightning.attribution.parts import mean_parts
-from ctrak_lightning.attribution.pictures import latents_of
-from ctrak_lightning.attribution.query import Query, assembled, spec_key
-from ctrak_lightning.method import Method
-from ctrak_lightning.task import Spec
-from ctrak_lightning.traces import TraceStore
-from ctrak_lightning.trajectory import Generated, Generation, Noised, Sampler
+from ctrak_lightning.attribution.query import Query, assembled, latents_of, spec_key
+from ctrak_lightning.methods.method import Method
+from ctrak_lightning.methods.trajectories import Generated, Generation, Noised, Sampler
+from ctrak_lightning.store import TraceStore
+from ctrak_lightning.tasks import Spec
 
 Given = Literal["inverted", "noised"]
 
@@ -218,7 +217,7 @@ class Questions:
         self, specs: Sequence[Spec], latents: Tensor, *, guidance: float = 1.0
     ) -> Generation:
         """The states through which the sampler would have made images, given as clean latents [B,
-        ...] (:func:`ctrak_lightning.inversion.inverted`), with the last checkpoint's weights.
+        ...] (:func:`ctrak_lightning.methods.trajectories.inverted`), with the last checkpoint's weights.
 
         Args:
             specs: what the images show.

@@ -1,9 +1,13 @@
 """Attribution: the answer to one query."""
 
+from __future__ import annotations
+
 import csv
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +15,149 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.attribution.concept import Concept
-from ctrak_lightning.attribution.confidence import Confidence, confidence_of
+from ctrak_lightning.attribution.diagnostics import Confidence, confidence_of
 from ctrak_lightning.attribution.parts import Parts
-from ctrak_lightning.attribution.shares import bootstrapped_shares, group_shares
-from ctrak_lightning.attribution.showing import html_of, text_of
-from ctrak_lightning.attribution.solve import (
+from ctrak_lightning.attribution.scoring import (
     drawn_ensemble,
     ensemble,
     soft_thresholded,
     standardised,
 )
-from ctrak_lightning.escaping import csv_cell, metadata_heads
-from ctrak_lightning.traces import SampleTable, TraceStore
+from ctrak_lightning.errors import csv_cell, metadata_heads, visible
+from ctrak_lightning.store import SampleTable, TraceStore
+
+_DRAWS_AT_ONCE = 2**24  # sample positions drawn, 128 MiB
+
+
+def group_shares(positive: Tensor, membership: Tensor, groups: int) -> Tensor:
+    """Each group's share [G] of what the samples add [N], float64; all zero where nothing is added.
+
+    Args:
+        positive: what each sample adds [N], 0 or more.
+        membership: the group of each sample [N], int64.
+        groups: their number, G.
+    """
+    totals = torch.zeros(groups, dtype=torch.float64).index_add_(0, membership, positive)
+    return totals / totals.sum().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def bootstrapped_shares(
+    positive: Callable[[Tensor], Tensor],
+    checkpoints: int,
+    membership: Tensor,
+    groups: int,
+    *,
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Low [G] and high [G] of the percentile bootstrap over checkpoints and samples (Efron 1979).
+
+    Args:
+        positive: what each sample adds [N], for checkpoints that were drawn so many times each [M].
+        checkpoints: their number, M; of a single one only the samples are drawn.
+        membership: the group of each sample [N].
+        groups: their number, G.
+        confidence: of the interval.
+        resamples: how many.
+        seed: of the drawing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    samples = len(membership)
+    drawn = torch.randint(checkpoints, (resamples, checkpoints), generator=generator)
+    counts = torch.stack([torch.bincount(row, minlength=checkpoints) for row in drawn]).double()
+    # Few checkpoints can be drawn in few ways only, and what each way gives is computed once.
+    ways, which = torch.unique(counts, dim=0, return_inverse=True)
+    shares = torch.zeros(resamples, groups, dtype=torch.float64)
+    for way, pattern in enumerate(ways):
+        adds = positive(pattern)
+        rows = (which == way).nonzero().flatten()
+        for part in rows.split(max(1, _DRAWS_AT_ONCE // samples)):
+            draws = torch.randint(samples, (len(part), samples), generator=generator)
+            sums = torch.zeros(len(part), groups, dtype=torch.float64)
+            sums.scatter_add_(1, membership[draws], adds[draws])
+            shares[part] = sums / sums.sum(1, keepdim=True).clamp(
+                min=torch.finfo(torch.float64).tiny
+            )
+    tail = (1 - confidence) / 2
+    low, high = torch.quantile(shares, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    return low, high
+
+
+ROWS = 10
+_LOOK = (
+    "Look at the generated image and at `.confidence` first: if the concept is not learnt, the "
+    "ranking says nothing."
+)
+
+
+def text_of(attribution: Attribution) -> str:
+    """The question, how far it can be trusted where that was looked at, and the ten highest
+    scores."""
+    rows = [[visible(cell) for cell in row] for row in _rows(attribution)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for rank, score, *texts in rows:
+        cells = [rank.rjust(widths[0]), score.rjust(widths[1]), *map(str.ljust, texts, widths[2:])]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([visible(_head(attribution)), _trust(attribution), *lines])
+
+
+def html_of(attribution: Attribution) -> str:
+    """The same as a table, with the generated image and the thumbnails."""
+    # They know of this module.
+    from ctrak_lightning.report.content import Thumbnails, generated_uri
+
+    thumbnails = Thumbnails(attribution.samples.thumbnails)
+    pictures = [thumbnails.uri(position) for position in attribution.ranked()[:ROWS].tolist()]
+    table = ""
+    for picture, row in zip([None, *pictures], _rows(attribution), strict=True):
+        cells = "".join(f"<td>{escape(visible(cell))}</td>" for cell in row)
+        table += f"<tr><td>{_picture(picture, 48)}</td>{cells}</tr>"
+    return (
+        f"<p><b>{escape(visible(_head(attribution)))}</b><br>{escape(_trust(attribution))}</p>"
+        f"{_picture(generated_uri(attribution.image), 128)}<table>{table}</table>"
+    )
+
+
+def _rows(attribution: Attribution) -> list[list[str]]:
+    """The heads, and the ten highest scores."""
+    own = ["rank", "score", "sample_id"]
+    columns = sorted(attribution.samples.metadata)
+    rows = [[*own, *metadata_heads(columns, own)]]
+    for one in attribution.top(ROWS):
+        rows.append(
+            [
+                str(one.rank),
+                f"{one.score:.3f}",
+                one.sample_id,
+                *(one.metadata[name] for name in columns),
+            ]
+        )
+    return rows
+
+
+def _head(attribution: Attribution) -> str:
+    return (
+        f"Attribution of {attribution.concept.name!r}: {len(attribution.samples)} samples, "
+        f"checkpoints at steps {attribution.steps}, method {attribution.method['name']!r}"
+    )
+
+
+def _trust(attribution: Attribution) -> str:
+    """The verdict, where it was asked for: it reads the whole store, which showing a result must
+    not."""
+    known = vars(attribution).get("confidence")
+    return _LOOK if known is None or not known.says_nothing else known.verdict
+
+
+def _picture(uri: str | None, size: int) -> str:
+    return (
+        ""
+        if uri is None
+        else f'<img src="{uri}" width="{size}" style="image-rendering: pixelated">'
+    )
+
 
 RESERVED = ("verdict", "rank", "score", "sample_id", "exposures", "remark")
 NEVER = "never trained on up to this checkpoint"
@@ -65,7 +200,7 @@ class Attribution:
         samples: ids and metadata of the N samples.
         method: the method's facts, as JSON values.
         strength: relative size of the concept direction (see
-            :func:`ctrak_lightning.tracing.trace_query`).
+            :func:`ctrak_lightning.capture.trace.trace_query`).
         image: the generated image [3, H, W] in [0, 1], or None.
         damping: of the kernel, as used for this query (where the method's is ``"agreement"``, the
             one it chose); None: no kernel.
@@ -308,7 +443,7 @@ class Attribution:
         the metadata columns.
 
         Text that a spreadsheet would compute gets an apostrophe before it
-        (:func:`ctrak_lightning.escaping.csv_cell`); a metadata column of the name of one of ours
+        (:func:`ctrak_lightning.errors.csv_cell`); a metadata column of the name of one of ours
         becomes ``metadata.score``, say.
         """
         columns = sorted(self.samples.metadata)
@@ -355,7 +490,7 @@ class Attribution:
     def report(self, path: str | Path, *, group: str | None = None) -> None:
         """Writes one self-contained HTML page: the image, the ranking with opponents, the owners'
         shares, when and where the influence arises, how far to trust it, and where the traces come
-        from (:func:`ctrak_lightning.attribution.report.write_report`, which puts several concepts
+        from (:func:`ctrak_lightning.report.write_report`, which puts several concepts
         on one page).
 
         Args:
@@ -366,7 +501,7 @@ class Attribution:
         Raises:
             ReportError: no such column, or the file cannot be written.
         """
-        from ctrak_lightning.attribution.report import write_report
+        from ctrak_lightning.report import write_report
 
         write_report(path, self, group=group)
 

@@ -10,8 +10,8 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 
 from ctrak_lightning.errors import StoreError
-from ctrak_lightning.frozen import changing_buffers
-from ctrak_lightning.lending import lent, tensors_of
+from ctrak_lightning.model.frozen import changing_buffers
+from ctrak_lightning.model.weights import lent, tensors_of
 
 # Lightning has the other two from 2.6 on.
 KINDS: tuple[type[Callback], ...] = tuple(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning as L
+from lightning.fabric.utilities.logger import _flatten_dict, _sanitize_params
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -18,21 +19,41 @@ from typing_extensions import override
 from ctrak_lightning.attribution import Concept
 from ctrak_lightning.attribution.concept import check_known
 from ctrak_lightning.callbacks.concept_tracer import ConceptTracer
-from ctrak_lightning.callbacks.hparams import logged_hparams, logs_a_metric_itself
-from ctrak_lightning.callbacks.precision import in_precision_of
-from ctrak_lightning.errors import ConceptError, TaskError, TrialError
-from ctrak_lightning.escaping import visible
+from ctrak_lightning.callbacks.settings import in_precision_of
+from ctrak_lightning.capture.trial import Question, conditions_of
+from ctrak_lightning.errors import ConceptError, TaskError, TrialError, visible
 from ctrak_lightning.gradients import undisturbed
-from ctrak_lightning.inspection import Answer, Board, Watch
-from ctrak_lightning.inspection.hparams import method_hparams, write_hparams
-from ctrak_lightning.rng import isolated_rng
-from ctrak_lightning.schedule import Schedule
-from ctrak_lightning.task import resolve_task, task_modules
-from ctrak_lightning.traces import TraceStore
-from ctrak_lightning.traces.manifest import read_manifest
-from ctrak_lightning.traces.samples import column_names
-from ctrak_lightning.trajectory import Generated, Sampler, Trajectory
-from ctrak_lightning.trial import Question, conditions_of
+from ctrak_lightning.methods.trajectories import Generated, Sampler, Trajectory
+from ctrak_lightning.panels import Answer, Board, Watch
+from ctrak_lightning.panels.tags import method_hparams, write_hparams
+from ctrak_lightning.schedules import Schedule
+from ctrak_lightning.store import TraceStore
+from ctrak_lightning.store.manifest import read_manifest
+from ctrak_lightning.store.samples import column_names
+from ctrak_lightning.tasks import resolve_task, task_modules
+from ctrak_lightning.utilities.rng import isolated_rng
+
+
+def logged_hparams(trainer: L.Trainer) -> dict[str, Any]:
+    """What the module and the DataModule saved with ``save_hyperparameters()``, flat, as
+    Lightning's loggers write it."""
+    found: dict[str, Any] = {}
+    if not getattr(trainer, "enable_autolog_hparams", True):
+        return found
+    for owner in (trainer.lightning_module, getattr(trainer, "datamodule", None)):
+        if owner is not None and getattr(owner, "_log_hyperparams", False):
+            found |= dict(owner.hparams_initial)
+    found = {
+        name: value for name, value in found.items() if name not in ("_class_path", "_instantiator")
+    }
+    return _sanitize_params(_flatten_dict(found))
+
+
+def logs_a_metric_itself(logger: TensorBoardLogger) -> bool:
+    """Whether the logger writes a summary of hyperparameters when training starts, after which
+    TensorBoard takes no other."""
+    return bool(getattr(logger, "_default_hp_metric", True))
+
 
 OnError = Literal["raise", "warn"]
 DEFAULT_GROUP = "owner"

@@ -18,22 +18,22 @@ from typing_extensions import override
 
 from ctrak_lightning import methods
 from ctrak_lightning.callbacks import averaging
-from ctrak_lightning.callbacks.inline import (
+from ctrak_lightning.callbacks.settings import (
     grad_scaler,
+    in_precision_of,
     loss_scale,
     refuse_what_inline_cannot_trace,
 )
-from ctrak_lightning.callbacks.precision import in_precision_of
 from ctrak_lightning.callbacks.traced_run import Memory, TracedRun
+from ctrak_lightning.capture.inline import InlineCapture
+from ctrak_lightning.capture.trial import Question
 from ctrak_lightning.errors import ProcessLostError, TaskError
 from ctrak_lightning.gradients import Projection
-from ctrak_lightning.inline import InlineCapture
-from ctrak_lightning.method import Method
-from ctrak_lightning.task import DiffusersTask, DiffusionTask, resolve_task
-from ctrak_lightning.traced_model import Weights
-from ctrak_lightning.traces.atomic import TEMPORARY_SUFFIX
-from ctrak_lightning.trajectory import InTraining
-from ctrak_lightning.trial import Question
+from ctrak_lightning.methods.method import Method
+from ctrak_lightning.methods.trajectories import InTraining
+from ctrak_lightning.model.traced_model import Weights
+from ctrak_lightning.store.files import TEMPORARY_SUFFIX
+from ctrak_lightning.tasks import DiffusersTask, DiffusionTask, resolve_task
 
 Mode = Literal["capture", "inline"]
 OnError = Literal["raise", "warn"]
@@ -58,7 +58,7 @@ class ConceptTracer(Callback):
 
     Args:
         dirpath: the store's folder.
-        method: a :class:`~ctrak_lightning.method.Method`, or the name of a preset in
+        method: a :class:`~ctrak_lightning.methods.method.Method`, or the name of a preset in
             ``ctrak_lightning.methods``; by default ``"concept_trak"``, in mode ``"inline"``
             ``"inline_trak"``.
         task: how the module is addressed, if it is no DiffusionTask itself: a

@@ -13,17 +13,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from ctrak_lightning.callbacks.concept_tracer import ConceptTracer
-from ctrak_lightning.fingerprint import weights_digest
-from ctrak_lightning.naming import parameters_of
+from ctrak_lightning.model.fingerprint import weights_digest
+from ctrak_lightning.model.weights import trained_parameters
 from ctrak_lightning.provenance import environment
-from ctrak_lightning.provenance.facts import header_facts
 from ctrak_lightning.provenance.ledger import Kind, Ledger
 from ctrak_lightning.provenance.parents import parent_facts
 from ctrak_lightning.provenance.recording import record_run, sync
-from ctrak_lightning.task import resolve_task
-from ctrak_lightning.traces.manifest import read_manifest
-from ctrak_lightning.traces.schema import MANIFEST
-from ctrak_lightning.trained import trained_parameters
+from ctrak_lightning.provenance.run_facts import header_facts
+from ctrak_lightning.store.manifest import read_manifest
+from ctrak_lightning.store.schema import MANIFEST
+from ctrak_lightning.tasks import resolve_task
+from ctrak_lightning.utilities.naming import parameters_of
 
 
 class ProvenanceRecorder(Callback):

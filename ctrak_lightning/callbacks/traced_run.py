@@ -16,17 +16,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from ctrak_lightning.callbacks import averaging
-from ctrak_lightning.callbacks.exposures import ExposureCounter
 from ctrak_lightning.callbacks.loaders import TrainingLoader
-from ctrak_lightning.callbacks.steps import StepCounter
-from ctrak_lightning.capture import Capture
+from ctrak_lightning.callbacks.steps import ExposureCounter, StepCounter
+from ctrak_lightning.capture.capture import Capture
+from ctrak_lightning.capture.inline import InlineCapture
+from ctrak_lightning.capture.trial import Trial
 from ctrak_lightning.errors import StoreLockedError, StoreMismatchError, TrialError
 from ctrak_lightning.gradients import GradientTracer
-from ctrak_lightning.inline import InlineCapture
-from ctrak_lightning.processes import Processes, processes_of
-from ctrak_lightning.traces.lock import WriterLock, hold_folder
-from ctrak_lightning.trained import trained_parameters
-from ctrak_lightning.trial import Trial
+from ctrak_lightning.model.weights import trained_parameters
+from ctrak_lightning.store.lock import WriterLock, hold_folder
+from ctrak_lightning.utilities.processes import Processes, processes_of
 
 if TYPE_CHECKING:
     from ctrak_lightning.callbacks.concept_tracer import ConceptTracer

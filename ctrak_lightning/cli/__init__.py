@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ctrak_lightning import __version__
-from ctrak_lightning.escaping import visible
+from ctrak_lightning.errors import visible
 
 USAGE = """usage: ctrak COMMAND ...
 

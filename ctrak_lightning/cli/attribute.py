@@ -6,8 +6,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from ctrak_lightning.attribution import Attribution
-from ctrak_lightning.cli.outputs import add_force, check_outputs
-from ctrak_lightning.cli.printing import say
+from ctrak_lightning.cli.printing import add_force, check_outputs, say
 from ctrak_lightning.cli.question import add_question, attributor_of, concepts_of, opened_store
 
 

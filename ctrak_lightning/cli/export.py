@@ -6,10 +6,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from ctrak_lightning.cli.outputs import add_force, check_outputs
-from ctrak_lightning.provenance.export_card import model_card
-from ctrak_lightning.provenance.export_croissant import croissant
-from ctrak_lightning.provenance.export_prov import prov_json
+from ctrak_lightning.cli.printing import add_force, check_outputs
+from ctrak_lightning.provenance.exports import croissant, model_card, prov_json
 
 
 def run(argv: Sequence[str]) -> None:

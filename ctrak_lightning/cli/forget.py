@@ -8,11 +8,17 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ctrak_lightning.cli.printing import say
 from ctrak_lightning.errors import StoreError
-from ctrak_lightning.provenance.facts import stored_table
-from ctrak_lightning.provenance.forgetting import Forgotten, finish, forget
-from ctrak_lightning.provenance.selection import ids_where, positions_of, read_ids
-from ctrak_lightning.traces import SampleTable
-from ctrak_lightning.traces.manifest import read_manifest
+from ctrak_lightning.provenance.forgetting import (
+    Forgotten,
+    finish,
+    forget,
+    ids_where,
+    positions_of,
+    read_ids,
+)
+from ctrak_lightning.provenance.run_facts import stored_table
+from ctrak_lightning.store import SampleTable
+from ctrak_lightning.store.manifest import read_manifest
 
 _SHOWN = 20
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 
 from ctrak_lightning.cli.printing import say
-from ctrak_lightning.traces import Checkpoint, TraceStore
+from ctrak_lightning.store import Checkpoint, TraceStore
 
 
 def run(argv: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 line."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,39 @@ from torch import Tensor
 
 from ctrak_lightning import methods
 from ctrak_lightning.attribution import Attributor, Concept
-from ctrak_lightning.cli.tracer_task import tracer_task
 from ctrak_lightning.errors import ConceptError, ReportError
-from ctrak_lightning.method import Method
-from ctrak_lightning.task import Spec
-from ctrak_lightning.traces import TraceStore
-from ctrak_lightning.trajectory import Sampler
+from ctrak_lightning.methods.method import Method
+from ctrak_lightning.methods.trajectories import Sampler
+from ctrak_lightning.store import TraceStore
+from ctrak_lightning.tasks import DiffusersTask, Spec
+
+
+def tracer_task(config: str | Path) -> Any:
+    """The ``task`` of the ConceptTracer among a LightningCLI YAML's callbacks; None where there is
+    none.
+
+    Raises:
+        ValueError: several tracers of the file have different tasks.
+    """
+    facts = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    trainer = facts.get("trainer") if isinstance(facts, Mapping) else None
+    found: list[Any] = []
+    for key in ("callbacks", "callbacks+"):
+        listed = (trainer or {}).get(key) or []
+        for callback in [listed] if isinstance(listed, Mapping) else listed:
+            if str(callback.get("class_path", "")).rpartition(".")[2] == "ConceptTracer":
+                found.append((callback.get("init_args") or {}).get("task"))
+    given = [task for task in found if task]
+    if not given:
+        return None
+    if any(task != given[0] for task in given):
+        raise ValueError(
+            f"{config}: its ConceptTracers have different tasks: {given}. HINT: keep one of them "
+            "in the file."
+        )
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(DiffusersTask, "task")
+    return parser.instantiate(parser.parse_object({"task": given[0]})).task
 
 
 def add_question(parser: ArgumentParser) -> None:

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from ctrak_lightning.attribution.report import write_report
-from ctrak_lightning.cli.outputs import add_force, check_outputs
-from ctrak_lightning.cli.printing import say
+from ctrak_lightning.cli.printing import add_force, check_outputs, say
 from ctrak_lightning.cli.question import add_question, attributor_of, concepts_of, opened_store
 from ctrak_lightning.errors import ConceptError
+from ctrak_lightning.report import write_report
 
 
 def run(argv: Sequence[str]) -> None:

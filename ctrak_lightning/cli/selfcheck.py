@@ -6,10 +6,10 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from torch.utils.data import DataLoader
 
+from ctrak_lightning.capture.reference_check import Check, selfcheck
 from ctrak_lightning.cli.fit import lightning_cli
 from ctrak_lightning.cli.printing import say
 from ctrak_lightning.errors import BatchError
-from ctrak_lightning.selfcheck import Check, selfcheck
 
 
 def run(argv: Sequence[str]) -> None:

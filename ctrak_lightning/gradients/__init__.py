@@ -1,6 +1,6 @@
 """Per-sample projected vector-Jacobian products."""
 
-from ctrak_lightning.gradients.modes import tracing_mode
+from ctrak_lightning.gradients.modes import parameters_unmoved, tracing_mode, undisturbed
 from ctrak_lightning.gradients.projection import Projection
 from ctrak_lightning.gradients.tracer import (
     Engine,
@@ -8,7 +8,6 @@ from ctrak_lightning.gradients.tracer import (
     SlowParameterWarning,
     UntracedParameterWarning,
 )
-from ctrak_lightning.gradients.undisturbed import parameters_unmoved, undisturbed
 
 __all__ = [
     "Engine",

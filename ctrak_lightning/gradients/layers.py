@@ -1,11 +1,4 @@
-"""The layer kinds whose per-sample gradients are known in closed form, each as one matrix per
-sample.
-
-With an output cotangent g and an input a, a layer's gradient is a sum of outer products over
-positions. Projected on both sides it is ``(g P_out).T @ (a P_in)``, so that neither the gradient
-nor the unfolded patches of a convolution are built. A bias is one more column of the matrix, with
-the constant input 1.
-"""
+"""Which kind of layer a traced block belongs to: cross-attention, convolution and so on."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +9,7 @@ from torch import Tensor, nn
 
 from ctrak_lightning.errors import GradientError
 from ctrak_lightning.gradients.layouts import Layout
+from ctrak_lightning.utilities.naming import inside
 
 
 class Block:
@@ -309,3 +303,46 @@ _KINDS_BY_NAME: dict[str, type[Layer]] = {
     "diffusers.models.normalization.RMSNorm": DiffusersRMSNormLayer,
     "diffusers.models.normalization.FP32LayerNorm": LayerNormLayer,
 }
+
+
+OTHER = "other layers"
+_GROUPS_OF_BLOCKS: tuple[tuple[type[Block], str], ...] = (
+    (ConvLayer, "convolution"),
+    (EmbeddingLayer, "embedding"),
+    (NormLayer, "normalisation"),
+)
+
+
+def layer_group(root: nn.Module, block: Block) -> str:
+    """The group of a block within the network ``root``.
+
+    What is inside an attention or a feed-forward module (an adapter's matrices too) counts with it;
+    other layers by their kind.
+
+    Example:
+        >>> from ctrak_lightning.gradients.layers import LinearLayer
+        >>> network = nn.Sequential(nn.Linear(2, 2))
+        >>> layer_group(network, LinearLayer("0", network[0], ["weight"]))
+        'other layers'
+    """
+    module = root
+    for part in block.prefix.split("."):
+        if group := _container_group(inside(module)):
+            return group
+        module = module.get_submodule(part)
+    return next((group for kind, group in _GROUPS_OF_BLOCKS if isinstance(block, kind)), OTHER)
+
+
+def _container_group(module: nn.Module) -> str | None:
+    name = type(module).__name__
+    if name.endswith("FeedForward"):
+        return "feed-forward"
+    if not name.endswith("Attention"):
+        return None
+    # diffusers' Attention says of itself which kind it is; classes that do not are told by their
+    # names.
+    if getattr(module, "added_kv_proj_dim", None) is not None:
+        return "joint attention"
+    if getattr(module, "is_cross_attention", "Cross" in name):
+        return "cross-attention"
+    return "attention" if isinstance(module, nn.MultiheadAttention) else "self-attention"

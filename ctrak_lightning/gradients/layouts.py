@@ -7,7 +7,8 @@ table that all samples share, or texts without their padding.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+import re
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +17,70 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from ctrak_lightning.gradients.checks import pull_back
-from ctrak_lightning.gradients.routes import following_nodes, routes
+
+_SELECTING = re.compile(
+    "index|gather|scatter|maskedselect|take|sort|topk|kthvalue|embedding|segmentreduce|nested|jagged|sparse|copyslices|varlen"
+    "|^flashattention|^efficientattention",
+    re.IGNORECASE,
+)
+"""Nodes whose ways depend on data; attention of these names is that of packed texts, which torch
+tells from its others."""
+
+_CUTTING = {
+    "AsStridedBackward0": ("size", "stride", "storage_offset"),
+    "ConstantPadNdBackward0": ("pad",),
+    "FlipBackward0": ("dims",),
+    "RollBackward0": ("dims", "shifts"),
+    "SelectBackward0": ("dim", "index"),
+    "SliceBackward0": ("dim", "start", "end", "step"),
+    "SplitBackward0": ("dim", "split_size"),
+    "SplitWithSizesBackward0": ("dim", "split_sizes"),
+}
+"""Nodes whose ways depend on numbers that need not follow from shapes, and where these are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """The ways to some outputs.
+
+    Args:
+        cuts: one value for all graphs that cut and join tensors at the same places.
+        chosen: nodes from which all or some ways depend on data beside.
+    """
+
+    cuts: Hashable
+    chosen: frozenset[Node]
+
+
+def routes(outputs: Sequence[Tensor]) -> Routes:
+    """The ways from all nodes of the graph to these outputs; no tensor that the graph saved is
+    touched."""
+    cuts: list[Hashable] = []
+    chosen: list[Node] = []
+    for node in _reached_from([output.grad_fn for output in outputs if output.grad_fn is not None]):
+        name = node.name()
+        if _SELECTING.search(name):
+            chosen += following_nodes(node)
+        cuts += [getattr(node, f"_saved_{one}") for one in _CUTTING.get(name, ())]
+        cuts += [number for _, number in node.next_functions if number]
+    return Routes(hash(tuple(cuts)), frozenset(_reached_from(chosen)))
+
+
+def _reached_from(nodes: Sequence[Node]) -> Iterator[Node]:
+    """These nodes and all that they lead to, each once, in an order that the graph fixes."""
+    seen: set[Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            pending += following_nodes(node)
+
+
+def following_nodes(node: Node) -> list[Node]:
+    return [following for following, _ in node.next_functions if following is not None]
+
 
 REMEMBERED_CUTS = 64
 """After layouts for graphs that cut tensors at so many other places, all are forgotten, so that
@@ -24,7 +88,7 @@ their number stays bounded."""
 
 
 class RecordedCall(Protocol):
-    """What is asked of a call of a layer (:class:`~ctrak_lightning.gradients.calls.Call`)."""
+    """What is asked of a call of a layer (:class:`~ctrak_lightning.gradients.hooks.Call`)."""
 
     @property
     def name(self) -> str: ...

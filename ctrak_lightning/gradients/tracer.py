@@ -13,16 +13,14 @@ from torch import Tensor, nn
 
 from ctrak_lightning.errors import GradientError
 from ctrak_lightning.gradients.checks import Cotangent, Forward
-from ctrak_lightning.gradients.groups import layer_group
 from ctrak_lightning.gradients.hooks import hooked_vjps
-from ctrak_lightning.gradients.inline import StepRecorder
-from ctrak_lightning.gradients.layers import Block
+from ctrak_lightning.gradients.layers import Block, layer_group
 from ctrak_lightning.gradients.layouts import Layouts, NotBySampleError
 from ctrak_lightning.gradients.modes import tracing_mode
-from ctrak_lightning.gradients.plan import plan_blocks
+from ctrak_lightning.gradients.plan import plan_blocks, refuse_sharded
 from ctrak_lightning.gradients.projection import BlockProjector, Projection
 from ctrak_lightning.gradients.reference import functional_vjps, looped_vjps
-from ctrak_lightning.gradients.sharding import refuse_sharded
+from ctrak_lightning.gradients.step_recorder import StepRecorder
 
 Engine = Literal["hooks", "auto", "loop", "functional"]
 CHECK_TOLERANCE = 1e-3
@@ -219,7 +217,7 @@ class GradientTracer:
 
     def layer_groups(self) -> dict[str, list[str]]:
         """The blocks by the kind of layer they are part of
-        (:func:`~ctrak_lightning.gradients.groups.layer_group`), sorted."""
+        (:func:`~ctrak_lightning.gradients.layers.layer_group`), sorted."""
         groups: dict[str, list[str]] = {}
         for block in sorted(self._blocks, key=lambda block: block.name):
             groups.setdefault(layer_group(self.module, block), []).append(block.name)

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 
 from ctrak_lightning.errors import StoreError
-from ctrak_lightning.provenance.canonical import canonical
-from ctrak_lightning.traces.arrays import (
+from ctrak_lightning.provenance.ledger import canonical
+from ctrak_lightning.store.arrays import (
     open_for_reading,
     open_for_writing,
     read_array,
     write_array,
 )
-from ctrak_lightning.traces.samples import SampleTable
-from ctrak_lightning.traces.schema import COMMITMENTS, edition_name
+from ctrak_lightning.store.samples import SampleTable
+from ctrak_lightning.store.schema import COMMITMENTS, edition_name
 
 _NAME = re.compile(r"commitments(-e[1-9][0-9]{0,8})?\.h5")
 _BYTES = 32

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ctrak_lightning.provenance.canonical import canonical, digest
+from ctrak_lightning.provenance.ledger import canonical, digest
 
 PACKAGES = (
     "ctrak-lightning",

@@ -3,25 +3,242 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import hashlib
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
 
 from ctrak_lightning.errors import CorruptStoreError, StoreError
-from ctrak_lightning.provenance.commitments import Commitments
-from ctrak_lightning.provenance.facts import put_commitments, stored_commitments, stored_table
+from ctrak_lightning.provenance.commitments import Commitments, edition_salt, salted
+from ctrak_lightning.provenance.environment import json_value
 from ctrak_lightning.provenance.history import replay
 from ctrak_lightning.provenance.ledger import Ledger
-from ctrak_lightning.provenance.query_log import LedgerWarning
 from ctrak_lightning.provenance.recording import complete, remove_old_commitments, require_agreement
-from ctrak_lightning.provenance.selection import positions_of
-from ctrak_lightning.traces.lock import hold_for
-from ctrak_lightning.traces.manifest import read_manifest, write_manifest
-from ctrak_lightning.traces.records import remove_unrecorded
-from ctrak_lightning.traces.rewriting import rewrite_without
-from ctrak_lightning.traces.schema import Manifest
-from ctrak_lightning.traces.verification import altered_files
+from ctrak_lightning.provenance.run_facts import put_commitments, stored_commitments, stored_table
+from ctrak_lightning.store.integrity import altered_files, rewrite_without
+from ctrak_lightning.store.lock import hold_for
+from ctrak_lightning.store.manifest import read_manifest, write_manifest
+from ctrak_lightning.store.records import remove_unrecorded
+from ctrak_lightning.store.samples import SampleTable
+from ctrak_lightning.store.schema import Manifest
+
+_SHOWN = 5
+_NEAR = 3
+_VALUES = 10
+
+
+def positions_of(table: SampleTable, sample_ids: Sequence[str], root: Path) -> list[int]:
+    """Where the samples of these ids stand in the table of the store at ``root``, ascending.
+
+    Raises:
+        StoreError: no ids, one that the table does not have (names near ones), or all that it has.
+    """
+    wanted = [sample_ids] if isinstance(sample_ids, str) else list(dict.fromkeys(sample_ids))
+    if not wanted:
+        raise StoreError("forget(sample_ids=[]): expected at least one sample.")
+    where = {sample_id: i for i, sample_id in enumerate(table.sample_ids)}
+    if unknown := [sample_id for sample_id in wanted if sample_id not in where]:
+        raise StoreError(
+            f"{root} has no sample "
+            f"{', '.join(_short(name) for name in unknown[:_SHOWN])}{f' and {len(unknown) - _SHOWN} more' if len(unknown) > _SHOWN else ''}; "
+            f"nothing was forgotten. {_near(unknown[0], table.sample_ids)}HINT: ids are those of "
+            "the data set, as Attribution.top() names them; a sample that was forgotten before is "
+            "unknown too."
+        )
+    if len(wanted) == len(table):
+        raise StoreError(
+            f"{root}: these are all of its {len(table)} samples, and a store of none says nothing. "
+            "HINT: delete the folder."
+        )
+    return sorted(where[sample_id] for sample_id in wanted)
+
+
+def ids_where(table: SampleTable, conditions: Sequence[str]) -> list[str]:
+    """The ids of the samples that meet all of ``conditions``, each ``column=value``, in the order
+    of the table.
+
+    Raises:
+        StoreError: a condition is of no column, or no sample meets it, or not all of them; says
+            which columns and values there are.
+
+    Example:
+        >>> table = SampleTable(["a", "b"], ["", ""], {"owner": ["anna", "bo"]})
+        >>> ids_where(table, ["owner=bo"])
+        ['b']
+    """
+    each = {condition: _meeting(table, condition) for condition in conditions}
+    found = set(range(len(table))).intersection(*each.values())
+    if not found:
+        counts = ", ".join(
+            f"{len(places)} have {_short(condition)}" for condition, places in each.items()
+        )
+        raise StoreError(
+            f"--where: no sample meets all of the conditions ({counts}); nothing was forgotten. "
+            "HINT: all must hold; forget in two steps what meets one or the other."
+        )
+    return [table.sample_ids[i] for i in sorted(found)]
+
+
+def read_ids(path: str | Path) -> list[str]:
+    """The ids in a file of text, one a line, as they stand there; empty lines are left out.
+
+    Raises:
+        StoreError: it cannot be read as UTF-8, or has none.
+    """
+    try:
+        # Not splitlines(): an id may hold what Unicode takes for the end of a line.
+        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(
+            f"--ids-from {path}: cannot be read ({error}). HINT: a file of UTF-8 text, one id a "
+            "line."
+        ) from error
+    found = [line for line in (line.removesuffix("\r") for line in lines) if line]
+    if not found:
+        raise StoreError(
+            f"--ids-from {path}: has no id; nothing was forgotten. HINT: one id a line."
+        )
+    return found
+
+
+def _meeting(table: SampleTable, condition: str) -> set[int]:
+    named = [column for column in table.metadata if condition.startswith(f"{column}=")]
+    if not named:
+        known = ", ".join(map(repr, sorted(table.metadata))) or "none"
+        raise StoreError(
+            f"--where {_short(condition)}: no such metadata column; nothing was forgotten. The "
+            f"store has: {known}. HINT: --where owner=anna, of the column and the value as they "
+            "were traced."
+        )
+    column = max(named, key=len)  # a column's name may have a "=" in it
+    value = condition[len(column) + 1 :]
+    places = {i for i, given in enumerate(table.metadata[column]) if given == value}
+    if not places:
+        raise StoreError(
+            f"--where {_short(condition)}: no sample has that value; nothing was forgotten. "
+            f"{_near(value, set(table.metadata[column]))}The values of {column!r}: "
+            f"{_listed(table.metadata[column])}."
+        )
+    return places
+
+
+def _listed(values: Sequence[str]) -> str:
+    counts = Counter(values).most_common()
+    shown = ", ".join(f"{_short(value)} ({count})" for value, count in counts[:_VALUES])
+    return shown if len(counts) <= _VALUES else f"{shown} and {len(counts) - _VALUES} more"
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name[:200], list(known), n=_NEAR, cutoff=0.6)
+    return f"Near: {', '.join(_short(one) for one in near)}. " if near else ""
+
+
+def _short(name: object) -> str:
+    shown = repr(name)
+    return shown if len(shown) <= 120 else f"{shown[:117]}..."
+
+
+class LedgerWarning(UserWarning):
+    """Something could not be recorded in a store's ledger."""
+
+
+class QueryLog:
+    """Notes questions and the digests of their answers; nothing, where the store has no ledger.
+
+    Args:
+        root: folder of the store.
+        edition: of its files, as they are read.
+        asker: who asks, or None.
+    """
+
+    def __init__(self, root: Path, edition: int, asker: str | None) -> None:
+        self._ledger = Ledger(root)
+        self._edition = edition
+        self._asker = asker
+        self._has_warned = False
+
+    def note(
+        self,
+        concepts: Sequence[dict[str, Any]],
+        seeds: Sequence[int],
+        answers: Iterable[tuple[Sequence[str], Sequence[float]]],
+        *,
+        dampings: Sequence[float | None],
+        methods: Sequence[dict[str, Any]],
+        steps: Sequence[int],
+        samples: Literal["all", "top"],
+    ) -> None:
+        """One entry for each question.
+
+        Args:
+            concepts: what was asked.
+            seeds: of the generated images.
+            answers: sample ids and scores of each; not looked at without a ledger.
+            dampings: as used for each.
+            methods: by which each was asked.
+            steps: of the checkpoints.
+            samples: whether an answer has all of them, in the order of the sample table, or the
+                best, in that of the ranking.
+
+        Warns:
+            LedgerWarning: they cannot be recorded (once; the folder is read-only, say).
+        """
+        if not self._ledger.exists:
+            return
+        shared = {"steps": list(steps), "samples": samples, "asker": self._asker}
+        asked = list(zip(concepts, seeds, methods, dampings, answers, strict=True))
+        try:
+            salt = edition_salt(self._ledger.root, self._edition)
+            each = [
+                shared
+                | {
+                    "method": method,
+                    "concept": _salted_images(json_value(concept), salt),
+                    "seed": seed,
+                    "damping": damping,
+                    "count": len(answer[0]),
+                    "result_sha256": salted(result_digest(*answer), salt),
+                }
+                for concept, seed, method, damping, answer in asked
+            ]
+            self._ledger.append_all([("query", facts) for facts in each])
+        except StoreError as error:
+            self._warn(error)
+
+    def _warn(self, error: StoreError) -> None:
+        if not self._has_warned:
+            warnings.warn(
+                f"Questions are not recorded: {error} The answers are not affected. HINT: "
+                "Attributor(..., record=False) asks without recording.",
+                LedgerWarning,
+                stacklevel=5,
+            )
+        self._has_warned = True
+
+
+def _salted_images(concept: dict[str, Any], salt: bytes) -> dict[str, Any]:
+    """A question may be about a sample's own picture, which the ledger must not remember once the
+    sample is forgotten."""
+    given = {
+        name: concept[name] for name in ("image", "mask") if isinstance(concept.get(name), dict)
+    }
+    return concept | {
+        name: value | {"sha256": salted(value["sha256"], salt)} for name, value in given.items()
+    }
+
+
+def result_digest(sample_ids: Sequence[str], scores: Sequence[float]) -> str:
+    """sha256 (hex) of an answer: the ids, each ended by NUL, then the scores as little-endian
+    float32."""
+    found = hashlib.sha256("".join(f"{sample_id}\0" for sample_id in sample_ids).encode())
+    found.update(np.asarray(scores, dtype="<f4").tobytes())
+    return found.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ctrak_lightning.errors import CorruptStoreError
 from ctrak_lightning.provenance.ledger import Entry
-from ctrak_lightning.traces.atomic import FileRecord
+from ctrak_lightning.store.files import FileRecord
 
 HEADER_FIELDS = ("method", "projection", "model", "dim", "dtype")
 """What a run's entry has of the store's header; the dataset has an entry of its own."""

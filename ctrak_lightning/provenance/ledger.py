@@ -3,6 +3,7 @@ without a trace."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -14,11 +15,28 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ctrak_lightning.errors import CorruptStoreError, StoreError
-from ctrak_lightning.provenance.canonical import canonical, digest
-from ctrak_lightning.traces.atomic import fsync_folder
-from ctrak_lightning.traces.files import is_there, open_file, reading
-from ctrak_lightning.traces.lock import ledger_lock
-from ctrak_lightning.traces.schema import LEDGER, is_integer
+from ctrak_lightning.store.files import fsync_folder, is_there, open_file, reading
+from ctrak_lightning.store.lock import ledger_lock
+from ctrak_lightning.store.schema import LEDGER, is_integer
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys, no spaces and ASCII only; equal values give equal bytes.
+
+    Raises:
+        ValueError, TypeError: the value is not JSON (a number that is not finite, an object of
+            Python's).
+    """
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
+    return text.encode("ascii")
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of :func:`canonical`."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
 
 Kind = Literal[
     "run_begun",
@@ -80,7 +98,7 @@ class Ledger:
     lines are added, never changed.
 
     Adding is durable when it returns (fsync), one process at a time
-    (:func:`~ctrak_lightning.traces.lock.ledger_lock`), and all or nothing: what a kill cuts off is
+    (:func:`~ctrak_lightning.store.lock.ledger_lock`), and all or nothing: what a kill cuts off is
     no entry, and the next one that is added takes its place.
 
     Args:

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from ctrak_lightning.errors import StoreError
-from ctrak_lightning.fingerprint import weights_digest
+from ctrak_lightning.model.fingerprint import weights_digest
 from ctrak_lightning.provenance.history import replay
 from ctrak_lightning.provenance.ledger import Entry, Ledger
-from ctrak_lightning.traces.manifest import read_manifest
-from ctrak_lightning.traces.store import read_weights
+from ctrak_lightning.store.manifest import read_manifest
+from ctrak_lightning.store.store import read_weights
 
 
 def parent_facts(path: str | Path, child: Path, parameters: Mapping[str, Tensor]) -> dict[str, Any]:

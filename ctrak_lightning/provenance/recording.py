@@ -1,31 +1,32 @@
-"""Keeps a ledger up with its store."""
+"""A store and its ledger, read together: what the exports are made of."""
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ctrak_lightning.errors import CorruptStoreError, StoreError
-from ctrak_lightning.provenance.agreement import (
-    disagreements,
-    is_pending,
-    missing_steps,
-    unrecorded_steps,
-)
 from ctrak_lightning.provenance.commitments import commit, edition_salt, is_commitments
-from ctrak_lightning.provenance.facts import (
+from ctrak_lightning.provenance.history import History, replay
+from ctrak_lightning.provenance.ledger import Entry, Kind, Ledger
+from ctrak_lightning.provenance.run_facts import (
     checkpoint_facts,
     dataset_facts,
+    disagreements,
     forget_facts,
+    is_pending,
+    missing_steps,
     put_commitments,
     stored_digest,
     stored_table,
+    unrecorded_steps,
 )
-from ctrak_lightning.provenance.history import History, replay
-from ctrak_lightning.provenance.ledger import Entry, Kind, Ledger
-from ctrak_lightning.traces.lock import ledger_lock
-from ctrak_lightning.traces.manifest import read_manifest
-from ctrak_lightning.traces.schema import COMMITMENTS, Manifest, edition_name
+from ctrak_lightning.store import IncompleteStoreWarning, TraceStore
+from ctrak_lightning.store.lock import ledger_lock
+from ctrak_lightning.store.manifest import read_manifest
+from ctrak_lightning.store.schema import COMMITMENTS, Manifest, edition_name
 
 
 def record_run(root: str | Path, facts: dict[str, Any], *, resumed: bool) -> list[Entry]:
@@ -125,3 +126,29 @@ def _sync(root: Path, news: list[tuple[Kind, dict[str, Any]]]) -> list[Entry]:
     entries = ledger.write(added) if added else []
     remove_old_commitments(root, manifest)
     return entries
+
+
+@dataclass(frozen=True)
+class RecordedStore:
+    """A store whose manifest says what its ledger says."""
+
+    store: TraceStore
+    history: History
+    head: str
+    """Hash of the ledger's last entry."""
+
+    @classmethod
+    def open(cls, path: str | Path) -> RecordedStore:
+        """The store at ``path``.
+
+        Raises:
+            StoreError: it has no ledger.
+            CorruptStoreError: the ledger is damaged, or the store is not what it says.
+        """
+        entries = Ledger(path).entries()
+        history = replay(entries)
+        require_agreement(Path(path), read_manifest(Path(path)), history)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", IncompleteStoreWarning)  # exports are of what is sealed
+            store = TraceStore(path)
+        return cls(store, history, entries[-1].sha256)

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ctrak_lightning.errors import StoreError
-from ctrak_lightning.provenance.canonical import canonical
 from ctrak_lightning.provenance.history import replay
-from ctrak_lightning.provenance.ledger import Entry, Ledger
-from ctrak_lightning.traces.atomic import write_atomically
-from ctrak_lightning.traces.files import is_there, reading
-from ctrak_lightning.traces.lock import hold_for
-from ctrak_lightning.traces.schema import LEDGER, LEDGER_SIGNATURE, is_integer
+from ctrak_lightning.provenance.ledger import Entry, Ledger, canonical
+from ctrak_lightning.store.files import is_there, reading, write_atomically
+from ctrak_lightning.store.lock import hold_for
+from ctrak_lightning.store.schema import LEDGER, LEDGER_SIGNATURE, is_integer
 
 _LONGEST = 2**14
 _HEX = re.compile("([0-9a-f]{2})+")

@@ -6,25 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ctrak_lightning.errors import StoreError
-from ctrak_lightning.fingerprint import weights_digest
-from ctrak_lightning.provenance.agreement import (
+from ctrak_lightning.model.fingerprint import weights_digest
+from ctrak_lightning.provenance.commitments import edition_salt, is_commitments, named, salted
+from ctrak_lightning.provenance.history import History, replay
+from ctrak_lightning.provenance.ledger import Chain, Ledger
+from ctrak_lightning.provenance.run_facts import (
     disagreements,
     is_pending,
     missing_steps,
+    stored_commitments,
+    stored_table,
     unrecorded_steps,
 )
-from ctrak_lightning.provenance.commitments import edition_salt, is_commitments, named, salted
-from ctrak_lightning.provenance.facts import stored_commitments, stored_table
-from ctrak_lightning.provenance.history import History, replay
-from ctrak_lightning.provenance.ledger import Chain, Ledger
 from ctrak_lightning.provenance.signature import signature_problems
-from ctrak_lightning.traces.atomic import sha256_of
-from ctrak_lightning.traces.exposures import read_exposures
-from ctrak_lightning.traces.files import is_there
-from ctrak_lightning.traces.kernel import Kernel, read_kernel
-from ctrak_lightning.traces.manifest import manifest_text, parse_manifest, read_text
-from ctrak_lightning.traces.rewriting import kernel_of
-from ctrak_lightning.traces.schema import (
+from ctrak_lightning.store.files import is_there, sha256_of
+from ctrak_lightning.store.integrity import altered_files, kernel_of, unrecorded_files
+from ctrak_lightning.store.kernel import Kernel, read_kernel
+from ctrak_lightning.store.manifest import manifest_text, parse_manifest, read_text
+from ctrak_lightning.store.schema import (
     COMMITMENTS,
     LEDGER,
     LEDGER_LOCK,
@@ -37,10 +36,9 @@ from ctrak_lightning.traces.schema import (
     differences,
     edition_name,
 )
-from ctrak_lightning.traces.store import read_weights
-from ctrak_lightning.traces.stored_rows import StoredRows
-from ctrak_lightning.traces.verification import altered_files, unrecorded_files
-from ctrak_lightning.traces.visits import read_visits
+from ctrak_lightning.store.sections import read_exposures, read_visits
+from ctrak_lightning.store.store import read_weights
+from ctrak_lightning.store.stored_rows import StoredRows
 
 _GRAM_TOLERANCE = 1e-5
 """Of the largest eigenvalue: eigenvectors are stored in float32."""

@@ -24,12 +24,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from ctrak_lightning import Attribution, Attributor, Concept, Sampler, methods
-from ctrak_lightning.attribution.noise import LOOKED_AT, beside
-from ctrak_lightning.attribution.trust import self_check, stability
+from ctrak_lightning.attribution.diagnostics import LOOKED_AT, beside, self_check, stability
 from ctrak_lightning.callbacks import ConceptTracer
+from ctrak_lightning.capture.survey import thumbnails_of
+from ctrak_lightning.methods.trajectories import Noised, State
 from ctrak_lightning.metrics.functional import r_precision, spearman
-from ctrak_lightning.surveying import thumbnails_of
-from ctrak_lightning.trajectory import Noised, State
 from recipes.emoji_artists.data import KINDS, EmojiArtists
 from recipes.emoji_artists.demo import ARTISTS
 from recipes.emoji_artists.module import EmojiDiffusion

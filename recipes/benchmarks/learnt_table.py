@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ctrak_lightning.attribution.confidence import BLIND, STILL, UNSTABLE, UNTOLD, is_noise
+from ctrak_lightning.attribution.diagnostics import BLIND, STILL, UNSTABLE, UNTOLD, is_noise
+from ctrak_lightning.capture.trace import FAINT
 from ctrak_lightning.metrics.functional import auroc
-from ctrak_lightning.tracing import FAINT
 
 RESULTS = Path(__file__).parent / "results"
 WORTH, SURE = 0.01, 2.0

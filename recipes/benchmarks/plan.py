@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ctrak_lightning.traces import SampleTable, StoreHeader
-from ctrak_lightning.traces.samples import read_samples, write_samples
-from ctrak_lightning.traces.writer import default_shard_rows
+from ctrak_lightning.store import SampleTable, StoreHeader
+from ctrak_lightning.store.samples import read_samples, write_samples
+from ctrak_lightning.store.writer import default_shard_rows
 from recipes.benchmarks.speed import HALF, memory_kib
 
 RESULTS = Path(__file__).parent / "results"

@@ -13,9 +13,9 @@ from torch import nn
 from typing_extensions import override
 
 from ctrak_lightning import Capture, GradientTracer, Method, Projection, TraceStore
-from ctrak_lightning.task import resolve_task
-from ctrak_lightning.traces.schema import SCHEMA_VERSION
-from ctrak_lightning.trained import trained_parameters
+from ctrak_lightning.model.weights import trained_parameters
+from ctrak_lightning.store.schema import SCHEMA_VERSION
+from ctrak_lightning.tasks import resolve_task
 
 _SAVED = re.compile(r"step-(\d{8})\.safetensors")
 

@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctrak_lightning.attribution.best import Best
-from ctrak_lightning.attribution.dots import Dots, has_integer_products
-from ctrak_lightning.attribution.top import top_scores
-from ctrak_lightning.traces import Checkpoint, SampleTable, StoreHeader, TraceStore, TraceWriter
+from ctrak_lightning.attribution.scoring import Dots, has_integer_products
+from ctrak_lightning.attribution.search import Best, top_scores
+from ctrak_lightning.store import Checkpoint, SampleTable, StoreHeader, TraceStore, TraceWriter
 
 RESULTS = Path(__file__).parent / "results"
 QUERIES = (1, 16, 64)

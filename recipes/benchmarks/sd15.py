@@ -22,7 +22,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ctrak_lightning import GradientTracer, Projection, methods
-from ctrak_lightning.tracing import trace_batch
+from ctrak_lightning.capture.trace import trace_batch
 from recipes.benchmarks.speed import RESULTS, Subject
 
 TINY = {

@@ -31,11 +31,19 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from ctrak_lightning import DiffusionTask, Encoded, GradientTracer, Method, NoiseSchedule, Projection, methods
+from ctrak_lightning import (
+    DiffusionTask,
+    Encoded,
+    GradientTracer,
+    Method,
+    NoiseSchedule,
+    Projection,
+    methods,
+)
+from ctrak_lightning.capture.trace import Trace, trace_batch
 from ctrak_lightning.gradients import tracing_mode
-from ctrak_lightning.memory import RowLimit
-from ctrak_lightning.tracing import Trace, trace_batch
-from ctrak_lightning.trajectory import Noised
+from ctrak_lightning.methods.trajectories import Noised
+from ctrak_lightning.utilities.memory import RowLimit
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 32

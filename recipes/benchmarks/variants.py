@@ -4,8 +4,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ctrak_lightning import Method, methods
-from ctrak_lightning.objective import ChannelProbe, Denoising, Joint, MeanOutput, SquaredNorm, contrast
-from ctrak_lightning.trajectory import Noised
+from ctrak_lightning.methods.objectives import (
+    ChannelProbe,
+    Denoising,
+    Joint,
+    MeanOutput,
+    SquaredNorm,
+    contrast,
+)
+from ctrak_lightning.methods.trajectories import Noised
 from recipes.benchmarks.compare import Variant
 
 WITHOUT_KEYS_AND_VALUES = ("*attn1*", "*attn2.to_q*", "*attn2.to_out*")

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ctrak_lightning import Attributor, Concept, Method, Projection, methods
 from ctrak_lightning.attribution.attributor import Query
-from ctrak_lightning.attribution.solve import ensemble, standardised
-from ctrak_lightning.objective import (
+from ctrak_lightning.attribution.scoring import ensemble, standardised
+from ctrak_lightning.methods.objectives import (
     ChannelProbe,
     ConceptDirection,
     Denoising,
@@ -29,7 +29,7 @@ from ctrak_lightning.objective import (
     Term,
     contrast,
 )
-from ctrak_lightning.trajectory import Inverted, Noised
+from ctrak_lightning.methods.trajectories import Inverted, Noised
 from recipes.benchmarks.compare import Variant, answers
 from recipes.benchmarks.tables import Table
 from recipes.emoji_artists import benchmark

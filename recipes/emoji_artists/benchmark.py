@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.attribution.baselines import image_similarity, label_search
-from ctrak_lightning.attribution.solve import soft_thresholded, standardised
+from ctrak_lightning.attribution.scoring import soft_thresholded, standardised
 from ctrak_lightning.metrics import (
     bootstrap_difference,
     datamodeling_correlations,

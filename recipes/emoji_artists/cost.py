@@ -17,8 +17,8 @@ import lightning as L
 import torch
 
 from ctrak_lightning import GradientTracer, Projection, methods
-from ctrak_lightning.task import encode
-from ctrak_lightning.tracing import trace_batch
+from ctrak_lightning.capture.trace import trace_batch
+from ctrak_lightning.tasks import encode
 from recipes.emoji_artists.data import EmojiArtists
 from recipes.emoji_artists.module import EmojiDiffusion
 

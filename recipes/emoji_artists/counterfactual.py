@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctrak_lightning.attribution.solve import standardised
+from ctrak_lightning.attribution.scoring import standardised
 from ctrak_lightning.metrics import bootstrap_difference, bootstrap_interval, functional
 from recipes.benchmarks.compare import compare
 from recipes.benchmarks.plots import bars

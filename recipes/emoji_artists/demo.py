@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from ctrak_lightning import Attribution, Attributor, Method, Sampler, methods
 from ctrak_lightning.attribution.baselines import label_search
-from ctrak_lightning.attribution.report import write_report
 from ctrak_lightning.callbacks import ConceptTracer, ProvenanceRecorder
-from ctrak_lightning.trajectory import Generation
+from ctrak_lightning.methods.trajectories import Generation
+from ctrak_lightning.report import write_report
 from recipes.emoji_artists.data import KINDS, EmojiArtists
 from recipes.emoji_artists.evaluate import Question, chance, questions, r_precision
 from recipes.emoji_artists.module import EmojiDiffusion

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ctrak_lightning import Concept
 from ctrak_lightning.metrics import ConceptRPrecision
-from ctrak_lightning.traces import SampleTable
+from ctrak_lightning.store import SampleTable
 from recipes.emoji_artists.data import KINDS
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ctrak_lightning import Attributor, Projection, methods
 from ctrak_lightning.metrics import spearman
-from ctrak_lightning.traces.shards import stored_unit
+from ctrak_lightning.store.shards import stored_unit
 from recipes.benchmarks.replay import replay
 from recipes.emoji_artists import benchmark
 from recipes.emoji_artists.data import EmojiArtists

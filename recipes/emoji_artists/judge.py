@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ctrak_lightning import Sampler
-from ctrak_lightning.rng import seeded_noise
-from ctrak_lightning.trajectory import Noised
+from ctrak_lightning.methods.trajectories import Noised
+from ctrak_lightning.utilities.rng import seeded_noise
 from recipes.emoji_artists.data import KINDS, Emoji
 from recipes.emoji_artists.module import EmojiDiffusion
 from recipes.emoji_artists.network import patchify

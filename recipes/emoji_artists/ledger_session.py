@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from ctrak_lightning.traces import TraceStore
+from ctrak_lightning.store import TraceStore
 
 FOLDER = Path("runs/ledger")
 STORE = FOLDER / "traces"

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import save_file
 
 from ctrak_lightning import Sampler
-from ctrak_lightning.rng import seeded_noise
+from ctrak_lightning.utilities.rng import seeded_noise
 from recipes.emoji_artists.data import Emoji, EmojiArtists, EmojiPairs
 from recipes.emoji_artists.module import BASE, EmojiDiffusion, file_name
 from recipes.pictures import image_grid

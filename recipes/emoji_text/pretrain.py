@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ctrak_lightning import Sampler
-from ctrak_lightning.rng import seeded_noise
+from ctrak_lightning.utilities.rng import seeded_noise
 from recipes.emoji_artists.data import Emoji, EmojiArtists, EmojiPairs
 from recipes.emoji_artists.module import EmojiDiffusion
 from recipes.emoji_artists.network import patchify
@@ -39,7 +39,14 @@ from recipes.emoji_text.captions import (
     caption,
     wordings,
 )
-from recipes.emoji_text.pipeline import BASE, MAX_TOKENS, build_task, build_text_unet, load_base, reads_text
+from recipes.emoji_text.pipeline import (
+    BASE,
+    MAX_TOKENS,
+    build_task,
+    build_text_unet,
+    load_base,
+    reads_text,
+)
 from recipes.pictures import image_grid
 from recipes.text import read_text
 

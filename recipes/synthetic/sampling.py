@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning import Sampler
-from ctrak_lightning.rng import seeded_noise
+from ctrak_lightning.utilities.rng import seeded_noise
 from recipes.pictures import image_grid
 from recipes.synthetic.data import Synthetic
 from recipes.synthetic.module import FactorDiffusion, SyntheticDiffusion

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric import Fabric
 
 from ctrak_lightning import Attributor
-from ctrak_lightning.processes import DistributedProcesses
+from ctrak_lightning.utilities.processes import DistributedProcesses
 
 from ..toy import ToyDiffusion
 from .test_attributor import BAR, RED, SAMPLER

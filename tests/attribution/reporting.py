@@ -10,7 +10,7 @@ import torch
 
 from ctrak_lightning import Attribution, Concept, methods
 from ctrak_lightning.attribution.parts import Parts
-from ctrak_lightning.traces import SampleTable
+from ctrak_lightning.store import SampleTable
 
 THING = Concept("thing", {"object": "thing", "ink": "blue"}, {"ink": "blue"})
 INK = Concept("ink", {"object": "thing", "ink": "blue"}, {"object": "thing"})

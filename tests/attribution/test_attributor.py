@@ -26,8 +26,8 @@ from ctrak_lightning import (
     TraceStore,
     methods,
 )
-from ctrak_lightning.attribution.solve import AGREEMENT_GRID
-from ctrak_lightning.capture import Capture
+from ctrak_lightning.attribution.scoring import AGREEMENT_GRID
+from ctrak_lightning.capture.capture import Capture
 from ctrak_lightning.errors import (
     ConceptError,
     CorruptStoreError,
@@ -36,7 +36,7 @@ from ctrak_lightning.errors import (
     StoreMismatchError,
     TaskError,
 )
-from ctrak_lightning.objective import (
+from ctrak_lightning.methods.objectives import (
     ChannelProbe,
     ConceptDirection,
     Denoising,
@@ -46,8 +46,8 @@ from ctrak_lightning.objective import (
     Term,
     contrast,
 )
-from ctrak_lightning.rng import seeded_noise
-from ctrak_lightning.trajectory import Generated, Noised, Renoised, State
+from ctrak_lightning.methods.trajectories import Generated, Noised, Renoised, State
+from ctrak_lightning.utilities.rng import seeded_noise
 
 from ..toy import QuickDiffusion, ToyData, ToyDiffusion
 
@@ -316,7 +316,7 @@ def test_damping_by_agreement_is_where_the_checkpoints_agree_most(
         assert chosen.method["damping"] == "agreement"
         assert grid[0.3].damping == 0.3
     monkeypatch.setattr(
-        "ctrak_lightning.attribution.solve.SCORES_AT_ONCE", 1
+        "ctrak_lightning.attribution.scoring.SCORES_AT_ONCE", 1
     )  # one query at a time
     one_by_one = attributor.score(query, damping="agreement")
     assert [each.damping for each in one_by_one] == [each.damping for each in found]

@@ -13,7 +13,7 @@ from ctrak_lightning.attribution.baselines import (
     text_search,
 )
 from ctrak_lightning.errors import ConceptError
-from ctrak_lightning.traces import SampleTable
+from ctrak_lightning.store import SampleTable
 
 OWL = Concept("owl", {"object": "owl", "artist": "x"}, {"artist": "x"})
 BOTH = Concept("owl by x", {"object": "owl", "artist": "x"}, {})

@@ -14,24 +14,24 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from ctrak_lightning import Attribution, TraceStore, methods
-from ctrak_lightning.attribution import confidence
-from ctrak_lightning.attribution.confidence import (
+from ctrak_lightning.attribution import diagnostics
+from ctrak_lightning.attribution.attributions import Attributions
+from ctrak_lightning.attribution.diagnostics import (
     BLIND,
     NOT_LEARNT,
     NOT_SHOWN,
     STILL,
     UNSTABLE,
     UNTOLD,
+    SelfCheck,
+    neighbours,
 )
-from ctrak_lightning.attribution.noise import neighbours
-from ctrak_lightning.attribution.together import Attributions
-from ctrak_lightning.attribution.trust import SelfCheck
+from ctrak_lightning.capture.trace import FAINT
 from ctrak_lightning.cli import info
 from ctrak_lightning.cli.attribute import _print_result
-from ctrak_lightning.traces import TraceWriter
-from ctrak_lightning.tracing import FAINT
+from ctrak_lightning.store import TraceWriter
 
-from ..traces.store_builder import make_header, make_table
+from ..store.store_builder import make_header, make_table
 from .reporting import INK, THING, random_result, result_of, table_of
 
 N, K = 10, 12
@@ -128,9 +128,9 @@ def test_each_check_on_either_side_of_its_threshold(
 def test_the_share_of_the_self_check_and_the_agreement_have_thresholds_of_their_own() -> None:
     asked = 100
     for first, doubted in ((round(UNTOLD * asked) - 1, True), (round(UNTOLD * asked), False)):
-        assert bool(confidence._unshown(None, SelfCheck(first, asked), None)) is doubted
-    assert confidence._unshown(None, None, UNSTABLE - 1e-6)
-    assert not confidence._unshown(None, None, UNSTABLE)
+        assert bool(diagnostics._unshown(None, SelfCheck(first, asked), None)) is doubted
+    assert diagnostics._unshown(None, None, UNSTABLE - 1e-6)
+    assert not diagnostics._unshown(None, None, UNSTABLE)
 
 
 def drawn(n: int, seed: int) -> Tensor:
@@ -194,7 +194,7 @@ def test_a_store_is_read_once_for_all_concepts_of_a_damping(
         asked.append(damping)
         return SelfCheck(1, 1)
 
-    monkeypatch.setattr(confidence, "self_check", counted)
+    monkeypatch.setattr(diagnostics, "self_check", counted)
     result = asked_of(tmp_path, [LOSSES, LOSSES * 0.9])
     for each in (result, replace(result, seed=4), replace(result, damping=7.0)):
         assert each.confidence is each.confidence

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from ctrak_lightning.attribution import dots
-from ctrak_lightning.attribution.dots import Dots, has_integer_products
-from ctrak_lightning.traces.shards import Rows, stored_unit
+from ctrak_lightning.attribution import scoring as dots
+from ctrak_lightning.attribution.scoring import Dots, has_integer_products
+from ctrak_lightning.store.shards import Rows, stored_unit
 
 
 def rows_of(features: torch.Tensor, dtype: str) -> Rows:

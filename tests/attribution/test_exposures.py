@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.attribution import Attribution, Concept
+from ctrak_lightning.attribution.attributions import Attributions
 from ctrak_lightning.attribution.result import NEVER
-from ctrak_lightning.attribution.solve import (
+from ctrak_lightning.attribution.scoring import (
     AGREEMENT_GRID,
     chosen_scores,
     ensemble,
@@ -21,10 +22,9 @@ from ctrak_lightning.attribution.solve import (
     soft_thresholded,
     spreads,
 )
-from ctrak_lightning.attribution.together import Attributions
-from ctrak_lightning.attribution.top import top_scores
+from ctrak_lightning.attribution.search import top_scores
 from ctrak_lightning.provenance.forgetting import forget
-from ctrak_lightning.traces import SampleTable, StoreHeader, TraceStore, TraceWriter, stored_rows
+from ctrak_lightning.store import SampleTable, StoreHeader, TraceStore, TraceWriter, stored_rows
 
 from .test_top import traces
 

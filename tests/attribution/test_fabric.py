@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ctrak_lightning import Attributor
-from ctrak_lightning.processes import ALONE, DistributedProcesses, processes_of
+from ctrak_lightning.utilities.processes import ALONE, DistributedProcesses, processes_of
 
 from ..toy import ToyDiffusion
 from .test_attributor import BAR, METHODS, RED, SAMPLER, traced

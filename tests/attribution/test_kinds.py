@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning import Attributor, Concept, GradientTracer, Projection
-from ctrak_lightning.attribution.pictures import weights_of
+from ctrak_lightning.attribution.query import weights_of
+from ctrak_lightning.capture.trace import trace_query
 from ctrak_lightning.errors import ConceptError, TaskError
-from ctrak_lightning.objective import ConceptDirection, SquaredNorm, Term
+from ctrak_lightning.methods.objectives import ConceptDirection, SquaredNorm, Term
+from ctrak_lightning.methods.trajectories import Noised, State
 from ctrak_lightning.provenance import Ledger
 from ctrak_lightning.provenance.recording import record_run
-from ctrak_lightning.tracing import trace_query
-from ctrak_lightning.trajectory import Noised, State
 
 from ..provenance.builder import run_facts
 from ..toy import ToyDiffusion, Toys

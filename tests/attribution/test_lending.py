@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ctrak_lightning import Attributor, Concept, GradientTracer, Projection, TraceStore, methods
-from ctrak_lightning.capture import Capture
+from ctrak_lightning.capture.capture import Capture
 from ctrak_lightning.errors import StoreMismatchError
-from ctrak_lightning.fingerprint import model_fingerprint
-from ctrak_lightning.function import UnrecordedFunctionWarning, refuse_another_function
-from ctrak_lightning.lending import lent
-from ctrak_lightning.traces.manifest import manifest_text, read_manifest
-from ctrak_lightning.traces.store import Checkpoint
-from ctrak_lightning.trained import trained_parameters
-from ctrak_lightning.trajectory import Sampler
+from ctrak_lightning.methods.trajectories import Sampler
+from ctrak_lightning.model.fingerprint import model_fingerprint
+from ctrak_lightning.model.function import UnrecordedFunctionWarning, refuse_another_function
+from ctrak_lightning.model.weights import lent, trained_parameters
+from ctrak_lightning.store.manifest import manifest_text, read_manifest
+from ctrak_lightning.store.store import Checkpoint
 
 from ..stress.subject import Small
 from ..toy import ToyDiffusion, Toys

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.attribution.asking import latent_shape
-from ctrak_lightning.attribution.moments import Moments, units
-from ctrak_lightning.attribution.solve import (
+from ctrak_lightning.attribution.scoring import (
+    Moments,
     agreement,
     checkpoint_scores,
     chosen_scores,
@@ -19,10 +19,11 @@ from ctrak_lightning.attribution.solve import (
     soft_thresholded,
     spreads,
     standardised,
+    units,
 )
-from ctrak_lightning.attribution.top import top_scores
+from ctrak_lightning.attribution.search import top_scores
 from ctrak_lightning.errors import CorruptStoreError, GradientError
-from ctrak_lightning.traces import SampleTable, StoreHeader, TraceStore, TraceWriter
+from ctrak_lightning.store import SampleTable, StoreHeader, TraceStore, TraceWriter
 
 DTYPES = {"float32": 1e-5, "float16": 5e-3, "int8": 3e-2}
 """How far scores may be from those of the exact rows, relative to the largest: what a row of each

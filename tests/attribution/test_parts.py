@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ctrak_lightning import Attributor, GradientTracer, Method, Projection
-from ctrak_lightning.attribution.trust import SelfCheck, self_check, stability
-from ctrak_lightning.traces import TraceStore
+from ctrak_lightning.attribution.diagnostics import SelfCheck, self_check, stability
+from ctrak_lightning.store import TraceStore
 
+from ..store.store_builder import Capture
 from ..toy import tiny_unet
-from ..traces.store_builder import Capture
 from .test_attributor import BAR, METHODS, RED, SAMPLER, traced
 
 GROUPS = [
@@ -192,7 +192,7 @@ def test_self_check_is_that_of_brute_force(
     found = self_check(checkpoints, damping, residual=residual, weights=weights, asked=1000)
     assert found == SelfCheck(int(rank_themselves_first), n)
     assert k > n or 0 < found.first < n
-    monkeypatch.setattr("ctrak_lightning.attribution.trust.SCORES_AT_ONCE", 7 * 2 * n)
+    monkeypatch.setattr("ctrak_lightning.attribution.diagnostics.SCORES_AT_ONCE", 7 * 2 * n)
     assert self_check(checkpoints, damping, residual=residual, weights=weights, asked=1000) == found
 
 

@@ -8,8 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrak_lightning import Concept
-from ctrak_lightning.attribution.prompts import CONJUNCTIONS, PREPOSITIONS, counter_prompt
-from ctrak_lightning.attribution.words import ARTICLES, occurrences, words
+from ctrak_lightning.attribution.counter_prompt import (
+    ARTICLES,
+    CONJUNCTIONS,
+    PREPOSITIONS,
+    counter_prompt,
+    occurrences,
+    words,
+)
 from ctrak_lightning.errors import ConceptError
 
 COUNTER_PROMPTS = [

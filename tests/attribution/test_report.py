@@ -16,25 +16,26 @@ import torch
 from PIL import Image
 
 from ctrak_lightning import Attribution, Attributor, TraceStore
-from ctrak_lightning.attribution.confidence import (
+from ctrak_lightning.attribution.diagnostics import (
+    ASKED,
     BLIND,
     NOT_LEARNT,
     NOT_SHOWN,
     STILL,
     UNSTABLE,
     UNTOLD,
+    stability,
 )
-from ctrak_lightning.attribution.report import page as layout
-from ctrak_lightning.attribution.report import ranking as limits
-from ctrak_lightning.attribution.report import write_report
-from ctrak_lightning.attribution.report.figures import line_chart
-from ctrak_lightning.attribution.report.text import MOST, link, shown
-from ctrak_lightning.attribution.trust import ASKED, stability
+from ctrak_lightning.capture.trace import FAINT
 from ctrak_lightning.errors import ReportError
 from ctrak_lightning.provenance import Ledger
-from ctrak_lightning.traces.facts import provenance_facts
-from ctrak_lightning.traces.schema import LEDGER_LOCK, WRITER_LOCK
-from ctrak_lightning.tracing import FAINT
+from ctrak_lightning.report import content as limits
+from ctrak_lightning.report import page as layout
+from ctrak_lightning.report import write_report
+from ctrak_lightning.report.content import MOST, link, shown
+from ctrak_lightning.report.figures import line_chart
+from ctrak_lightning.store.facts import provenance_facts
+from ctrak_lightning.store.schema import LEDGER_LOCK, WRITER_LOCK
 
 from ..provenance.builder import recorded
 from .reporting import HOSTILE, INK, THING, Page, hostile_result, random_result, result_of, table_of
@@ -119,9 +120,9 @@ def test_shares_are_those_of_by_group_with_the_interval(tmp_path: Path) -> None:
     text = page_of(tmp_path, result).text
     for share in result.by_group("owner"):
         row = (
-            f"{share.group} {100 * share.share:.1f} % {100 * share.low:.1f} – "
+            f"{share.group} {100 * share.share:.1f} % {100 * share.low:.1f} – "  # noqa: RUF001
             f"{100 * share.high:.1f} % 10"
-        )  # noqa: RUF001
+        )
         assert row in text, row
     by_licence = page_of(tmp_path, result, group="licence")
     assert f"CC0 {100 * result.by_group('licence')[0].share:.1f} %" in by_licence.text or (
@@ -464,7 +465,7 @@ def test_a_very_large_ranking_is_cut_at_both_ends_and_says_so(
 ) -> None:
     for name, value in {"BEST": 20, "LOWEST": 5, "PICTURED_BEST": 4, "PICTURED_LOWEST": 2}.items():
         monkeypatch.setattr(limits, name, value)
-        monkeypatch.setattr(f"ctrak_lightning.attribution.report.page.{name}", value)
+        monkeypatch.setattr(f"ctrak_lightning.report.page.{name}", value)
     result = random_result(60)
     page = page_of(tmp_path, result)
     [concept] = page.data["concepts"]
@@ -518,9 +519,7 @@ def test_paths_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "file").write_text("")
     with pytest.raises(ReportError, match="cannot be written"):
         result.report(tmp_path / "file" / "report.html")
-    monkeypatch.setattr(
-        "ctrak_lightning.attribution.report.page.os.access", lambda path, mode: False
-    )
+    monkeypatch.setattr("ctrak_lightning.report.page.os.access", lambda path, mode: False)
     with pytest.raises(ReportError, match="no folder that this user may write to"):
         result.report(tmp_path / "report.html")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -548,7 +547,7 @@ def test_a_write_that_fails_leaves_the_old_page_and_nothing_else(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ctrak_lightning.attribution.report.page.os.replace", full)
+    monkeypatch.setattr("ctrak_lightning.report.page.os.replace", full)
     with pytest.raises(ReportError, match="No space left.*HINT"):
         random_result(6).report(tmp_path / "report.html")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

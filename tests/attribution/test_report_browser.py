@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from ctrak_lightning.attribution.report import write_report
-from ctrak_lightning.attribution.report.ranking import PICTURED_BEST
+from ctrak_lightning.report import write_report
+from ctrak_lightning.report.content import PICTURED_BEST
 
 from .reporting import HOSTILE, INK, hostile_result, random_result, result_of, table_of
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrak_lightning import Attribution, Concept, methods
-from ctrak_lightning.attribution.confidence import NOT_SHOWN
+from ctrak_lightning.attribution.diagnostics import NOT_SHOWN
 from ctrak_lightning.errors import ConceptError
-from ctrak_lightning.traces import SampleTable
+from ctrak_lightning.store import SampleTable
 
 CONCEPT = Concept("owl", {"object": "owl", "artist": "noto"}, {"artist": "noto"})
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ctrak_lightning.attribution.solve import (
+from ctrak_lightning.attribution.scoring import (
     agreement,
     checkpoint_scores,
     ensemble,
     scores_by_damping,
     standardised,
 )
-from ctrak_lightning.traces import SampleTable, StoreHeader, TraceStore, TraceWriter
+from ctrak_lightning.store import SampleTable, StoreHeader, TraceStore, TraceWriter
 
 
 def store_of(path: Path, phi: torch.Tensor, shard_rows: int = 4) -> TraceStore:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from ctrak_lightning import Attributions, Attributor, Concept
-from ctrak_lightning.attribution import Attribution, CoincidingConceptsWarning, together
-from ctrak_lightning.attribution.together import cosines_of, warn_of_alike
-from ctrak_lightning.objective import SquaredNorm, Term
-from ctrak_lightning.traces import SampleTable
+from ctrak_lightning.attribution import Attribution, CoincidingConceptsWarning, attributions
+from ctrak_lightning.attribution.attributions import cosines_of, warn_of_alike
+from ctrak_lightning.methods.objectives import SquaredNorm, Term
+from ctrak_lightning.store import SampleTable
 
 from .test_attributor import BAR, METHODS, RED, SAMPLER, traced
 
@@ -146,7 +146,7 @@ def test_an_attributor_gives_the_cosines_and_warns(
     expected = torch.stack([(r[0] @ r[1]) / r[0].norm() / r[1].norm() for r in rows]).mean()
     assert float(found.cosines[0, 1]) == pytest.approx(float(expected), abs=1e-5)
     assert abs(float(expected)) < 0.9
-    monkeypatch.setattr(together, "ALIKE", float(found.cosines[0, 1]) - 1e-3)
+    monkeypatch.setattr(attributions, "ALIKE", float(found.cosines[0, 1]) - 1e-3)
     with pytest.warns(CoincidingConceptsWarning, match="'red' and 'bar'"):
         attributor.attribute_many([RED, BAR], 3)
     # A whole-image method asks the same of both, and that is no news.

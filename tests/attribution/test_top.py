@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctrak_lightning.attribution.best import Best
-from ctrak_lightning.attribution.moments import Moments
-from ctrak_lightning.attribution.solve import AGREEMENT_GRID, agreement, chosen_scores, ensemble
-from ctrak_lightning.attribution.top import top_scores
-from ctrak_lightning.traces import SampleTable, StoreHeader, TraceStore, TraceWriter, stored_rows
+from ctrak_lightning.attribution.scoring import (
+    AGREEMENT_GRID,
+    Moments,
+    agreement,
+    chosen_scores,
+    ensemble,
+)
+from ctrak_lightning.attribution.search import Best, top_scores
+from ctrak_lightning.store import SampleTable, StoreHeader, TraceStore, TraceWriter, stored_rows
 
 
 def store_of(
@@ -84,7 +88,7 @@ def test_queries_in_parts_are_those_at_once(
     phi, queries = traces(230, 24, 2)
     store = store_of(tmp_path, phi, (7, 7))
     at_once = top_scores(queries, store.checkpoints, 5, AGREEMENT_GRID)
-    monkeypatch.setattr("ctrak_lightning.attribution.top._DIRECTIONS_BYTES", 1)
+    monkeypatch.setattr("ctrak_lightning.attribution.search._DIRECTIONS_BYTES", 1)
     in_parts = top_scores(queries, store.checkpoints, 5, AGREEMENT_GRID)
     assert torch.equal(at_once.positions, in_parts.positions)
     assert at_once.dampings == in_parts.dampings

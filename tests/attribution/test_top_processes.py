@@ -6,12 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from ctrak_lightning.attribution.best import Best
-from ctrak_lightning.attribution.moments import Moments
-from ctrak_lightning.attribution.solve import AGREEMENT_GRID
-from ctrak_lightning.attribution.top import TopScores, top_scores
+from ctrak_lightning.attribution.scoring import AGREEMENT_GRID, Moments
+from ctrak_lightning.attribution.search import Best, TopScores, top_scores
 from ctrak_lightning.errors import CorruptStoreError
-from ctrak_lightning.processes import Processes
+from ctrak_lightning.utilities.processes import Processes
 
 from ..threads import together
 from .test_top import store_of, traces

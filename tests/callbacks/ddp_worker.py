@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from ctrak_lightning import Concept, Sampler, methods
 from ctrak_lightning.callbacks import ConceptMonitor, ConceptTracer, ProvenanceRecorder
-from ctrak_lightning.traces import CheckpointWriter
+from ctrak_lightning.store import CheckpointWriter
 
 from ..toy import ToyData, ToyDiffusion
 

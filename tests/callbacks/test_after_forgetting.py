@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from ctrak_lightning import Attributor, Concept, Sampler, TraceStore, methods
 from ctrak_lightning.callbacks import ConceptMonitor, ConceptTracer, ProvenanceRecorder
 from ctrak_lightning.provenance import Ledger, croissant, forget, model_card, prov_json, verify
-from ctrak_lightning.traces.facts import provenance_facts
+from ctrak_lightning.store.facts import provenance_facts
 
 from ..toy import ToyData, ToyDiffusion
 

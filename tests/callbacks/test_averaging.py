@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ctrak_lightning import Attributor, Concept, TraceStore
 from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.errors import StoreError, StoreMismatchError
-from ctrak_lightning.function import refuse_another_function
-from ctrak_lightning.trajectory import Sampler
+from ctrak_lightning.methods.trajectories import Sampler
+from ctrak_lightning.model.function import refuse_another_function
 
 from .test_trained import Toy, fit
 

@@ -11,9 +11,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, inject_adapter_in_model
 
 from ctrak_lightning import Attributor, Concept, Sampler, TraceStore, methods
-from ctrak_lightning.adapters import adapter_facts
 from ctrak_lightning.gradients import GradientTracer
-from ctrak_lightning.naming import parameters_of
+from ctrak_lightning.model.fingerprint import adapter_facts
+from ctrak_lightning.utilities.naming import parameters_of
 
 from ..stress.subject import Small
 from ..toy import ToyDiffusion

@@ -21,11 +21,11 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from torch import Tensor
 
 from ctrak_lightning import Attribution, Attributor, Concept, Encoded, Sampler, TraceStore, methods
-from ctrak_lightning.attribution import confidence
+from ctrak_lightning.attribution import diagnostics
 from ctrak_lightning.callbacks import ConceptMonitor, ConceptTracer
-from ctrak_lightning.inspection import watch
-from ctrak_lightning.inspection.grid import CELL, Geometry
-from ctrak_lightning.inspection.table import escaped
+from ctrak_lightning.panels import watch
+from ctrak_lightning.panels.grid import CELL, Geometry
+from ctrak_lightning.panels.tables import escaped
 
 from ..lenient import lenient
 from ..toy import QuickDiffusion, ToyData, tiny_unet
@@ -587,7 +587,7 @@ def test_a_checkpoint_without_traces_has_no_panels(
 def test_a_ranking_that_says_nothing_is_told_once_and_has_no_shares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(confidence, "FAINT", 10.0)
+    monkeypatch.setattr(diagnostics, "FAINT", 10.0)
     with pytest.warns(UserWarning, match="say nothing so far") as caught:
         fit(tmp_path, [tracer(tmp_path), monitor()], max_epochs=3)
     told = [str(w.message) for w in caught if "say nothing so far" in str(w.message)]
@@ -595,7 +595,7 @@ def test_a_ranking_that_says_nothing_is_told_once_and_has_no_shares(
     assert "red, a ring | 猫" in told[0]
     found = events(tmp_path)
     for table in text(found, "red").values():
-        assert 0 < table.index(escaped(confidence.NOT_LEARNT)) < table.index("Proponents")
+        assert 0 < table.index(escaped(diagnostics.NOT_LEARNT)) < table.index("Proponents")
         assert "Shares" not in table
     assert not any("/share/" in tag for tag in found.Tags()["scalars"])
 

@@ -290,7 +290,7 @@ def deterministic_step(self: QuickDiffusion, batch: dict[str, Any], batch_idx: i
 def test_a_capture_that_was_cut_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure in the middle of a capture leaves the store of the earlier checkpoint readable, and
     a re-run completes it."""
-    from ctrak_lightning import capture
+    from ctrak_lightning.capture import capture
 
     real, calls = capture.trace_batch, []
 

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, WeightedRandomSamp
 
 from ctrak_lightning import DiffusionTask, Encoded, NoiseSchedule, TraceStore
 from ctrak_lightning.callbacks import ConceptTracer
+from ctrak_lightning.capture.exposures import BatchIds, Exposures, UntracedSampleWarning
 from ctrak_lightning.errors import BatchError
-from ctrak_lightning.exposures import BatchIds, Exposures, UntracedSampleWarning
-from ctrak_lightning.processes import ALONE, Processes
-from ctrak_lightning.traces import Checkpoint
+from ctrak_lightning.store import Checkpoint
+from ctrak_lightning.utilities.processes import ALONE, Processes
 
 from ..threads import together
 from ..toy import CHANNELS, Toys, scheduler

@@ -26,8 +26,8 @@ from ctrak_lightning import (
     methods,
 )
 from ctrak_lightning.callbacks import ConceptTracer
+from ctrak_lightning.capture.inline import TIMESTEP_NAMES, _timesteps
 from ctrak_lightning.errors import BatchError, GradientError, StoreError
-from ctrak_lightning.inline import TIMESTEP_NAMES, _timesteps
 
 from ..toy import QuickDiffusion, ToyData, ToyDiffusion, Toys
 from .test_concept_tracer import files_of, fit
@@ -461,7 +461,7 @@ def test_a_resumed_run_knows_the_samples_of_earlier_windows(
 
 
 @pytest.mark.filterwarnings("ignore:.*have no trace, because")
-@pytest.mark.filterwarnings("ignore:.*are not sealed:ctrak_lightning.traces.IncompleteStoreWarning")
+@pytest.mark.filterwarnings("ignore:.*are not sealed:ctrak_lightning.store.IncompleteStoreWarning")
 def test_rows_of_a_checkpoint_that_could_not_be_stored_go_into_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

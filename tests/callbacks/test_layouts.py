@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ctrak_lightning import Attributor, Concept, GradientTracer, Projection, TraceStore, methods
 from ctrak_lightning.callbacks import ConceptTracer
+from ctrak_lightning.capture.trace import trace_batch
 from ctrak_lightning.gradients import SlowParameterWarning
-from ctrak_lightning.tracing import trace_batch
 
 from ..toy import SIZE, ToyData, ToyDiffusion, Toys
 from .test_concept_tracer import fit

@@ -28,8 +28,8 @@ from torch.utils.data import (
 
 from ctrak_lightning import TraceStore
 from ctrak_lightning.callbacks.loaders import TrainingLoader
+from ctrak_lightning.capture.survey import Once, bounded
 from ctrak_lightning.errors import BatchError
-from ctrak_lightning.surveying import Once, bounded
 
 from ..toy import ToyDiffusion, Toys
 from .test_concept_tracer import fit, tracer

@@ -19,8 +19,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ctrak_lightning import Encoded, TraceStore, methods
 from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.errors import DatasetChangedError, ProcessLostError, StoreError
-from ctrak_lightning.traces import IncompleteStoreWarning, records
-from ctrak_lightning.trajectory import Inverted
+from ctrak_lightning.methods.trajectories import Inverted
+from ctrak_lightning.store import IncompleteStoreWarning, records
 
 from ..toy import QuickDiffusion
 from .test_concept_tracer import ROOT, fit, tracer
@@ -200,7 +200,7 @@ def test_an_end_of_the_process_is_no_failure_of_a_trace(
     def ending(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr("ctrak_lightning.capture.Capture.run", ending)
+    monkeypatch.setattr("ctrak_lightning.capture.capture.Capture.run", ending)
     with pytest.raises((error, SystemExit)):  # which is what Lightning makes of an interrupt
         fit(Faulty(), [tracer(tmp_path)])
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ctrak_lightning import TraceStore
-from ctrak_lightning.traces.lock import hold_folder
+from ctrak_lightning.store.lock import hold_folder
 
 from ..toy import QuickDiffusion
 from .test_concept_tracer import fit, tracer

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 
 from ctrak_lightning import Encoded, TraceStore
-from ctrak_lightning.inspection.grid import Geometry
+from ctrak_lightning.panels.grid import Geometry
 
 from ..lenient import lenient
 from .test_concept_monitor import NAMES, RED, Logging, curves, events, fit, monitor, tracer

@@ -22,9 +22,9 @@ from ctrak_lightning import TraceStore, methods
 from ctrak_lightning.callbacks import ConceptTracer, ProvenanceRecorder
 from ctrak_lightning.callbacks.traced_run import ChangedWeightsWarning
 from ctrak_lightning.errors import TrainingChangedError
-from ctrak_lightning.fingerprint import weights_digest
+from ctrak_lightning.model.fingerprint import weights_digest
+from ctrak_lightning.model.weights import UntrainedParameterWarning
 from ctrak_lightning.provenance.ledger import Ledger
-from ctrak_lightning.trained import UntrainedParameterWarning
 
 from ..stress.subject import Small
 from ..toy import ToyData, ToyDiffusion

@@ -15,7 +15,7 @@ from ctrak_lightning.callbacks import ConceptMonitor
 from ctrak_lightning.callbacks.concept_tracer import ConceptTracer
 from ctrak_lightning.errors import TrialError
 
-from ..task.runs import made, train
+from ..tasks.runs import made, train
 from ..toy import ToyDiffusion
 from .test_concept_tracer import files_of, fit, tracer
 

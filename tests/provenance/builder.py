@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from ctrak_lightning.provenance.facts import header_facts
 from ctrak_lightning.provenance.recording import record_run
-from ctrak_lightning.traces.manifest import read_manifest
+from ctrak_lightning.provenance.run_facts import header_facts
+from ctrak_lightning.store.manifest import read_manifest
 
-from ..traces.store_builder import Capture
+from ..store.store_builder import Capture
 
 
 def run_facts(path: Path, **changes: Any) -> dict[str, Any]:

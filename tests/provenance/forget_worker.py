@@ -12,9 +12,9 @@ from ctrak_lightning import TraceStore
 from ctrak_lightning.provenance import forget, verify
 from ctrak_lightning.provenance.forgetting import finish
 
-from ..traces.store_builder import read_bytes
+from ..store.store_builder import read_bytes
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "traces"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "store"))
 
 from crash_worker import in_fork
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from ctrak_lightning import TraceStore
 from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.provenance import Ledger, block, croissant, forget, model_card, prov_json
-from ctrak_lightning.provenance.export_card import escape
+from ctrak_lightning.provenance.exports import escape
 from ctrak_lightning.provenance.recording import record_run
-from ctrak_lightning.traces import SampleTable
+from ctrak_lightning.store import SampleTable
 
-from ..traces.store_builder import Capture
+from ..store.store_builder import Capture
 from .builder import run_facts
 
 HOSTILE = [

@@ -32,17 +32,16 @@ from ctrak_lightning.provenance import (
     verify,
 )
 from ctrak_lightning.provenance.commitments import commit
-from ctrak_lightning.provenance.forgetting import finish
-from ctrak_lightning.provenance.query_log import QueryLog, result_digest
+from ctrak_lightning.provenance.forgetting import QueryLog, finish, result_digest
 from ctrak_lightning.provenance.recording import record_run, sync
 from ctrak_lightning.provenance.signature import sign
-from ctrak_lightning.traces import SampleTable, TraceWriter, Visits
-from ctrak_lightning.traces.atomic import FileRecord, write_atomically
-from ctrak_lightning.traces.manifest import read_manifest, write_manifest
-from ctrak_lightning.traces.samples import write_samples
-from ctrak_lightning.traces.schema import WRITER_LOCK
+from ctrak_lightning.store import SampleTable, TraceWriter, Visits
+from ctrak_lightning.store.files import FileRecord, write_atomically
+from ctrak_lightning.store.manifest import read_manifest, write_manifest
+from ctrak_lightning.store.samples import write_samples
+from ctrak_lightning.store.schema import WRITER_LOCK
 
-from ..traces.store_builder import Capture, make_table, read_bytes
+from ..store.store_builder import Capture, make_table, read_bytes
 from .builder import recorded, run_facts
 from .keys import write_keys
 

@@ -13,7 +13,7 @@ import pytest
 from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.provenance import Ledger
 from ctrak_lightning.provenance import ledger as ledger_module
-from ctrak_lightning.traces.lock import ledger_lock
+from ctrak_lightning.store.lock import ledger_lock
 
 
 def make(root: Path, n: int = 3) -> Ledger:

@@ -12,7 +12,7 @@ from ctrak_lightning.errors import StoreError
 from ctrak_lightning.provenance import Ledger, lineage
 from ctrak_lightning.provenance.parents import parent_facts
 
-from ..traces.store_builder import Capture
+from ..store.store_builder import Capture
 from .builder import recorded
 
 

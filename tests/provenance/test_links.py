@@ -16,15 +16,15 @@ import pytest
 from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.provenance import Ledger, LedgerWarning, forget, verify
 from ctrak_lightning.provenance.commitments import read_commitments
-from ctrak_lightning.provenance.query_log import QueryLog
+from ctrak_lightning.provenance.forgetting import QueryLog
 from ctrak_lightning.provenance.signature import sign
-from ctrak_lightning.traces import TraceStore
-from ctrak_lightning.traces.atomic import FileRecord
-from ctrak_lightning.traces.kernel import read_kernel
-from ctrak_lightning.traces.manifest import parse_manifest, read_text, write_manifest
-from ctrak_lightning.traces.samples import read_samples
+from ctrak_lightning.store import TraceStore
+from ctrak_lightning.store.files import FileRecord
+from ctrak_lightning.store.kernel import read_kernel
+from ctrak_lightning.store.manifest import parse_manifest, read_text, write_manifest
+from ctrak_lightning.store.samples import read_samples
 
-from ..traces.store_builder import Capture, read_bytes
+from ..store.store_builder import Capture, read_bytes
 from .builder import recorded
 from .keys import write_keys
 

@@ -13,18 +13,18 @@ import pytest
 from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.provenance import Ledger, forget, sign, verify
 from ctrak_lightning.provenance.commitments import commit
-from ctrak_lightning.provenance.facts import (
+from ctrak_lightning.provenance.run_facts import (
     checkpoint_facts,
     dataset_facts,
     put_commitments,
     stored_digest,
 )
-from ctrak_lightning.traces import TraceWriter
-from ctrak_lightning.traces.atomic import write_atomically
-from ctrak_lightning.traces.manifest import read_manifest, write_manifest
-from ctrak_lightning.traces.samples import write_samples
+from ctrak_lightning.store import TraceWriter
+from ctrak_lightning.store.files import write_atomically
+from ctrak_lightning.store.manifest import read_manifest, write_manifest
+from ctrak_lightning.store.samples import write_samples
 
-from ..traces.store_builder import Capture, make_table
+from ..store.store_builder import Capture, make_table
 from .builder import recorded, run_facts
 from .keys import write_keys
 

@@ -17,12 +17,12 @@ from ctrak_lightning.errors import StoreError
 from ctrak_lightning.provenance import Ledger, forget, recording, sign, verify
 from ctrak_lightning.provenance.commitments import commit
 from ctrak_lightning.provenance.recording import sync
-from ctrak_lightning.traces.atomic import FileRecord
-from ctrak_lightning.traces.kernel import read_kernel, write_kernel
-from ctrak_lightning.traces.samples import read_samples, write_samples
-from ctrak_lightning.traces.shards import open_shard, write_shard
+from ctrak_lightning.store.files import FileRecord
+from ctrak_lightning.store.kernel import read_kernel, write_kernel
+from ctrak_lightning.store.samples import read_samples, write_samples
+from ctrak_lightning.store.shards import open_shard, write_shard
 
-from ..traces.store_builder import Capture
+from ..store.store_builder import Capture
 from .builder import recorded
 from .keys import write_keys
 

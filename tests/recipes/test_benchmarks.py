@@ -19,7 +19,13 @@ from recipes.benchmarks.replay import SaveTrained, load_trained, save_trained, s
 from recipes.benchmarks.tables import markdown, summarised
 from recipes.benchmarks.variants import table_variants
 from recipes.emoji_artists.ablations import counters, effective_damping, variants, without_the_other
-from recipes.emoji_artists.benchmark import ceilings, image_datamodeling, measured, odd_recall, references
+from recipes.emoji_artists.benchmark import (
+    ceilings,
+    image_datamodeling,
+    measured,
+    odd_recall,
+    references,
+)
 from recipes.emoji_artists.counterfactual import Part, blamed, drops, figures_of, page, parts
 from recipes.emoji_artists.data import KINDS, EmojiArtists
 from recipes.emoji_artists.evaluate import questions

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ctrak_lightning import GradientTracer
-from ctrak_lightning.traces.shards import Rows, write_shard
+from ctrak_lightning.store.shards import Rows, write_shard
 from recipes.costs import architectures
 from recipes.costs.architectures import ARCHITECTURES, Architecture, on_meta
 from recipes.costs.table import FACTS, RESULTS, cost_of, table

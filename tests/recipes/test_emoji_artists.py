@@ -9,9 +9,9 @@ import torch
 from ctrak_lightning import Capture, GradientTracer, Projection, TraceStore, methods
 from ctrak_lightning.attribution.baselines import label_search
 from ctrak_lightning.provenance import Ledger, verify
-from ctrak_lightning.rng import seeded_noise
-from ctrak_lightning.task import resolve_task
-from ctrak_lightning.traces import SampleTable
+from ctrak_lightning.store import SampleTable
+from ctrak_lightning.tasks import resolve_task
+from ctrak_lightning.utilities.rng import seeded_noise
 from recipes.benchmarks.replay import replay, save_trained, saved_steps
 from recipes.emoji_artists.data import KINDS, NEW_ARTISTS, Emoji, EmojiArtists
 from recipes.emoji_artists.demo import main

@@ -15,7 +15,7 @@ from recipes.flow_matching_lora.module import FlowMatchingLoRA
 from recipes.pipelines import add_lora, load, load_or_build
 from recipes.text_to_image_lora.module import TextToImageLoRA
 from recipes.tiny import build
-from tests.task.tiny import batch
+from tests.tasks.tiny import batch
 
 
 def images(side: int = 32) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ctrak_lightning.traces import TraceStore
+from ctrak_lightning.store import TraceStore
 from recipes.benchmarks import scale
 
 

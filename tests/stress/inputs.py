@@ -44,8 +44,8 @@ from ctrak_lightning import Attributor, Concept, Sampler, TraceStore
 from ctrak_lightning.cli.question import load_module, parse_spec
 from ctrak_lightning.errors import BatchError, ConceptError, GradientError, StoreError, TaskError
 from ctrak_lightning.provenance import Ledger, verify
-from ctrak_lightning.traces import SampleTable, TraceWriter
-from ctrak_lightning.traces.manifest import manifest_text, parse_manifest
+from ctrak_lightning.store import SampleTable, TraceWriter
+from ctrak_lightning.store.manifest import manifest_text, parse_manifest
 from tests.stress.figures import RESULTS, keep
 from tests.stress.subject import fine_tune
 from tests.toy import COLOURS, SHAPES

@@ -38,13 +38,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-import ctrak_lightning.capture
+import ctrak_lightning.capture.capture
 from ctrak_lightning.callbacks import ProvenanceRecorder
 from ctrak_lightning.cli import main as ctrak
 from ctrak_lightning.errors import StoreError
 from ctrak_lightning.provenance import verify
-from ctrak_lightning.traces import CheckpointWriter, TraceStore, checkpoint_writer, records, writer
-from ctrak_lightning.traces.manifest import read_manifest
+from ctrak_lightning.store import CheckpointWriter, TraceStore, checkpoint_writer, records, writer
+from ctrak_lightning.store.manifest import read_manifest
 from tests.stress.figures import RESULTS, keep
 from tests.stress.subject import Subject, SubjectData, fine_tune
 
@@ -109,7 +109,7 @@ def _tell_stages(tell: Callable[[str], None]) -> None:
         setattr(owner, attribute, told)
 
     stage("training", Subject, "training_step")
-    stage("capture", ctrak_lightning.capture, "trace_batch")
+    stage("capture", ctrak_lightning.capture.capture, "trace_batch")
     stage(
         "shard", CheckpointWriter, "_write_shard", lambda it, rows: f"{it.step} {len(rows.index)}"
     )

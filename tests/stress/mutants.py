@@ -27,17 +27,17 @@ ROOT = Path(__file__).parent.parent.parent
 TIMEOUT_S = 600
 
 _WRITING = [
-    f"tests/traces/test_store_{name}.py"
+    f"tests/store/test_store_{name}.py"
     for name in ("writer", "roundtrip", "crash", "background", "processes", "int8")
 ]
 TARGETS: dict[str, list[str]] = {
-    "ctrak_lightning/objective.py": ["tests/test_objective.py", "tests/test_method.py", "tests/gradients/test_modes.py"],
-    "ctrak_lightning/attribution/solve.py": ["tests/attribution/test_solve.py", "tests/attribution/test_numbers.py", "tests/attribution/test_result.py", "tests/attribution/test_top.py"],
-    "ctrak_lightning/traces/kernel.py": ["tests/attribution/test_solve.py", "tests/attribution/test_top.py", "tests/traces/test_store_roundtrip.py", "tests/traces/test_store_damage.py"],
-    "ctrak_lightning/traces/writer.py": _WRITING,
-    "ctrak_lightning/traces/checkpoint_writer.py": _WRITING,
+    "ctrak_lightning/methods/objectives.py": ["tests/test_objective.py", "tests/test_method.py", "tests/gradients/test_modes.py"],
+    "ctrak_lightning/attribution/scoring.py": ["tests/attribution/test_solve.py", "tests/attribution/test_numbers.py", "tests/attribution/test_result.py", "tests/attribution/test_top.py"],
+    "ctrak_lightning/store/kernel.py": ["tests/attribution/test_solve.py", "tests/attribution/test_top.py", "tests/store/test_store_roundtrip.py", "tests/store/test_store_damage.py"],
+    "ctrak_lightning/store/writer.py": _WRITING,
+    "ctrak_lightning/store/checkpoint_writer.py": _WRITING,
     "ctrak_lightning/gradients/layers.py": ["tests/gradients"],
-    "ctrak_lightning/parameterization.py": ["tests/test_parameterization.py"],
+    "ctrak_lightning/schedules.py": ["tests/test_parameterization.py"],
 }  # fmt: skip
 
 _COMPARE = {

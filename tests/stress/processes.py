@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 from ctrak_lightning import Capture, GradientTracer, Projection, TraceStore
-from ctrak_lightning.traces import CheckpointWriter
+from ctrak_lightning.store import CheckpointWriter
 from tests.stress.figures import RESULTS, keep
 from tests.stress.subject import Subject, tracer
 from tests.toy import Toys

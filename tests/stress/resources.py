@@ -32,7 +32,7 @@ from ctrak_lightning import TraceStore
 from ctrak_lightning.callbacks import ProvenanceRecorder
 from ctrak_lightning.errors import StoreError
 from ctrak_lightning.provenance import Ledger, verify
-from ctrak_lightning.task import Condition
+from ctrak_lightning.tasks import Condition
 from tests.stress.figures import RESULTS, keep
 from tests.stress.subject import STEPS, Subject, SubjectData, tracer
 

@@ -1,0 +1,418 @@
+"""Traces from the training steps themselves: no forward or backward pass of their own. For
+callbacks and raw loops."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from ctrak_lightning.capture.capture import Capture
+from ctrak_lightning.capture.trace import normalised
+from ctrak_lightning.errors import GradientError, StoreError
+from ctrak_lightning.methods.method import Method
+from ctrak_lightning.methods.trajectories import InTraining
+from ctrak_lightning.store import TraceStore, Visits
+from ctrak_lightning.store.sections import sorted_visits
+from ctrak_lightning.tasks import encode, named_samples
+from ctrak_lightning.utilities.rng import isolated_rng
+
+_SHOWN = 5
+
+
+class RunningTraces:
+    """The mean row of every sample over the training steps of a window, which lasts from one
+    checkpoint to the next.
+
+    A sample that no step of the window saw (a shuffled loader with ``drop_last``, say) keeps the
+    mean of the last window that did. Memory: N x k float32.
+
+    Args:
+        sample_ids: the samples, in the order of the sample table.
+        dim: length k of a row.
+    """
+
+    def __init__(self, sample_ids: list[str], dim: int) -> None:
+        n = len(sample_ids)
+        self._sample_ids = sample_ids
+        self._sums = torch.zeros(n, dim)
+        self._losses = torch.zeros(n)
+        self._counts = torch.zeros(n, dtype=torch.int64)
+        self._windows = torch.zeros(n, dtype=torch.int64)
+        self._window = 1
+        self._seen: list[tuple[Tensor, Tensor, Tensor, int]] = []
+
+    def add(
+        self, positions: Tensor, rows: Tensor, *, loss: float, timesteps: Tensor, step: int
+    ) -> None:
+        """The rows [b, k] that one training step gave the samples at ``positions`` [b] of the
+        table.
+
+        Args:
+            positions: int64; a sample may be there more than once.
+            rows: float32, on the CPU.
+            loss: of the batch.
+            timesteps: what the denoiser was told [b].
+            step: optimizer steps taken before.
+        """
+        fresh = positions[self._windows[positions] != self._window]
+        for total in (self._sums, self._losses, self._counts):
+            total[fresh] = 0
+        self._windows[fresh] = self._window
+        self._sums.index_add_(0, positions, rows)
+        self._losses.index_add_(0, positions, torch.full((len(positions),), loss))
+        self._counts.index_add_(0, positions, torch.ones_like(positions))
+        steps = torch.full_like(positions, step)
+        self._seen.append((positions, timesteps.float(), steps, self._window))
+
+    def require_all(self, exposures: Tensor | None = None) -> None:
+        """Raises a StoreError that names samples which no training step has seen yet, but for those
+        whose ``exposures`` [N] are known to be 0: nothing was trained on them."""
+        missing = self._counts == 0
+        unseen = (
+            (missing if exposures is None else missing & (exposures > 0))
+            .nonzero()
+            .flatten()
+            .tolist()
+        )
+        if unseen:
+            shown = ", ".join(repr(self._sample_ids[i]) for i in unseen[:_SHOWN])
+            more = f" and {len(unseen) - _SHOWN} more" if len(unseen) > _SHOWN else ""
+            raise StoreError(
+                f"{len(unseen)} of {len(self._sample_ids)} samples have been in no training step "
+                f"yet: {shown}{more}. Expected each of them once at least before a checkpoint. "
+                "HINT: trace with every_n_epochs; let trace_dataloader() give the samples that "
+                "are trained on, with the ids that training batches have."
+            )
+
+    def means(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean rows [b, k] of samples, and the mean loss [b] of the batches that they were in;
+        zeros for samples that were in none."""
+        counts = self._counts[positions].clamp(min=1).float()
+        return self._sums[positions] / counts.unsqueeze(1), self._losses[positions] / counts
+
+    def visits(self) -> Visits:
+        """The steps that the present means are over."""
+        samples, timesteps, steps = self._current()
+        return sorted_visits(samples, timesteps, steps, len(self._sample_ids))
+
+    def begin_window(self) -> None:
+        """After a checkpoint: a sample that is seen again starts a new mean."""
+        samples, timesteps, steps = self._current()
+        self._seen = [
+            (samples[rows], timesteps[rows], steps[rows], window)
+            for window in self._windows[samples].unique().tolist()
+            for rows in [self._windows[samples] == window]
+        ]
+        self._window += 1
+
+    def continue_from(self, rows: Tensor, losses: Tensor, visits: Visits) -> None:
+        """Takes the means [N, k] of a sealed checkpoint for those of the last window, where a run
+        is resumed."""
+        self._counts = visits.counts.clone()
+        self._sums = rows * self._counts.unsqueeze(1)
+        self._losses = losses * self._counts
+        self._windows = torch.full_like(self._counts, self._window)
+        samples = torch.repeat_interleave(torch.arange(len(self._counts)), self._counts)
+        self._seen = [(samples, visits.timesteps, visits.steps, self._window)]
+        self.begin_window()
+
+    def _current(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples, timesteps and steps of the visits that the means are over, in the order of
+        time."""
+        parts = [
+            (samples[kept], timesteps[kept], steps[kept])
+            for samples, timesteps, steps, window in self._seen
+            for kept in [self._windows[samples] == window]
+        ]
+        empty = torch.empty(0, dtype=torch.int64)
+        if not parts:
+            return empty, torch.empty(0), empty
+        samples, timesteps, steps = (torch.cat(several) for several in zip(*parts, strict=True))
+        return samples, timesteps, steps
+
+
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma")
+STEPS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What one training step gave: features [B, k], loss [] and timesteps [B] on the network's
+    device."""
+
+    step: int
+    positions: Tensor
+    features: Tensor
+    loss: Tensor
+    timesteps: Tensor
+    skip_not_finite: bool
+
+
+class InlineCapture(Capture):
+    """Keeps every sample's share of the training steps' own gradients, and seals them into a
+    checkpoint when asked.
+
+    A sample's row of one step is ``B * d loss / d theta`` over what the network did with that
+    sample, for a loss that is a mean over a batch of B: the gradient of the sample's own loss,
+    whatever B is. (Under a loss that is a sum it is B times too long, which normalised rows do not
+    notice.) Rows are normalised as the method says and averaged over the steps since the last
+    checkpoint that saw the sample; see :class:`~ctrak_lightning.capture.inline.RunningTraces` for samples
+    that none saw. Samples of a training batch that are not among ``batches`` are passed over.
+
+    A raw loop calls, for every batch, :meth:`begin_step`, then its forward pass,
+    :meth:`before_backward`, ``loss.backward()`` and :meth:`after_backward`; and :meth:`run` where a
+    checkpoint is due.
+
+    Args:
+        path, owner, task, batches, method, tracer and the others: as of :class:`Capture`.
+
+    Raises:
+        GradientError: the method's traces are not :class:`~ctrak_lightning.methods.trajectories.InTraining`;
+            as :class:`Capture`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        method: Method = kwargs["method"]
+        if not isinstance(method.training_trajectory, InTraining):
+            raise GradientError(
+                f"InlineCapture(method={method.name!r}): its traces are on "
+                f"{method.training_trajectory}, expected InTraining(). HINT: methods.inline_trak()."
+            )
+        super().__init__(*args, **kwargs)
+        self._recorder = self.tracer.step_recorder()
+        self._running = RunningTraces(self.sample_ids, self.tracer.dim)
+        self._index = {sample_id: i for i, sample_id in enumerate(self.sample_ids)}
+        self._handle: RemovableHandle | None = None
+        self._begun: tuple[Any, list[str]] = None, []
+        self._positions = torch.empty(0, dtype=torch.int64)
+        self._timesteps: list[Tensor] = []
+        self._loss = torch.empty(0)
+        self._pending: list[_Step] = []
+        self._is_forward = False
+        self._is_checked = False
+        self._is_following = False
+        self._problem: GradientError | None = None
+        self.steps_followed = 0
+        """Training steps that were followed to their end."""
+
+    def attach(self) -> None:
+        """Puts the hooks on the denoiser and goes on from the last sealed checkpoint, if there is
+        one."""
+        self._recorder.attach()
+        if self._handle is None:
+            self._handle = self.task.denoiser.register_forward_pre_hook(
+                self._note_call, with_kwargs=True
+            )
+        if self.writer.sealed_steps:
+            last = TraceStore(self.writer.path).checkpoints[-1]
+            visits = last.visits()
+            if visits is not None:
+                self._running.continue_from(last.features(), last.losses(), visits)
+
+    def detach(self) -> None:
+        """Takes the hooks off; idempotent."""
+        self._recorder.detach()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def begin_step(self, batch: Any) -> None:
+        """Before the forward pass of a training batch, which is on its device.
+
+        Raises:
+            BatchError: the batch lacks a field that its sample ids need.
+        """
+        ids = self._sample_ids(batch)
+        self._begun = batch, ids
+        self._positions = torch.tensor([self._index.get(sample_id, -1) for sample_id in ids])
+        self._timesteps = []
+        self._problem = None
+        self._is_forward = self._is_following = True
+        self._recorder.begin(len(ids))
+
+    def drop_step(self) -> None:
+        """Forgets the training step that is under way; the next one is followed again."""
+        self._is_forward = self._is_following = False
+        self._recorder.drop()
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Between the forward and the backward pass; ``loss`` is the scalar that the latter starts
+        from.
+
+        Raises:
+            GradientError: the step cannot be traced: it called the denoiser not once, or a layer
+                without a graph.
+        """
+        if not self._is_following:
+            return
+        self._is_forward = False
+        if self._problem is not None:
+            raise self._problem
+        if len(self._timesteps) != 1:
+            raise GradientError(
+                f"The training step called the denoiser {len(self._timesteps)} times with "
+                'gradients, expected once. HINT: mode="capture" traces any training step; calls '
+                "under `torch.no_grad()` do not count."
+            )
+        # Walking the graph costs a few per cent of a step; a step's graph does not change from one
+        # batch to the next.
+        self._recorder.before_backward(loss, check=not self._is_checked)
+        self._is_checked = True
+        self._loss = loss.detach()
+
+    def after_backward(
+        self, *, step: int, loss_scale: float = 1.0, skip_not_finite: bool = False
+    ) -> None:
+        """After the backward pass of a batch.
+
+        Args:
+            step: optimizer steps taken before it.
+            loss_scale: what the loss was multiplied with beyond the mean over its batch, by a
+                GradScaler or for accumulation.
+            skip_not_finite: pass over samples whose gradient is not finite, as a GradScaler passes
+                over its steps.
+
+        Raises:
+            GradientError: no gradient came; or, within STEPS_AT_ONCE steps, a sample's is not
+                finite: names the samples.
+        """
+        if not self._is_following:
+            return
+        self._is_following = False
+        rows = self._recorder.rows() * (len(self._positions) / loss_scale)
+        features = normalised(rows, self.tracer, self.method.normalisation)
+        self._pending.append(
+            _Step(
+                step,
+                self._positions,
+                features,
+                self._loss / loss_scale,
+                self._timesteps.pop(),
+                skip_not_finite,
+            )
+        )
+        self.steps_followed += 1
+        if len(self._pending) >= STEPS_AT_ONCE:
+            self._take_in()
+
+    @override
+    def run(self, step: int, *, epoch: int, learning_rate: float | None = None) -> None:
+        """Seals what the training steps so far gave, beside the present weights.
+
+        Raises:
+            StoreError: some samples have been in no training step yet, and it is not known
+                (:meth:`note_step`) that nothing was trained on them; names them.
+            GradientError: a sample's gradients add up to zero; names the samples.
+        """
+        self._take_in()
+        visits = self._running.visits()
+        self.exposures.compare(visits.counts)
+        exposures = self.exposures.counts()
+        self._running.require_all(exposures)
+        checkpoint = self.writer.begin_checkpoint(
+            step,
+            epoch=epoch,
+            learning_rate=learning_rate,
+            exposures=exposures,
+            **self._model.state(),
+        )
+        with checkpoint:
+            self._model.write_function(checkpoint)
+            checkpoint.write_visits(visits)
+            for indices in torch.arange(len(self.sample_ids))[checkpoint.rows_done :].split(1024):
+                checkpoint.append(indices, *self._running.means(indices))
+            checkpoint.seal()
+        self._running.begin_window()
+        self._is_checked = False
+
+    @override
+    def training_ids(self, batch: Any) -> list[str]:
+        # The ids that the rows go by, and no guess at them.
+        begun, ids = self._begun
+        return ids if batch is begun else self._sample_ids(batch)
+
+    def _take_in(self) -> None:
+        """Adds the steps that are still on the device; not after every step, since a GPU must be
+        waited for."""
+        pending, self._pending = self._pending, []
+        first: tuple[int, list[int]] | None = None
+        for one in pending:
+            features = one.features.cpu()
+            usable, finite = one.positions >= 0, features.isfinite().all(1)
+            lost = one.positions[usable & ~finite].tolist()
+            if lost and not one.skip_not_finite:
+                first = first or (one.step, lost)
+            usable &= finite
+            self._running.add(
+                one.positions[usable],
+                features[usable],
+                loss=float(one.loss),
+                timesteps=one.timesteps.float().cpu()[usable],
+                step=one.step,
+            )
+        if first is not None:
+            step, lost = first
+            raise GradientError(
+                f"The training step after {step} optimizer steps gave {len(lost)} samples "
+                "gradients that are not finite, for example "
+                f"{[self.sample_ids[i] for i in lost[:_SHOWN]]}. HINT: look at these samples and "
+                "at the loss of the run."
+            )
+
+    def _sample_ids(self, batch: Any) -> list[str]:
+        if not hasattr(self.task, "sample_ids"):
+            # `encode` may sample, and may hold layers that training changes: neither must reach the
+            # training step.
+            with isolated_rng(self.seed), self._tracing():
+                return encode(self.task, batch).sample_ids
+        return named_samples(self.task, batch)
+
+    def _note_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        if not self._is_forward or not torch.is_grad_enabled() or self._problem is not None:
+            return
+        try:
+            self._timesteps.append(self._timesteps_of(module, args, kwargs))
+        except GradientError as error:  # raised where the training step has left the network
+            self._problem = error
+
+    def _timesteps_of(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        batch_size = len(self._positions)
+        x_t = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(x_t, Tensor) or len(x_t) != batch_size:
+            given = f"{len(x_t)} rows" if isinstance(x_t, Tensor) else type(x_t).__name__
+            raise GradientError(
+                f"The training step gave the denoiser {given} for a batch of {batch_size} samples, "
+                'expected a row for each, in their order. HINT: mode="capture" traces any '
+                "training step."
+            )
+        return _timesteps(module, args, kwargs, batch_size)
+
+
+def _timesteps(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch_size: int
+) -> Tensor:
+    """What a call tells the denoiser of its timesteps, as [B]: the argument with a timestep's name,
+    else the second one."""
+    try:
+        named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    except TypeError:
+        named = {}
+    named = {**named, **kwargs}
+    candidates = [named[name] for name in TIMESTEP_NAMES if name in named] + list(args[1:2])
+    t = torch.as_tensor(candidates[0]).detach().flatten() if candidates else torch.empty(0)
+    if len(t) not in (1, batch_size):
+        raise GradientError(
+            f"The denoiser's call has {len(t)} timesteps for {batch_size} samples, expected one, "
+            f"or one for each. HINT: name the denoiser's argument one of {TIMESTEP_NAMES}, or make "
+            "it the second."
+        )
+    return t.expand(batch_size).clone()

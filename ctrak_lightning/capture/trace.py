@@ -1,0 +1,354 @@
+"""One batch through the four rooms: trajectory, network, objective, gradient tracer. Both sides,
+training and query."""
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctrak_lightning.errors import visible
+from ctrak_lightning.gradients import GradientTracer, tracing_mode
+from ctrak_lightning.gradients.checks import Cotangent, Forward
+from ctrak_lightning.methods.method import Method, Normalisation
+from ctrak_lightning.methods.objectives import Objective, Prediction, Side, Term
+from ctrak_lightning.methods.trajectories import State
+from ctrak_lightning.tasks import Condition, Encoded, select
+from ctrak_lightning.utilities.memory import RowLimit
+
+FAINT = 1e-3
+"""A concept direction ``||e(c) - e(c_minus)|| / ||e(c)||`` below this is within noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Projected gradients of a batch, summed over the states: ``features`` [B, k], and the mean
+    denoising ``loss`` [B]."""
+
+    features: Tensor
+    loss: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureParts:
+    """Where in a trajectory and in a network features arise: two ways to split them, each of which
+    adds up to them.
+
+    ``timesteps`` of the S states, ``by_timestep`` [S, B, k], and ``by_layer_group`` [B, k] of each
+    group of layers."""
+
+    timesteps: list[int]
+    by_timestep: Tensor
+    by_layer_group: dict[str, Tensor]
+
+    def query(self, i: int) -> "FeatureParts":
+        """Those of one query, B = 1."""
+        layers = {name: features[i : i + 1] for name, features in self.by_layer_group.items()}
+        return FeatureParts(self.timesteps, self.by_timestep[:, i : i + 1], layers)
+
+
+@dataclass(frozen=True, slots=True)
+class QueryTrace:
+    """Projected gradients of queries: ``features`` [B, k], and ``strength`` [B], the mean over the
+    states of ``||e(c) - e(c_minus)|| / ||e(c)||``, or NaN where the method looks at one condition
+    only; the features' ``parts`` where they were asked for."""
+
+    features: Tensor
+    strength: Tensor
+    parts: FeatureParts | None = None
+
+
+def trace_batch(
+    task: Any,
+    tracer: GradientTracer,
+    method: Method,
+    encoded: Encoded,
+    seed: int,
+    row_limit: RowLimit | None = None,
+) -> Trace:
+    """The training side: one forward pass and one or two vector-Jacobian products per state
+    (``method.training``).
+
+    Args:
+        task: a DiffusionTask.
+        tracer: the gradient tracer of ``task.denoiser``.
+        method: what to trace.
+        encoded: the batch.
+        seed: of the trajectory's noise.
+        row_limit: how many rows at once; what memory taught it is kept there. None starts with all.
+
+    Raises:
+        GradientError: there is no memory for a single sample.
+    """
+    parts = (row_limit or RowLimit()).run(
+        len(encoded.latents),
+        lambda start, stop: _trace_rows(task, tracer, method, encoded.rows(start, stop), seed),
+    )
+    return Trace(
+        torch.cat([part.features for part in parts]), torch.cat([part.loss for part in parts])
+    )
+
+
+def _trace_rows(
+    task: Any, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
+) -> Trace:
+    states = _states(task, tracer, method, encoded, seed)
+    features = torch.zeros(len(encoded.latents), tracer.dim)
+    loss = torch.zeros(len(encoded.latents))
+    for state in states:
+        evaluation = _Evaluation(task, state, encoded.latents, encoded.condition, None)
+        rows = evaluation.vjps(tracer, method.training)
+        features += joined(rows, tracer, method.normalisation)
+        loss += evaluation.denoising_loss() / len(states)
+    return Trace(features, loss)
+
+
+def _states(
+    task: Any, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
+) -> list[State]:
+    with tracing_mode(tracer.module), torch.no_grad():
+        trajectory = method.training_trajectory
+        return list(
+            trajectory.states(task, encoded.latents, encoded.condition, encoded.sample_ids, seed)
+        )
+
+
+def check_batch(
+    task: Any, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
+) -> tuple[Trace, set[str]]:
+    """The traces of a batch at the middle one of its states, whose rows are held against a pass for
+    each sample alone.
+
+    Args:
+        task, tracer, method, encoded, seed: as of :func:`trace_batch`.
+
+    Returns:
+        the traces, and the names of the blocks that a gradient reached; nothing was seen of the
+        others.
+
+    Raises:
+        GradientError: the rows differ; names the layers.
+    """
+    states = _states(task, tracer, method, encoded, seed)
+    evaluation = _Evaluation(
+        task, states[len(states) // 2], encoded.latents, encoded.condition, None
+    )
+    forward, cotangents = evaluation.passes(method.training)
+    checked = tracer.check(forward, cotangents, len(encoded.latents))
+    features = joined([row.cpu() for row in checked.rows], tracer, method.normalisation)
+    return Trace(features, evaluation.denoising_loss()), checked.reached
+
+
+def trace_query(
+    task: Any,
+    tracer: GradientTracer,
+    method: Method,
+    states: Sequence[State],
+    x0: Tensor,
+    conditions: Mapping[Side, Condition],
+    *,
+    weights: Tensor | None = None,
+    parts: bool = False,
+) -> QueryTrace:
+    """The query side: at every state the weighted sum of the terms' vector-Jacobian products
+    (``method.query``).
+
+    Args:
+        task: a DiffusionTask.
+        tracer: the gradient tracer of ``task.denoiser``.
+        method: what to ask.
+        states: the states of the queries, each [B, ...].
+        x0: the queries' clean latents [B, ...]; a state's own ``x0`` goes before it.
+        conditions: the condition with and without the concept.
+        weights: of the part of the image that is asked about [B, ...], 0 to 1; every cotangent is
+            multiplied by them. (Scales are normalised afterwards.) None is all of it.
+        parts: also split the features by state and by group of layers, for a sketch per group and
+            state.
+    """
+    features = torch.zeros(len(x0), tracer.dim)
+    strength = torch.zeros(len(x0))
+    by_timestep: list[Tensor] = []
+    groups = tracer.layer_groups() if parts else {}
+    by_group = {name: torch.zeros_like(features) for name in groups}
+    for state in states:
+        gradients = [torch.zeros(len(x0), tracer.width) for _ in method.training.parts]
+        predictions: dict[Side, Tensor] = {}
+        for side in {_other(term.side) for term in method.query if term.objective.needs_reference}:
+            with tracing_mode(tracer.module):
+                predictions[side] = _noise_prediction(task, state, conditions[side])
+        for term in method.query:
+            rows = _term(task, tracer, term, state, x0, conditions, predictions, weights)
+            for gradient, row in zip(gradients, rows, strict=True):
+                gradient += term.weight * row
+        row = joined(gradients, tracer, method.normalisation)
+        features += row
+        strength += _relative_difference(predictions, weights) / len(states)
+        if parts:
+            by_timestep.append(row)
+            for name, blocks in groups.items():
+                by_group[name] += joined(gradients, tracer, method.normalisation, blocks)
+    if not parts:
+        return QueryTrace(features, strength)
+    timesteps = [int(state.t[0]) for state in states]
+    return QueryTrace(
+        features, strength, FeatureParts(timesteps, torch.stack(by_timestep), by_group)
+    )
+
+
+def _term(
+    task: Any,
+    tracer: GradientTracer,
+    term: Term,
+    state: State,
+    x0: Tensor,
+    conditions: Mapping[Side, Condition],
+    predictions: dict[Side, Tensor],
+    weights: Tensor | None,
+) -> list[Tensor]:
+    reference = predictions[_other(term.side)] if term.objective.needs_reference else None
+    clean = x0 if state.x0 is None else state.x0
+    evaluation = _Evaluation(task, state, clean, conditions[term.side], reference, weights)
+    rows = evaluation.vjps(tracer, term.objective)
+    predictions[term.side] = evaluation.e
+    return rows
+
+
+def _other(side: Side) -> Side:
+    return "absent" if side == "present" else "present"
+
+
+class _Evaluation:
+    """The network at one state under one condition, and what is kept of it."""
+
+    def __init__(
+        self,
+        task: Any,
+        state: State,
+        x0: Tensor,
+        condition: Condition,
+        reference: Tensor | None,
+        weights: Tensor | None = None,
+    ) -> None:
+        self.task, self.state, self.x0, self.condition, self.reference = (
+            task,
+            state,
+            x0,
+            condition,
+            reference,
+        )
+        self.weights = weights
+        self.e = torch.empty_like(x0)
+        self.prediction: Prediction | None = None
+
+    def vjps(self, tracer: GradientTracer, objective: Objective) -> list[Tensor]:
+        """``J^T v`` of the objective's parts, projected but not sketched, each [B, P] on the
+        CPU."""
+        forward, cotangents = self.passes(objective)
+        found = [row.cpu() for row in tracer.vjps(forward, cotangents, len(self.x0), sketch=False)]
+        self.prediction = None
+        return found
+
+    def passes(self, objective: Objective) -> tuple[Forward, list[Cotangent]]:
+        """What a :class:`~ctrak_lightning.gradients.GradientTracer` is given: the network's noise
+        prediction of some rows, and the cotangents of the objective's parts."""
+        x_t = self.state.x_t.detach().requires_grad_(objective.needs_input_gradient)
+
+        def forward(rows: Tensor) -> Tensor:
+            x, t = x_t[rows], self.state.t[rows]
+            output = self.task.predict(x, t, select(self.condition, rows))
+            schedule = self.task.noise_schedule
+            e: Tensor = schedule.epsilon(output, x, t)
+            reference = None if self.reference is None else self.reference[rows]
+            self.prediction = Prediction(x, t, self.x0[rows], output, e, reference, schedule)
+            return e
+
+        def cotangent(part: Objective, e: Tensor, rows: Tensor) -> Tensor:
+            assert self.prediction is not None
+            self.e[rows] = e.detach().to(self.e)
+            v = part.cotangent(self.prediction)
+            return v if self.weights is None else v * self.weights[rows].to(v)
+
+        return forward, [partial(cotangent, part) for part in objective.parts]
+
+    def denoising_loss(self) -> Tensor:
+        """``mean((e - eps)^2)`` [B]."""
+        a, s = self.task.noise_schedule.levels(self.state.t, self.state.x_t)
+        noise = (self.state.x_t - a * self.x0) / s
+        loss: Tensor = (self.e - noise).square().flatten(1).mean(1).float().cpu()
+        return loss
+
+
+@torch.no_grad()
+def _noise_prediction(task: Any, state: State, condition: Condition) -> Tensor:
+    e: Tensor = task.noise_schedule.epsilon(
+        task.predict(state.x_t, state.t, condition), state.x_t, state.t
+    )
+    return e
+
+
+def _relative_difference(predictions: Mapping[Side, Tensor], weights: Tensor | None) -> Tensor:
+    if len(predictions) < 2:
+        return torch.tensor(float("nan"))
+    seen = (predictions[side] for side in ("present", "absent"))
+    present, absent = (
+        (e if weights is None else e * weights.to(e)).flatten(1).float().cpu() for e in seen
+    )
+    ratio: Tensor = (present - absent).norm(dim=1) / present.norm(dim=1).clamp(min=1e-12)
+    return ratio
+
+
+def joined(
+    rows: Sequence[Tensor],
+    tracer: GradientTracer,
+    normalisation: Normalisation,
+    blocks: Collection[str] | None = None,
+) -> Tensor:
+    """Features [B, k] of the parts' rows, each [B, P], with a sketch of its own for each part; of
+    some ``blocks`` only, the part of the features that comes from them."""
+    return torch.stack(
+        [normalised(row, tracer, normalisation, salt, blocks) for salt, row in enumerate(rows)]
+    ).sum(0)
+
+
+def normalised(
+    rows: Tensor,
+    tracer: GradientTracer,
+    normalisation: Normalisation,
+    salt: int = 0,
+    blocks: Collection[str] | None = None,
+) -> Tensor:
+    """Features [B, k] of rows [B, P]; what is all zero stays zero, so that a state without gradient
+    counts for nothing.
+
+    Of some ``blocks`` only, what they add to the features of the whole: they are scaled by the norm
+    of the whole."""
+    unit_layers = normalisation == "layer"
+    features = tracer.sketch(rows, unit_layers=unit_layers, salt=salt)
+    part = features
+    if blocks is not None:
+        part = tracer.sketch(tracer.only(rows, blocks), unit_layers=unit_layers, salt=salt)
+    if normalisation != "sample":
+        return part
+    norm = features.norm(dim=1, keepdim=True)
+    return torch.where(norm > 0, part / norm.clamp(min=torch.finfo(features.dtype).tiny), part)
+
+
+def warn_if_faint(strength: Tensor, names: Sequence[str], threshold: float = FAINT) -> None:
+    """Warns of concepts whose direction is within noise: the model tells the two conditions hardly
+    apart."""
+    faint = [
+        f"{visible(name)} ({value:.1e})"
+        for name, value in zip(names, strength.tolist(), strict=True)
+        if value < threshold
+    ]
+    if faint:
+        warnings.warn(
+            f"The concept direction ||e(c) - e(c_minus)|| / ||e(c)|| is below {threshold} for: "
+            f"{', '.join(faint)}. The model has hardly learnt these concepts and their scores say "
+            "nothing. HINT: look at the generated images first, and train longer.",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,323 @@
+"""A trial before the first step: two samples traced as a capture will, and held against a pass for
+each sample alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from ctrak_lightning import errors
+from ctrak_lightning.capture.trace import Trace, check_batch, trace_query
+from ctrak_lightning.errors import TrialError
+from ctrak_lightning.gradients import GradientTracer
+from ctrak_lightning.methods.method import Method
+from ctrak_lightning.methods.trajectories import InTraining, Noised
+from ctrak_lightning.tasks import Condition, Encoded, Spec, Wrapped, name_of
+from ctrak_lightning.utilities.memory import RowLimit, is_out_of_memory
+
+SAMPLES = 2
+_SHOWN = 5
+_TYPED = tuple(
+    kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What was tried: so many ``samples``, and so many of the tracer's ``blocks`` that a gradient
+    reached, of ``all_blocks``, in so many ``seconds``."""
+
+    samples: int
+    blocks: int
+    all_blocks: int
+    seconds: float = math.nan
+
+    def __str__(self) -> str:
+        return (
+            f"the trial on {self.samples} sample{'s' * (self.samples > 1)} passed in "
+            f"{self.seconds:.1f} s: data, task, network and method fit together, and the gradients "
+            f"of {self.blocks} of {self.all_blocks} layers are those of a pass for each sample."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question that will be asked: the specs of its two conditions, and whether its image is
+    generated with guidance, which needs the null condition."""
+
+    name: str
+    present: Spec
+    absent: Spec
+    is_guided: bool
+
+
+def first_samples(batches: Iterable[Encoded]) -> Encoded | None:
+    """The first two samples, of the first batch or, where that has one, of the first two; None of
+    no batches."""
+    found: Encoded | None = None
+    for batch in batches:
+        found = batch.rows(0, SAMPLES) if found is None else _joined(found, batch.rows(0, 1))
+        if len(found.latents) >= SAMPLES:
+            break
+    return found
+
+
+def try_samples(
+    task: Any,
+    tracer: GradientTracer,
+    method: Method,
+    samples: Encoded,
+    seed: int,
+    row_limit: RowLimit,
+) -> Trial:
+    """Traces samples at one of their states, as a capture will, and compares their rows with a pass
+    for each sample alone.
+
+    A single sample is taken twice, the second time negated: that a network mixes the samples of a
+    batch shows in two that differ.
+
+    Raises:
+        TrialError: the method asks of conditions that the model does not have, a member of the task
+            or the network raises, a gradient is not finite, or the rows are not each sample's own;
+            names the member or the layers.
+    """
+    refuse_undescribed(method)
+    refuse_without_condition(task, method, samples)
+    rows = samples
+    if len(samples.latents) == 1:
+        rows = _joined(samples, replace(samples, latents=-samples.latents))
+    watched = Watched(task)
+    if isinstance(method.training_trajectory, InTraining):
+        method = replace(method, training_trajectory=Noised(timesteps=1))
+    reached: set[str] = set()
+
+    def check(start: int, stop: int) -> Trace:
+        trace, blocks = check_batch(watched, tracer, method, rows.rows(start, stop), seed)
+        reached.update(blocks)
+        return trace
+
+    with named(f"tracing {_described(samples)}"):
+        # Where batches are of one sample, so is the comparison: nothing can be mixed there.
+        traces = row_limit.run(len(rows.latents), check)
+    features, loss = (
+        torch.cat([trace.features for trace in traces]),
+        torch.cat([trace.loss for trace in traces]),
+    )
+    for name, values in (("gradient", features), ("denoising loss", loss[:, None])):
+        lost = (~values.isfinite().all(1)).nonzero().flatten().tolist()
+        if lost:
+            raise TrialError(
+                f"The {name} of {sorted({rows.sample_ids[i] for i in lost})} is not finite before "
+                f"the first training step. Latents between {float(rows.latents.min()):.3g} and "
+                f"{float(rows.latents.max()):.3g}. HINT: look at what `encode` makes of these "
+                "samples, and at the precision of the weights."
+            )
+    return Trial(len(samples.latents), len(reached), len(tracer.block_names))
+
+
+def refuse_undescribed(method: Method) -> None:
+    """Refuses a method that a store cannot describe, so that it could not be told what its traces
+    are.
+
+    Raises:
+        TrialError: an objective or trajectory of the user's own is no dataclass, or has arguments
+            that JSON has not.
+    """
+    hint = (
+        "HINT: objectives and trajectories of your own are dataclasses, "
+        "@dataclass(frozen=True), with numbers and texts as arguments."
+    )
+    try:
+        again = Method.from_dict(json.loads(json.dumps(method.to_dict())))
+    except (TypeError, ValueError) as error:
+        raise TrialError(
+            f"The method {method.name!r} cannot be described in the store: {error} {hint}"
+        ) from error
+    if again != method:
+        raise TrialError(
+            f"The method {method.name!r} cannot be described in the store: read back it would be "
+            f"{again}, expected {method}. {hint}"
+        )
+
+
+def refuse_without_condition(task: Any, method: Method, samples: Encoded) -> None:
+    """Refuses a method whose questions compare two conditions, of a model that has none.
+
+    Raises:
+        TrialError: so it is.
+    """
+    if samples.condition or not method.sees_absent:
+        return
+    instead = (
+        'mode="capture" and methods.d_trak()'
+        if isinstance(method.training_trajectory, InTraining)
+        else "methods.d_trak()"
+    )
+    raise TrialError(
+        f"The method {method.name!r} asks what a concept adds: it compares the network under two "
+        f"conditions, and {name_of(task)} has none (`encode(batch).condition` is empty), so that "
+        f"nobody could be answered. HINT: trace with {instead}, which looks at the whole image."
+    )
+
+
+def conditions_of(task: Any, question: Question) -> dict[str, Condition]:
+    """The conditions of a question, one row each: ``present``, ``absent``, and ``null`` where its
+    image is generated with guidance.
+
+    Raises:
+        TrialError: the task cannot make them, or they are not one row each with the same names;
+            names the question.
+    """
+    specs: dict[str, Spec] = {"present": question.present, "absent": question.absent}
+    if question.is_guided:
+        specs["null"] = {}
+    found: dict[str, Condition] = {}
+    for side, spec in specs.items():
+        shown = spec if isinstance(spec, str) else dict(spec)
+        with named(
+            f"Concept({question.name!r}, {side}={shown!r}): {name_of(task)}.condition({shown!r}, 1)"
+        ):
+            with torch.no_grad():
+                found[side] = task.condition(spec, 1)
+            wrong = {
+                name: _shape(value)
+                for name, value in found[side].items()
+                if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != 1
+            }
+            if wrong or found[side].keys() != found["present"].keys():
+                raise TrialError(
+                    f"it gave {_shapes(found[side])}, expected one row [1, ...] of each of "
+                    f"{sorted(found['present'])}."
+                )
+    return found
+
+
+def try_questions(
+    task: Any,
+    tracer: GradientTracer,
+    method: Method,
+    samples: Encoded,
+    questions: Sequence[Question],
+    seed: int,
+) -> None:
+    """Makes the conditions of all questions, and asks the first of them at one state of a training
+    sample.
+
+    Raises:
+        TrialError: a question cannot be asked; names it.
+    """
+    conditions = [conditions_of(task, question) for question in questions]
+    if not conditions:
+        return
+    one, first = samples.rows(0, 1), conditions[0]
+    watched = Watched(task)
+    with named(f"asking Concept({questions[0].name!r})"):
+        states = list(
+            Noised(timesteps=1).states(watched, one.latents, one.condition, one.sample_ids, seed)
+        )
+        sides = {"present": first["present"], "absent": first["absent"]}
+        trace_query(watched, tracer, method, states, one.latents, sides)  # type: ignore[arg-type]
+        if hasattr(watched, "decode"):
+            with torch.no_grad():
+                watched.decode(one.latents)
+
+
+class Watched(Wrapped):
+    """A task whose members say, when they raise, which of them it was and what it was given."""
+
+    members = ("predict", "condition", "decode", "pictures")
+
+    @override
+    def call(self, name: str, member: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return member(*args, **kwargs)
+        except Exception as error:
+            if is_out_of_memory(error):  # for RowLimit
+                raise
+            given = ", ".join(map(_shape, args))
+            raise _failed(f"{name_of(self)}.{name}({given})", error) from error
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Says of an error what raised it.
+
+    Raises:
+        TrialError: something was raised inside, which is its cause.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise _failed(what, error) from (
+            error.__cause__ if isinstance(error, TrialError) else error
+        )
+
+
+@contextmanager
+def told_of_buffers(changed: Callable[[], list[str]]) -> Iterator[None]:
+    """Names, where rows are not each sample's own, the buffers that a pass changes: an output that
+    depends on them is another one in every pass.
+
+    Raises:
+        TrialError: as was raised inside.
+    """
+    try:
+        yield
+    except TrialError as error:
+        names = changed()
+        if not names or not isinstance(error.__cause__, errors.GradientError):
+            raise
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        raise TrialError(
+            f"{error} A likely cause: a pass in evaluation mode changes the buffers "
+            f"{names[:_SHOWN]}{more}, so that an output which depends on them, such as a running "
+            "estimate, is another one in every pass. HINT: let `forward` update them only where "
+            "`self.training` is set."
+        ) from error.__cause__
+
+
+def _failed(what: str, error: Exception) -> TrialError:
+    if isinstance(error, _TYPED):
+        return TrialError(f"{what}: {error}")
+    return TrialError(
+        f"{what}: {type(error).__name__}: {error} HINT: so it would be called at every checkpoint, "
+        "in evaluation mode; make the same call by hand."
+    )
+
+
+def _joined(a: Encoded, b: Encoded) -> Encoded:
+    return Encoded(
+        latents=torch.cat([a.latents, b.latents]),
+        condition={
+            name: torch.cat([value, b.condition[name]]) for name, value in a.condition.items()
+        },
+        sample_ids=[*a.sample_ids, *b.sample_ids],
+    )
+
+
+def _described(samples: Encoded) -> str:
+    return (
+        f"{samples.sample_ids} (latents {_shape(samples.latents)}, condition "
+        f"{_shapes(samples.condition)})"
+    )
+
+
+def _shapes(condition: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_shape(value)}" for name, value in condition.items()) or "none"
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, dict) and any(isinstance(v, Tensor) for v in value.values()):
+        return "{" + _shapes(value) + "}"
+    text = repr(value)
+    return text if len(text) < 80 else type(value).__name__

@@ -1,6 +1,0 @@
-"""What a run's traces say, to look at while it trains: pictures, tables, curves and points."""
-
-from ctrak_lightning.inspection.board import Board
-from ctrak_lightning.inspection.watch import Answer, Watch
-
-__all__ = ["Answer", "Board", "Watch"]

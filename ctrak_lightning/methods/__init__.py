@@ -1,0 +1,36 @@
+"""Methods: what is traced of a training sample, what is asked of a concept, and how both are scored.
+
+``methods.concept_trak()`` and its like make the known ones; :class:`Method` puts together one's own.
+"""
+
+from ctrak_lightning.methods.method import Method
+from ctrak_lightning.methods.presets import (
+    PRESETS,
+    by_name,
+    concept_trak,
+    concept_trak_norm,
+    concept_trak_paper,
+    d_trak,
+    das,
+    inline_trak,
+    journey_trak,
+    retrac,
+    tracin,
+    trak,
+)
+
+__all__ = [
+    "PRESETS",
+    "Method",
+    "by_name",
+    "concept_trak",
+    "concept_trak_norm",
+    "concept_trak_paper",
+    "d_trak",
+    "das",
+    "inline_trak",
+    "journey_trak",
+    "retrac",
+    "tracin",
+    "trak",
+]

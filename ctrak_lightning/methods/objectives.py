@@ -1,0 +1,232 @@
+"""Attribution objectives: each is the cotangent ``v`` of one vector-Jacobian product ``J^T v``
+(METHODS, first table).
+
+``J = d e / d theta``; ``D`` is the number of elements of a latent. A cotangent is always a
+constant: the published losses stop the gradient through their targets, and for the losses that do
+not, the cotangent is already their derivative.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ctrak_lightning.schedules import Schedule
+from ctrak_lightning.utilities.naming import place_of
+from ctrak_lightning.utilities.rng import seeded_noise
+
+Side = Literal["present", "absent"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the network says of a state, under one condition.
+
+    Args:
+        x_t: states [B, ...].
+        t: timesteps [B].
+        x0: the sample's clean latents [B, ...].
+        output: what the network returned [B, ...], with its graph.
+        e: the noise prediction that the output stands for [B, ...], with its graph.
+        reference: noise prediction under the concept's other condition [B, ...] (the absent one,
+            for a term on the present side), without graph, or None.
+        schedule: the noise levels.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    x0: Tensor
+    output: Tensor
+    e: Tensor
+    reference: Tensor | None
+    schedule: Schedule
+
+    @property
+    def x0_hat(self) -> Tensor:
+        """The predicted clean latents [B, ...], with their graph."""
+        return self.schedule.x0_hat(self.output, self.x_t, self.t)
+
+
+class Objective(ABC):
+    """A rule that gives the cotangent of a prediction."""
+
+    needs_input_gradient: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
+
+    @abstractmethod
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        """The cotangent ``v`` [B, ...] with respect to ``prediction.e``."""
+
+    @property
+    def parts(self) -> "tuple[Objective, ...]":
+        """The objectives whose gradients are taken apart, normalised and sketched each on its own:
+        this one alone."""
+        return (self,)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The class and its arguments, as JSON values."""
+        return {"class": place_of(type(self)), **asdict(self)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True, slots=True)
+class Denoising(Objective):
+    """The training loss ``mean((e - eps)^2)`` (TRAK on diffusion; Park et al. 2023, arXiv
+    2303.14186)."""
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        a, s = prediction.schedule.levels(prediction.t, prediction.x_t)
+        # The noise that the state holds, however it was made: drawn, inverted or generated.
+        noise = (prediction.x_t - a * prediction.x0) / s
+        return 2 * (prediction.e - noise).detach() / _elements(prediction)
+
+
+@dataclass(frozen=True, slots=True)
+class SquaredNorm(Objective):
+    """``mean(e^2)``, the output function of D-TRAK (Zheng et al. 2024, arXiv 2311.00500)."""
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        return 2 * prediction.e.detach() / _elements(prediction)
+
+
+@dataclass(frozen=True, slots=True)
+class MeanOutput(Objective):
+    """``mean(e)``, the output function of DAS (arXiv 2410.18639), or ``mean(|e|)`` as
+    Concept-TRAK's authors re-ran it.
+
+    Args:
+        absolute: take the mean of absolute values.
+    """
+
+    absolute: bool = False
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        e = prediction.e.detach()
+        return (e.sign() if self.absolute else torch.ones_like(e)) / _elements(prediction)
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelProbe(Objective):
+    """``mean(w e)`` with one standard normal weight per channel, the same at every position, for
+    every sample and timestep.
+
+    Inner products of ``J^T w`` are an estimate of the empirical tangent kernel (Jacot et al. 2018,
+    arXiv 1806.07572) of the output's mean colour: :class:`MeanOutput` is the probe whose weights
+    are all 1.
+
+    Args:
+        seed: of the weights.
+    """
+
+    seed: int = 0
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        e = prediction.e.detach()
+        shape = (e.shape[1], *[1] * (e.dim() - 2))
+        weights = seeded_noise(shape, self.seed, 0, "channel probe").to(e)
+        return weights.expand_as(e) / _elements(prediction)
+
+
+@dataclass(frozen=True, slots=True)
+class PosteriorSampling(Objective):
+    """Concept-TRAK's training loss (arXiv 2507.06547): ``mean((stop[e + d] - e)^2)`` with the
+    diffusion-posterior-sampling direction ``d = grad_{x_t} mean((x0_hat - x0)^2)``. Needs states
+    that require grad."""
+
+    needs_input_gradient: ClassVar[bool] = True
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        error = (prediction.x0_hat - prediction.x0).square().flatten(1).mean(1).sum()
+        (direction,) = torch.autograd.grad(error, prediction.x_t, retain_graph=True)
+        return -2 * direction / _elements(prediction)
+
+
+@dataclass(frozen=True, slots=True)
+class ConceptDirection(Objective):
+    """Concept-TRAK's concept loss (arXiv 2507.06547): ``mean((stop[e + w u] - e)^2)`` with the
+    direction ``u = e(c) - e(c_minus)`` that tells the condition with the concept from the one
+    without. On the absent side of a query the direction is ``-u``, so that terms on both sides,
+    added, give ``(J(c) - J(c_minus))^T u``."""
+
+    needs_reference: ClassVar[bool] = True
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        if prediction.reference is None:
+            raise ValueError(
+                "ConceptDirection needs the prediction under the other condition; it serves "
+                "queries only."
+            )
+        return -2 * (prediction.e.detach() - prediction.reference) / _elements(prediction)
+
+
+class Joint(Objective):
+    """Several objectives from one forward pass: each is one vector-Jacobian product, normalised and
+    sketched on its own.
+
+    The sketches are independent, so that inner products of features are the sum of the objectives'
+    own, in expectation.
+
+    Args:
+        parts: two objectives or more.
+
+    Raises:
+        ValueError: fewer than two, or a Joint among them.
+    """
+
+    def __init__(self, *parts: Objective) -> None:
+        if len(parts) < 2 or any(isinstance(part, Joint) for part in parts):
+            raise ValueError(
+                f"Joint{parts}: expected two objectives or more, none of them a Joint."
+            )
+        self._parts = parts
+
+    @property
+    def parts(self) -> tuple[Objective, ...]:
+        return self._parts
+
+    @property
+    def needs_input_gradient(self) -> bool:  # type: ignore[override]
+        return any(part.needs_input_gradient for part in self._parts)
+
+    @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        return any(part.needs_reference for part in self._parts)
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        raise TypeError("Joint has no cotangent of its own. HINT: take those of its `parts`.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"class": "Joint", "parts": [part.to_dict() for part in self._parts]}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Joint) and self._parts == other._parts
+
+    def __hash__(self) -> int:
+        return hash(self._parts)
+
+    def __repr__(self) -> str:
+        return f"Joint({', '.join(map(repr, self._parts))})"
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One summand ``weight * J(side)^T v(side)`` of a query's gradient."""
+
+    objective: Objective
+    side: Side = "present"
+    weight: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values that identify the term."""
+        return {"objective": self.objective.to_dict(), "side": self.side, "weight": self.weight}
+
+
+def contrast(objective: Objective) -> tuple[Term, Term]:
+    """``J(c)^T v(c) - J(c_minus)^T v(c_minus)``: cancels what the two conditions share in the
+    weights' space."""
+    return Term(objective, "present", 1.0), Term(objective, "absent", -1.0)
+
+
+def _elements(prediction: Prediction) -> int:
+    return prediction.e[0].numel()

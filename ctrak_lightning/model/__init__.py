@@ -1,0 +1,1 @@
+"""The module that is traced: what of it trains, what stays, and the function that it computes."""

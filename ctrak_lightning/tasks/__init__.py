@@ -1,0 +1,36 @@
+"""How a model is addressed: the seam between this library and a user's LightningModule."""
+
+from ctrak_lightning.tasks.base import (
+    Condition,
+    DiffusionTask,
+    Encoded,
+    Spec,
+    Wrapped,
+    encode,
+    name_of,
+    named_samples,
+    resolve_task,
+    select,
+    task_modules,
+)
+from ctrak_lightning.tasks.diffusers_task import DiffusersTask
+from ctrak_lightning.tasks.pipeline import PipelineTask
+from ctrak_lightning.tasks.precision import InPrecision, in_own_precision
+
+__all__ = [
+    "Condition",
+    "DiffusersTask",
+    "DiffusionTask",
+    "Encoded",
+    "InPrecision",
+    "PipelineTask",
+    "Spec",
+    "Wrapped",
+    "encode",
+    "in_own_precision",
+    "name_of",
+    "named_samples",
+    "resolve_task",
+    "select",
+    "task_modules",
+]
