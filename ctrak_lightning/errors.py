@@ -1,9 +1,9 @@
-"""Other people's text where it could act: on a terminal, in a spreadsheet's cell, as a second
-column of our own name."""
+"""The library's typed errors, and how names and other people's text stand in messages and tables."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import difflib
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 
 class TaskError(TypeError):
@@ -66,6 +66,42 @@ class CorruptStoreError(StoreError):
 
 class ProcessLostError(RuntimeError):
     """Another process of the run has died, or does not answer."""
+
+
+def listed(names: Iterable[object], most: int = 5, show: Callable[[object], str] = repr) -> str:
+    """Names as a message lists them: the first ``most``, and how many more there are.
+
+    Example:
+        >>> listed("abcdefg", most=2), listed(["unet.conv"], show=str)
+        ("'a', 'b' and 5 more", 'unet.conv')
+    """
+    every = list(names)
+    shown = ", ".join(map(show, every[:most]))
+    return shown if len(every) <= most else f"{shown} and {len(every) - most} more"
+
+
+def nearest(name: str, known: Iterable[str], most: int = 20, cutoff: float = 0.5) -> str:
+    """What is known, as a message lists it, with what looks most like ``name`` first.
+
+    Example:
+        >>> nearest("own", ["uri", "owner", "licence"])
+        'owner, uri, licence'
+    """
+    every = list(known)
+    # A name may be a document: the comparison takes the product of the lengths.
+    near = difflib.get_close_matches(name[:200], every, n=5, cutoff=cutoff)
+    return listed([*near, *(other for other in every if other not in near)], most, str)
+
+
+def shorten(value: object, most: int = 60) -> str:
+    """``repr(value)`` in at most ``most`` characters.
+
+    Example:
+        >>> shorten("a long name", most=8)
+        "'a lo..."
+    """
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 METADATA_PREFIX = "metadata."
