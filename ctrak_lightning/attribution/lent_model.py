@@ -9,7 +9,7 @@ from torch import nn
 
 from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.gradients import undisturbed
-from ctrak_lightning.model.weights import restored, take_on, tensors_of
+from ctrak_lightning.model.weights import copy_into, restored, tensors_of
 from ctrak_lightning.store.store import Checkpoint
 from ctrak_lightning.tasks import task_modules
 from ctrak_lightning.utilities.naming import parameters_of
@@ -81,4 +81,4 @@ class LentModel:
                 f"The weights of step {checkpoint.step} do not fit the model: {wrong[:5]} are "
                 "missing in it, or of another shape. HINT: build the module as in the traced run."
             )
-        take_on(self.module, values)
+        copy_into(self.module, values)

@@ -216,7 +216,7 @@ class _Question:
     def top(self, n: int) -> tuple[Tensor, Tensor]:
         """Positions [Q, n] and scores [Q, n]."""
         dots, best, seen = [Dots(some) for some in self._directions], Best(n), 0
-        with self._processes.together():
+        with self._processes.sharing_errors():
             for block in joint_blocks(self._checkpoints, self._processes):
                 scores = [
                     product(rows) * rows.loss.double() if self._residual else product(rows)
@@ -242,7 +242,7 @@ class _Question:
         scored = Moments() if self._residual or self._exposed is not None else raw
         known = None if self._exposed is None else compared(self._exposed)
         dots = [Dots(some.flatten(0, 1)) for some in directions]
-        with self._processes.together():
+        with self._processes.sharing_errors():
             for block in joint_blocks(self._checkpoints, self._processes):
                 products = [product(rows) for product, rows in zip(dots, block, strict=True)]
                 scores = torch.stack(products, 1).unflatten(

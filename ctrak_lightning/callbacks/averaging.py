@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 
 from ctrak_lightning.errors import StoreError
 from ctrak_lightning.model.frozen import changing_buffers
-from ctrak_lightning.model.weights import lent, tensors_of
+from ctrak_lightning.model.weights import loaded, tensors_of
 
 # Lightning has the other two from 2.6 on.
 KINDS: tuple[type[Callback], ...] = tuple(
@@ -53,7 +53,7 @@ def averaged(
         )
     values = tensors_of(model if is_stochastic else model.module)
     names = [*trained, *([] if is_stochastic else changing_buffers(pl_module, [""]))]
-    with lent(pl_module, {name: values[name] for name in names}):
+    with loaded(pl_module, {name: values[name] for name in names}):
         yield
 
 

@@ -179,7 +179,7 @@ class ConceptMonitor(Callback):
             self._check_sampler(self._run.tracer.method.query_trajectory, task.noise_schedule)
         except (TaskError, ValueError) as error:
             raise MisconfigurationException(f"`ConceptMonitor`: {error}") from error
-        self._run.tracer.will_be_asked(self._questions())
+        self._run.tracer.add_to_trial(self._questions())
         self._run.logger = logger = _logger(trainer)
         if logger is None:
             _tell_nowhere_to_write(trainer)

@@ -205,7 +205,7 @@ class ConceptTracer(Callback):
         self.on_error = on_error
         self.loader = loader
         self.questions: tuple[Question, ...] = ()
-        """Those that are taken into the trial, by :meth:`will_be_asked`."""
+        """Those that are taken into the trial, by :meth:`add_to_trial`."""
         self._listeners: list[Callable[[L.Trainer], None]] = []
         self._run: TracedRun | None = None
         self._memory = Memory()
@@ -226,7 +226,7 @@ class ConceptTracer(Callback):
         if listener not in self._listeners:
             self._listeners.append(listener)
 
-    def will_be_asked(self, questions: Sequence[Question]) -> None:
+    def add_to_trial(self, questions: Sequence[Question]) -> None:
         """Takes questions into the trial when training starts, in place of those named before."""
         self.questions = tuple(questions)
 
@@ -417,7 +417,7 @@ class ConceptTracer(Callback):
             seconds = self._run.seal(step, epoch)
         except ProcessLostError:  # nothing can go on
             raise
-        except Exception as error:  # in all processes: see Processes.together
+        except Exception as error:  # in all processes: see Processes.sharing_errors
             if self.on_error == "raise":
                 raise
             self._note_untraced(step, trainer.current_epoch, error)
@@ -468,7 +468,7 @@ class ConceptTracer(Callback):
 
     def _tell_untraced(self) -> None:
         if self._run is not None and self._run.capture is not None:
-            self._run.capture.exposures.tell_outside()
+            self._run.capture.exposures.warn_of_untraced()
         if self._untraced:
             rank_zero_warn(
                 f"ConceptTracer(dirpath={self.dirpath!r}): steps {list(self._untraced)} have no "

@@ -108,7 +108,7 @@ class ExposureCounter:
         self._batch: Any = None
         self._first_ids: list[str] | Exception = []
         self._is_drawn = self._is_counted = self._has_stepped = self._sees_backward = (
-            self._is_told
+            self._is_explained
         ) = False
         self._last_step = int(trainer.global_step)
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
@@ -166,11 +166,11 @@ class ExposureCounter:
             self._capture.exposures.share()
         self._last_step, self._batch = step, None
 
-    def tell(self) -> None:
+    def explain_unknown(self) -> None:
         """Says once, where a checkpoint is due, why exposures are not known."""
         why = self._capture.exposures.why_unknown
-        if why is not None and not self._is_told:
-            self._is_told = True
+        if why is not None and not self._is_explained:
+            self._is_explained = True
             rank_zero_info(
                 "`ConceptTracer`: how often each sample entered an optimizer step is not known, "
                 f"and not stored: {why}. HINT: let every batch have the samples' ids, or define "

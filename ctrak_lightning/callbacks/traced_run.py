@@ -155,7 +155,7 @@ class TracedRun:
                 self.capture.run(step, epoch=epoch, learning_rate=rate)
         finally:
             if self.exposures is not None:
-                self.exposures.tell()
+                self.exposures.explain_unknown()
         return time.monotonic() - started
 
     @property

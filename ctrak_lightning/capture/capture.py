@@ -36,7 +36,7 @@ from ctrak_lightning.capture.trial import (
     Trial,
     first_samples,
     named,
-    told_of_buffers,
+    naming_changed_buffers,
     try_questions,
     try_samples,
 )
@@ -187,7 +187,7 @@ class Capture:
     def close(self) -> None:
         """Lets others write to the store, and says how many samples of :meth:`note_step` are not in
         it; idempotent."""
-        self.exposures.tell_outside()
+        self.exposures.warn_of_untraced()
         self.writer.close()
 
     def note_step(self, *batches: Any) -> None:
@@ -256,7 +256,7 @@ class Capture:
         """
         if step not in self.writer.sealed_steps:
             return
-        with self._processes.together():
+        with self._processes.sharing_errors():
             changed = self._model.changed_from(self._sealed(step).weights())
             if not changed:
                 return
@@ -285,7 +285,7 @@ class Capture:
         )
         with checkpoint, self._model.alike():
             self._model.write_function(checkpoint)
-            with self._processes.together(), isolated_rng(self.seed), self._tracing():
+            with self._processes.sharing_errors(), isolated_rng(self.seed), self._tracing():
                 self._trace(checkpoint)
             checkpoint.seal()
 
@@ -371,14 +371,14 @@ class Capture:
         started = time.monotonic()
         trial = None
         with (
-            self._processes.together(),
+            self._processes.sharing_errors(),
             isolated_rng(self.seed),
             self._tracing() as changed_buffers,
         ):
             samples = first_samples(self._tried_batches(thumbnails))
             if samples is not None:
                 limit = RowLimit(min(SAMPLES, self._row_limit.rows or SAMPLES))
-                with told_of_buffers(changed_buffers):
+                with naming_changed_buffers(changed_buffers):
                     trial = try_samples(
                         self.task, self.tracer, self.method, samples, self.seed, limit
                     )
@@ -440,7 +440,12 @@ class Capture:
         """One pass over the data without the network: who the samples are, batch by batch."""
         own = []
         once = Once()
-        with self._processes.together(), isolated_rng(self.seed), self._tracing(), torch.no_grad():
+        with (
+            self._processes.sharing_errors(),
+            isolated_rng(self.seed),
+            self._tracing(),
+            torch.no_grad(),
+        ):
             for number, batch in tqdm(
                 self._own_batches(),
                 desc="survey",
@@ -474,7 +479,12 @@ class Capture:
     def _look_again(self) -> None:
         """Loads and encodes the first batch once more: what draws from a generator of its own is
         told before anything has been traced."""
-        with self._processes.together(), isolated_rng(self.seed), self._tracing(), torch.no_grad():
+        with (
+            self._processes.sharing_errors(),
+            isolated_rng(self.seed),
+            self._tracing(),
+            torch.no_grad(),
+        ):
             for number, batch in self._own_batches():
                 encoded = self._encode(batch)
                 self._position(number, batch, encoded)

@@ -36,7 +36,7 @@ class Exposures:
 
     Warns:
         UntracedSampleWarning: steps had samples of the table and others; at the first, and by
-            :meth:`tell_outside`.
+            :meth:`warn_of_untraced`.
     """
 
     def __init__(self, sample_ids: Sequence[str], processes: Processes = ALONE) -> None:
@@ -48,7 +48,7 @@ class Exposures:
         self._stepped: list[int] = []
         self._stranger: str | None = None
         self._outside = self._all_outside = 0
-        self._is_outside_told = False
+        self._has_warned = False
         self.unknown: str | None = None
         """Why the counts are not known, if they are not."""
         self._contradiction: str | None = None
@@ -83,20 +83,20 @@ class Exposures:
             self._stranger, self.unknown = self._stranger or stranger, self.unknown or unknown
         self._stepped, self._outside = [], 0
         # Where no sample at all is known, the ids are of another kind: `why_unknown`.
-        if self._all_outside and not self._is_outside_told and bool(self._counts.any()):
-            self._is_outside_told = True
-            self._warn_of_outside(
+        if self._all_outside and not self._has_warned and bool(self._counts.any()):
+            self._has_warned = True
+            self._warn_of_untraced_samples(
                 f"so far, such as {self._stranger!r}. The end of the run says how many in all"
             )
 
-    def tell_outside(self) -> None:
+    def warn_of_untraced(self) -> None:
         """Says at the end of a run how many of its samples are not in the table, if there were any;
         idempotent."""
-        if self._is_outside_told and self._all_outside:
-            self._warn_of_outside(f"in all, such as {self._stranger!r}")
+        if self._has_warned and self._all_outside:
+            self._warn_of_untraced_samples(f"in all, such as {self._stranger!r}")
             self._all_outside = 0
 
-    def _warn_of_outside(self, how_many: str) -> None:
+    def _warn_of_untraced_samples(self, how_many: str) -> None:
         if not self._processes.is_first:
             return
         warnings.warn(

@@ -262,7 +262,7 @@ def named(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def told_of_buffers(changed: Callable[[], list[str]]) -> Iterator[None]:
+def naming_changed_buffers(changed: Callable[[], list[str]]) -> Iterator[None]:
     """Names, where rows are not each sample's own, the buffers that a pass changes: an output that
     depends on them is another one in every pass.
 

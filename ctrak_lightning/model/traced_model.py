@@ -27,7 +27,7 @@ from ctrak_lightning.model.function import (
     function_of,
     outputs_under,
 )
-from ctrak_lightning.model.weights import Trained, lent
+from ctrak_lightning.model.weights import Trained, loaded
 from ctrak_lightning.store import CheckpointWriter
 from ctrak_lightning.tasks import Encoded, name_of, task_modules
 from ctrak_lightning.utilities.processes import Processes
@@ -95,7 +95,7 @@ class TracedModel:
         self._latent_shape = latent_shape
         facts: dict[str, str] = {}
         problem: str | None = None
-        with self._processes.together():
+        with self._processes.sharing_errors():
             if self._first is not None:
                 used, self._first = self._used_parts(self._first), None
                 fixed = fixed_condition(self._task)
@@ -130,7 +130,7 @@ class TracedModel:
             TrainingChangedError: other parameters train than at the start, or what was frozen has
                 changed, or how adapters are applied, or the noise schedule.
         """
-        with self._processes.together():
+        with self._processes.sharing_errors():
             weights = self.trained.now()
             if self._frozen is not None:
                 self._frozen.require_unchanged()
@@ -173,7 +173,7 @@ class TracedModel:
         buffers = {
             name: value.cpu() for name, value in changing_buffers(self._owner, self._parts).items()
         }
-        with lent(
+        with loaded(
             self._owner, self._processes.from_first(buffers) if self._processes.count > 1 else {}
         ):
             yield
@@ -181,7 +181,7 @@ class TracedModel:
     def write_function(self, checkpoint: CheckpointWriter) -> None:
         """Stores what the network answers to a fixed input with its present weights; all processes
         call it."""
-        with self._processes.together(), undisturbed(self._owner, *task_modules(self._task)):
+        with self._processes.sharing_errors(), undisturbed(self._owner, *task_modules(self._task)):
             if self._has_function and self._processes.is_first:
                 function = function_of(self._task, self._latent_shape)
                 if function is not None:

@@ -95,7 +95,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return parameters_of(module) | buffers_of(module)
 
 
-def take_on(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+def copy_into(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Copies ``values``, by qualified name, into a module's own tensors."""
     own = tensors_of(module)
     with torch.no_grad():
@@ -112,12 +112,12 @@ def restored(module: nn.Module, names: Collection[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        take_on(module, kept)
+        copy_into(module, kept)
 
 
 @contextmanager
-def lent(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+def loaded(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Lends a module ``values``, by qualified name, and then gives it back its own."""
     with restored(module, values):
-        take_on(module, values)
+        copy_into(module, values)
         yield

@@ -1,6 +1,6 @@
 """Where a store's traces come from: its ledger, and what can be done with it."""
 
-from ctrak_lightning.provenance.exports import block, croissant, model_card, prov_json
+from ctrak_lightning.provenance.exports import croissant, ledger_summary, model_card, prov_json
 from ctrak_lightning.provenance.forgetting import Forgotten, LedgerWarning, forget
 from ctrak_lightning.provenance.ledger import Entry, Ledger
 from ctrak_lightning.provenance.parents import Link, lineage
@@ -14,9 +14,9 @@ __all__ = [
     "Ledger",
     "LedgerWarning",
     "Link",
-    "block",
     "croissant",
     "forget",
+    "ledger_summary",
     "lineage",
     "model_card",
     "prov_json",

@@ -17,7 +17,7 @@ from ctrak_lightning.store import TraceStore
 from ctrak_lightning.store.manifest import read_manifest
 
 
-def block(store: TraceStore) -> dict[str, str]:
+def ledger_summary(store: TraceStore) -> dict[str, str]:
     """What a store's ledger says of where its traces come from, as labels and texts in the order in
     which to show them.
 
@@ -101,7 +101,7 @@ _PLAIN = frozenset(" -,")
 
 
 def model_card(path: str | Path) -> str:
-    """A Markdown section: what :func:`~ctrak_lightning.provenance.exports.block` says, and how many
+    """A Markdown section: what :func:`~ctrak_lightning.provenance.exports.ledger_summary` says, and how many
     samples each owner and each licence has. Texts of the store are shown as they are, never as
     markup. Samples that were forgotten are not counted.
 
@@ -111,7 +111,7 @@ def model_card(path: str | Path) -> str:
     recorded = RecordedStore.open(path)
     table = recorded.store.samples
     lines = ["## Training data and provenance", ""]
-    lines += _table(("", ""), list(block(recorded.store).items()))
+    lines += _table(("", ""), list(ledger_summary(recorded.store).items()))
     for column in COLUMNS:
         if column in table.metadata:
             counts = Counter(table.metadata[column]).most_common()

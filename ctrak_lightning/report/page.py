@@ -22,7 +22,7 @@ from ctrak_lightning.attribution.diagnostics import BLIND, STILL, UNSTABLE, UNTO
 from ctrak_lightning.attribution.result import Attribution
 from ctrak_lightning.capture.trace import FAINT
 from ctrak_lightning.errors import CorruptStoreError, ReportError
-from ctrak_lightning.provenance import block
+from ctrak_lightning.provenance import ledger_summary
 from ctrak_lightning.report.content import (
     BEST,
     LOWEST,
@@ -276,7 +276,8 @@ def _facts(attribution: Attribution) -> dict[str, str]:
     facts = provenance_facts(attribution.store)
     try:
         facts |= {
-            f"ledger: {name.lower()}": value for name, value in block(attribution.store).items()
+            f"ledger: {name.lower()}": value
+            for name, value in ledger_summary(attribution.store).items()
         }
     except CorruptStoreError as error:
         facts["ledger"] = f"damaged, so that it shows nothing: {error}"

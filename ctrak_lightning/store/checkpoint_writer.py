@@ -309,16 +309,16 @@ class CheckpointWriter:
             StoreError: Samples are missing, this checkpoint is sealed or closed, or a file cannot
                 be written.
         """
-        with self._processes.together():
+        with self._processes.sharing_errors():
             self._require_open("seal")
         self._require_all_once()
-        with self._processes.together():
+        with self._processes.sharing_errors():
             if self._buffer:
                 self._queue_shard()
             self.flush()
         whole, files = self._records.join(self._record)
         kernel = self._kernel(whole)
-        with self._processes.together():
+        with self._processes.sharing_errors():
             if self._processes.is_first:
                 files[whole.kernel] = self._records.write(
                     whole.kernel, lambda path: write_kernel(path, kernel())
@@ -454,7 +454,7 @@ class CheckpointWriter:
         own = StoredRows(
             self._root, whole.folder, self._record.shards, self._header, n, rows=self._record.rows
         )
-        with self._processes.together():
+        with self._processes.sharing_errors():
             sums = gram_of_rows((rows.features() for rows in own.blocks()), k)
         return sums.over(self._processes).kernel
 

@@ -178,7 +178,7 @@ def hold_folder(
         StoreError: the folder holds files that are not a store's, or it cannot be written.
     """
     lock: WriterLock | None = None
-    with processes.together():
+    with processes.sharing_errors():
         if processes.is_first:
             make_folder(root)
             _refuse_foreign_files(root)

@@ -77,12 +77,12 @@ class Records:
         self._seen: tuple[int, ...] | None = None
         self._journal: Manifest | None = None
         opened: Manifest | None = None
-        with processes.together():
+        with processes.sharing_errors():
             if processes.is_first:
                 opened = self._open(header, run_id)
         self.manifest: Manifest = processes.from_first(opened)  # type: ignore[assignment]
         """The same in all processes since they last met."""
-        with processes.together():
+        with processes.sharing_errors():
             _check_header(self.manifest, header, root)
             if processes.is_first:
                 # Written even where nothing changes: an unwritable folder shows now, not hours into
@@ -213,7 +213,7 @@ class Records:
     def seal(self, record: CheckpointRecord, files: dict[str, FileRecord]) -> None:
         """Record a checkpoint that all processes have joined; afterwards there are no journals of
         it."""
-        with self._processes.together():
+        with self._processes.sharing_errors():
             if self._processes.is_first:
                 self.save(self.manifest.with_checkpoint(record).with_files(files))
                 self.remove_unrecorded()

@@ -196,7 +196,7 @@ class TraceWriter:
         Warns:
             ChangedMetadataWarning: The metadata differs; names the columns. In the first process.
         """
-        with self._processes.together():
+        with self._processes.sharing_errors():
             if self._processes.is_first:
                 self._write_samples(table)
         self._records.share()
@@ -249,16 +249,16 @@ class TraceWriter:
                 f"TraceWriter.begin_checkpoint(exposures of {len(exposures)} samples): expected "
                 f"{len(self._stored_table())}."
             )
-        with self._processes.together():
+        with self._processes.sharing_errors():
             if self._current is not None:
                 self._current.close()
-        with self._processes.together():
+        with self._processes.sharing_errors():
             if self._processes.is_first:
                 self._prepare(
                     given, {given.weights: weights, given.buffers: buffers or None}, exposures
                 )
         self._records.share()
-        with self._processes.together():
+        with self._processes.sharing_errors():
             self._current = CheckpointWriter(
                 self.path,
                 self._records.begin(self._begun(given.step)),
@@ -281,13 +281,13 @@ class TraceWriter:
             The steps removed, ascending.
         """
         steps = [record.step for record in self._records.manifest.checkpoints if record.step > step]
-        with self._processes.together():
+        with self._processes.sharing_errors():
             if self._current is not None and self._current.step in steps:
                 with contextlib.suppress(StoreError):  # of shards that are to go
                     self._current.close()
             elif self._current is not None:
                 self._current.flush()
-        with self._processes.together():
+        with self._processes.sharing_errors():
             if steps and self._processes.is_first:
                 # First the manifest: a crash in between leaves unrecorded files, never records
                 # without files.

@@ -49,7 +49,7 @@ class Processes:
         return items[self.rank :: self.count]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def sharing_errors(self) -> Iterator[None]:
         """Work that all processes do, or one for all: one's error is raised in all, once they have
         ended it.
 

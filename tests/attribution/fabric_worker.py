@@ -31,7 +31,7 @@ def main(store: str, out: str) -> None:
     }
     for failing in (0, 1):
         try:
-            with processes.together():
+            with processes.sharing_errors():
                 if fabric.global_rank == failing:
                     raise OSError("no disk")
         except Exception as error:

@@ -56,7 +56,7 @@ def test_one_process_is_alone_and_several_must_have_been_launched() -> None:
     assert ALONE.gather(3) == [3]
     assert ALONE.from_first(3) == 3
     assert ALONE.share([1, 2, 3]) == [1, 2, 3]
-    with pytest.raises(OSError, match="^no disk$"), ALONE.together():
+    with pytest.raises(OSError, match="^no disk$"), ALONE.sharing_errors():
         raise OSError("no disk")
     with pytest.raises(RuntimeError, match=r"not initialised. HINT: .*fabric\.launch"):
         DistributedProcesses()

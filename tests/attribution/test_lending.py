@@ -20,7 +20,7 @@ from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.methods.trajectories import Sampler
 from ctrak_lightning.model.fingerprint import model_fingerprint
 from ctrak_lightning.model.function import UnrecordedFunctionWarning, refuse_another_function
-from ctrak_lightning.model.weights import lent, trained_parameters
+from ctrak_lightning.model.weights import loaded, trained_parameters
 from ctrak_lightning.store.manifest import manifest_text, read_manifest
 from ctrak_lightning.store.store import Checkpoint
 
@@ -201,7 +201,7 @@ def test_a_network_that_is_another_function_is_refused(moving: tuple[Path, Movin
 def within_checkpoint(path: Path, module: nn.Module) -> Iterator[tuple[Any, Any]]:
     store = TraceStore(path)
     last = store.checkpoints[-1]
-    with lent(module, last.weights() | last.buffers()):
+    with loaded(module, last.weights() | last.buffers()):
         yield last.function(), store.header.dataset["latent_shape"]
 
 

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from ctrak_lightning import TraceStore
 from ctrak_lightning.errors import CorruptStoreError, StoreError
-from ctrak_lightning.provenance import Ledger, block, croissant, forget, model_card, prov_json
+from ctrak_lightning.provenance import (
+    Ledger,
+    croissant,
+    forget,
+    ledger_summary,
+    model_card,
+    prov_json,
+)
 from ctrak_lightning.provenance.exports import escape
 from ctrak_lightning.provenance.recording import record_run
 from ctrak_lightning.store import SampleTable
@@ -139,7 +146,7 @@ def _text(value: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    "export", [prov_json, croissant, model_card, lambda path: block(TraceStore(path))]
+    "export", [prov_json, croissant, model_card, lambda path: ledger_summary(TraceStore(path))]
 )
 def test_what_was_forgotten_does_not_appear(store: Path, export: Any) -> None:
     text = json.dumps(export(store))
@@ -189,7 +196,7 @@ def test_escaped_text_has_no_character_that_markdown_knows(text: str) -> None:
 
 
 def test_the_block_says_what_the_ledger_says(store: Path) -> None:
-    found = block(TraceStore(store))
+    found = ledger_summary(TraceStore(store))
     entries = Ledger(store).entries()
     assert found["Ledger head"] == entries[-1].sha256
     assert found["Ledger"] == f"{len(entries)} entries"
@@ -201,9 +208,9 @@ def test_the_block_says_what_the_ledger_says(store: Path) -> None:
     assert found["Dataset digest"] == entries[1].facts["commitments"]["root"]
     assert all(isinstance(value, str) for value in found.values())
     forget(store, [TraceStore(store).samples.sample_ids[0]])
-    assert block(TraceStore(store))["Samples"] == "6 in the store, 1 forgotten"
+    assert ledger_summary(TraceStore(store))["Samples"] == "6 in the store, 1 forgotten"
 
 
 def test_the_block_of_a_store_without_a_ledger(tmp_path: Path) -> None:
-    found = block(TraceStore(Capture().run(tmp_path)))
+    found = ledger_summary(TraceStore(Capture().run(tmp_path)))
     assert found == {"Run": "run", "Ledger": "none: attach ProvenanceRecorder to keep one"}

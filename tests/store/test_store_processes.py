@@ -45,7 +45,7 @@ def capture(
         own = torch.arange(N)[processes.rank :: processes.count]
         if done is not None:
             done[processes.rank] = checkpoint.rows_done
-        with processes.together():
+        with processes.sharing_errors():
             for i in range(checkpoint.rows_done, len(own), 2):
                 if stop and i >= stop.get(processes.rank, N):
                     checkpoint.flush()

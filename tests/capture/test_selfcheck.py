@@ -15,8 +15,8 @@ from ctrak_lightning.cli import main
 from ctrak_lightning.errors import BatchError, GradientError
 from ctrak_lightning.gradients import Projection
 
-from .test_cli import write_callback, write_config
-from .toy import CHANNELS, ToyDiffusion, Toys
+from ..test_cli import write_callback, write_config
+from ..toy import CHANNELS, ToyDiffusion, Toys
 
 NOISE = "the network's output, read by the schedule, predicts the noise"
 SMALL = Projection(rank=4, dim=64)

@@ -27,8 +27,8 @@ from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import Inverted
 from ctrak_lightning.utilities.processes import ALONE, Processes
 
-from .threads import together
-from .toy import scheduler
+from ..threads import together
+from ..toy import scheduler
 
 D_TRAK = methods.d_trak(timesteps=2)
 INVERTED = replace(D_TRAK, training_trajectory=Inverted(steps=2, guidance=2.0))

@@ -23,8 +23,8 @@ from ctrak_lightning.model.function import (
 )
 from ctrak_lightning.store.sections import Function
 
-from .stress.subject import Small
-from .toy import CHANNELS, COLOURS, SIZE, ToyDiffusion
+from ..stress.subject import Small
+from ..toy import CHANNELS, COLOURS, SIZE, ToyDiffusion
 
 SHAPE = [CHANNELS, SIZE, SIZE]
 

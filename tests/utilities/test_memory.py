@@ -28,7 +28,7 @@ from ctrak_lightning.methods.objectives import Denoising, Term
 from ctrak_lightning.methods.trajectories import Inverted, Noised
 from ctrak_lightning.utilities.memory import RowLimit, is_out_of_memory
 
-from .toy import QuickDiffusion, ToyData
+from ..toy import QuickDiffusion, ToyData
 
 TOLERANCE = 1e-5
 
@@ -141,7 +141,7 @@ def test_another_error_is_not_taken_for_short_memory() -> None:
 def fitted(path: Path, module: QuickDiffusion) -> TraceStore:
     import lightning as L
 
-    from .callbacks.test_concept_tracer import fit
+    from ..callbacks.test_concept_tracer import fit
 
     L.seed_everything(2, verbose=False)
     contrastive = methods.concept_trak(timesteps=2)

@@ -14,8 +14,8 @@ from ctrak_lightning import Capture, GradientTracer, Projection, TraceStore, met
 from ctrak_lightning.errors import DatasetChangedError, GradientError, ProcessLostError
 from ctrak_lightning.utilities.processes import ALONE, DistributedProcesses, Processes
 
-from .threads import together
-from .toy import QuickDiffusion, Toys
+from ..threads import together
+from ..toy import QuickDiffusion, Toys
 
 MODULE = (
     QuickDiffusion()

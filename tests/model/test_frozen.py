@@ -31,8 +31,8 @@ from ctrak_lightning.model.frozen import (
     parts_of,
 )
 
-from .stress.subject import Small
-from .toy import CHANNELS, ToyDiffusion, Toys
+from ..stress.subject import Small
+from ..toy import CHANNELS, ToyDiffusion, Toys
 
 
 class Nested(nn.Module):
