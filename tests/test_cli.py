@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 import ctrak_lightning
 from ctrak_lightning import Concept, Method, TraceStore, methods
-from ctrak_lightning.cli import main, report
+from ctrak_lightning.cli import COMMANDS, main, report
 from ctrak_lightning.cli.question import (
     add_question,
     concepts_of,
@@ -36,6 +38,7 @@ from ctrak_lightning.tasks import Spec
 from .attribution.reporting import Page
 from .lenient import lenient
 from .provenance.builder import run_facts
+from .toy import ToyDiffusion
 
 ROOT = Path(__file__).parent.parent
 
@@ -300,9 +303,8 @@ def test_concepts_of_a_report(
     monkeypatch.setattr(report, "opened_store", lambda args: None)
     monkeypatch.setattr(report, "attributor_of", lambda args, store: Asked())
     monkeypatch.setattr(report, "write_report", lambda out, results, group: None)
-    report.run(
-        ["store", "--config", "x.yaml", "--out", str(tmp_path / "p.html"), "--present", *words]
-    )
+    given = ["store", "--config", "x.yaml", "--out", str(tmp_path / "p.html"), "--present", *words]
+    report.run(report.parser().parse_args(given))
     assert asked == [Concept(*each) for each in expected]
 
 
@@ -518,16 +520,14 @@ def test_info_shows_and_verifies(
     assert shard.name in capsys.readouterr().out
 
 
-def test_mistakes_end_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_end_with_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(
         SystemExit,
-        match=r"unknown command 'atribute'\. Did you mean 'attribute'\? Known: fit, attribute",
+        match=r"unknown command 'atribute'\. Nearest: attribute, .*HINT: ctrak --help",
     ):
         main(["atribute"])
     with pytest.raises(SystemExit, match="ctrak info: .*nowhere"):
         main(["info", str(tmp_path / "nowhere")])
-    main([])
-    assert "usage: ctrak" in capsys.readouterr().out
     (tmp_path / "x.yaml").write_text("trainer: {}\n")
     with pytest.raises(ValueError, match=r"class_path.*HINT.*--model package\.module\.MyModule"):
         load_module(tmp_path / "x.yaml")
@@ -550,17 +550,89 @@ def test_a_method_is_named_by_its_place() -> None:
             method_at(place)
 
 
-def test_help_and_version_wait_for_nothing() -> None:
+@pytest.mark.parametrize("words", [[], ["--help"], ["help"], ["--version"]])
+def test_help_and_version_wait_for_nothing(words: list[str]) -> None:
     code = (
-        "import sys; from ctrak_lightning.cli import main; main(['--help']); main(['help']); "
-        "main(['--version']); print(sorted({'torch', 'lightning', 'numpy', 'h5py', 'diffusers'} & "
-        "set(sys.modules)))"
+        "import sys; from ctrak_lightning.cli import main\n"
+        f"try: main({words})\n"
+        "except SystemExit as end: print(end.code, sorted({'torch', 'lightning', 'numpy', 'h5py', "
+        "'diffusers'} & set(sys.modules)))"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    assert printed.count("usage: ctrak COMMAND") == 2
-    assert printed.endswith(f"ctrak-lightning {ctrak_lightning.__version__}\n[]\n")
+    assert printed.endswith("0 []\n")
+    if words == ["--version"]:
+        assert printed.startswith(f"ctrak {ctrak_lightning.__version__}\n")
+    else:
+        assert all(f"\n    {command} " in printed for command in COMMANDS)
+
+
+def test_each_command_says_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        with pytest.raises(SystemExit, match="^0$"):
+            main(["help", command])
+        printed = capsys.readouterr().out
+        assert "--help" in printed
+        assert "lambda" not in printed
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands_and_options(
+    shell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["completion", shell])
+    script = capsys.readouterr().out
+    assert all(command in script for command in COMMANDS)
+    assert "absent-prompt" in script
+    assert "public-key" in script
+
+
+def test_a_mistake_in_a_yaml_is_not_hidden_among_the_types_it_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracer = {"dirpath": str(tmp_path / "traces"), "method": wrong_method()}
+    callback = {"class_path": "ctrak_lightning.callbacks.ConceptTracer", "init_args": tracer}
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps({"seed_everything": 1, "trainer": {"callbacks": [callback]}}))
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["fit", "--config", str(config), "--model", "tests.toy.ToyDiffusion"])
+    told = capsys.readouterr().err.partition("error: ")[2].splitlines()
+    assert len(told) <= 6
+    assert "damping=-3" in told[-1]
+    assert "expected a number > 0" in told[-1]
+
+
+def wrong_method() -> dict[str, Any]:
+    objective = {"class_path": "ctrak_lightning.methods.objectives.Denoising"}
+    trajectory = {"class_path": "ctrak_lightning.methods.trajectories.Noised"}
+    arguments = {
+        "name": "wrong",
+        "training": objective,
+        "training_trajectory": trajectory,
+        "query": [{"objective": objective, "side": "present"}],
+        "query_trajectory": trajectory,
+        "damping": -3,
+    }
+    return {"class_path": "ctrak_lightning.Method", "init_args": arguments}
+
+
+def test_an_error_of_training_code_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # LightningCLI saves the configuration there
+    (tmp_path / "run.yaml").write_text(
+        "seed_everything: 1\nmodel: {class_path: tests.test_cli.Failing}\ndata: {class_path: tests.toy.ToyData}\n"
+        "trainer: {max_epochs: 1, logger: false, enable_checkpointing: false}\n"
+    )
+    with pytest.raises(ValueError, match="of the user's own"):
+        main(["fit", "--config", str(tmp_path / "run.yaml")])
+
+
+class Failing(ToyDiffusion):
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        raise ValueError("of the user's own")
 
 
 def test_every_public_name_is_found_and_no_other() -> None:

@@ -1,7 +1,5 @@
 """``ctrak attribute``: which training samples taught the model a concept?"""
 
-from collections.abc import Sequence
-
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
@@ -10,9 +8,8 @@ from ctrak_lightning.cli.printing import add_force, check_outputs, say
 from ctrak_lightning.cli.question import add_question, attributor_of, concepts_of, opened_store
 
 
-def run(argv: Sequence[str]) -> None:
+def parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="ctrak attribute",
         description=(
             "Which training samples taught the model a concept? Of several concepts of one "
             "image also what they share."
@@ -36,7 +33,10 @@ def run(argv: Sequence[str]) -> None:
         help="write the whole result; of several concepts, what they share",
     )
     add_force(parser)
-    args = parser.parse_args(list(argv))
+    return parser
+
+
+def run(args: Namespace) -> None:
     concepts = concepts_of(args)
     store = opened_store(args)
     check_outputs({"--csv": args.csv, "--json": args.json}, store=args.store, force=args.force)

@@ -1,18 +1,16 @@
 """``ctrak export``: a store's record in the forms that others read."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from ctrak_lightning.cli.printing import add_force, check_outputs
 from ctrak_lightning.provenance.exports import croissant, model_card, prov_json
 
 
-def run(argv: Sequence[str]) -> None:
+def parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="ctrak export",
         description=(
             "W3C PROV-JSON of the runs, Croissant of the samples, or a Markdown section for a "
             "model card."
@@ -24,7 +22,10 @@ def run(argv: Sequence[str]) -> None:
         "--out", type=str, default=None, help="the file to write; by default it is printed"
     )
     add_force(parser)
-    args = parser.parse_args(list(argv))
+    return parser
+
+
+def run(args: Namespace) -> None:
     check_outputs({"--out": args.out}, store=args.store, force=args.force)
     if args.format == "model-card":
         text = model_card(args.store)

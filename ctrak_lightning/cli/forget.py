@@ -23,9 +23,8 @@ from ctrak_lightning.store.manifest import read_manifest
 _SHOWN = 20
 
 
-def run(argv: Sequence[str]) -> None:
+def parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="ctrak forget",
         description=(
             "Takes samples out of a trace store, for good: rows, thumbnails, metadata, their "
             "part in the kernels. Without any samples named: completes a command that was "
@@ -54,7 +53,10 @@ def run(argv: Sequence[str]) -> None:
         "--dry-run", action="store_true", help="say who would go, and change nothing"
     )
     parser.add_argument("--yes", action="store_true", help="do not ask")
-    args = parser.parse_args(list(argv))
+    return parser
+
+
+def run(args: Namespace) -> None:
     if not (args.sample or args.where or args.ids_from is not None):
         _complete(args)
         return

@@ -1,24 +1,30 @@
 """``ctrak info``: what a store holds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from ctrak_lightning.cli.printing import say
+from ctrak_lightning.errors import listed
 from ctrak_lightning.store import Checkpoint, TraceStore
 
 
-def run(argv: Sequence[str]) -> None:
-    parser = ArgumentParser(prog="ctrak info", description="What a trace store holds.")
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(description="What a trace store holds.")
     parser.add_argument("store", type=str, help="the folder of the traces")
     parser.add_argument("--verify", action="store_true", help="recompute the hash of every file")
-    args = parser.parse_args(list(argv))
+    return parser
+
+
+def run(args: Namespace) -> None:
     store = TraceStore(args.store)
     header = store.header
     say(f"run        {store.run_id}")
     say(f"method     {header.method['name']}")
     say(f"samples    {len(store)}, metadata: {', '.join(sorted(store.samples.metadata)) or 'none'}")
-    say(f"traces     {header.dim} x {header.dtype}, projection {header.projection}")
+    say(f"traces     {header.dim} x {header.dtype}")
+    say(*(f"projection {fact}" for fact in _facts(header.projection)))
     for checkpoint in store.checkpoints:
         exposed = checkpoint.exposed()
         losses = checkpoint.losses() if exposed is None else checkpoint.losses()[exposed]
@@ -26,13 +32,22 @@ def run(argv: Sequence[str]) -> None:
             f"checkpoint step {checkpoint.step}, epoch {checkpoint.epoch}, mean loss "
             f"{losses.mean():.4f}, {_exposures(checkpoint)}"
         )
-    for name, value in header.model.items():
-        say(f"model      {name} {value[:16]}")
+    say(*(f"model      {fact}" for fact in _facts(header.model)))
     if args.verify:
         problems = store.verify()
         say(*problems or ["verified: every file is as it was sealed"])
         if problems:
             raise SystemExit(1)
+
+
+def _facts(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Nested facts, a value a line; of long ones the beginning."""
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from _facts(value)
+        elif value is not None:
+            shown = listed(value, 3, str) if isinstance(value, list) else str(value)[:16]
+            yield f"{key} {shown}"
 
 
 def _exposures(checkpoint: Checkpoint) -> str:

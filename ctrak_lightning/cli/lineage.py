@@ -1,8 +1,6 @@
 """``ctrak lineage``: the runs that a store's run goes on from."""
 
-from collections.abc import Sequence
-
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from ctrak_lightning.cli.printing import say
 from ctrak_lightning.provenance.history import replay
@@ -15,16 +13,18 @@ _WEIGHTS = {
 }
 
 
-def run(argv: Sequence[str]) -> None:
+def parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="ctrak lineage",
         description=(
             "The run of a store, its parent's, and so on. Exit code 1 where one is missing or "
             "changed."
         ),
     )
     parser.add_argument("store", type=str, help="the folder of the traces")
-    args = parser.parse_args(list(argv))
+    return parser
+
+
+def run(args: Namespace) -> None:
     links = lineage(args.store)
     for generation, link in enumerate(links):
         _print(generation, link)

@@ -1,8 +1,6 @@
 """``ctrak report``: the answer as a page to read and show."""
 
-from collections.abc import Sequence
-
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from ctrak_lightning.cli.printing import add_force, check_outputs, say
 from ctrak_lightning.cli.question import add_question, attributor_of, concepts_of, opened_store
@@ -10,9 +8,8 @@ from ctrak_lightning.errors import ConceptError
 from ctrak_lightning.report import write_report
 
 
-def run(argv: Sequence[str]) -> None:
+def parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="ctrak report",
         description=(
             "Which training samples taught the model a concept? As one self-contained HTML "
             "page. Without --absent and --concept, each attribute of --present is asked as a "
@@ -28,7 +25,10 @@ def run(argv: Sequence[str]) -> None:
         help="the metadata column to give shares for; by default the owner",
     )
     add_force(parser)
-    args = parser.parse_args(list(argv))
+    return parser
+
+
+def run(args: Namespace) -> None:
     concepts = concepts_of(args, each_attribute=True)
     if getattr(args, "global") and len(concepts) > 1:
         raise ConceptError(

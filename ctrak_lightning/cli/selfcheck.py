@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from torch.utils.data import DataLoader
 
 from ctrak_lightning.capture.reference_check import Check, selfcheck
@@ -12,9 +12,8 @@ from ctrak_lightning.cli.printing import say
 from ctrak_lightning.errors import BatchError
 
 
-def run(argv: Sequence[str]) -> None:
+def parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="ctrak selfcheck",
         description=(
             "Tries the numeric promises of traces on your own model and data. Exit code 1: "
             "something failed."
@@ -31,7 +30,10 @@ def run(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--samples", type=int, default=4, help="how many images")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    args = parser.parse_args(list(argv))
+    return parser
+
+
+def run(args: Namespace) -> None:
     configs = [word for path in args.config for word in ("--config", path)]
     cli = lightning_cli(configs, run=False, save_config_callback=None)
     batch = first_batch(cli.datamodule, cli.model, args.samples)

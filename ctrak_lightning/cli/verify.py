@@ -1,8 +1,6 @@
 """``ctrak verify``: is a store what its manifest and its ledger say?"""
 
-from collections.abc import Sequence
-
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from ctrak_lightning.cli.printing import say
 from ctrak_lightning.provenance.ledger import Ledger
@@ -10,9 +8,8 @@ from ctrak_lightning.provenance.signature import read_signature
 from ctrak_lightning.provenance.verification import verify
 
 
-def run(argv: Sequence[str]) -> None:
+def parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="ctrak verify",
         description=(
             "Holds every byte of a trace store against its manifest and its ledger. Exit code 1 "
             "on problems."
@@ -28,7 +25,10 @@ def run(argv: Sequence[str]) -> None:
         default=None,
         help="PEM file of the Ed25519 key that must have signed the ledger",
     )
-    args = parser.parse_args(list(argv))
+    return parser
+
+
+def run(args: Namespace) -> None:
     problems = verify(args.store, deep=args.deep, public_key=args.public_key)
     ledger = Ledger(args.store)
     if ledger.exists:

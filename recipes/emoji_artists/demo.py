@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--epochs", type=int, default=48, help="of the fine-tune; a third of them between two traces"
     )
     parser.add_argument(
-        "--adaptation", type=str, default="lora", choices=["lora", "full"], help="what is fine-tuned"
+        "--adaptation", default="lora", choices=["lora", "full"], help="what is fine-tuned"
     )
     parser.add_argument("--artists", type=str, default=",".join(ARTISTS), help="comma-separated, or 'all'")
     parser.add_argument("--seed", type=int, default=0)
