@@ -38,7 +38,7 @@ from ctrak_lightning.model.function import refuse_another_function
 from ctrak_lightning.schedules import Schedule
 from ctrak_lightning.store import TraceStore
 from ctrak_lightning.store.schema import differences
-from ctrak_lightning.tasks import Condition, Spec
+from ctrak_lightning.tasks import Condition, DiffusionTask, Spec
 from ctrak_lightning.utilities.memory import RowLimit
 from ctrak_lightning.utilities.rng import isolated_rng
 
@@ -92,7 +92,7 @@ class Asker:
         self,
         store: TraceStore,
         owner: nn.Module,
-        task: Any,
+        task: DiffusionTask,
         *,
         sampler: Sampler,
         batch_size: int,
@@ -176,12 +176,10 @@ class Asker:
         return parameter.detach()
 
     def decode(self, latents: Tensor) -> Tensor | None:
-        """Images [B, 3, H, W] in [0, 1], or None where the task has no ``decode``."""
-        if not hasattr(self.task, "decode"):
-            return None
+        """Images [B, 3, H, W] in [0, 1], or None where the task decodes none."""
         with self.model.evaluating(), torch.no_grad():
-            images: Tensor = self.task.decode(latents)
-        return images.detach().float().cpu().clamp(0, 1)
+            images = self.task.decode(latents)
+        return None if images is None else images.detach().float().cpu().clamp(0, 1)
 
     def gradients(
         self,

@@ -29,7 +29,7 @@ from ctrak_lightning.methods.method import Damping, Method
 from ctrak_lightning.methods.trajectories import Generation, Sampler
 from ctrak_lightning.provenance.forgetting import QueryLog
 from ctrak_lightning.store import TraceStore
-from ctrak_lightning.tasks import in_own_precision, resolve_task
+from ctrak_lightning.tasks import DiffusersTask, DiffusionTask, in_own_precision, resolve_task
 from ctrak_lightning.utilities.processes import processes_of
 
 
@@ -66,7 +66,7 @@ class Attributor(Questions):
         store: TraceStore | str | Path,
         module: Any,
         *,
-        task: Any = None,
+        task: DiffusersTask | DiffusionTask | None = None,
         method: Method | None = None,
         sampler: Sampler | None = None,
         given: Given = "inverted",

@@ -2,7 +2,7 @@
 
 import difflib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ctrak_lightning.attribution.counter_prompt import counter_prompt, near_words, occurrences
 from ctrak_lightning.attribution.counter_prompt import words as words_of
 from ctrak_lightning.errors import ConceptError
-from ctrak_lightning.tasks import Spec
+from ctrak_lightning.tasks import DiffusionTask, Spec
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -283,18 +283,17 @@ def _digest(tensor: Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def check_known(concept: Concept, task: Any) -> None:
+def check_known(concept: Concept, task: DiffusionTask) -> None:
     """Holds a concept against ``task.known_attributes()``, where the task offers it.
 
     Raises:
         ConceptError: an attribute or a value is unknown; the message lists the known ones, nearest
             first.
     """
-    if hasattr(task, "check_concept"):
-        task.check_concept(concept.name, concept.present, concept.absent)
-    if not hasattr(task, "known_attributes"):
+    task.check_concept(concept.name, concept.present, concept.absent)
+    known = task.known_attributes()
+    if known is None:
         return
-    known: Mapping[str, Any] = task.known_attributes()
     for side, spec in (("present", concept.present), ("absent", concept.absent)):
         if isinstance(spec, str):
             raise ConceptError(

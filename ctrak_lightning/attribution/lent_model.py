@@ -3,7 +3,6 @@ was."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -11,7 +10,7 @@ from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.gradients import undisturbed
 from ctrak_lightning.model.weights import copy_into, restored, tensors_of
 from ctrak_lightning.store.store import Checkpoint
-from ctrak_lightning.tasks import task_modules
+from ctrak_lightning.tasks import DiffusionTask, task_modules
 from ctrak_lightning.utilities.naming import parameters_of
 
 
@@ -24,7 +23,9 @@ class LentModel:
         task: its DiffusionTask.
     """
 
-    def __init__(self, module: nn.Module, checkpoints: Sequence[Checkpoint], task: Any) -> None:
+    def __init__(
+        self, module: nn.Module, checkpoints: Sequence[Checkpoint], task: DiffusionTask
+    ) -> None:
         self.module = module
         self.task = task
         self.checkpoints = checkpoints

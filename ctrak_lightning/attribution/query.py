@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +11,11 @@ from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.capture.trace import FeatureParts
 from ctrak_lightning.errors import ConceptError, TaskError
 from ctrak_lightning.methods.trajectories import Trajectory
-from ctrak_lightning.tasks import Spec, name_of
+from ctrak_lightning.tasks import DiffusionTask, Spec, name_of
 
 
 @torch.no_grad()
-def latents_of(task: Any, concept: Concept, shape: Sequence[int], like: Tensor) -> Tensor:
+def latents_of(task: DiffusionTask, concept: Concept, shape: Sequence[int], like: Tensor) -> Tensor:
     """The clean latents [1, ...] of a concept's own image.
 
     Args:
@@ -30,13 +29,13 @@ def latents_of(task: Any, concept: Concept, shape: Sequence[int], like: Tensor) 
         ConceptError: the image's latents have another shape.
     """
     assert isinstance(concept.image, Tensor)
-    if not callable(getattr(task, "latents", None)):
+    latents = task.latents(concept.image[None].to(like))
+    if latents is None:
         raise TaskError(
             f"{name_of(task)} has no `latents`, which a question about an existing image needs: "
             "expected a method latents(images [B, 3, H, W] in [-1, 1]) that returns clean latents "
             "[B, ...], as encode(batch) makes them. HINT: move those lines of encode into it."
         )
-    latents: Tensor = task.latents(concept.image[None].to(like))
     if list(latents.shape[1:]) != list(shape):
         raise ConceptError(
             f"Concept({concept.name!r}, image of {list(concept.image.shape)}): its latents are "
@@ -46,7 +45,7 @@ def latents_of(task: Any, concept: Concept, shape: Sequence[int], like: Tensor) 
     return latents.to(like)
 
 
-def weights_of(task: Any, concepts: Sequence[Concept], like: Tensor) -> Tensor | None:
+def weights_of(task: DiffusionTask, concepts: Sequence[Concept], like: Tensor) -> Tensor | None:
     """The concepts' masks as weights of latents [B, ...] like ``like``, 1 where there is no mask;
     None if no concept has one.
 
@@ -64,13 +63,12 @@ def weights_of(task: Any, concepts: Sequence[Concept], like: Tensor) -> Tensor |
     return torch.stack(rows)
 
 
-def _weights(task: Any, concept: Concept, mask: Tensor | None, like: Tensor) -> Tensor:
+def _weights(task: DiffusionTask, concept: Concept, mask: Tensor | None, like: Tensor) -> Tensor:
     if mask is None:
         return torch.ones_like(like)
     shape = list(like.shape)
-    own = getattr(task, "latent_mask", None)
-    if callable(own):
-        found: Tensor = own(mask.to(like))
+    found = task.latent_mask(mask.to(like))
+    if found is not None:
         try:
             return found.to(like).expand(shape)
         except RuntimeError as error:

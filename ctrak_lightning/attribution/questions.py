@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ctrak_lightning.attribution.query import Query, assembled, latents_of, spec
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import Generated, Generation, Noised, Sampler
 from ctrak_lightning.store import TraceStore
-from ctrak_lightning.tasks import Spec
+from ctrak_lightning.tasks import DiffusionTask, Spec
 
 Given = Literal["inverted", "noised"]
 
@@ -34,7 +34,7 @@ class Questions:
     def __init__(
         self,
         store: TraceStore,
-        task: Any,
+        task: DiffusionTask,
         *,
         method: Method,
         sampler: Sampler,

@@ -478,7 +478,7 @@ class ConceptTracer(Callback):
             )
             self.untraced_steps, self._untraced = list(self._untraced), {}
 
-    def _task_of(self, pl_module: L.LightningModule) -> Any:
+    def _task_of(self, pl_module: L.LightningModule) -> DiffusionTask:
         try:
             return resolve_task(pl_module, self.task)
         except TaskError as error:

@@ -9,10 +9,10 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import nn
 
 from ctrak_lightning.gradients.modes import is_compiled
-from ctrak_lightning.tasks import InPrecision
+from ctrak_lightning.tasks import DiffusionTask, InPrecision
 
 
-def in_precision_of(trainer: L.Trainer, task: Any) -> InPrecision:
+def in_precision_of(trainer: L.Trainer, task: DiffusionTask) -> InPrecision:
     """A task in the precision that a training step has: its batches are converted, and its new
     tensors are of the default dtype there.
 

@@ -25,6 +25,7 @@ from ctrak_lightning.errors import StoreLockedError, StoreMismatchError, TrialEr
 from ctrak_lightning.gradients import GradientTracer
 from ctrak_lightning.model.weights import trained_parameters
 from ctrak_lightning.store.lock import WriterLock, hold_folder
+from ctrak_lightning.tasks import DiffusionTask
 from ctrak_lightning.utilities.processes import Processes, processes_of
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class TracedRun:
         tracer: ConceptTracer,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        task: Any,
+        task: DiffusionTask,
         memory: Memory,
     ) -> None:
         self._tracer, self.trainer, self._module, self._task, self._memory = (

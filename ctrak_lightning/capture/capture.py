@@ -65,7 +65,7 @@ from ctrak_lightning.store import (
 )
 from ctrak_lightning.store.lock import WriterLock
 from ctrak_lightning.store.manifest import read_manifest
-from ctrak_lightning.tasks import Encoded, encode, name_of, task_modules
+from ctrak_lightning.tasks import DiffusionTask, Encoded, encode, name_of, task_modules
 from ctrak_lightning.utilities.memory import RowLimit
 from ctrak_lightning.utilities.processes import ALONE, Processes
 from ctrak_lightning.utilities.rng import isolated_rng
@@ -122,7 +122,7 @@ class Capture:
         self,
         path: str,
         owner: nn.Module,
-        task: Any,
+        task: DiffusionTask,
         batches: Iterable[Any],
         *,
         method: Method,
@@ -140,7 +140,7 @@ class Capture:
         lock: WriterLock | None = None,
     ) -> None:
         self.owner, self.task, self.method, self.tracer = owner, task, method, tracer
-        self.batches = numbered(batches, task.id_column) if hasattr(task, "id_column") else batches
+        self.batches = numbered(batches, task.id_column) if task.id_column is not None else batches
         self.seed, self.device, self.progress = seed, torch.device(device), progress
         self._row_limit = RowLimit(rows_at_once)
         self._processes = processes
@@ -494,11 +494,9 @@ class Capture:
 
     def _pictures(self, batch: Any, encoded: Encoded) -> Tensor | None:
         """What a person may be shown of a batch: its own images where the task has them, for
-        decoding is dear and inexact."""
-        own: Tensor | None = self.task.pictures(batch) if hasattr(self.task, "pictures") else None
-        if own is not None:
-            return own
-        return self.task.decode(encoded.latents) if hasattr(self.task, "decode") else None
+        decoding is expensive and inexact."""
+        own = self.task.pictures(batch)
+        return self.task.decode(encoded.latents) if own is None else own
 
     def _encode(self, batch: Any) -> Encoded:
         return encode(self.task, _to(batch, self.device))

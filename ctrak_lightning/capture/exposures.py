@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.errors import BatchError
-from ctrak_lightning.tasks import named_samples
+from ctrak_lightning.tasks import DiffusionTask, named_samples
 from ctrak_lightning.tasks.base import plain_ids
 from ctrak_lightning.utilities.processes import ALONE, Processes
 
@@ -170,7 +170,7 @@ class BatchIds:
         task: a DiffusionTask.
     """
 
-    def __init__(self, task: Any) -> None:
+    def __init__(self, task: DiffusionTask) -> None:
         self._task = task
         self._fields: list[Any] | None = None
 
@@ -196,8 +196,9 @@ class BatchIds:
         """
         if batch is None:
             return []
-        if hasattr(self._task, "sample_ids"):
-            return named_samples(self._task, batch)
+        ids = named_samples(self._task, batch)
+        if ids is not None:
+            return ids
         field = self._field()
         try:
             return plain_ids(batch[field])
@@ -206,7 +207,7 @@ class BatchIds:
 
     def _field(self) -> Any:
         """Its key or position in a batch."""
-        fields, column = self._fields or [], getattr(self._task, "id_column", None)
+        fields, column = self._fields or [], self._task.id_column
         if column in fields:
             return column
         if column is not None or not fields:

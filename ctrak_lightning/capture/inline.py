@@ -365,12 +365,13 @@ class InlineCapture(Capture):
             )
 
     def _sample_ids(self, batch: Any) -> list[str]:
-        if not hasattr(self.task, "sample_ids"):
-            # `encode` may sample, and may hold layers that training changes: neither must reach the
-            # training step.
-            with isolated_rng(self.seed), self._tracing():
-                return encode(self.task, batch).sample_ids
-        return named_samples(self.task, batch)
+        ids = named_samples(self.task, batch)
+        if ids is not None:
+            return ids
+        # `encode` may sample, and may hold layers that training changes: neither must reach the
+        # training step.
+        with isolated_rng(self.seed), self._tracing():
+            return encode(self.task, batch).sample_ids
 
     def _note_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

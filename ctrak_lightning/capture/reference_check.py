@@ -19,7 +19,7 @@ from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import InTraining, Noised
 from ctrak_lightning.model.fingerprint import weights_digest
 from ctrak_lightning.model.weights import trained_parameters
-from ctrak_lightning.tasks import Encoded, encode, resolve_task, task_modules
+from ctrak_lightning.tasks import DiffusionTask, Encoded, encode, resolve_task, task_modules
 from ctrak_lightning.utilities.naming import parameters_of
 from ctrak_lightning.utilities.rng import isolated_rng
 
@@ -112,7 +112,7 @@ class _Trial:
 
     def __init__(
         self,
-        task: Any,
+        task: DiffusionTask,
         method: Method,
         projection: Projection,
         layers: Sequence[str] | None,
@@ -284,7 +284,7 @@ def _repeated(first: Tensor, second: Tensor) -> Check:
 
 
 @torch.no_grad()
-def _denoises(task: Any, encoded: Encoded) -> Check:
+def _denoises(task: DiffusionTask, encoded: Encoded) -> Check:
     """Whether the output, read as the scheduler says, tells noise from image: under a wrong
     ``prediction_type`` it does not."""
     name = "the network's output, read by the schedule, predicts the noise"
@@ -314,7 +314,7 @@ def _denoises(task: Any, encoded: Encoded) -> Check:
     )
 
 
-def _coverage(owner: nn.Module, task: Any, tracer: GradientTracer) -> Iterator[Check]:
+def _coverage(owner: nn.Module, task: DiffusionTask, tracer: GradientTracer) -> Iterator[Check]:
     inside = {id(parameter): name for name, parameter in parameters_of(task.denoiser).items()}
     trained = trained_parameters(owner)
     traced = set(tracer.parameter_names)

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from ctrak_lightning.gradients.checks import Cotangent, Forward
 from ctrak_lightning.methods.method import Method, Normalisation
 from ctrak_lightning.methods.objectives import Objective, Prediction, Side, Term
 from ctrak_lightning.methods.trajectories import State
-from ctrak_lightning.tasks import Condition, Encoded, select
+from ctrak_lightning.tasks import Condition, DiffusionTask, Encoded, select
 from ctrak_lightning.utilities.memory import RowLimit
 
 FAINT = 1e-3
@@ -62,7 +61,7 @@ class QueryTrace:
 
 
 def trace_batch(
-    task: Any,
+    task: DiffusionTask,
     tracer: GradientTracer,
     method: Method,
     encoded: Encoded,
@@ -93,7 +92,7 @@ def trace_batch(
 
 
 def _trace_rows(
-    task: Any, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
+    task: DiffusionTask, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
 ) -> Trace:
     states = _states(task, tracer, method, encoded, seed)
     features = torch.zeros(len(encoded.latents), tracer.dim)
@@ -107,7 +106,7 @@ def _trace_rows(
 
 
 def _states(
-    task: Any, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
+    task: DiffusionTask, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
 ) -> list[State]:
     with tracing_mode(tracer.module), torch.no_grad():
         trajectory = method.training_trajectory
@@ -117,7 +116,7 @@ def _states(
 
 
 def check_batch(
-    task: Any, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
+    task: DiffusionTask, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
 ) -> tuple[Trace, set[str]]:
     """The traces of a batch at the middle one of its states, whose rows are held against a pass for
     each sample alone.
@@ -143,7 +142,7 @@ def check_batch(
 
 
 def trace_query(
-    task: Any,
+    task: DiffusionTask,
     tracer: GradientTracer,
     method: Method,
     states: Sequence[State],
@@ -199,7 +198,7 @@ def trace_query(
 
 
 def _term(
-    task: Any,
+    task: DiffusionTask,
     tracer: GradientTracer,
     term: Term,
     state: State,
@@ -225,7 +224,7 @@ class _Evaluation:
 
     def __init__(
         self,
-        task: Any,
+        task: DiffusionTask,
         state: State,
         x0: Tensor,
         condition: Condition,
@@ -282,7 +281,7 @@ class _Evaluation:
 
 
 @torch.no_grad()
-def _noise_prediction(task: Any, state: State, condition: Condition) -> Tensor:
+def _noise_prediction(task: DiffusionTask, state: State, condition: Condition) -> Tensor:
     e: Tensor = task.noise_schedule.epsilon(
         task.predict(state.x_t, state.t, condition), state.x_t, state.t
     )

@@ -20,7 +20,7 @@ from ctrak_lightning.errors import TrialError
 from ctrak_lightning.gradients import GradientTracer
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import InTraining, Noised
-from ctrak_lightning.tasks import Condition, Encoded, Spec, Wrapped, name_of
+from ctrak_lightning.tasks import Condition, DiffusionTask, Encoded, Spec, Wrapped, name_of
 from ctrak_lightning.utilities.memory import RowLimit, is_out_of_memory
 
 SAMPLES = 2
@@ -71,7 +71,7 @@ def first_samples(batches: Iterable[Encoded]) -> Encoded | None:
 
 
 def try_samples(
-    task: Any,
+    task: DiffusionTask,
     tracer: GradientTracer,
     method: Method,
     samples: Encoded,
@@ -148,7 +148,7 @@ def refuse_undescribed(method: Method) -> None:
         )
 
 
-def refuse_without_condition(task: Any, method: Method, samples: Encoded) -> None:
+def refuse_without_condition(task: DiffusionTask, method: Method, samples: Encoded) -> None:
     """Refuses a method whose questions compare two conditions, of a model that has none.
 
     Raises:
@@ -168,7 +168,7 @@ def refuse_without_condition(task: Any, method: Method, samples: Encoded) -> Non
     )
 
 
-def conditions_of(task: Any, question: Question) -> dict[str, Condition]:
+def conditions_of(task: DiffusionTask, question: Question) -> dict[str, Condition]:
     """The conditions of a question, one row each: ``present``, ``absent``, and ``null`` where its
     image is generated with guidance.
 
@@ -201,7 +201,7 @@ def conditions_of(task: Any, question: Question) -> dict[str, Condition]:
 
 
 def try_questions(
-    task: Any,
+    task: DiffusionTask,
     tracer: GradientTracer,
     method: Method,
     samples: Encoded,
@@ -225,9 +225,8 @@ def try_questions(
         )
         sides = {"present": first["present"], "absent": first["absent"]}
         trace_query(watched, tracer, method, states, one.latents, sides)  # type: ignore[arg-type]
-        if hasattr(watched, "decode"):
-            with torch.no_grad():
-                watched.decode(one.latents)
+        with torch.no_grad():
+            watched.decode(one.latents)
 
 
 class Watched(Wrapped):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.errors import InversionError
-from ctrak_lightning.tasks import Condition
+from ctrak_lightning.schedules import Schedule
+from ctrak_lightning.tasks import Condition, DiffusionTask
 from ctrak_lightning.utilities.naming import place_of
 from ctrak_lightning.utilities.rng import seeded_noise
 
@@ -51,7 +52,12 @@ class Trajectory(ABC):
 
     @abstractmethod
     def states(
-        self, task: Any, latents: Tensor, condition: Condition, sample_ids: Sequence[str], seed: int
+        self,
+        task: DiffusionTask,
+        latents: Tensor,
+        condition: Condition,
+        sample_ids: Sequence[str],
+        seed: int,
     ) -> Iterator[State]:
         """Yields the states of clean ``latents`` [B, ...] under their own ``condition``."""
 
@@ -79,7 +85,12 @@ class Noised(Trajectory):
     end: float = 1.0
 
     def states(
-        self, task: Any, latents: Tensor, condition: Condition, sample_ids: Sequence[str], seed: int
+        self,
+        task: DiffusionTask,
+        latents: Tensor,
+        condition: Condition,
+        sample_ids: Sequence[str],
+        seed: int,
     ) -> Iterator[State]:
         for timestep in task.noise_schedule.even_timesteps(self.timesteps, self.start, self.end):
             keys = [""] if self.shared_noise else sample_ids
@@ -116,7 +127,12 @@ class Inverted(Trajectory):
             )
 
     def states(
-        self, task: Any, latents: Tensor, condition: Condition, sample_ids: Sequence[str], seed: int
+        self,
+        task: DiffusionTask,
+        latents: Tensor,
+        condition: Condition,
+        sample_ids: Sequence[str],
+        seed: int,
     ) -> Iterator[State]:
         grid = task.noise_schedule.even_timesteps(self.steps)
         used = {grid[i] for i in _evenly(self.steps, self.timesteps or self.steps)}
@@ -144,7 +160,12 @@ class InTraining(Trajectory):
     """
 
     def states(
-        self, task: Any, latents: Tensor, condition: Condition, sample_ids: Sequence[str], seed: int
+        self,
+        task: DiffusionTask,
+        latents: Tensor,
+        condition: Condition,
+        sample_ids: Sequence[str],
+        seed: int,
     ) -> Iterator[State]:
         raise TypeError(
             "InTraining() has no states of its own: they pass by while the model trains. HINT: "
@@ -163,7 +184,12 @@ class Generated(Trajectory):
     timesteps: int | None = None
 
     def states(
-        self, task: Any, latents: Tensor, condition: Condition, sample_ids: Sequence[str], seed: int
+        self,
+        task: DiffusionTask,
+        latents: Tensor,
+        condition: Condition,
+        sample_ids: Sequence[str],
+        seed: int,
     ) -> Iterator[State]:
         raise TypeError(
             "Generated() gives the states of a generation; a stored image has none. HINT: use "
@@ -226,7 +252,7 @@ class Sampler:
 
     @torch.no_grad()
     def run(
-        self, task: Any, noise: Tensor, condition: Condition, null: Condition | None
+        self, task: DiffusionTask, noise: Tensor, condition: Condition, null: Condition | None
     ) -> Generation:
         """Denoises ``noise`` [B, ...] under ``condition``; ``null`` is the unconditional side of
         the guidance, if there is any."""
@@ -253,15 +279,20 @@ class Sampler:
 
 
 def guided_output(
-    task: Any, x: Tensor, t: Tensor, condition: Condition, null: Condition | None, guidance: float
+    task: DiffusionTask,
+    x: Tensor,
+    t: Tensor,
+    condition: Condition,
+    null: Condition | None,
+    guidance: float,
 ) -> Tensor:
     """The network's output [B, ...] under classifier-free guidance."""
     # Guidance acts on the raw output: every parameterization is affine in it, and at zero signal it
     # is all that is defined.
-    output: Tensor = task.predict(x, t, condition)
+    output = task.predict(x, t, condition)
     if guidance == 1.0 or null is None:
         return output
-    unconditional: Tensor = task.predict(x, t, null)
+    unconditional = task.predict(x, t, null)
     return unconditional + guidance * (output - unconditional)
 
 
@@ -281,7 +312,11 @@ ITERATIONS = 4
 
 @torch.no_grad()
 def inverted(
-    sampler: Sampler, task: Any, latents: Tensor, condition: Condition, null: Condition | None
+    sampler: Sampler,
+    task: DiffusionTask,
+    latents: Tensor,
+    condition: Condition,
+    null: Condition | None,
 ) -> Generation:
     """Runs a sampler backwards: DDIM inversion (eta = 0; Song et al. 2021, arXiv 2010.02502), of a
     flow Euler's method backwards, on the sampler's own timesteps and under its guidance.
@@ -305,14 +340,14 @@ def inverted(
     schedule = task.noise_schedule
     grid = schedule.sampling_timesteps(sampler.steps)
     _check(schedule, grid)
-    x, e, states = latents, None, list[State]()
+    x, e, states = latents, torch.zeros_like(latents), list[State]()
     ends = schedule.sampling_levels(sampler.steps)
     for timestep, (before, noise_before) in zip(reversed(grid), reversed(ends), strict=True):
         a, s = schedule.level(timestep)
         if a == 0:
             break
         t, clean = repeated(timestep, x), x
-        if e is not None:
+        if states:
             x = a / before * (clean - noise_before * e) + s * e
         for _ in range(ITERATIONS):
             output = guided_output(task, x, t, condition, null, sampler.guidance)
@@ -327,7 +362,7 @@ def inverted(
     return Generation(states[::-1], latents)
 
 
-def _check(schedule: Any, grid: list[Any]) -> None:
+def _check(schedule: Schedule, grid: Sequence[float]) -> None:
     kind = f"{type(schedule).__name__}({schedule.to_dict()['prediction_type']})"
     if schedule.clip is not None:
         raise InversionError(

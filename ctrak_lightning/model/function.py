@@ -13,7 +13,7 @@ from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.gradients import tracing_mode
 from ctrak_lightning.methods.trajectories import repeated
 from ctrak_lightning.store.sections import Function
-from ctrak_lightning.tasks import Condition, Spec, name_of, task_modules
+from ctrak_lightning.tasks import Condition, DiffusionTask, Spec, name_of, task_modules
 from ctrak_lightning.utilities.rng import isolated_rng, seeded_noise
 
 VALUES, SPECS = 8, 32
@@ -23,7 +23,7 @@ PROMPTS = ("a red house beside the sea", "portrait of a cat, oil painting")
 _NUMBERS = 4
 
 
-def conditions_of(task: Any) -> tuple[Tensor | None, int]:
+def conditions_of(task: DiffusionTask) -> tuple[Tensor | None, int]:
     """Random projections of ``task.condition(spec, 1)`` for fixed specs, one row for each of the
     condition's T tensors, float32 [T, K] (None where the task takes no such specs), and how many
     specs they were chosen from.
@@ -47,12 +47,13 @@ def conditions_of(task: Any) -> tuple[Tensor | None, int]:
     return (None, 0) if found is None or not found.isfinite().all() else (found, count)
 
 
-def specs_of(task: Any) -> tuple[list[Spec], int]:
+def specs_of(task: DiffusionTask) -> tuple[list[Spec], int]:
     """Some specs that a task may take, which may be wrong of prompts, and how many they were chosen
     from."""
-    if not hasattr(task, "known_attributes"):
+    attributes = task.known_attributes()
+    if attributes is None:
         return list(PROMPTS), len(PROMPTS)
-    known = {name: sorted(values) for name, values in sorted(task.known_attributes().items())}
+    known = {name: sorted(values) for name, values in sorted(attributes.items())}
     some: list[Spec] = [
         {name: value}
         for name, values in known.items()
@@ -98,7 +99,7 @@ class Fixed(NamedTuple):
     error: Exception | None = None
 
 
-def fixed_condition(task: Any) -> Fixed:
+def fixed_condition(task: DiffusionTask) -> Fixed:
     """Of one row. The spec is known by its place and not by name, as in
     :func:`~ctrak_lightning.model.function.conditions_of`."""
     with isolated_rng(0), torch.no_grad():
@@ -111,7 +112,7 @@ def fixed_condition(task: Any) -> Fixed:
                 return Fixed(None, error)
 
 
-def function_of(task: Any, latent_shape: Sequence[int]) -> Function | None:
+def function_of(task: DiffusionTask, latent_shape: Sequence[int]) -> Function | None:
     """What a task's network answers to fixed noise, in the state in which it is traced, and what
     its conditions are; None where there is no condition to ask it under.
 
@@ -142,7 +143,10 @@ def function_of(task: Any, latent_shape: Sequence[int]) -> Function | None:
 
 
 def outputs_under(
-    task: Any, latent_shape: Sequence[int], condition: Condition, timesteps: int = TIMESTEPS
+    task: DiffusionTask,
+    latent_shape: Sequence[int],
+    condition: Condition,
+    timesteps: int = TIMESTEPS,
 ) -> Tensor:
     """The network's outputs for noise at timesteps spread over the schedule, float32 [S, M], under
     the condition of one sample."""
@@ -167,7 +171,7 @@ def outputs_under(
 
 
 def refuse_another_function(
-    stored: Function, task: Any, latent_shape: Sequence[int], step: int
+    stored: Function, task: DiffusionTask, latent_shape: Sequence[int], step: int
 ) -> None:
     """Raises a StoreMismatchError if the network, with a checkpoint's weights, is another function
     than when it was traced.
@@ -219,7 +223,9 @@ def _noise_like(condition: Condition) -> Condition | None:
     return condition | replaced if replaced else None
 
 
-def _if_possible(task: Any, latent_shape: Sequence[int], condition: Condition) -> list[Tensor]:
+def _if_possible(
+    task: DiffusionTask, latent_shape: Sequence[int], condition: Condition
+) -> list[Tensor]:
     """The outputs, or nothing, with a warning, where they cannot be computed."""
     try:
         outputs = outputs_under(task, latent_shape, condition)
@@ -238,7 +244,7 @@ def _if_possible(task: Any, latent_shape: Sequence[int], condition: Condition) -
     return []
 
 
-def _timesteps(task: Any, count: int = TIMESTEPS) -> list[float]:
+def _timesteps(task: DiffusionTask, count: int = TIMESTEPS) -> list[float]:
     schedule = task.noise_schedule
     timesteps: list[float] = schedule.even_timesteps(min(count, len(schedule)))
     return timesteps

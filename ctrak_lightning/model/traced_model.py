@@ -5,7 +5,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from ctrak_lightning.model.function import (
 )
 from ctrak_lightning.model.weights import Trained, loaded
 from ctrak_lightning.store import CheckpointWriter
-from ctrak_lightning.tasks import Encoded, name_of, task_modules
+from ctrak_lightning.tasks import DiffusionTask, Encoded, name_of, task_modules
 from ctrak_lightning.utilities.processes import Processes
 
 Weights = Literal["raw", "ema"]
@@ -49,7 +49,7 @@ class TracedModel:
     def __init__(
         self,
         owner: nn.Module,
-        task: Any,
+        task: DiffusionTask,
         optimizers: Sequence[Optimizer],
         *,
         weights: Weights,
@@ -199,10 +199,9 @@ class TracedModel:
             ):
                 if each is not None:
                     outputs_under(self._task, self._latent_shape, each, timesteps)
-            if hasattr(self._task, "decode"):
-                # What a report shows; a store without thumbnails does not need it.
-                with suppress(Exception):
-                    self._task.decode(encoded.latents)
+            # What a report shows; a store without thumbnails does not need it.
+            with suppress(Exception):
+                self._task.decode(encoded.latents)
         return parts_of(self._owner, self._used, self.trained.names)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -20,6 +19,7 @@ from ctrak_lightning.errors import GradientError, visible
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import Sampler
 from ctrak_lightning.store import IncompleteStoreWarning, TraceStore
+from ctrak_lightning.tasks import DiffusersTask, DiffusionTask
 from ctrak_lightning.utilities.rng import isolated_rng
 
 
@@ -72,7 +72,11 @@ class Watch:
         self._told: set[str] = set()
 
     def ask(
-        self, path: str | Path, module: nn.Module, task: Any = None, method: Method | None = None
+        self,
+        path: str | Path,
+        module: nn.Module,
+        task: DiffusersTask | DiffusionTask | None = None,
+        method: Method | None = None,
     ) -> tuple[TraceStore, list[Answer]]:
         """Generates the images under the weights of the store's last checkpoint, and asks all of
         its checkpoints.

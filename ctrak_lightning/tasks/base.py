@@ -1,9 +1,10 @@
 """How a model is addressed: the seam between this library and a user's LightningModule."""
 
-from collections.abc import Callable, Iterable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -65,44 +66,8 @@ def plain_id(value: Any) -> str:
     )
 
 
-class Wrapped:
-    """Calls ``members`` of a task by :meth:`call`; whatever else the task has is its own.
-
-    Args:
-        task: a DiffusionTask.
-    """
-
-    members: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self, task: Any) -> None:
-        self.wrapped = task
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(object.__getattribute__(self, "wrapped"), name)
-        return (
-            partial(self.call, name, value) if name in self.members and callable(value) else value
-        )
-
-    def call(self, name: str, member: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the member of this name gives."""
-        raise NotImplementedError
-
-
-def unwrapped(task: Any) -> Any:
-    """The task itself, where it is wrapped."""
-    while isinstance(task, Wrapped):
-        task = task.wrapped
-    return task
-
-
-def name_of(task: Any) -> str:
-    """The name of a task's own class, for messages."""
-    return type(unwrapped(task)).__name__
-
-
 Condition = dict[str, Tensor]
 Spec = Mapping[str, str] | str
-MEMBERS = ("denoiser", "noise_schedule", "encode", "condition")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,69 +115,177 @@ class Encoded:
 
 
 class DiffusionTask:
-    """What a LightningModule must offer to be traced. Inherit from it (before ``LightningModule``)
-    for the defaults.
+    """What a LightningModule must offer to be traced: inherit from it, before ``LightningModule``.
 
-    A task has these members:
-
-    - ``denoiser``: the ``nn.Module`` whose trainable parameters are traced;
-    - ``noise_schedule``: a :class:`~ctrak_lightning.NoiseSchedule` or ``FlowSchedule``, from
-      ``NoiseSchedule.from_scheduler``;
-    - ``encode(batch) -> Encoded``: clean latents, condition and sample ids of a batch;
-    - ``condition(spec, n) -> dict[str, Tensor]``: the condition of a concept's ``present`` or
-      ``absent`` (a mapping of attributes, or a prompt), repeated ``n`` times; what the spec does
-      not name is dropped, so ``{}`` is the null condition;
-    - ``predict(x_t, t, condition)``: the network's output; the default calls ``denoiser`` as
-      diffusers' models are called;
-    - ``sample_ids(batch) -> list[str]``: the ids that ``encode(batch)`` gives, optional, for tasks
-      whose ``encode`` is dear (a VAE): tracing inside training steps asks for the ids of every
-      batch;
-    - ``id_column``: the key of the ids in a batch, optional: samples of a data set whose batches
-      lack it are then numbered;
-    - ``check_concept(name, present, absent)``: raises an error for a concept that cannot be asked,
-      optional;
-    - ``decode(latents)``: images [B, 3, H, W] in [0, 1], optional, for thumbnails and reports;
-    - ``pictures(batch)``: the batch's own images [B, 3, H, W] in [0, 1], or None if it has none,
-      optional, for thumbnails of training images without ``decode``;
-    - ``latents(images)``: clean latents [B, ...] of images [B, 3, H, W] in [-1, 1], optional, for
-      questions about images that were not generated here;
-    - ``latent_mask(mask)``: a mask [H, W] of an image as weights of its latents, optional, for
-      questions about a part of an image where latents are not [C, h, w] with the image's
-      proportions;
-    - ``known_attributes()``: the values each attribute of a spec may take, optional, for error
-      messages, and by their conditions a question notices another label map or tokenizer.
+    ``denoiser``, ``noise_schedule``, :meth:`encode` and :meth:`condition` are yours to define. The
+    other members have defaults: what answers None is something that the task cannot do, and each
+    says who asks for it.
     """
 
     denoiser: nn.Module
+    """The network whose trainable parameters are traced."""
     noise_schedule: Schedule
+    """Its noise levels: ``NoiseSchedule.from_scheduler(scheduler)``."""
+    id_column: str | None = None
+    """The key of the ids in a batch. Where it is named, samples whose batches lack it are numbered
+    by their place in the data set."""
+
+    @abstractmethod
+    def encode(self, batch: Any) -> Encoded:
+        """Clean latents, condition and sample ids of a batch."""
+        raise NotImplementedError(f"{type(self).__name__}.encode(batch) -> Encoded")
+
+    @abstractmethod
+    def condition(self, spec: Spec, n: int) -> Condition:
+        """The network's keyword arguments, each [n, ...], for a concept's ``present`` or ``absent``
+        (a mapping of attributes, or a prompt), ``n`` times. What the spec does not name is dropped,
+        so ``{}`` is the null condition.
+
+        Raises:
+            ConceptError: the spec is none that the network knows.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.condition(spec, n) -> dict[str, Tensor]")
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's output [B, ...] for states ``x_t`` [B, ...] at timesteps ``t`` [B]."""
+        """The network's output [B, ...] for states ``x_t`` [B, ...] at timesteps ``t`` [B]. The
+        default calls ``denoiser`` as diffusers' models are called."""
         output: Tensor = self.denoiser(x_t, t, return_dict=False, **condition)[0]
         return output
 
+    def sample_ids(self, batch: Any) -> list[str] | None:
+        """The B ids that ``encode(batch)`` gives, without encoding: tracing inside training steps
+        and counting exposures ask for those of every batch. None: they are read off ``encode``."""
+        return None
 
-def resolve_task(candidate: Any, description: Any = None) -> Any:
+    def decode(self, latents: Tensor) -> Tensor | None:
+        """Images [B, 3, H, W] in [0, 1] of latents [B, ...], for thumbnails and reports. None:
+        there are none to show."""
+        return None
+
+    def pictures(self, batch: Any) -> Tensor | None:
+        """A batch's own images [B, 3, H, W] in [0, 1], for thumbnails of training images, which
+        need no :meth:`decode` then. None: the batch has none."""
+        return None
+
+    def latents(self, images: Tensor) -> Tensor | None:
+        """Clean latents [B, ...] of images [B, 3, H, W] in [-1, 1], as ``encode`` makes them, for
+        questions about images that were not generated here. None: such questions are refused."""
+        return None
+
+    def latent_mask(self, mask: Tensor) -> Tensor | None:
+        """Weights, of a latent's shape or what broadcasts to it, for a mask [H, W] of its image,
+        for questions about a part of an image. None: of latents [C, h, w] with the image's
+        proportions, the mean of the mask over what each position covers."""
+        return None
+
+    def known_attributes(self) -> Mapping[str, Collection[str]] | None:
+        """The values that each attribute of a spec may take, for messages; by their conditions a
+        question notices another label map or tokenizer. None: specs are prompts, or anything."""
+        return None
+
+    def check_concept(self, name: str, present: Spec, absent: Spec) -> None:
+        """Called before a concept is asked.
+
+        Raises:
+            ConceptError: it cannot be.
+        """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # A default hides nothing that the class has from elsewhere: a module that was there before
+        # may be listed after this class, with a `decode` of its own.
+        others = cls.__mro__[cls.__mro__.index(DiffusionTask) + 1 :]
+        for name in _YIELDING:
+            if getattr(cls, name) is vars(DiffusionTask)[name]:
+                found = [vars(other)[name] for other in others if name in vars(other)]
+                if found:
+                    setattr(cls, name, found[0])
+
+
+_YIELDING = {name for name in vars(DiffusionTask) if not name.startswith("_")} - {"predict"}
+MEMBERS = frozenset(DiffusionTask.__annotations__) | _YIELDING | {"predict"}
+"""The names of a task's members."""
+_REQUIRED = ("denoiser", "noise_schedule", "encode", "condition")
+
+
+class Wrapped(DiffusionTask):
+    """A task that is another one, whose ``members`` are called by :meth:`call`. Of a class that
+    offers the members without being a DiffusionTask, it has the defaults of those that are missing.
+
+    Args:
+        task: a DiffusionTask, or what is used as one.
+    """
+
+    members: ClassVar[tuple[str, ...]] = ()
+    encode: Any
+    condition: Any
+
+    def __init__(self, task: Any) -> None:
+        self.wrapped = task
+
+    def __getattribute__(self, name: str) -> Any:
+        if name not in MEMBERS:
+            return super().__getattribute__(name)
+        try:
+            value = getattr(self.wrapped, name)
+        except AttributeError:
+            if isinstance(self.wrapped, DiffusionTask):
+                raise
+            return super().__getattribute__(name)
+        return (
+            partial(self.call, name, value) if name in self.members and callable(value) else value
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "wrapped"), name)
+
+    def call(self, name: str, member: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the member of this name gives."""
+        raise NotImplementedError
+
+
+def unwrapped(task: Any) -> Any:
+    """The task itself, where it is wrapped."""
+    while isinstance(task, Wrapped):
+        task = task.wrapped
+    return task
+
+
+def name_of(task: DiffusionTask) -> str:
+    """The name of a task's own class, for messages."""
+    return type(unwrapped(task)).__name__
+
+
+@runtime_checkable
+class Description(Protocol):
+    """What says how a module is addressed, as :class:`~ctrak_lightning.DiffusersTask` does."""
+
+    def bind(self, module: Any) -> DiffusionTask:
+        """The task of a module."""
+
+
+def resolve_task(candidate: object, description: object = None) -> DiffusionTask:
     """The DiffusionTask of a module.
 
     Args:
         candidate: a module that is a DiffusionTask, or carries one as its attribute ``task``.
         description: what says how another module is addressed: a
             :class:`~ctrak_lightning.DiffusersTask`, bound to ``candidate`` here, or a
-            DiffusionTask.
+            DiffusionTask. A class that has the members need not inherit.
 
     Raises:
         TaskError: there is none, and the message names the missing members; or the description does
             not fit.
     """
-    carried: Any = getattr(candidate, "task", None) if description is None else description
-    if hasattr(carried, "bind"):
+    carried = getattr(candidate, "task", None) if description is None else description
+    if isinstance(carried, Description):
         carried = carried.bind(candidate)
-    task = candidate if carried is None else carried
-    missing = [name for name in (*MEMBERS, "predict") if not hasattr(task, name)]
+    found = candidate if carried is None else carried
+    task = found if isinstance(found, DiffusionTask) else Wrapped(found)
+    missing = [name for name in (*_REQUIRED, "predict") if _lacks(found, name)]
     if missing:
         raise TaskError(
-            f"{type(task).__name__} is no DiffusionTask: it lacks {', '.join(missing)}. HINT: let "
+            f"{type(found).__name__} is no DiffusionTask: it lacks {', '.join(missing)}. HINT: let "
             "the module inherit from ctrak_lightning.DiffusionTask and define denoiser, "
             "noise_schedule, encode(batch) and condition(spec, n); predict has a default. A "
             "module that holds the parts of a diffusers model needs none of that: "
@@ -220,29 +293,31 @@ def resolve_task(candidate: Any, description: Any = None) -> Any:
         )
     if not isinstance(task.denoiser, nn.Module):
         raise TaskError(
-            f"{type(task).__name__}.denoiser is {type(task.denoiser).__name__}, expected an "
-            "nn.Module."
+            f"{name_of(task)}.denoiser is {type(task.denoiser).__name__}, expected an nn.Module."
         )
     if not isinstance(task.noise_schedule, Schedule):
         raise TaskError(
-            f"{type(task).__name__}.noise_schedule is {type(task.noise_schedule).__name__}, "
+            f"{name_of(task)}.noise_schedule is {type(task.noise_schedule).__name__}, "
             "expected a NoiseSchedule. HINT: NoiseSchedule.from_scheduler(scheduler)."
         )
     return task
 
 
-def task_modules(task: Any) -> list[nn.Module]:
+def _lacks(found: object, name: str) -> bool:
+    return not hasattr(found, name) or getattr(getattr(found, name), "__isabstractmethod__", False)
+
+
+def task_modules(task: DiffusionTask) -> list[nn.Module]:
     """The modules that a task computes with: itself, if it is one, or those that it holds, which
     need not be part of the module that trains."""
-    task = unwrapped(task)
-    if isinstance(task, nn.Module):
-        return [task]
-    return [
-        value for value in getattr(task, "__dict__", {}).values() if isinstance(value, nn.Module)
-    ]
+    own = unwrapped(task)
+    if isinstance(own, nn.Module):
+        return [own]
+    held = getattr(own, "__dict__", {}).values()
+    return [value for value in held if isinstance(value, nn.Module)]
 
 
-def encode(task: Any, batch: Any) -> Encoded:
+def encode(task: DiffusionTask, batch: Any) -> Encoded:
     """``task.encode(batch)`` without gradient, with a batch that lacks fields reported as such.
 
     Raises:
@@ -261,19 +336,20 @@ def encode(task: Any, batch: Any) -> Encoded:
     return encoded
 
 
-def named_samples(task: Any, batch: Any) -> list[str]:
-    """``task.sample_ids(batch)``, with a batch that lacks fields reported as such.
+def named_samples(task: DiffusionTask, batch: Any) -> list[str] | None:
+    """``task.sample_ids(batch)`` as text, with a batch that lacks fields reported as such.
 
     Raises:
         BatchError: a field is missing.
     """
     try:
-        return plain_ids(task.sample_ids(batch))
+        ids = task.sample_ids(batch)
     except KeyError as error:
         raise _missing_field(task, "sample_ids", batch, error) from error
+    return None if ids is None else plain_ids(ids)
 
 
-def _missing_field(task: Any, call: str, batch: Any, error: KeyError) -> BatchError:
+def _missing_field(task: DiffusionTask, call: str, batch: Any, error: KeyError) -> BatchError:
     fields = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
     return BatchError(
         f"{name_of(task)}.{call}(batch) asked for {error}, and the batch has {fields}. "

@@ -1,6 +1,6 @@
 """PipelineTask: a diffusers pipeline as a DiffusionTask."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self
 
@@ -158,6 +158,7 @@ class PipelineTask(DiffusionTask, nn.Module):
     ) -> None:
         super().__init__()
         self._names = self._columns(batch or {})
+        self.id_column = self._names["sample_id"]
         self._check_parts(pipeline, set((batch or {}).values()))
         self.pipeline = pipeline
         self.denoiser = getattr(pipeline, self.denoiser_part)
@@ -271,16 +272,11 @@ class PipelineTask(DiffusionTask, nn.Module):
         latents: Tensor = (z - shift) * scaling
         return latents.to(self.dtype)
 
-    @property
-    def decode(self) -> Callable[[Tensor], Tensor]:
-        """``decode(latents)``: latents [B, C, h, w] to images [B, 3, H, W] in [0, 1]; without a VAE
-        there is no such attribute."""
-        if "vae" in self.frozen_parts and "vae" not in self.parts:
-            raise AttributeError("decode")
-        return self._decode
-
     @torch.no_grad()
-    def _decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor | None:
+        """Latents [B, C, h, w] to images [B, 3, H, W] in [0, 1]; None without a VAE."""
+        if "vae" not in self.parts:
+            return None
         # One at a time: a VAE needs much memory.
         vae: Any = self.vae
         shift, scaling = self._vae_factors()
@@ -305,11 +301,6 @@ class PipelineTask(DiffusionTask, nn.Module):
             return height * scale, width * scale
         height, width = self.column(batch, "image").shape[-2:]
         return height, width
-
-    @property
-    def id_column(self) -> str:
-        """The dataset's name of the column of ids; samples of batches without it are numbered."""
-        return self._names["sample_id"]
 
     def in_evaluation(self, *parts: str) -> AbstractContextManager[None]:
         """Evaluation mode for parts that another module has in another mode."""

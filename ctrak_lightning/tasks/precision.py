@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from ctrak_lightning.tasks.base import Wrapped
+from ctrak_lightning.tasks.base import DiffusionTask, Wrapped
 
 
 class InPrecision(Wrapped):
@@ -26,7 +26,10 @@ class InPrecision(Wrapped):
     members = ("encode", "condition", "predict", "decode", "latents")
 
     def __init__(
-        self, task: Any, dtype: torch.dtype, convert: Callable[[Any], Any] | None = None
+        self,
+        task: DiffusionTask,
+        dtype: torch.dtype,
+        convert: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__(task)
         self._dtype, self._convert = dtype, convert
@@ -39,7 +42,7 @@ class InPrecision(Wrapped):
             return member(*args, **kwargs)
 
 
-def in_own_precision(task: Any) -> Any:
+def in_own_precision(task: DiffusionTask) -> DiffusionTask:
     """A task that makes tensors of its denoiser's dtype, where that has one and it is another than
     float32: so they were when it was trained with ``Trainer(precision="bf16-true")``, say."""
     dtypes = {value.dtype for value in task.denoiser.parameters() if value.is_floating_point()}

@@ -59,7 +59,7 @@ def training_step(subject: Subject) -> None:
 
 
 def traced(subject: Subject, tracer: GradientTracer) -> None:
-    trace_batch(subject, tracer, methods.concept_trak(1), subject.encoded(), 0)
+    trace_batch(subject, tracer, methods.concept_trak(1), subject.encode(), 0)
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:

@@ -80,7 +80,7 @@ class Subject(DiffusionTask, nn.Module):
         self.x0 = torch.randn(len(next(iter(condition.values()))), *latent)
         # The very state that a trace looks at.
         trajectory = POSTERIOR.training_trajectory
-        [state] = trajectory.states(self, self.x0, condition, self.encoded().sample_ids, 0)
+        [state] = trajectory.states(self, self.x0, condition, self.encode().sample_ids, 0)
         self.x_t, self.t = state.x_t, state.t
 
     def on(self, device: torch.device) -> "Subject":
@@ -89,7 +89,7 @@ class Subject(DiffusionTask, nn.Module):
         self.given = {name: value.to(device) for name, value in self.given.items()}
         return self.to(device)
 
-    def encoded(self) -> Encoded:
+    def encode(self, batch: Any = None) -> Encoded:
         return Encoded(
             latents=self.x0, condition=self.given, sample_ids=[str(i) for i in range(len(self.x0))]
         )
@@ -211,7 +211,7 @@ def traced(
     subject: Subject, tracer: GradientTracer, method: Method = POSTERIOR, rows: int | None = None
 ) -> Trace:
     """A trace of the batch, ``rows`` samples at a time."""
-    return trace_batch(subject, tracer, method, subject.encoded(), 0, RowLimit(rows))
+    return trace_batch(subject, tracer, method, subject.encode(), 0, RowLimit(rows))
 
 
 def functional(subject: Subject) -> Tensor:

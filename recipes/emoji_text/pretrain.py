@@ -273,7 +273,9 @@ def draw(path: Path, text: Path) -> None:
     parts = [task.condition(caption(BOTH[0], *pair), 1) for pair in pairs]
     condition = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
     generation = Sampler(steps=20, guidance=2.5).run(task, noise, condition, task.condition({}, len(pairs)))
-    generated = task.decode(generation.latents).view(len(names), len(artists), 3, 32, 32)
+    images = task.decode(generation.latents)
+    assert images is not None
+    generated = images.view(len(names), len(artists), 3, 32, 32)
     real = ((EmojiPairs(emoji, pairs).images + 1) / 2).view_as(generated)
     image_grid(path, torch.cat([generated, real], 1).flatten(0, 1), columns=2 * len(artists))
 

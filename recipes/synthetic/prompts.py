@@ -55,7 +55,9 @@ class PromptedSynthetic(L.LightningModule):
         return self.task.predict(x_t, t, condition)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.task.decode(latents)
+        images = self.task.decode(latents)
+        assert images is not None
+        return images
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         loss = clean_image_loss(self.task, {**batch, "prompt": self._shortened(batch)})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctrak_lightning import Attributor, Concept, GradientTracer, Projection
+from ctrak_lightning import Attributor, Concept, DiffusionTask, GradientTracer, Projection
 from ctrak_lightning.attribution.query import weights_of
 from ctrak_lightning.capture.trace import trace_query
 from ctrak_lightning.errors import ConceptError, TaskError
@@ -238,17 +238,17 @@ def test_masks_become_weights_of_latents() -> None:
     mask[:4, :4] = 1
     mask[4:, 8:10] = 1
     masked = asked(RED, mask=mask)
-    found = weights_of(object(), [masked, RED], like)
+    found = weights_of(DiffusionTask(), [masked, RED], like)
     assert found is not None
     assert found[0].tolist() == [[[1, 0, 0, 0], [0, 0, 0.5, 0]]] * 3
     assert torch.equal(found[1], torch.ones(3, 2, 4))
-    assert weights_of(object(), [RED, BAR], like) is None
+    assert weights_of(DiffusionTask(), [RED, BAR], like) is None
     for wrong in (mask[:, :8], mask.T, mask[::8, ::8]):
         with pytest.raises(ConceptError, match=r"whose latents are \[2, 4\].*HINT"):
-            weights_of(object(), [asked(RED, mask=wrong)], like[:1])
+            weights_of(DiffusionTask(), [asked(RED, mask=wrong)], like[:1])
     packed = torch.zeros(1, 8, 5)  # positions, channels
 
-    class Packing:
+    class Packing(DiffusionTask):
         def latent_mask(self, mask: Tensor) -> Tensor:
             return mask.reshape(2, 4, 4, 4).mean((1, 3)).reshape(8, 1)
 
@@ -259,5 +259,5 @@ def test_masks_become_weights_of_latents() -> None:
         TaskError, match=r"latent_mask.*returned \[8, 1\], expected weights of a latent \[6, 5\]"
     ):
         weights_of(Packing(), [masked], packed[:, :6])
-    with pytest.raises(TaskError, match=r"object has latents \[8, 5\] and no `latent_mask`"):
-        weights_of(object(), [masked], packed)
+    with pytest.raises(TaskError, match=r"DiffusionTask has latents \[8, 5\] and no `latent_mask`"):
+        weights_of(DiffusionTask(), [masked], packed)

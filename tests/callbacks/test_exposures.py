@@ -3,7 +3,6 @@ saw."""
 
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -374,29 +373,29 @@ def test_the_field_of_the_ids_is_the_only_one_that_has_them_in_all_batches() -> 
     ]
     training = {"label": ["1", "1"], "name": ["4", "7"], "n": torch.tensor([4, 7])}
 
-    def read(task: Any, *left_out: str) -> list[str]:
+    def read(members: dict[str, Any], *left_out: str) -> list[str]:
+        task = DiffusionTask()
+        vars(task).update(members)
         ids = BatchIds(task)
         for batch in batches:
             ids.compare({key: batch[key] for key in batch if key not in left_out}, batch["name"])  # type: ignore[arg-type]
         ids.share(ALONE)
         return ids.of(training)
 
-    assert (
-        read(None, "n") == read(None, "name") == read(SimpleNamespace(id_column="n")) == ["4", "7"]
-    )
-    assert read(SimpleNamespace(sample_ids=lambda batch: batch["label"])) == ["1", "1"]
-    for task, left_out, match in (
-        (None, (), r"\['name', 'n'\] of a batch are all equal"),
-        (None, ("name", "n"), "no field of a batch holds"),
-        (SimpleNamespace(id_column="label"), ("n",), "a batch's 'label' does not hold"),
+    assert read({}, "n") == read({}, "name") == read({"id_column": "n"}) == ["4", "7"]
+    assert read({"sample_ids": lambda batch: batch["label"]}) == ["1", "1"]
+    for members, left_out, match in (
+        ({}, (), r"\['name', 'n'\] of a batch are all equal"),
+        ({}, ("name", "n"), "no field of a batch holds"),
+        ({"id_column": "label"}, ("n",), "a batch's 'label' does not hold"),
     ):
         with pytest.raises(BatchError, match=match):
-            read(task, *left_out)
+            read(members, *left_out)
 
 
 def test_what_one_process_rules_out_is_ruled_out() -> None:
     def each(processes: Processes) -> list[str]:
-        ids = BatchIds(None)
+        ids = BatchIds(DiffusionTask())
         names = ["0", "1"] if processes.is_first else ["2", "3"]
         ids.compare({"label": ["0", "1"], "name": names}, names)
         ids.share(processes)

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from ctrak_lightning import DiffusionTask
 from ctrak_lightning.attribution.asking import model_facts, refuse_differences
 from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.model.fingerprint import adapter_facts, model_fingerprint
@@ -153,14 +154,15 @@ def test_without_a_null_condition_the_first_known_label_is_taken() -> None:
     assert fixed_condition(Zeros()).error is None
 
     class Unknown(Without):
-        known_attributes = property()  # type: ignore[assignment]
+        def known_attributes(self) -> None:  # type: ignore[override]
+            return None
 
     unknown = fixed_condition(Unknown())  # which takes no prompts
     assert unknown.condition is None
     assert isinstance(unknown.error, KeyError)
 
 
-class Prompts:
+class Prompts(DiffusionTask):
     """A task of prompts, with a tokenizer."""
 
     def __init__(self, first: int) -> None:

@@ -61,8 +61,8 @@ def test_tokens_and_embeddings_made_before_stand_for_captions(name: str) -> None
     for key in expected.keys() - {"time_ids"}:
         torch.testing.assert_close(found[key], expected[key])
     assert torch.equal(alone.encode(ready).latents, task.encode(rows).latents)
-    assert not hasattr(alone, "decode")
-    assert hasattr(task, "decode")
+    assert alone.decode(ready["latents"]) is None
+    assert task.decode(ready["latents"]) is not None
     with pytest.raises(TaskError, match="prompt cannot be encoded without.*text_encoder.*HINT"):
         alone.condition("a cat by x", 1)
     with pytest.raises(TaskError, match="encoded without a VAE.*HINT"):

@@ -47,7 +47,7 @@ class UnconditionalTask(PipelineTask):
         return images.to(self.device, self.dtype)
 
     @torch.no_grad()
-    def _decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Images [B, C, H, W] in [0, 1]; a single channel is shown as grey."""
         images = (latents / 2 + 0.5).clamp(0, 1)
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
