@@ -18,6 +18,11 @@ class ConceptError(ValueError):
     """A concept names an attribute or value that the task does not know."""
 
 
+class MethodError(ValueError):
+    """A method cannot be described in a store, or an objective or rule of it does not do what it
+    should."""
+
+
 class InversionError(ValueError):
     """An image cannot be traced back to the states of its generation."""
 

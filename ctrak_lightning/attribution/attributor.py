@@ -1,6 +1,5 @@
 """Attributor: asks a trace store which samples taught the model a concept."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +16,11 @@ from ctrak_lightning.attribution.parts import Parts, score_parts
 from ctrak_lightning.attribution.query import Query
 from ctrak_lightning.attribution.questions import Given, Questions
 from ctrak_lightning.attribution.result import Attribution, Record
-from ctrak_lightning.attribution.scoring import (
-    AGREEMENT_GRID,
-    LONE_DAMPING,
-    chosen_scores,
-    exposures_at,
-)
+from ctrak_lightning.attribution.scoring import chosen_scores, exposures_at
 from ctrak_lightning.attribution.search import top_scores
-from ctrak_lightning.errors import StoreMismatchError
-from ctrak_lightning.methods.method import Damping, Method
+from ctrak_lightning.methods.damping import Damping, rule_of
+from ctrak_lightning.methods.ensembles import ensemble_of
+from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import Generation, Sampler
 from ctrak_lightning.provenance.forgetting import QueryLog
 from ctrak_lightning.store import TraceStore
@@ -143,12 +138,12 @@ class Attributor(Questions):
             query: from :meth:`query` or :meth:`query_global`.
             damping: another one than the method's; None leaves the kernel out.
         """
-        used = self.method if damping == "method" else replace(self.method, damping=damping)
+        used = self._used(damping)
         methods = _methods(query, used)
         scores, dampings = chosen_scores(
-            query.features, self.store.checkpoints, self._grid(used.damping), residual=used.residual
+            query.features, self.store.checkpoints, rule_of(used.damping), residual=used.residual
         )
-        weights = self._learning_rates() if used.ensemble == "learning_rate" else None
+        weights = ensemble_of(used.ensemble).weights(self.store.checkpoints)
         exposures = exposures_at(self.store.checkpoints)
         each = (
             Attribution(
@@ -199,14 +194,15 @@ class Attributor(Questions):
             ValueError: ``n`` is below 1.
             CorruptStoreError: the store is damaged.
         """
+        used = self._used(damping)
         processes = processes_of(1 if fabric is None else fabric.world_size)
         found = top_scores(
             query.features,
             self.store.checkpoints,
             n,
-            self._grid(self.method.damping if damping == "method" else damping),
-            weights=self._learning_rates() if self.method.ensemble == "learning_rate" else None,
-            residual=self.method.residual,
+            rule_of(used.damping),
+            weights=ensemble_of(used.ensemble).weights(self.store.checkpoints),
+            residual=used.residual,
             processes=processes,
         )
         # Of a large store the table of all samples takes more memory than the search.
@@ -234,9 +230,11 @@ class Attributor(Questions):
             answers = [
                 ([one.sample_id for one in rows], [one.score for one in rows]) for rows in results
             ]
-            used = self.method if damping == "method" else replace(self.method, damping=damping)
             self._note(query, _methods(query, used), found.dampings, answers, "top")
         return results
+
+    def _used(self, damping: Damping | Literal["method"]) -> Method:
+        return self.method if damping == "method" else replace(self.method, damping=damping)
 
     def _note(
         self,
@@ -259,18 +257,6 @@ class Attributor(Questions):
                 samples=samples,
             )
 
-    def _grid(self, damping: Damping) -> Sequence[float | None]:
-        """The dampings to choose among."""
-        if damping == "agreement" and len(self.store.checkpoints) < 2:
-            warnings.warn(
-                f"damping='agreement' compares checkpoints and the store has one: {LONE_DAMPING} "
-                "is used. HINT: trace at two or more steps, or give a damping.",
-                UserWarning,
-                stacklevel=3,
-            )
-            damping = LONE_DAMPING
-        return AGREEMENT_GRID if isinstance(damping, str) else (damping,)
-
     def _parts(
         self,
         query: Query,
@@ -286,19 +272,6 @@ class Attributor(Questions):
         return score_parts(
             query.parts[i], checkpoints, scores, damping, residual=method.residual, weights=weights
         )
-
-    def _learning_rates(self) -> list[float]:
-        rates = [checkpoint.learning_rate for checkpoint in self.store.checkpoints]
-        missing = [
-            c.step for c, rate in zip(self.store.checkpoints, rates, strict=True) if rate is None
-        ]
-        if missing:
-            raise StoreMismatchError(
-                f"Method({self.method.name!r}, ensemble='learning_rate'): the store has no "
-                f"learning rate for steps {missing}. HINT: Capture.run(..., learning_rate=...), or "
-                "ensemble='standardised'."
-            )
-        return [float(rate) for rate in rates if rate is not None]
 
 
 def _methods(query: Query, used: Method) -> list[Method]:

@@ -25,6 +25,7 @@ from ctrak_lightning.attribution.scoring import (
     exposed_at,
 )
 from ctrak_lightning.capture.trace import FAINT
+from ctrak_lightning.methods.damping import Fixed
 from ctrak_lightning.metrics.functional import spearman
 from ctrak_lightning.store import Checkpoint, TraceStore
 
@@ -106,7 +107,9 @@ def self_check(
     first = 0
     for part in samples.split(max(1, SCORES_AT_ONCE // (len(checkpoints) * total))):
         queries = torch.stack([checkpoint.rows_of(part).features() for checkpoint in checkpoints])
-        scores, _ = chosen_scores(queries, checkpoints, (damping,), residual=residual)  # [M, Q, N]
+        scores, _ = chosen_scores(
+            queries, checkpoints, Fixed(damping), residual=residual
+        )  # [M, Q, N]
         joined = ensemble(scores, weights, exposed)  # [Q, N]
         own = joined[torch.arange(len(part)), part].unsqueeze(1)
         first += int((joined <= own).all(1).sum())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ctrak_lightning.attribution.scoring import chosen_scores, exposed_at, spreads
 from ctrak_lightning.capture.trace import FeatureParts
+from ctrak_lightning.methods.damping import Fixed
 from ctrak_lightning.store import Checkpoint
 
 
@@ -60,7 +61,7 @@ def score_parts(
             for part in features
         ]
     )  # [M, S + G, k]
-    split, _ = chosen_scores(rows, checkpoints, (damping,), residual=residual)  # [M, S + G, N]
+    split, _ = chosen_scores(rows, checkpoints, Fixed(damping), residual=residual)  # [M, S + G, N]
     # The checkpoints' units are those of the whole: a part in units of its own would not add up.
     if weights is None:
         units = 1 / spreads(scores.double(), exposed_at(checkpoints)) / len(checkpoints)  # [M, 1]

@@ -7,117 +7,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ctrak_lightning.methods.damping import DampingRule, choice, grid_of
+from ctrak_lightning.methods.moments import Moments, units
 from ctrak_lightning.store import Checkpoint
 from ctrak_lightning.store.shards import Rows
-from ctrak_lightning.utilities.processes import Processes
-
-ROUNDING = 1e-4
-"""Scores that differ by less, relative to their size, are equal: they hold to this
-(docs/reliability.md)."""
-
-
-def units(deviation: Tensor, mean: Tensor) -> Tensor:
-    """What scores of this deviation and mean are measured in, all of one shape: their deviation; of
-    scores that are equal up to rounding their size, so that rounding stays small beside other
-    checkpoints' scores; 1 of scores that are all zero."""
-    size = torch.hypot(deviation, mean)
-    found = torch.where(differ(deviation, mean), deviation, size)
-    return torch.where(
-        found > 0, found.clamp(min=torch.finfo(found.dtype).tiny), torch.ones_like(found)
-    )
-
-
-def differ(deviation: Tensor, mean: Tensor) -> Tensor:
-    """Whether scores of this deviation and mean differ by more than rounding."""
-    return deviation > ROUNDING * torch.hypot(deviation, mean)
-
-
-class Moments:
-    """Sums over the samples of the scores of M checkpoints and of their products, in float64."""
-
-    def __init__(self) -> None:
-        self.count: int | Tensor = 0
-        """Samples taken in; of each checkpoint [M], where some were passed over."""
-        self._shift: Tensor | None = None
-        self._sums = torch.zeros(())
-        self._products = torch.zeros(())
-
-    def add(self, scores: Tensor, exposed: Tensor | None = None) -> None:
-        """Take in the scores [..., M, b] of b samples more.
-
-        Args:
-            scores: of all checkpoints.
-            exposed: bool [M, b]; scores where it is False are passed over. Means and deviations
-                alone can be asked of such sums.
-        """
-        if not scores.shape[-1]:
-            return
-        wide = scores.double()
-        if self._shift is None:
-            # Sums of squares cancel where the mean is far from zero: all are taken around the first
-            # block's mean.
-            self._shift = wide.mean(-1, keepdim=True)
-        wide = wide - self._shift
-        if exposed is None:
-            self.count = self.count + wide.shape[-1]
-        else:
-            self.count = self.count + exposed.sum(-1)
-            wide = wide * exposed
-        self._sums = self._sums + wide.sum(-1)
-        self._products = self._products + wide @ wide.mT  # [..., M, b] x [..., b, M] -> [..., M, M]
-
-    def over(self, processes: Processes) -> "Moments":
-        """The sums over the samples of all processes, who call it together."""
-        whole = Moments()
-        for other in processes.gather(self):
-            whole._join(other)
-        return whole
-
-    def deviation(self) -> Tensor:
-        """Standard deviation over the samples [..., M]."""
-        return self._covariances().diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-
-    def mean(self) -> Tensor:
-        """Mean over the samples [..., M]."""
-        mean = self._sums / self.count
-        return mean if self._shift is None else mean + self._shift.squeeze(-1)
-
-    def agreement(self) -> Tensor:
-        """Mean Pearson correlation over the pairs of checkpoints [...]; 0 for those whose scores
-        are equal up to rounding."""
-        spread = self.deviation()
-        spread = torch.where(differ(spread, self.mean()), spread, 0.0)
-        both = spread.unsqueeze(-1) * spread.unsqueeze(-2)
-        tiny = torch.finfo(torch.float64).tiny
-        correlations = torch.where(both > 0, self._covariances() / both.clamp(min=tiny), 0.0)
-        count = spread.shape[-1]
-        pairs = 1 - torch.eye(count, dtype=torch.float64)
-        return (correlations * pairs).sum((-2, -1)) / (count * (count - 1))
-
-    def _join(self, other: "Moments") -> None:
-        if other._shift is None:
-            return
-        if self._shift is None:
-            self._shift = other._shift
-        # sum (x + d) and sum (x + d)(x + d)^T, for x around the other's shift and d from mine to it
-        d = (other._shift - self._shift).squeeze(-1)
-        cross = other._sums.unsqueeze(-1) * d.unsqueeze(-2)
-        outer = d.unsqueeze(-1) * d.unsqueeze(-2)
-        self._products = (
-            self._products + other._products + cross + cross.mT + _rows(other.count) * outer
-        )
-        self._sums = self._sums + other._sums + other.count * d
-        self.count = self.count + other.count
-
-    def _covariances(self) -> Tensor:
-        means = self._sums / self.count
-        return self._products / _rows(self.count) - means.unsqueeze(-1) * means.unsqueeze(-2)
-
-
-def _rows(count: int | Tensor) -> int | Tensor:
-    """Counts [M] for the rows of matrices [..., M, M]."""
-    return count.unsqueeze(-1) if isinstance(count, Tensor) else count
-
 
 _DIGIT = 127
 _BASE = 254
@@ -203,22 +96,6 @@ def _digits(unit: Tensor) -> Tensor:
     return digits
 
 
-AGREEMENT_GRID: tuple[float | None, ...] = (
-    0.03,
-    0.1,
-    0.3,
-    1.0,
-    3.0,
-    10.0,
-    30.0,
-    100.0,
-    300.0,
-    None,
-)
-"""Dampings among which ``damping="agreement"`` chooses."""
-LONE_DAMPING = 10.0
-"""What ``damping="agreement"`` uses where there is one checkpoint only, and so nothing to agree
-with."""
 SCORES_AT_ONCE = 2**27
 """float64 numbers, one gigabyte."""
 
@@ -256,7 +133,7 @@ def scores_by_damping(
 def chosen_scores(
     queries: Tensor,
     checkpoints: Sequence[Checkpoint],
-    grid: Sequence[float | None],
+    rule: DampingRule,
     *,
     residual: bool = False,
 ) -> tuple[Tensor, list[float | None]]:
@@ -266,19 +143,22 @@ def chosen_scores(
     Args:
         queries: projected gradients of the queries, for each of the M checkpoints.
         checkpoints: sealed checkpoints of one store.
-        grid: the damping; of several, each query uses the one at which the checkpoints agree most
-            (:func:`agreement`).
+        rule: of the damping.
         residual: multiply the scores, once the damping is chosen, by the samples' losses (DAS).
     """
     parts, chosen = [], []
-    exposed = exposed_at(checkpoints)
+    exposed, grid = exposed_at(checkpoints), grid_of(rule, checkpoints)
+    known = slice(None) if exposed is None else compared(exposed)
     room = max(1, SCORES_AT_ONCE // (len(grid) * len(checkpoints) * checkpoints[0].rows))
     for part in queries.split(room, 1):
         each = [scores_by_damping(rows, c, grid) for rows, c in zip(part, checkpoints, strict=True)]
         scores = torch.stack(each, 1)  # [D, M, Q, N]
         best = torch.zeros(part.shape[1], dtype=torch.long)
         if len(grid) > 1:
-            best = torch.stack([agreement(at_one, exposed) for at_one in scores]).argmax(0)
+            moments = [Moments() for _ in grid]  # one damping at a time: their sums copy the scores
+            for sums, at_one in zip(moments, scores, strict=True):
+                sums.add(at_one[..., known].movedim(0, -2))
+            best = choice(rule, Moments.stacked(moments))
         parts.append(torch.stack([scores[d, :, i] for i, d in enumerate(best.tolist())], 1))
         chosen += [grid[d] for d in best.tolist()]
     scores = torch.cat(parts, 1)
@@ -314,31 +194,6 @@ def compared(exposed: Tensor) -> Tensor:
     of them, ``exposed`` [M, N]; all samples, if there are not two of these."""
     both = exposed.all(0)
     return both if int(both.sum()) > 1 else torch.ones_like(both)
-
-
-def agreement(scores: Tensor, exposed: Tensor | None = None) -> Tensor:
-    """How much checkpoints agree: the mean Pearson correlation over pairs of them, of scores [M,
-    ..., N] over the samples [...].
-
-    It needs no label. What a concept owes its samples is the same at every checkpoint of a run that
-    has learnt it; the noise that a kernel's inverse amplifies is not. Checkpoints whose scores are
-    equal up to rounding agree with nothing (0).
-
-    Args:
-        scores: of the checkpoints.
-        exposed: as :func:`exposed_at` gives it; the samples that are :func:`compared` count.
-
-    Raises:
-        ValueError: fewer than two checkpoints.
-    """
-    count = len(scores)
-    if count < 2:
-        raise ValueError(
-            f"agreement(scores {list(scores.shape)}): expected two checkpoints or more."
-        )
-    moments = Moments()
-    moments.add((scores if exposed is None else scores[..., compared(exposed)]).movedim(0, -2))
-    return moments.agreement()
 
 
 def ensemble(
@@ -380,7 +235,7 @@ def standardised(scores: Tensor, exposed: Tensor | None = None) -> Tensor:
 
 def spreads(scores: Tensor, exposed: Tensor | None = None) -> Tensor:
     """The standard deviation over the samples of scores [..., N], as [..., 1]; where they are equal
-    up to rounding, their size (:func:`~ctrak_lightning.attribution.scoring.units`). ``exposed`` [M,
+    up to rounding, their size (:func:`~ctrak_lightning.methods.moments.units`). ``exposed`` [M,
     N] leaves samples out of scores [M, ..., N]."""
     if exposed is None:
         return units(scores.std(-1, keepdim=True, correction=0), scores.mean(-1, keepdim=True))

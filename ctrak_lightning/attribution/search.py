@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ctrak_lightning.attribution.scoring import (
     Dots,
-    Moments,
     chosen_scores,
     compared,
     ensemble,
     exposed_at,
-    units,
 )
 from ctrak_lightning.errors import CorruptStoreError
+from ctrak_lightning.methods.damping import DampingRule, choice, grid_of
+from ctrak_lightning.methods.moments import Moments, units
 from ctrak_lightning.store import Checkpoint
 from ctrak_lightning.store.shards import Rows
 from ctrak_lightning.utilities.processes import ALONE, Processes
@@ -111,7 +111,7 @@ def top_scores(
     queries: Tensor,
     checkpoints: Sequence[Checkpoint],
     n: int,
-    grid: Sequence[float | None],
+    rule: DampingRule,
     *,
     weights: Sequence[float] | None = None,
     residual: bool = False,
@@ -130,8 +130,7 @@ def top_scores(
         queries: projected gradients of the queries [M, Q, k], for each of the M checkpoints.
         checkpoints: sealed checkpoints of one store.
         n: how many samples; all of them where the store has fewer.
-        grid: the damping; of several, each question uses the one at which the checkpoints agree
-            most.
+        rule: of the damping.
         weights: of the checkpoints; without them each is scaled by the deviation of its own scores.
         residual: multiply scores by the samples' losses.
         processes: those that search together, each its share of the shards; all call this with
@@ -154,14 +153,15 @@ def top_scores(
     queries = processes.from_first(queries)
     m, _, k = queries.shape
     streamed = k <= checkpoints[0].rows
+    grid = processes.from_first(grid_of(rule, checkpoints))
     room = max(1, _DIRECTIONS_BYTES // (8 * k * len(grid) * m)) if streamed else queries.shape[1]
     parts = []
     for part in queries.split(room, 1):
         if streamed:
-            question = _Question(part, checkpoints, grid, weights, residual, processes)
+            question = _Question(part, checkpoints, rule, grid, weights, residual, processes)
             parts.append((*question.top(n), question.dampings))
         else:
-            parts.append(_dense(part, checkpoints, n, grid, weights, residual))
+            parts.append(_dense(part, checkpoints, n, rule, weights, residual))
     return TopScores(
         positions=torch.cat([positions for positions, _, _ in parts]),
         scores=torch.cat([scores for _, scores, _ in parts]),
@@ -177,6 +177,7 @@ class _Question:
         self,
         queries: Tensor,
         checkpoints: Sequence[Checkpoint],
+        rule: DampingRule,
         grid: Sequence[float | None],
         weights: Sequence[float] | None,
         residual: bool,
@@ -203,7 +204,7 @@ class _Question:
                 each.permute(2, 0, 1) for each in (scored.deviation(), scored.mean())
             )
             if len(grid) > 1:
-                best = raw.agreement().argmax(0)
+                best = choice(rule, raw)
         each = torch.arange(len(best))
         self._directions = directions[:, best, each]  # [M, Q, k]
         self.dampings = [grid[d] for d in best.tolist()]
@@ -289,11 +290,11 @@ def _dense(
     queries: Tensor,
     checkpoints: Sequence[Checkpoint],
     n: int,
-    grid: Sequence[float | None],
+    rule: DampingRule,
     weights: Sequence[float] | None,
     residual: bool,
 ) -> tuple[Tensor, Tensor, list[float | None]]:
-    scores, dampings = chosen_scores(queries, checkpoints, grid, residual=residual)
+    scores, dampings = chosen_scores(queries, checkpoints, rule, residual=residual)
     best, exposed = Best(n), exposed_at(checkpoints)
     _add_trained(
         best, ensemble(scores, weights, exposed), torch.arange(checkpoints[0].rows), exposed

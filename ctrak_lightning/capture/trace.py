@@ -13,7 +13,7 @@ from ctrak_lightning.errors import visible
 from ctrak_lightning.gradients import GradientTracer, tracing_mode
 from ctrak_lightning.gradients.checks import Cotangent, Forward
 from ctrak_lightning.methods.method import Method, Normalisation
-from ctrak_lightning.methods.objectives import Objective, Prediction, Side, Term
+from ctrak_lightning.methods.objectives import Objective, Prediction, Side, Term, cotangent_of
 from ctrak_lightning.methods.trajectories import State
 from ctrak_lightning.tasks import Condition, DiffusionTask, Encoded, select
 from ctrak_lightning.utilities.memory import RowLimit
@@ -267,7 +267,7 @@ class _Evaluation:
         def cotangent(part: Objective, e: Tensor, rows: Tensor) -> Tensor:
             assert self.prediction is not None
             self.e[rows] = e.detach().to(self.e)
-            v = part.cotangent(self.prediction)
+            v = cotangent_of(part, self.prediction)
             return v if self.weights is None else v * self.weights[rows].to(v)
 
         return forward, [partial(cotangent, part) for part in objective.parts]

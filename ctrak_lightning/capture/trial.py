@@ -3,7 +3,6 @@ each sample alone."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -89,7 +88,6 @@ def try_samples(
             or the network raises, a gradient is not finite, or the rows are not each sample's own;
             names the member or the layers.
     """
-    refuse_undescribed(method)
     refuse_without_condition(task, method, samples)
     rows = samples
     if len(samples.latents) == 1:
@@ -121,31 +119,6 @@ def try_samples(
                 "samples, and at the precision of the weights."
             )
     return Trial(len(samples.latents), len(reached), len(tracer.block_names))
-
-
-def refuse_undescribed(method: Method) -> None:
-    """Refuses a method that a store cannot describe, so that it could not be told what its traces
-    are.
-
-    Raises:
-        TrialError: an objective or trajectory of the user's own is no dataclass, or has arguments
-            that JSON has not.
-    """
-    hint = (
-        "HINT: objectives and trajectories of your own are dataclasses, "
-        "@dataclass(frozen=True), with numbers and texts as arguments."
-    )
-    try:
-        again = Method.from_dict(json.loads(json.dumps(method.to_dict())))
-    except (TypeError, ValueError) as error:
-        raise TrialError(
-            f"The method {method.name!r} cannot be described in the store: {error} {hint}"
-        ) from error
-    if again != method:
-        raise TrialError(
-            f"The method {method.name!r} cannot be described in the store: read back it would be "
-            f"{again}, expected {method}. {hint}"
-        )
 
 
 def refuse_without_condition(task: DiffusionTask, method: Method, samples: Encoded) -> None:

@@ -3,6 +3,8 @@
 ``methods.concept_trak()`` and its like make the known ones; :class:`Method` puts together one's own.
 """
 
+from ctrak_lightning.methods.damping import DampingRule
+from ctrak_lightning.methods.ensembles import EnsembleRule
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.presets import (
     PRESETS,
@@ -21,6 +23,8 @@ from ctrak_lightning.methods.presets import (
 
 __all__ = [
     "PRESETS",
+    "DampingRule",
+    "EnsembleRule",
     "Method",
     "by_name",
     "concept_trak",

@@ -1,48 +1,15 @@
 """Method: everything that decides an attribution score, apart from the model and the data."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ctrak_lightning.errors import UnknownMethodError
-from ctrak_lightning.methods.objectives import (
-    ChannelProbe,
-    ConceptDirection,
-    Denoising,
-    Joint,
-    MeanOutput,
-    Objective,
-    PosteriorSampling,
-    SquaredNorm,
-    Term,
-)
-from ctrak_lightning.methods.trajectories import (
-    Generated,
-    InTraining,
-    Inverted,
-    Noised,
-    Renoised,
-    Trajectory,
-)
-from ctrak_lightning.utilities.naming import place_of
+from ctrak_lightning.methods.damping import Damping, DampingRule
+from ctrak_lightning.methods.ensembles import Ensemble, EnsembleRule
+from ctrak_lightning.methods.objectives import Denoising, Objective, Term
+from ctrak_lightning.methods.recorded import Recorded, part_of, refuse_unrecorded
+from ctrak_lightning.methods.trajectories import Generated, InTraining, Trajectory
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    cls.__name__: cls
-    for cls in (
-        ChannelProbe,
-        ConceptDirection,
-        Denoising,
-        MeanOutput,
-        PosteriorSampling,
-        SquaredNorm,
-    )
-}
-TRAJECTORIES: dict[str, type[Trajectory]] = {
-    cls.__name__: cls for cls in (Generated, InTraining, Inverted, Noised, Renoised)
-}
 Normalisation = Literal["none", "sample", "layer"]
-Ensemble = Literal["standardised", "learning_rate"]
-Damping = float | Literal["agreement"] | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,14 +27,17 @@ class Method:
             norm 1, ``"none"`` leaves it.
         damping: lambda of the kernel, relative to the mean eigenvalue ``tr(K) / min(n, k)``; None
             uses no kernel at all (the limit of strong damping); ``"agreement"`` takes for each
-            query the one at which the checkpoints agree most
-            (:func:`ctrak_lightning.attribution.scoring.agreement`), which needs no label.
+            query the one at which the checkpoints agree most, which needs no label
+            (:class:`~ctrak_lightning.methods.damping.Agreement`); or a rule of your own, a
+            :class:`~ctrak_lightning.methods.damping.DampingRule`.
         residual: multiply a sample's score by its mean denoising loss at the checkpoint (DAS).
         ensemble: how checkpoints are joined: ``"standardised"`` averages them, each in units of its
             own standard deviation over the samples; ``"learning_rate"`` adds them, each times the
-            learning rate it was made at (TracIn).
+            learning rate it was made at (TracIn); or an
+            :class:`~ctrak_lightning.methods.ensembles.EnsembleRule`.
 
     Raises:
+        MethodError: an objective, a trajectory or a rule that a store cannot describe.
         ValueError: no query term, sides with different numbers of objectives, an unknown
             normalisation or ensemble, or a damping that is not positive.
     """
@@ -85,6 +55,7 @@ class Method:
     def __post_init__(self) -> None:
         if not self.query:
             raise ValueError(f"Method({self.name!r}, query=()): expected at least one Term.")
+        self._refuse_unrecorded()
         counts = {len(term.objective.parts) for term in self.query}
         if counts != {len(self.training.parts)}:
             raise ValueError(
@@ -92,20 +63,23 @@ class Method:
                 f"objectives and the terms of the query {sorted(counts)}; expected the same number "
                 "everywhere. HINT: contrast(Joint(...)) for Joint(...)."
             )
-        if isinstance(self.damping, str):
-            valid = self.damping == "agreement"
-        else:
-            valid = self.damping is None or self.damping > 0
-        if not valid:
+        if not (
+            self.damping in (None, "agreement")
+            or isinstance(self.damping, DampingRule)
+            or (isinstance(self.damping, (int, float)) and self.damping > 0)
+        ):
             raise ValueError(
                 f"Method({self.name!r}, damping={self.damping!r}): expected a number > 0, "
-                "'agreement', or None."
+                "'agreement', None, or a DampingRule."
             )
-        for field, kind in (("normalisation", Normalisation), ("ensemble", Ensemble)):
-            if getattr(self, field) not in get_args(kind):
+        for field, known in (
+            ("normalisation", get_args(Normalisation)),
+            ("ensemble", get_args(get_args(Ensemble)[0])),
+        ):
+            given = getattr(self, field)
+            if given not in known and not isinstance(given, EnsembleRule):
                 raise ValueError(
-                    f"Method({self.name!r}, {field}={getattr(self, field)!r}): expected one of "
-                    f"{get_args(kind)}."
+                    f"Method({self.name!r}, {field}={given!r}): expected one of {known}."
                 )
         if isinstance(self.training_trajectory, Generated):
             raise ValueError(
@@ -125,6 +99,17 @@ class Method:
                 "training steps have the gradient of the training loss and no loss of a single "
                 "sample; expected training=Denoising() and residual=False with InTraining()."
             )
+
+    def _refuse_unrecorded(self) -> None:
+        refuse_unrecorded(self.name, Objective, self.training)
+        for term in self.query:
+            refuse_unrecorded(self.name, Objective, term.objective)
+        for trajectory in (self.training_trajectory, self.query_trajectory):
+            refuse_unrecorded(self.name, Trajectory, trajectory)
+        if isinstance(self.damping, DampingRule):
+            refuse_unrecorded(self.name, DampingRule, self.damping)
+        if isinstance(self.ensemble, EnsembleRule):
+            refuse_unrecorded(self.name, EnsembleRule, self.ensemble)
 
     @property
     def sees_absent(self) -> bool:
@@ -147,17 +132,16 @@ class Method:
             "training": self.training_dict(),
             "query": [term.to_dict() for term in self.query],
             "query_trajectory": self.query_trajectory.to_dict(),
-            "damping": self.damping,
+            "damping": _recorded(self.damping),
             "residual": self.residual,
-            "ensemble": self.ensemble,
+            "ensemble": _recorded(self.ensemble),
         }
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> "Method":
         """The method that :meth:`to_dict` described.
 
-        An objective or trajectory of the user's own is found by its place among the classes that
-        are imported.
+        A class of the user's own is found by its place among the classes that are imported.
 
         Raises:
             UnknownMethodError: there is none at that place.
@@ -168,17 +152,17 @@ class Method:
             training = facts["training"]
             return cls(
                 name=facts["name"],
-                training=_built(OBJECTIVES, training["objective"]),
-                training_trajectory=_built(TRAJECTORIES, training["trajectory"]),
+                training=part_of(Objective, training["objective"]),
+                training_trajectory=part_of(Trajectory, training["trajectory"]),
                 query=tuple(
-                    Term(_built(OBJECTIVES, term["objective"]), term["side"], term["weight"])
+                    Term(part_of(Objective, term["objective"]), term["side"], term["weight"])
                     for term in facts["query"]
                 ),
-                query_trajectory=_built(TRAJECTORIES, facts["query_trajectory"]),
+                query_trajectory=part_of(Trajectory, facts["query_trajectory"]),
                 normalisation=training["normalisation"],
-                damping=facts["damping"],
+                damping=_read(DampingRule, facts["damping"]),
                 residual=facts["residual"],
-                ensemble=facts["ensemble"],
+                ensemble=_read(EnsembleRule, facts["ensemble"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -186,45 +170,10 @@ class Method:
             ) from error
 
 
-def _built(known: dict[str, Any], facts: dict[str, Any]) -> Any:
-    arguments = dict(facts)
-    name = arguments.pop("class")
-    if name == Joint.__name__ and known is OBJECTIVES:
-        return Joint(*(_built(known, part) for part in arguments["parts"]))
-    return (known.get(name) or _own(Objective if known is OBJECTIVES else Trajectory, name))(
-        **arguments
-    )
+def _recorded(value: Any) -> Any:
+    """A rule's class and arguments; what the library has a short word for, as it is."""
+    return value.to_dict() if isinstance(value, Recorded) else value
 
 
-def _own(base: type, place: str) -> Any:
-    """A user's class: the subclass that is imported from that place. Nothing is imported for a
-    store's sake, and nothing else is run."""
-    if not (isinstance(place, str) and place):
-        raise ValueError(f"Method.from_dict: unknown class {place!r}, which is no name of one.")
-    # By place, since @dataclass(slots=True) and a notebook's cell that is run again leave earlier
-    # ones behind.
-    imported = {place_of(cls): cls for cls in _subclasses(base)}
-    if place in imported:
-        return imported[place]
-    module, _, name = place.rpartition(".")
-    # A script's own classes are elsewhere when another one asks; earlier stores have the name
-    # alone.
-    found = [
-        one for one in imported if one.rpartition(".")[2] == name and module in ("", "__main__")
-    ]
-    if len(found) == 1:
-        return imported[found[0]]
-    there = f"there are several: {sorted(found)}" if found else "none is imported"
-    raise UnknownMethodError(
-        f"The method has a {base.__name__.lower()} of the unknown class {place!r}. It is none of "
-        f"the library's; expected one from there, and {there}. HINT: import the module that "
-        "defines it before, or give the method itself: Attributor(store, module, method=...), or "
-        "`--method package.module.name`."
-    )
-
-
-def _subclasses(base: type) -> Iterator[type]:
-    subclasses: list[type] = base.__subclasses__()
-    for cls in subclasses:
-        yield cls
-        yield from _subclasses(cls)
+def _read(base: type[Recorded], value: Any) -> Any:
+    return part_of(base, value) if isinstance(value, dict) else value

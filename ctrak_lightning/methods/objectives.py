@@ -1,5 +1,4 @@
-"""Attribution objectives: each is the cotangent ``v`` of one vector-Jacobian product ``J^T v``
-(METHODS, first table).
+"""Attribution objectives: each is the cotangent ``v`` of one vector-Jacobian product ``J^T v``.
 
 ``J = d e / d theta``; ``D`` is the number of elements of a latent. A cotangent is always a
 constant: the published losses stop the gradient through their targets, and for the losses that do
@@ -7,14 +6,16 @@ not, the cotangent is already their derivative.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ctrak_lightning.errors import MethodError
+from ctrak_lightning.methods.recorded import Recorded, part_of
 from ctrak_lightning.schedules import Schedule
-from ctrak_lightning.utilities.naming import place_of
 from ctrak_lightning.utilities.rng import seeded_noise
 
 Side = Literal["present", "absent"]
@@ -45,12 +46,17 @@ class Prediction:
 
     @property
     def x0_hat(self) -> Tensor:
-        """The predicted clean latents [B, ...], with their graph."""
+        """The predicted clean latents [B, ...], with their graph: a function of ``output`` as ``e``
+        is, and not of ``e``."""
         return self.schedule.x0_hat(self.output, self.x_t, self.t)
 
 
-class Objective(ABC):
-    """A rule that gives the cotangent of a prediction."""
+class Objective(Recorded, ABC):
+    """A rule that gives the cotangent of a prediction. One of your own is a frozen dataclass.
+
+    ``needs_input_gradient``: ``prediction.x_t`` requires grad. ``needs_reference``:
+    ``prediction.reference`` is there, on the query side.
+    """
 
     needs_input_gradient: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
@@ -64,10 +70,6 @@ class Objective(ABC):
         """The objectives whose gradients are taken apart, normalised and sketched each on its own:
         this one alone."""
         return (self,)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The class and its arguments, as JSON values."""
-        return {"class": place_of(type(self)), **asdict(self)}  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +201,10 @@ class Joint(Objective):
     def to_dict(self) -> dict[str, Any]:
         return {"class": "Joint", "parts": [part.to_dict() for part in self._parts]}
 
+    @classmethod
+    def of_arguments(cls, arguments: Mapping[str, Any]) -> "Joint":
+        return cls(*(part_of(Objective, part) for part in arguments["parts"]))
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Joint) and self._parts == other._parts
 
@@ -226,6 +232,32 @@ def contrast(objective: Objective) -> tuple[Term, Term]:
     """``J(c)^T v(c) - J(c_minus)^T v(c_minus)``: cancels what the two conditions share in the
     weights' space."""
     return Term(objective, "present", 1.0), Term(objective, "absent", -1.0)
+
+
+_GRAPH_ERRORS = ("not have been used in the graph", "does not require grad", "second time")
+"""What torch says of a derivative that a graph does not have."""
+
+
+def cotangent_of(objective: Objective, prediction: Prediction) -> Tensor:
+    """The objective's cotangent [B, ...].
+
+    Raises:
+        MethodError: it takes a derivative that there is not.
+    """
+    try:
+        return objective.cotangent(prediction)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _GRAPH_ERRORS):
+            raise
+        raise MethodError(
+            f"{objective}.cotangent() takes a derivative that there is not ({error}). Of a "
+            "prediction, `e` and `x0_hat` are both functions of `output`, and neither of the "
+            "other; `x_t` requires grad where the class says needs_input_gradient = True. HINT: "
+            "with respect to e, `a, s = prediction.schedule.levels(prediction.t, prediction.x_t)` "
+            "and `x0_hat = (prediction.x_t - s * e) / a` of `e = "
+            "prediction.e.detach().requires_grad_()`; with respect to x_t, "
+            "torch.autograd.grad(..., prediction.x_t, retain_graph=True)."
+        ) from error
 
 
 def _elements(prediction: Prediction) -> int:

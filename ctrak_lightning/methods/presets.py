@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from ctrak_lightning.methods.method import Damping, Method, Normalisation
+from ctrak_lightning.methods.damping import Damping
+from ctrak_lightning.methods.method import Method, Normalisation
 from ctrak_lightning.methods.objectives import (
     ChannelProbe,
     ConceptDirection,

@@ -1,18 +1,19 @@
-"""Inversion: the states through which a sampler would have gone to make an image."""
+"""Trajectories: the states at which gradients are taken, how images are generated, and the states
+through which a sampler would have gone to make an image."""
 
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ctrak_lightning.errors import InversionError
+from ctrak_lightning.methods.recorded import Recorded
 from ctrak_lightning.schedules import Schedule
 from ctrak_lightning.tasks import Condition, DiffusionTask
-from ctrak_lightning.utilities.naming import place_of
 from ctrak_lightning.utilities.rng import seeded_noise
 
 
@@ -47,8 +48,8 @@ class Generation:
         return Generation([state.rows(rows) for state in self.states], self.latents[rows])
 
 
-class Trajectory(ABC):
-    """A rule that gives the states of a sample."""
+class Trajectory(Recorded, ABC):
+    """A rule that gives the states of a sample. One of your own is a frozen dataclass."""
 
     @abstractmethod
     def states(
@@ -60,10 +61,6 @@ class Trajectory(ABC):
         seed: int,
     ) -> Iterator[State]:
         """Yields the states of clean ``latents`` [B, ...] under their own ``condition``."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The class and its arguments, as JSON values."""
-        return {"class": place_of(type(self)), **asdict(self)}  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

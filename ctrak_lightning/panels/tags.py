@@ -90,7 +90,7 @@ def method_hparams(method: Method, projection: Projection, layers: Sequence[str]
         "method": method.name,
         "normalisation": method.normalisation,
         "damping": "none" if method.damping is None else str(method.damping),
-        "ensemble": method.ensemble,
+        "ensemble": str(method.ensemble),
         "timesteps": getattr(method.training_trajectory, "timesteps", None) or "all",
         "rank": projection.rank,
         "dim": projection.dim or "all",

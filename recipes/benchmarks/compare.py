@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ctrak_lightning import Attributor, Concept, Method, Projection, Sampler
 from ctrak_lightning.attribution.attributor import Query
-from ctrak_lightning.methods.method import Damping
+from ctrak_lightning.methods.damping import Damping
 from ctrak_lightning.methods.trajectories import Generation
 from recipes.benchmarks.replay import replay
 

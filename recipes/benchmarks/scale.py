@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ctrak_lightning.attribution.scoring import Dots, has_integer_products
 from ctrak_lightning.attribution.search import Best, top_scores
+from ctrak_lightning.methods.damping import Fixed
 from ctrak_lightning.store import Checkpoint, SampleTable, StoreHeader, TraceStore, TraceWriter
 
 RESULTS = Path(__file__).parent / "results"
@@ -74,7 +75,7 @@ def measure(path: Path, queries: int) -> dict[str, Any]:
     tasks: dict[str, Callable[[], Any]] = {
         "read": lambda: _read(shards),
         "pass": lambda: _pass(directions, checkpoint),
-        "top": lambda: top_scores(asked, [checkpoint], TOP, (1.0,)),
+        "top": lambda: top_scores(asked, [checkpoint], TOP, Fixed(1.0)),
     }
     spent: dict[str, list[float]] = {name: [] for name in tasks}
     worked: dict[str, list[float]] = {name: [] for name in tasks}

@@ -26,7 +26,6 @@ from ctrak_lightning import (
     TraceStore,
     methods,
 )
-from ctrak_lightning.attribution.scoring import AGREEMENT_GRID
 from ctrak_lightning.capture.capture import Capture
 from ctrak_lightning.errors import (
     ConceptError,
@@ -36,6 +35,7 @@ from ctrak_lightning.errors import (
     StoreMismatchError,
     TaskError,
 )
+from ctrak_lightning.methods.damping import AGREEMENT_GRID
 from ctrak_lightning.methods.objectives import (
     ChannelProbe,
     ConceptDirection,

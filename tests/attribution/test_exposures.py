@@ -14,7 +14,6 @@ from ctrak_lightning.attribution import Attribution, Concept
 from ctrak_lightning.attribution.attributions import Attributions
 from ctrak_lightning.attribution.result import NEVER
 from ctrak_lightning.attribution.scoring import (
-    AGREEMENT_GRID,
     chosen_scores,
     ensemble,
     exposed_at,
@@ -23,6 +22,7 @@ from ctrak_lightning.attribution.scoring import (
     spreads,
 )
 from ctrak_lightning.attribution.search import top_scores
+from ctrak_lightning.methods.damping import Agreement, DampingRule, Fixed
 from ctrak_lightning.provenance.forgetting import forget
 from ctrak_lightning.store import SampleTable, StoreHeader, TraceStore, TraceWriter, stored_rows
 
@@ -53,9 +53,9 @@ SHAPES = pytest.mark.parametrize(
 
 
 @SHAPES
-@pytest.mark.parametrize("grid", [(1.0,), AGREEMENT_GRID], ids=["1", "agreement"])
+@pytest.mark.parametrize("rule", [Fixed(1.0), Agreement()], ids=["1", "agreement"])
 def test_scores_are_those_of_a_store_without_the_samples(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, k: int, dtype: str, grid: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, k: int, dtype: str, rule: DampingRule
 ) -> None:
     """30 of 24 features, of which 18 were trained on: the store is primal, the one without the
     others dual."""
@@ -65,8 +65,8 @@ def test_scores_are_those_of_a_store_without_the_samples(
     store = store_of(tmp_path / "all", phi, [kept.long() * i for i in (1, 2, 3)], dtype)
     alone = store_of(tmp_path / "kept", [rows[kept] for rows in phi], [None] * 3, dtype)
     assert store.verify() == []
-    scores, dampings = chosen_scores(queries, store.checkpoints, grid)
-    expected, of_alone = chosen_scores(queries, alone.checkpoints, grid)
+    scores, dampings = chosen_scores(queries, store.checkpoints, rule)
+    expected, of_alone = chosen_scores(queries, alone.checkpoints, rule)
     assert dampings == of_alone
     torch.testing.assert_close(
         scores[..., kept], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())
@@ -74,8 +74,8 @@ def test_scores_are_those_of_a_store_without_the_samples(
     assert bool((scores[..., ~kept] == 0).all())
     joined = ensemble(scores, None, exposed_at(store.checkpoints))
     torch.testing.assert_close(joined[:, kept], ensemble(expected), rtol=1e-3, atol=1e-4)
-    found = top_scores(queries, store.checkpoints, n, grid)
-    wanted = top_scores(queries, alone.checkpoints, n, grid)
+    found = top_scores(queries, store.checkpoints, n, rule)
+    wanted = top_scores(queries, alone.checkpoints, n, rule)
     assert found.dampings == wanted.dampings
     places = kept.nonzero().flatten()
     assert found.positions.shape == (4, int(kept.sum()))
@@ -92,7 +92,7 @@ def test_what_is_trained_on_later_counts_from_then_on(
     i = torch.arange(n)
     masks = torch.stack([i % 4 == 0, i % 4 < 2, i % 4 < 3])
     store = store_of(tmp_path, phi, [mask.long() for mask in masks], dtype)
-    scores, dampings = chosen_scores(queries, store.checkpoints, AGREEMENT_GRID, residual=residual)
+    scores, dampings = chosen_scores(queries, store.checkpoints, Agreement(), residual=residual)
     for m in range(3):
         assert torch.equal((scores[m] != 0).any(0), masks[m])
     joined = ensemble(scores, None, masks)
@@ -103,7 +103,7 @@ def test_what_is_trained_on_later_counts_from_then_on(
         / 3
     )
     torch.testing.assert_close(joined, by_hand)
-    found = top_scores(queries, store.checkpoints, n, AGREEMENT_GRID, residual=residual)
+    found = top_scores(queries, store.checkpoints, n, Agreement(), residual=residual)
     assert found.dampings == dampings
     trained = joined.float()[:, masks[2]]
     torch.testing.assert_close(
@@ -196,7 +196,7 @@ def test_a_store_keeps_them_through_forgetting_and_damage(tmp_path: Path) -> Non
     kept = [i for i in range(20) if i not in (1, 4)]
     assert torch.equal(exposures_at(store.checkpoints)[0], counts[kept])  # type: ignore[index]
     assert store.verify() == []
-    chosen_scores(queries, store.checkpoints, [1.0])
+    chosen_scores(queries, store.checkpoints, Fixed(1.0))
 
 
 def test_a_checkpoint_that_was_begun_with_other_exposures_is_begun_anew(tmp_path: Path) -> None:

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ctrak_lightning.attribution.asking import latent_shape
 from ctrak_lightning.attribution.scoring import (
-    Moments,
-    agreement,
     checkpoint_scores,
     chosen_scores,
     ensemble,
@@ -23,6 +21,8 @@ from ctrak_lightning.attribution.scoring import (
 )
 from ctrak_lightning.attribution.search import top_scores
 from ctrak_lightning.errors import CorruptStoreError, GradientError
+from ctrak_lightning.methods.damping import Agreement, DampingRule, Fixed
+from ctrak_lightning.methods.moments import Moments
 from ctrak_lightning.store import SampleTable, StoreHeader, TraceStore, TraceWriter
 
 DTYPES = {"float32": 1e-5, "float16": 5e-3, "int8": 3e-2}
@@ -110,22 +110,22 @@ def test_one_sample_and_one_number(tmp_path: Path) -> None:
 
 def test_one_sample_has_a_score_and_no_spread_to_be_measured_in(tmp_path: Path) -> None:
     store = store_of(tmp_path, torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
-    scores, _ = chosen_scores(torch.ones(2, 1, 2), store.checkpoints, [1.0])
+    scores, _ = chosen_scores(torch.ones(2, 1, 2), store.checkpoints, Fixed(1.0))
     joined = ensemble(scores)
     assert joined.shape == (1, 1)
     assert bool(torch.isfinite(joined).all())
 
 
-@pytest.mark.parametrize("grid", [[1.0], [0.1, 1.0, 10.0, None]])
+@pytest.mark.parametrize("rule", [Fixed(1.0), Agreement((0.1, 1.0, 10.0, None))])
 @pytest.mark.parametrize("shape", [(11, 4), (4, 11)])
 def test_another_order_of_samples_gives_each_its_own_score(
-    tmp_path: Path, shape: tuple[int, int], grid: list[float | None]
+    tmp_path: Path, shape: tuple[int, int], rule: DampingRule
 ) -> None:
     first, second, queries = drawn(*shape), drawn(*shape, 1), drawn(2, shape[1], 2).expand(2, 2, -1)
     order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(3))
     plain = store_of(tmp_path / "plain", first, second).checkpoints
     moved = store_of(tmp_path / "moved", first[order], second[order]).checkpoints
-    ours, theirs = chosen_scores(queries, plain, grid), chosen_scores(queries, moved, grid)
+    ours, theirs = chosen_scores(queries, plain, rule), chosen_scores(queries, moved, rule)
     assert ours[1] == theirs[1]
     torch.testing.assert_close(ours[0][..., order], theirs[0], rtol=1e-5, atol=1e-6)
 
@@ -157,7 +157,9 @@ def test_the_number_of_threads_changes_nothing_but_rounding(tmp_path: Path) -> N
 def test_a_checkpoint_whose_scores_are_all_equal_is_no_division_by_zero(tmp_path: Path) -> None:
     equal = torch.ones(5, 3)
     store = store_of(tmp_path, equal, drawn(5, 3))
-    scores, dampings = chosen_scores(torch.ones(2, 1, 3), store.checkpoints, [0.1, 1.0, None])
+    scores, dampings = chosen_scores(
+        torch.ones(2, 1, 3), store.checkpoints, Agreement((0.1, 1.0, None))
+    )
     assert bool(torch.isfinite(ensemble(scores)).all())
     assert len(dampings) == 1
 
@@ -173,14 +175,14 @@ def test_a_checkpoint_whose_scores_are_equal_up_to_rounding_does_not_rank(
     equal = scale * drawn(1, shape[1], 5).repeat(shape[0], 1)
     store = store_of(tmp_path, equal, drawn(*shape))
     queries = drawn(2, shape[1], 7).unsqueeze(1)
-    scores, _ = chosen_scores(queries, store.checkpoints, [damping])
+    scores, _ = chosen_scores(queries, store.checkpoints, Fixed(damping))
     alone = standardised(scores[1:])[0, 0]
     joined = ensemble(scores)[0]
     offset = (2 * joined - alone).mean()
     # Divided by the deviation, which is rounding, it would be some ten thousand.
     assert abs(float(offset)) == pytest.approx(1, abs=1e-3)
     torch.testing.assert_close(2 * joined - offset, alone, rtol=0, atol=1e-3)
-    found = top_scores(queries, store.checkpoints, shape[0], [damping])
+    found = top_scores(queries, store.checkpoints, shape[0], Fixed(damping))
     assert (
         found.positions[0].tolist() == torch.argsort(joined, descending=True, stable=True).tolist()
     )
@@ -192,13 +194,15 @@ def test_a_checkpoint_whose_scores_are_equal_up_to_rounding_does_not_rank(
 def test_scores_that_are_all_equal_up_to_rounding_share_out_nothing(tmp_path: Path) -> None:
     equal = drawn(1, 12, 5).repeat(30, 1)
     scores, _ = chosen_scores(
-        drawn(2, 12, 7).unsqueeze(1), store_of(tmp_path, equal, equal).checkpoints, [1.0]
+        drawn(2, 12, 7).unsqueeze(1), store_of(tmp_path, equal, equal).checkpoints, Fixed(1.0)
     )
     joined = ensemble(scores)[0]
     assert float(joined.abs().max()) < 1 + 1e-3
     assert float(soft_thresholded(joined, 0.0).abs().max()) < 1e-3
     assert float(soft_thresholded(joined, 2.0).abs().max()) == 0
-    assert float(agreement(scores).abs().max()) == 0
+    moments = Moments()
+    moments.add(scores.movedim(0, -2))
+    assert float(moments.agreement().abs().max()) == 0
 
 
 def test_scores_are_measured_in_their_deviation_unless_it_is_rounding() -> None:

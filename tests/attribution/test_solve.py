@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from ctrak_lightning.attribution.scoring import (
-    agreement,
     checkpoint_scores,
     ensemble,
     scores_by_damping,
     standardised,
 )
+from ctrak_lightning.methods.moments import Moments
 from ctrak_lightning.store import SampleTable, StoreHeader, TraceStore, TraceWriter
 
 
@@ -108,11 +108,16 @@ def test_agreement_is_the_mean_correlation_of_pairs_of_checkpoints() -> None:
     scores[:, 2] = (
         scores[:1, 2] * torch.tensor([[1.0], [2.0], [3.0], [4.0]]) - 7
     )  # the same up to scale and shift
-    found = agreement(scores)
+    found = moments_of(scores).agreement()
     for q in range(3):
         r = np.corrcoef(scores[:, q].numpy())
         np.testing.assert_allclose(float(found[q]), r[np.triu_indices(4, 1)].mean(), atol=1e-12)
     assert float(found[2]) == pytest.approx(1)
-    assert float(agreement(torch.ones(2, 5))) == 0
-    with pytest.raises(ValueError, match="two checkpoints"):
-        agreement(scores[:1])
+    assert float(moments_of(torch.ones(2, 5)).agreement()) == 0
+
+
+def moments_of(scores: torch.Tensor) -> Moments:
+    """Of scores [M, ..., N]."""
+    moments = Moments()
+    moments.add(scores.movedim(0, -2))
+    return moments

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.attribution.scoring import (
-    AGREEMENT_GRID,
-    Moments,
-    agreement,
     chosen_scores,
     ensemble,
 )
 from ctrak_lightning.attribution.search import Best, top_scores
+from ctrak_lightning.methods.damping import Agreement, DampingRule, Fixed
+from ctrak_lightning.methods.moments import Moments
 from ctrak_lightning.store import SampleTable, StoreHeader, TraceStore, TraceWriter, stored_rows
 
 
@@ -46,9 +45,9 @@ def traces(n: int, k: int, m: int) -> tuple[list[Tensor], Tensor]:
 
 
 def dense(
-    queries: Tensor, store: TraceStore, n: int, grid: Any, weights: Any, residual: bool
+    queries: Tensor, store: TraceStore, n: int, rule: DampingRule, weights: Any, residual: bool
 ) -> tuple[Tensor, Tensor, list[float | None]]:
-    scores, dampings = chosen_scores(queries, store.checkpoints, grid)
+    scores, dampings = chosen_scores(queries, store.checkpoints, rule)
     if residual:
         scores = scores * torch.stack([c.losses().double() for c in store.checkpoints]).unsqueeze(1)
     total = ensemble(scores, weights).float()
@@ -56,7 +55,9 @@ def dense(
     return order, total.gather(1, order), dampings
 
 
-@pytest.mark.parametrize("grid", [(1.0,), (None,), AGREEMENT_GRID], ids=["1", "none", "agreement"])
+@pytest.mark.parametrize(
+    "rule", [Fixed(1.0), Fixed(None), Agreement()], ids=["1", "none", "agreement"]
+)
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("weights", [None, (0.1, 2.0, 0.5)])
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def dense(
 def test_the_best_are_those_of_sorting_all_scores(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    grid: Any,
+    rule: DampingRule,
     residual: bool,
     weights: Any,
     n: int,
@@ -75,8 +76,8 @@ def test_the_best_are_those_of_sorting_all_scores(
     monkeypatch.setattr(stored_rows, "BLOCK_BYTES", k * 30 * getattr(torch, dtype).itemsize)
     phi, queries = traces(n, k, 3)
     store = store_of(tmp_path, phi, (7, 7, 8), dtype)  # the last checkpoint in another order
-    found = top_scores(queries, store.checkpoints, 17, grid, weights=weights, residual=residual)
-    positions, scores, dampings = dense(queries, store, 17, grid, weights, residual)
+    found = top_scores(queries, store.checkpoints, 17, rule, weights=weights, residual=residual)
+    positions, scores, dampings = dense(queries, store, 17, rule, weights, residual)
     assert torch.equal(found.positions, positions)
     torch.testing.assert_close(found.scores, scores, rtol=1e-5, atol=1e-6)
     assert found.dampings == dampings
@@ -87,9 +88,9 @@ def test_queries_in_parts_are_those_at_once(
 ) -> None:
     phi, queries = traces(230, 24, 2)
     store = store_of(tmp_path, phi, (7, 7))
-    at_once = top_scores(queries, store.checkpoints, 5, AGREEMENT_GRID)
+    at_once = top_scores(queries, store.checkpoints, 5, Agreement())
     monkeypatch.setattr("ctrak_lightning.attribution.search._DIRECTIONS_BYTES", 1)
-    in_parts = top_scores(queries, store.checkpoints, 5, AGREEMENT_GRID)
+    in_parts = top_scores(queries, store.checkpoints, 5, Agreement())
     assert torch.equal(at_once.positions, in_parts.positions)
     assert at_once.dampings == in_parts.dampings
 
@@ -100,8 +101,8 @@ def test_scores_that_hardly_differ_keep_their_deviation(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     phi = torch.cat([torch.ones(300, 1), 1e-4 * torch.randn(300, 7, generator=generator)], 1)
     store, queries = store_of(tmp_path, [phi], (1,)), torch.ones(1, 1, 8)
-    found = top_scores(queries, store.checkpoints, 10, (None,))
-    _, scores, _ = dense(queries, store, 10, (None,), None, False)
+    found = top_scores(queries, store.checkpoints, 10, Fixed(None))
+    _, scores, _ = dense(queries, store, 10, Fixed(None), None, False)
     torch.testing.assert_close(found.scores, scores, rtol=1e-3, atol=0)
 
 
@@ -109,12 +110,12 @@ def test_ties_go_to_the_lower_position_and_few_samples_are_all_given(tmp_path: P
     phi = torch.eye(4).repeat(25, 1)  # products with integers are exact
     store = store_of(tmp_path, [phi], (5,))
     queries = torch.tensor([[[1.0, 2.0, 2.0, -1.0], [0.0, 0.0, 0.0, -3.0]]])
-    found = top_scores(queries, store.checkpoints, 60, (None,))
+    found = top_scores(queries, store.checkpoints, 60, Fixed(None))
     both = [i for i in range(100) if i % 4 in (1, 2)]
     assert found.positions[0, :50].tolist() == both
     assert found.positions[0, 50:].tolist() == list(range(0, 40, 4))
     assert found.positions[1].tolist() == [i for i in range(100) if i % 4 != 3][:60]
-    assert top_scores(queries, store.checkpoints, 500, (None,)).positions.shape == (2, 100)
+    assert top_scores(queries, store.checkpoints, 500, Fixed(None)).positions.shape == (2, 100)
 
 
 def test_best_orders_negative_scores_and_takes_minus_zero_for_zero() -> None:
@@ -148,6 +149,9 @@ def test_moments_in_blocks_are_those_of_all_scores(block: int) -> None:
     torch.testing.assert_close(
         moments.deviation(), scores.std(-1, correction=0), rtol=1e-8, atol=1e-12
     )
-    torch.testing.assert_close(
-        moments.agreement(), agreement(scores.transpose(0, 1)), rtol=1e-8, atol=1e-12
-    )
+    whole = Moments()
+    whole.add(scores)
+    torch.testing.assert_close(moments.agreement(), whole.agreement(), rtol=1e-8, atol=1e-12)
+    stacked = Moments.stacked([moments, whole])
+    assert torch.equal(stacked.agreement()[0], moments.agreement())
+    assert torch.equal(stacked.mean()[1], whole.mean())

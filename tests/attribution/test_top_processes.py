@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from ctrak_lightning.attribution.scoring import AGREEMENT_GRID, Moments
 from ctrak_lightning.attribution.search import Best, TopScores, top_scores
 from ctrak_lightning.errors import CorruptStoreError
+from ctrak_lightning.methods.damping import Agreement, Fixed
+from ctrak_lightning.methods.moments import Moments
 from ctrak_lightning.utilities.processes import Processes
 
 from ..threads import together
@@ -19,10 +20,10 @@ from .test_top import store_of, traces
 @pytest.mark.parametrize(
     "options",
     [
-        {"grid": (1.0,)},
-        {"grid": AGREEMENT_GRID},
-        {"grid": AGREEMENT_GRID, "residual": True},
-        {"grid": (None,), "weights": (0.1, 2.0, 0.5)},
+        {"rule": Fixed(1.0)},
+        {"rule": Agreement()},
+        {"rule": Agreement(), "residual": True},
+        {"rule": Fixed(None), "weights": (0.1, 2.0, 0.5)},
     ],
     ids=["one damping", "agreement", "residual", "weights"],
 )
@@ -33,8 +34,8 @@ def test_processes_find_what_one_finds(
     phi, queries = traces(230, 24, 3)
     store = store_of(tmp_path / "s.ctrak", phi, orders)
     given = dict(options)
-    grid = given.pop("grid")
-    expected = top_scores(queries, store.checkpoints, 12, grid, **given)
+    rule = given.pop("rule")
+    expected = top_scores(queries, store.checkpoints, 12, rule, **given)
     # What the others ask is not used: their rounding might differ.
     found = together(
         count,
@@ -42,7 +43,7 @@ def test_processes_find_what_one_finds(
             queries if processes.is_first else queries + 1,
             store.checkpoints,
             12,
-            grid,
+            rule,
             **given,
             processes=processes,
         ),
@@ -57,9 +58,12 @@ def test_processes_find_what_one_finds(
 def test_few_samples_are_searched_by_each(tmp_path: Path) -> None:
     phi, queries = traces(20, 60, 2)
     store = store_of(tmp_path / "s.ctrak", phi, (0, 0))
-    expected = top_scores(queries, store.checkpoints, 5, (1.0,))
+    expected = top_scores(queries, store.checkpoints, 5, Fixed(1.0))
     for each in together(
-        2, lambda processes: top_scores(queries, store.checkpoints, 5, (1.0,), processes=processes)
+        2,
+        lambda processes: top_scores(
+            queries, store.checkpoints, 5, Fixed(1.0), processes=processes
+        ),
     ):
         assert torch.equal(each.positions, expected.positions)
 
@@ -73,7 +77,10 @@ def test_a_share_that_is_damaged_is_told_in_all(tmp_path: Path) -> None:
         content[position] ^= 1
     shard.write_bytes(content)
     for error in together(
-        3, lambda processes: top_scores(queries, store.checkpoints, 5, (1.0,), processes=processes)
+        3,
+        lambda processes: top_scores(
+            queries, store.checkpoints, 5, Fixed(1.0), processes=processes
+        ),
     ):
         assert isinstance(error, CorruptStoreError), error
 

@@ -31,7 +31,7 @@ _WRITING = [
     for name in ("writer", "roundtrip", "crash", "background", "processes", "int8")
 ]
 TARGETS: dict[str, list[str]] = {
-    "ctrak_lightning/methods/objectives.py": ["tests/test_objective.py", "tests/test_method.py", "tests/gradients/test_modes.py"],
+    "ctrak_lightning/methods/objectives.py": ["tests/methods/test_objective.py", "tests/methods/test_method.py", "tests/gradients/test_modes.py"],
     "ctrak_lightning/attribution/scoring.py": ["tests/attribution/test_solve.py", "tests/attribution/test_numbers.py", "tests/attribution/test_result.py", "tests/attribution/test_top.py"],
     "ctrak_lightning/store/kernel.py": ["tests/attribution/test_solve.py", "tests/attribution/test_top.py", "tests/store/test_store_roundtrip.py", "tests/store/test_store_damage.py"],
     "ctrak_lightning/store/writer.py": _WRITING,

@@ -11,7 +11,7 @@ from ctrak_lightning.errors import InversionError
 from ctrak_lightning.methods.trajectories import inverted
 from ctrak_lightning.schedules import Schedule
 
-from .toy import ToyDiffusion
+from ..toy import ToyDiffusion
 
 STEPS = 12
 TOLERANCES = {

@@ -1,13 +1,13 @@
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from ctrak_lightning import FlowSchedule, Method, methods
-from ctrak_lightning.capture.trial import refuse_undescribed
-from ctrak_lightning.errors import TrialError, UnknownMethodError
+from ctrak_lightning.errors import MethodError, UnknownMethodError
 from ctrak_lightning.methods.objectives import (
     ChannelProbe,
     Denoising,
@@ -142,25 +142,59 @@ def test_an_objective_of_ones_own_is_found_among_the_imported_classes() -> None:
         Method.from_dict(facts)
 
 
-def test_a_method_that_a_store_cannot_describe_is_refused_at_the_trial() -> None:
-    class Plain(Objective):
-        def cotangent(self, prediction: Prediction) -> Tensor:
-            return prediction.e.detach()
+class Plain(Objective):
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        return prediction.e.detach()
 
+
+@dataclass(frozen=True)
+class Weighted(Plain):
+    weights: Tensor | tuple[float, ...] | float = 1.0
+
+
+@dataclass(frozen=True)
+class Shifted(Plain):
+    shift: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shift", self.shift + 1)
+
+
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        (Plain(), r"Plain is no dataclass: expected @dataclass\(frozen=True\)"),
+        (
+            Weighted(torch.ones(3)),
+            "Object of type Tensor is not JSON serializable: expected numbers and texts",
+        ),
+        (
+            Weighted(float("nan")),
+            "Out of range .* not JSON compliant.*: expected numbers and texts",
+        ),
+        (Weighted((1.0, 2.0)), r"read back it would be Weighted\(weights=\[1.0, 2.0\]\)"),
+        (Shifted(1.0), r"read back it would be Shifted\(shift=3.0\)"),
+        (SquaredNorm, "it is no Objective: .*an instance rather than the class"),
+    ],
+    ids=["no dataclass", "tensor", "nan", "tuple", "changed", "class"],
+)
+def test_an_objective_that_a_store_cannot_describe_is_refused_where_the_method_is_made(
+    objective: Any, told: str
+) -> None:
+    good = methods.d_trak()
+    for changed in ({"training": objective}, {"query": (Term(objective),)}):
+        with pytest.raises(MethodError, match=rf"'d_trak'.*as an objective, for {told}.*HINT"):
+            replace(good, **changed)
+
+
+def test_a_name_that_the_library_has_too_is_one_at_another_place() -> None:
     @dataclass(frozen=True)
     class Shadow(SquaredNorm):
         pass
 
     Shadow.__name__ = "MeanOutput"
-    method = replace(methods.d_trak(), training=Plain(), query=contrast(Plain()))
-    with pytest.raises(
-        TrialError, match="'d_trak' cannot be described in the store: .*dataclass.*HINT"
-    ):
-        refuse_undescribed(method)
-    # A name that the library has as well is one at another place.
-    refuse_undescribed(replace(methods.d_trak(), training=Shadow(), query=contrast(Shadow())))
-    for name in methods.PRESETS:
-        refuse_undescribed(methods.by_name(name))
+    method = replace(methods.d_trak(), training=Shadow(), query=contrast(Shadow()))
+    assert Method.from_dict(method.to_dict()) == method
 
 
 def test_the_probes_of_the_default_are_different_ones() -> None:

@@ -2,11 +2,17 @@
 it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from ctrak_lightning import methods
+from ctrak_lightning.capture.trace import trace_batch
+from ctrak_lightning.capture.trial import try_samples
+from ctrak_lightning.errors import MethodError, TrialError
+from ctrak_lightning.gradients import GradientTracer, Projection
 from ctrak_lightning.methods.objectives import (
     ChannelProbe,
     ConceptDirection,
@@ -18,9 +24,10 @@ from ctrak_lightning.methods.objectives import (
     SquaredNorm,
     contrast,
 )
+from ctrak_lightning.utilities.memory import RowLimit
 from ctrak_lightning.utilities.rng import seeded_noise
 
-from .toy import ToyDiffusion
+from ..toy import QuickDiffusion, ToyData, ToyDiffusion
 
 KINDS = ("epsilon", "v_prediction", "sample")
 
@@ -190,3 +197,48 @@ def test_concept_direction_needs_the_other_condition() -> None:
     prediction = Prediction(s.x_t, s.t, s.x0, output, output, None, s.task.noise_schedule)
     with pytest.raises(ValueError, match="other condition"):
         ConceptDirection().cotangent(prediction)
+
+
+@dataclass(frozen=True)
+class Reconstruction(Objective):
+    """``mean((x0_hat - x0)^2)``, differentiated with respect to the noise prediction."""
+
+    way: str = "by hand"
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        e, x0_hat = prediction.e, prediction.x0_hat
+        if self.way == "by hand":  # as the message says
+            a, s = prediction.schedule.levels(prediction.t, prediction.x_t)
+            e = e.detach().requires_grad_()
+            x0_hat = (prediction.x_t - s * e) / a
+        loss = (x0_hat - prediction.x0).square().flatten(1).mean(1).sum()
+        (v,) = torch.autograd.grad(loss, prediction.x_t if self.way == "of x_t" else e)
+        return v
+
+
+@pytest.mark.parametrize("way", ["directly", "of x_t"])
+def test_a_derivative_that_there_is_not_is_refused_at_the_trial(way: str) -> None:
+    module = QuickDiffusion("v_prediction")  # of a noise prediction, e is the output itself
+    tracer = GradientTracer(module.denoiser, Projection(rank=4, dim=8))
+    method = replace(
+        methods.d_trak(timesteps=1),
+        training=Reconstruction(way),
+        query=contrast(Reconstruction(way)),
+    )
+    samples = module.encode(next(iter(ToyData().train_dataloader())))
+    told = rf"Reconstruction\(way='{way}'\).cotangent\(\) takes a derivative.*HINT.*x0_hat = "
+    with pytest.raises(TrialError, match=told):
+        try_samples(module, tracer, method, samples, 0, RowLimit())
+    with pytest.raises(MethodError, match=told):
+        trace_batch(module, tracer, method, samples, 0)
+
+
+def test_the_derivative_that_the_message_names_is_the_right_one() -> None:
+    setting = Setting("epsilon")
+
+    def loss() -> Tensor:
+        output = setting.task.predict(setting.x_t, setting.t, setting.present)
+        x0_hat = setting.task.noise_schedule.x0_hat(output, setting.x_t, setting.t)
+        return (x0_hat - setting.x0).square().flatten(1).mean(1).sum()
+
+    torch.testing.assert_close(setting.vjp(Reconstruction()), setting.loss_gradient(loss))

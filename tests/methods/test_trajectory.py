@@ -6,7 +6,7 @@ from torch import Tensor
 from ctrak_lightning import NoiseSchedule, Sampler
 from ctrak_lightning.methods.trajectories import Generated, Inverted, Noised, State
 
-from .toy import ToyDiffusion, Toys
+from ..toy import ToyDiffusion, Toys
 
 
 class Recorder(ToyDiffusion):

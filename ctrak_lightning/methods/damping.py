@@ -1,0 +1,145 @@
+"""Damping rules: which damping of the kernel a question's scores are taken at."""
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from ctrak_lightning.errors import MethodError
+from ctrak_lightning.methods.moments import Moments
+from ctrak_lightning.methods.recorded import Recorded
+
+if TYPE_CHECKING:
+    from ctrak_lightning.store import Checkpoint
+
+AGREEMENT_GRID: tuple[float | None, ...] = (
+    *(0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
+    None,
+)
+"""Dampings among which ``damping="agreement"`` chooses."""
+LONE_DAMPING = 10.0
+"""What ``damping="agreement"`` uses where there is one checkpoint only, and so nothing to agree
+with."""
+
+
+class DampingRule(Recorded, ABC):
+    """A rule that gives the damping of each question, without labels.
+
+    A damping is relative to the mean eigenvalue of the traces' kernel; None leaves the kernel out.
+    A rule of the whole run has a :meth:`grid` of one damping, found from the checkpoints; a rule of
+    each question has several, and :meth:`choose`. A rule of one's own is a frozen dataclass, and
+    serves as ``Method(damping=MyRule())``.
+    """
+
+    @abstractmethod
+    def grid(self, checkpoints: "Sequence[Checkpoint]") -> Sequence[float | None]:
+        """The dampings [D] that the questions are scored at.
+
+        Args:
+            checkpoints: of the store, with their kernels, traces and losses
+                (:class:`~ctrak_lightning.store.Checkpoint`).
+        """
+
+    def choose(self, moments: Moments) -> Tensor:
+        """Which of several dampings each question uses, int64 [Q], from 0.
+
+        Args:
+            moments: sums over the samples of the scores at each damping, of each question, of each
+                checkpoint [D, Q, M]; of the samples that had been trained on at all checkpoints.
+        """
+        raise MethodError(
+            f"{self}: its grid has several dampings, and {type(self).__name__} has no choose(): "
+            "expected one damping, or a choose(moments) that picks one for each question."
+        )
+
+
+@dataclass(frozen=True)
+class Fixed(DampingRule):
+    """The same damping for every question; ``Method(damping=1.0)``.
+
+    Args:
+        damping: more than 0; None leaves the kernel out.
+    """
+
+    damping: float | None
+
+    def grid(self, checkpoints: "Sequence[Checkpoint]") -> Sequence[float | None]:
+        return (self.damping,)
+
+
+@dataclass(frozen=True)
+class Agreement(DampingRule):
+    """The damping at which the checkpoints agree most: the mean Pearson correlation of their scores
+    over pairs of them is largest; ``Method(damping="agreement")``.
+
+    It needs no label. What a concept owes its samples is the same at every checkpoint of a run that
+    has learnt it; the noise that a kernel's inverse amplifies is not.
+
+    Args:
+        dampings: to choose among.
+    """
+
+    dampings: tuple[float | None, ...] = AGREEMENT_GRID
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dampings", tuple(self.dampings))  # JSON has lists
+
+    def grid(self, checkpoints: "Sequence[Checkpoint]") -> Sequence[float | None]:
+        if len(checkpoints) > 1:
+            return self.dampings
+        warnings.warn(
+            f"damping='agreement' compares checkpoints and the store has one: {LONE_DAMPING} is "
+            "used. HINT: trace at two or more steps, or give a damping.",
+            UserWarning,
+            stacklevel=5,  # of grid_of, of the scores, of the Attributor
+        )
+        return (LONE_DAMPING,)
+
+    def choose(self, moments: Moments) -> Tensor:
+        return moments.agreement().argmax(0)
+
+
+Damping = float | Literal["agreement"] | None | DampingRule
+
+
+def rule_of(damping: Damping) -> DampingRule:
+    """The rule that a number, ``"agreement"``, None or a rule itself stands for."""
+    if isinstance(damping, DampingRule):
+        return damping
+    return Agreement() if isinstance(damping, str) else Fixed(damping)
+
+
+def grid_of(rule: DampingRule, checkpoints: "Sequence[Checkpoint]") -> Sequence[float | None]:
+    """A rule's dampings.
+
+    Raises:
+        MethodError: there is none, or one is no number above 0.
+    """
+    grid = tuple(rule.grid(checkpoints))
+    if not grid or any(d is not None and not 0 < d < math.inf for d in grid):
+        raise MethodError(
+            f"{rule}: its dampings are {grid}; expected at least one, each a number > 0, or None "
+            "for no kernel."
+        )
+    return grid
+
+
+def choice(rule: DampingRule, moments: Moments) -> Tensor:
+    """Which damping each question uses, int64 [Q].
+
+    Raises:
+        MethodError: the rule gives no place in its grid for each question.
+    """
+    dampings, questions, _ = moments.mean().shape
+    found = rule.choose(moments)
+    if list(found.shape) != [questions] or not torch.isin(found, torch.arange(dampings)).all():
+        raise MethodError(
+            f"{rule}: choose() gave {found.tolist()} for {questions} questions and {dampings} "
+            f"dampings; expected {questions} integers from 0 to {dampings - 1}."
+        )
+    return found
