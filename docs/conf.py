@@ -46,6 +46,8 @@ nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_execution_timeout = 600
 nb_merge_streams = True
+# Lightning's remarks on machine and loggers, and progress bars.
+nb_output_stderr = "remove"
 # They would come from another host.
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}
 
@@ -62,6 +64,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
+html_show_copyright = False
 html_theme_options = {
     "sidebar_hide_name": False,
     "light_css_variables": {"color-brand-primary": "#1f5f9e", "color-brand-content": "#1f5f9e"},

@@ -112,15 +112,32 @@ def test_the_front_page_is_read_in_two_minutes() -> None:
     assert len(re.findall(r"(?<![\w.])\d+(?:\.\d+)?", text)) <= 30
 
 
+METHODS_CODE = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.DOTALL
+)
+
+
 def test_an_objective_of_ones_own_is_traced_and_described() -> None:
-    [code] = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.DOTALL
-    )
     names: dict[str, Any] = {"__name__": "mine"}
-    exec(code, names)
+    exec(METHODS_CODE[0], names)
     method = names["quartic"]()
     assert method.to_dict()["training"]["objective"] == {"class": "mine.Quartic", "scale": 1.0}
     assert Method.from_dict(method.to_dict()) == method
+
+
+def test_two_methods_are_compared() -> None:
+    names: dict[str, Any] = {}
+    exec(METHODS_CODE[1], names)
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.rand(6, 40, generator=generator)
+    noise = torch.rand(6, 40, generator=generator)
+    kept = torch.rand(30, 40, generator=generator) < 0.5
+    found = names["compared"](truth, noise, truth > 0.8, kept, truth @ kept.float().T, k=5)
+    assert found["recall"][0] == (1, 1, 1)
+    assert found["datamodeling"][0][0] == pytest.approx(1)
+    for ours, other, (_, low, _) in found.values():
+        assert ours[0] > other[0]
+        assert low > 0
 
 
 def test_the_page_of_methods_names_them_all() -> None:

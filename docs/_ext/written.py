@@ -20,6 +20,7 @@ from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
+from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ REMOTE = re.compile(
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", _read)
+    app.connect("autodoc-process-docstring", _kept, priority=100)
+    app.connect("autodoc-process-docstring", _as_of_a_method, priority=900)
     app.connect("autodoc-process-docstring", _headed)
     app.connect("missing-reference", _resolved)
     app.connect("doctree-read", _unlinked)
@@ -136,6 +139,22 @@ def _listed(kind: str) -> list[str]:
 
 def _place(one: type) -> str:
     return f"{one.__module__}.{one.__qualname__}"
+
+
+_OWN: dict[str, list[str]] = {}
+
+
+def _kept(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    if what in ("property", "attribute", "data"):
+        _OWN[name] = list(lines)
+
+
+def _as_of_a_method(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Of a property, napoleon takes what stands before the first colon for a type."""
+    if (own := _OWN.pop(name, None)) is not None:
+        lines[:] = GoogleDocstring(own, app.config, app, "method", name, obj, options).lines()
 
 
 def _headed(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
