@@ -11,12 +11,15 @@ from typing import Any
 
 import ctrak_lightning
 
-# The first of them that has a name documents it.
+# Also public without an `__all__`. The first of them that has a name documents it.
 FIRST = [
     "ctrak_lightning",
     "ctrak_lightning.callbacks",
     "ctrak_lightning.methods",
+    "ctrak_lightning.methods.objectives",
+    "ctrak_lightning.methods.trajectories",
     "ctrak_lightning.metrics.functional",
+    "ctrak_lightning.attribution.baselines",
 ]
 
 
