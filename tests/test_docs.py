@@ -2,6 +2,7 @@
 short."""
 
 import hashlib
+import importlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,9 +74,22 @@ def test_the_table_of_counter_prompts() -> None:
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("**/README.md")],
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "docs" / "notebooks").glob("*.md"),
+        *(ROOT / "docs" / "reference").glob("*.md"),
+        *(ROOT / "recipes").glob("**/README.md"),
+    ],
     key=lambda path: str(path.relative_to(ROOT)),
 )
+
+
+@pytest.fixture
+def public(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the site takes for public."""
+    monkeypatch.syspath_prepend(ROOT / "docs" / "_ext")
+    return importlib.import_module("public")
 
 
 def anchors(path: Path) -> set[str]:
@@ -103,7 +117,26 @@ def test_every_link_leads_somewhere() -> None:
 def test_every_page_is_on_the_index() -> None:
     listed = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     names = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    names |= {f"notebooks/{path.name}" for path in (ROOT / "docs" / "notebooks").glob("*.md")}
     assert {name for name in names if f"({name})" in listed} == names
+
+
+def test_every_public_package_has_a_page_of_reference(public: Any) -> None:
+    folder = ROOT / "docs" / "reference"
+    pages = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
+    listed = pages.pop("README.md")
+    assert {name for name in pages if f"({name})" in listed} == pages.keys()
+    there = re.findall(r"<!-- names of (\S+) -->", "".join(pages.values()))
+    assert sorted(there) == sorted(module.__name__ for module in public.modules())
+
+
+def test_every_error_says_when_why_and_what_to_do(public: Any) -> None:
+    found = public.problems()
+    assert len(found["errors"]) >= 16
+    assert len(found["warnings"]) >= 11
+    for one in (*found["errors"], *found["warnings"]):
+        parts = public.parts(one)
+        assert all((parts.when, parts.why, parts.to_do)), f"{one.__name__}: {parts}"
 
 
 def test_the_front_page_is_read_in_two_minutes() -> None:

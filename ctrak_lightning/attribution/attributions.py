@@ -22,7 +22,13 @@ questions."""
 
 
 class CoincidingConceptsWarning(UserWarning):
-    """Two concepts ask for nearly the same, so that their rankings do not tell them apart."""
+    """Two concepts ask for nearly the same, so that their rankings do not tell them apart.
+
+    Why: the differences between present and absent are almost one direction, often since a
+    counter-prompt left the concept in.
+
+    What to do: print the concepts, look at both sides, and give an ``absent`` of your own.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,8 +121,9 @@ class ConceptMonitor(Callback):
         tracer = ConceptTracer("runs/x/traces", every_n_epochs=10)
         owl = Concept("owl", present={"object": "owl", "artist": "noto"}, absent={"artist": "noto"})
         logger = TensorBoardLogger("runs/x")
-        L.Trainer(max_epochs=30, logger=logger, callbacks=[tracer,
-        ConceptMonitor([owl])]).fit(module, datamodule=data)
+        callbacks = [tracer, ConceptMonitor([owl])]
+        trainer = L.Trainer(max_epochs=30, logger=logger, callbacks=callbacks)
+        trainer.fit(module, datamodule=data)
     """
 
     def __init__(

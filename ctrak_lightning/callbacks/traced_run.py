@@ -37,7 +37,14 @@ has changed the weights."""
 
 
 class ChangedWeightsWarning(UserWarning):
-    """Weights are traced that are not those that the last optimizer step has left."""
+    """Weights are traced that are not those that the last optimizer step has left.
+
+    Why: a callback has put an average or other weights into the module; they are traced as they
+    are, and the store holds them.
+
+    What to do: if training's own weights are meant, let that callback swap after the tracer's
+    hook; of Lightning's averages, ``ConceptTracer(weights="ema")`` chooses.
+    """
 
 
 @dataclass

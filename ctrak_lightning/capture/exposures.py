@@ -18,7 +18,13 @@ from ctrak_lightning.utilities.processes import ALONE, Processes
 
 
 class UntracedSampleWarning(UserWarning):
-    """Training batches have samples that are not in the store; the message says how many."""
+    """Training batches have samples that are not in the store; the message says how many.
+
+    Why: they taught the model too, and no ranking can name them.
+
+    What to do: let ``trace_dataloader()`` give all samples that are trained on, with the ids of
+    the training batches.
+    """
 
 
 class Exposures:

@@ -102,7 +102,13 @@ class RecordedCall(Protocol):
 
 class NotBySampleError(Exception):
     """Layers whose rows no layout sorts by sample, since samples share them or they come in no
-    regular order."""
+    regular order.
+
+    Why: of these a hook cannot say whose gradient is whose.
+
+    What to do: nothing: it is caught inside the library, which traces these layers by a pass per
+    sample.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(", ".join(names))

@@ -34,7 +34,13 @@ _SKETCH, _PERIOD = 64, 2**16
 
 class RoundedWeightsWarning(UserWarning):
     """Frozen weights are what they were but for rounding, as after LoRA has been merged into them
-    and unmerged."""
+    and unmerged.
+
+    Why: traces go on, since the difference is far below what training moves; but it is one.
+
+    What to do: nothing, if a preview merges the adapter. To be rid of it, preview with the adapter
+    as it is, or with a copy of the model.
+    """
 
 
 def changing_buffers(owner: nn.Module, parts: Collection[str]) -> dict[str, Tensor]:

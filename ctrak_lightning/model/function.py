@@ -87,7 +87,15 @@ _COARSE = ("float64", "float32", "float16", "bfloat16")
 
 class UnrecordedFunctionWarning(UserWarning):
     """A network's outputs cannot be recorded, so that a question cannot tell another network with
-    the same weights."""
+    the same weights.
+
+    Why: weights are compared by hash; the scale of an adapter or another label map is seen in the
+    outputs alone.
+
+    What to do: let ``condition({}, 1)`` give the null condition and ``predict`` take numbers of
+    its shape, or define ``known_attributes()``. Answers are right without it, if the model is the
+    one that was traced.
+    """
 
 
 class Fixed(NamedTuple):

@@ -15,7 +15,12 @@ _SHOWN = 10
 
 
 class UntrainedParameterWarning(UserWarning):
-    """Parameters require a gradient but are in no optimizer; the message names them."""
+    """Parameters require a gradient but are in no optimizer; the message names them.
+
+    Why: they do not train, so they are not traced, which is rarely what was meant.
+
+    What to do: give them to an optimizer, or set ``requires_grad_(False)``.
+    """
 
 
 def trained_parameters(

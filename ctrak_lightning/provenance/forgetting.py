@@ -145,7 +145,14 @@ def _short(name: object) -> str:
 
 
 class LedgerWarning(UserWarning):
-    """Something could not be recorded in a store's ledger."""
+    """Something could not be recorded in a store's ledger, or an old ledger says more of what was
+    forgotten than it should.
+
+    Why: answers are right without it, but the record has a gap, or a hint in it.
+
+    What to do: make the folder writable, or ask without recording: ``Attributor(...,
+    record=False)``. Keep an old ledger from others.
+    """
 
 
 class QueryLog:

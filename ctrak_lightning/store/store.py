@@ -34,7 +34,13 @@ from ctrak_lightning.utilities.processes import ALONE, Processes
 
 
 class IncompleteStoreWarning(UserWarning):
-    """A store has checkpoints whose capture was interrupted."""
+    """A store has checkpoints whose capture was interrupted; they are left out.
+
+    Why: half a checkpoint would rank the samples that it lacks last.
+
+    What to do: run the training again with the same callback and folder, which completes them; or
+    ask without them.
+    """
 
 
 class TraceStore:

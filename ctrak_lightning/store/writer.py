@@ -29,7 +29,12 @@ _SHOWN = 5
 
 
 class ChangedMetadataWarning(UserWarning):
-    """The metadata of the samples is not what the store recorded, and the store keeps that."""
+    """The metadata of the samples is not what the store recorded, and the store keeps that.
+
+    Why: a record that changes its owners on resuming would be none.
+
+    What to do: trace into a new folder, if the new metadata is the right one.
+    """
 
 
 def warn_of_changed_metadata(stored: SampleTable, given: SampleTable, path: Path) -> None:

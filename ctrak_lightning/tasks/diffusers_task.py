@@ -190,11 +190,17 @@ class DiffusersTask:
     is yet to be written carries ``self.task = DiffusersTask.from_pipeline(pipeline)`` instead.)
 
     Args:
-        unet, transformer, vae, text_encoder, text_encoder_2, text_encoder_3, tokenizer,
-        tokenizer_2, tokenizer_3, scheduler: the
-            attribute that is this part, dotted where it is deeper (``"model.unet"``). None takes
-            the attribute of the part's own name, if there is one (of the scheduler also
-            ``noise_scheduler``).
+        unet: the attribute that is this part, dotted where it is deeper (``"model.unet"``). None
+            takes the attribute of the part's own name, if there is one. So for the parts below.
+        transformer: the same, of pipelines that have one instead of a UNet.
+        vae: the same.
+        text_encoder: the same.
+        text_encoder_2: the same.
+        text_encoder_3: the same.
+        tokenizer: the same.
+        tokenizer_2: the same.
+        tokenizer_3: the same.
+        scheduler: the same; without a name also the attribute ``noise_scheduler``.
         batch: what the columns of the module's batches are, where they have other names:
             ``{"pixel_values": "image", "input_ids": "tokens"}``; ``docs/attach.md`` lists ours. Of
             a batch that is a tuple: ``{"0": "image", "1": "class"}``.
@@ -205,9 +211,11 @@ class DiffusersTask:
 
     Example::
 
-        task = DiffusersTask(scheduler="noise_scheduler", batch={"pixel_values": "image",
-        "input_ids": "tokens"}) L.Trainer(callbacks=[ConceptTracer("runs/x/traces",
-        task=task)]).fit(module, loader) Attributor("runs/x/traces", module, task=task)
+        columns = {"pixel_values": "image", "input_ids": "tokens"}
+        task = DiffusersTask(scheduler="noise_scheduler", batch=columns)
+        tracer = ConceptTracer("runs/x/traces", task=task)
+        L.Trainer(callbacks=[tracer]).fit(module, loader)
+        Attributor("runs/x/traces", module, task=task)
     """
 
     def __init__(
@@ -321,15 +329,16 @@ class DiffusersTask:
                 def __init__(self, pipeline):
                     super().__init__()
                     pipeline.unet.requires_grad_(False)
-                    pipeline.unet.add_adapter(LoraConfig(r=8, target_modules=["to_q", "to_k",
-                    "to_v", "to_out.0"])) self.task = DiffusersTask.from_pipeline(pipeline)
+                    layers = ["to_q", "to_k", "to_v", "to_out.0"]
+                    pipeline.unet.add_adapter(LoraConfig(r=8, target_modules=layers))
+                    self.task = DiffusersTask.from_pipeline(pipeline)
 
                 def training_step(self, batch, batch_idx):
                     return self.task.loss(batch)
 
                 def configure_optimizers(self):
-                    return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad],
-                    lr=1e-4)
+                    trained = [p for p in self.parameters() if p.requires_grad]
+                    return torch.optim.AdamW(trained, lr=1e-4)
         """
         return family_of(pipeline)(pipeline, **options)
 
