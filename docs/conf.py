@@ -48,6 +48,7 @@ nb_execution_timeout = 600
 nb_merge_streams = True
 # Lightning's remarks on machine and loggers, and progress bars.
 nb_output_stderr = "remove"
+nb_render_markdown_format = "gfm"
 # They would come from another host.
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}
 
@@ -58,6 +59,7 @@ python_maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
+pygments_dark_style = "github-dark"
 html_theme = "furo"
 html_title = f"ctrak-lightning {version}"
 html_static_path = ["_static"]

@@ -85,6 +85,19 @@ PAGES = sorted(
 )
 
 
+@pytest.mark.parametrize("page", ["architecture.md", "extending.md"])
+def test_the_paths_that_a_page_names_are_there(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w./]+(?:/|\.py|\.md))`", text))
+    assert len(named) > 10
+    missing = {
+        name
+        for name in named
+        if not any((root / name).exists() for root in (ROOT, ROOT / "ctrak_lightning"))
+    }
+    assert missing == set()
+
+
 @pytest.fixture
 def public(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What the site takes for public."""

@@ -52,7 +52,8 @@ def modules() -> list[ModuleType]:
 def names(module: ModuleType) -> list[str]:
     listed = getattr(module, "__all__", None)
     if listed is not None:
-        return sorted(listed, key=str.lower)
+        # Classes, then functions, then constants.
+        return sorted(listed, key=lambda name: (name.isupper(), name[0].islower(), name.lower()))
     return [
         name
         for name, value in vars(module).items()
@@ -68,6 +69,11 @@ def home(value: Any, name: str) -> str | None:
         if name in names(module) and getattr(module, name) is value:
             return module.__name__
     return None
+
+
+def place(value: Any) -> str:
+    """The name by which a class or a function is imported: its public one, if it has one."""
+    return f"{home(value, value.__name__) or value.__module__}.{value.__qualname__}"
 
 
 @cache

@@ -96,7 +96,7 @@ def _names(place: str) -> list[str]:
     for name in public.names(module):
         value = getattr(module, name)
         home = public.home(value, name)
-        if home is not None and home != place:
+        if _is_problem(value) or home != place:
             elsewhere.append(f":py:obj:`{name} <{home}.{name}>`")
         else:
             lines += [*_documented(f"{place}.{name}", value), ""]
@@ -105,15 +105,20 @@ def _names(place: str) -> list[str]:
     return lines
 
 
+def _is_problem(value: Any) -> bool:
+    """Whether docs/errors.md has it."""
+    return inspect.isclass(value) and issubclass(value, BaseException)
+
+
 def _documented(place: str, value: Any) -> list[str]:
     if isinstance(value, ModuleType):
         return [f":py:mod:`{value.__name__}`"]
     if inspect.isclass(value):
-        kind = "exception" if issubclass(value, BaseException) else "class"
-        members = (
-            [] if kind == "exception" else ["   :members:", "   :inherited-members: " + FOREIGN]
-        )
-        return [f".. auto{kind}:: {place}", *members]
+        return [
+            f".. autoclass:: {place}",
+            "   :members:",
+            f"   :inherited-members: {FOREIGN}",
+        ]
     if inspect.isroutine(value):
         return [f".. autofunction:: {place}"]
     name = place.rpartition(".")[2]  # the module of the page is put before it
@@ -123,22 +128,18 @@ def _documented(place: str, value: Any) -> list[str]:
 
 
 # What a class has from others' classes is in their documentation.
-FOREIGN = "Metric, Callback, Module, Exception, Warning, ABC, Protocol, tuple, dict, list"
+FOREIGN = "Metric, Callback, Module, ABC, Protocol, tuple, dict, list"
 
 
 def _listed(kind: str) -> list[str]:
     found = public.problems()[kind]
     lines = [".. list-table::", "   :header-rows: 1", "", f"   * - {kind[:-1]}", "     - when"]
     for one in found:
-        lines += [f"   * - :py:exc:`{one.__name__} <{_place(one)}>`"]
+        lines += [f"   * - :py:exc:`{one.__name__} <{public.place(one)}>`"]
         lines += [f"     - {public.parts(one).when}"]
     for one in found:
-        lines += ["", f".. autoexception:: {_place(one)}", "   :show-inheritance:"]
+        lines += ["", f".. autoexception:: {public.place(one)}", "   :show-inheritance:"]
     return lines
-
-
-def _place(one: type) -> str:
-    return f"{one.__module__}.{one.__qualname__}"
 
 
 _OWN: dict[str, list[str]] = {}
@@ -174,8 +175,7 @@ def _resolved(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
         return None
     if isinstance(owner, ModuleType) or not hasattr(owner, "__qualname__"):
         return None
-    home = public.home(owner, owner.__name__)
-    name = f"{home}.{owner.__name__}" if home else _place(owner)
+    name = public.place(owner)
     known = env.get_domain("py").objects
     for place in (name + attribute, name):
         if place in known:
