@@ -44,7 +44,7 @@ myst_dmath_double_inline = False
 nb_execution_mode = "auto"
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
-nb_execution_timeout = 600
+nb_execution_timeout = 1800  # of a cell, on a machine that has other things to do
 nb_merge_streams = True
 # Lightning's remarks on machine and loggers, and progress bars.
 nb_output_stderr = "remove"
