@@ -41,7 +41,14 @@ class ConceptError(ValueError):
 
 class MethodError(ValueError):
     """A method cannot be described in a store, or an objective or rule of it does not do what it
-    should."""
+    should.
+
+    Why: a store holds its method in numbers and texts, so that it can be asked later; what cannot
+    be written down could not be made again.
+
+    What to do: make an objective, a trajectory or a rule of your own a dataclass of numbers and
+    texts at the top of a module (``docs/methods.md``), and let it return what the message expects.
+    """
 
 
 class InversionError(ValueError):

@@ -90,11 +90,9 @@ def test_the_paths_that_a_page_names_are_there(page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     named = set(re.findall(r"`([\w./]+(?:/|\.py|\.md))`", text))
     assert len(named) > 10
-    missing = {
-        name
-        for name in named
-        if not any((root / name).exists() for root in (ROOT, ROOT / "ctrak_lightning"))
-    }
+    package = ROOT / "ctrak_lightning"
+    roots = [ROOT, package, *(path for path in package.iterdir() if path.is_dir())]
+    missing = {name for name in named if not any((root / name).exists() for root in roots)}
     assert missing == set()
 
 
