@@ -1,7 +1,8 @@
 """Writes EmojiArtists as a folder of images with metadata.jsonl, real data for the tiny runs.
 
-python -m recipes.emoji_folder --out runs/emoji_folder                  # 64 objects by 8 artists, one drawing each held out
-python -m recipes.emoji_folder --out runs/emoji_small --objects 6 --artists noto twemoji
+python -m recipes.emoji_folder --out runs/emoji_folder                  # 64 objects by 8 artists,
+one drawing each held out python -m recipes.emoji_folder --out runs/emoji_small --objects 6
+--artists noto twemoji
 """
 
 import argparse
@@ -11,16 +12,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from recipes.emoji_artists.data import EmojiArtists
-from recipes.imagefolder import FILE
-from recipes.pictures import to_uint8
+from .emoji_artists.data import EmojiArtists
+from .images import FILE
+from .pictures import to_uint8
 
 COLUMNS = ("object", "artist", "category", "owner", "licence")
 
 
 def write(out: Path, objects: int | None = None, artists: list[str] | None = None) -> int:
-    """Writes the training images of EmojiArtists' fine-tune, ``<artist>/<object>.png``, with captions such as "angry face by noto";
-    returns how many.
+    """Writes the training images of EmojiArtists' fine-tune, ``<artist>/<object>.png``, with
+    captions such as "angry face by noto"; returns how many.
 
     Args:
         out: the folder.

@@ -12,19 +12,22 @@ from ctrak_lightning import Encoded, PipelineTask
 from ctrak_lightning.tasks import Condition
 
 OF_THE_IMAGE = ("time_ids",)
-"""Conditions that tell of the image and not of what it shows; they stay when the caption is dropped."""
+"""Conditions that tell of the image and not of what it shows; they stay when the caption is
+dropped."""
 
 
 class FineTune(L.LightningModule):
-    """A pipeline's fine-tune: the denoising loss, AdamW with a linear warm-up, checkpoints of what is trained alone, and at the end
-    the result under the trainer's ``default_root_dir``.
+    """A pipeline's fine-tune: the denoising loss, AdamW with a linear warm-up, checkpoints of what
+    is trained alone, and at the end the result under the trainer's ``default_root_dir``.
 
     Args:
         task: the pipeline's task; whatever its denoiser leaves trainable is trained.
         learning_rate: AdamW's.
         warmup_steps: over which the learning rate rises from zero.
-        dropout: the share of the images that are trained on without their condition, as classifier-free guidance needs.
-        gradient_checkpointing: less memory for more time: activations are computed again in the backward pass.
+        dropout: the share of the images that are trained on without their condition, as
+            classifier-free guidance needs.
+        gradient_checkpointing: less memory for more time: activations are computed again in the
+            backward pass.
 
     Raises:
         ValueError: a share outside [0, 1), or dropout of a model without a null condition.
@@ -91,18 +94,22 @@ class FineTune(L.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        trained = [parameter for parameter in self.task.denoiser.parameters() if parameter.requires_grad]
+        trained = [
+            parameter for parameter in self.task.denoiser.parameters() if parameter.requires_grad
+        ]
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def save(self, folder: Path) -> None:
-        """Writes what was trained, for diffusers to load: here the whole pipeline, with ``from_pretrained(folder / "pipeline")``."""
+        """Writes what was trained, for diffusers to load: here the whole pipeline, with
+        ``from_pretrained(folder / "pipeline")``."""
         self.task.pipeline.save_pretrained(folder / "pipeline")
 
     @override
     def on_train_end(self) -> None:
-        # After the callbacks' hook of that name, so of averaged weights if there is such a callback.
+        # After the callbacks' hook of that name, so of averaged weights if there is such a
+        # callback.
         if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
             self.save(Path(self.trainer.default_root_dir))
 
@@ -127,4 +134,5 @@ class FineTune(L.LightningModule):
 
 
 STATES = ("state_dict", "current_model_state")
-"""Of a checkpoint; the second is that of the weights in training, where the first holds their average (WeightAveraging)."""
+"""Of a checkpoint; the second is that of the weights in training, where the first holds their
+average (WeightAveraging)."""

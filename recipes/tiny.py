@@ -1,4 +1,5 @@
-"""Diffusers pipelines in miniature, from their config classes with random weights: nothing is downloaded, and nothing has been learnt."""
+"""Diffusers pipelines in miniature, from their config classes with random weights: nothing is
+downloaded, and nothing has been learnt."""
 
 import string
 from collections.abc import Callable
@@ -25,7 +26,8 @@ WORDS = 2 * len(CHARACTERS)
 
 
 def build(name: str, seed: int = 0, **tiny: Any) -> Any:
-    """A tiny pipeline by name, the same one every time, with weights off their initial zeros and ones."""
+    """A tiny pipeline by name, the same one every time, with weights off their initial zeros and
+    ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = PIPELINES[name](**tiny)
@@ -41,7 +43,12 @@ def build(name: str, seed: int = 0, **tiny: Any) -> Any:
 
 @cache
 def clip_tokenizer(tokens: int = TOKENS) -> CLIPTokenizer:
-    vocabulary = [*CHARACTERS, *(each + "</w>" for each in CHARACTERS), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = [
+        *CHARACTERS,
+        *(each + "</w>" for each in CHARACTERS),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     return CLIPTokenizer(
         vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], model_max_length=tokens
     )
@@ -121,7 +128,10 @@ def stable_diffusion(*, side: int = SIDE, tokens: int = TOKENS, **scheduler: Any
 
 def stable_diffusion_2(**size: int) -> Any:
     return stable_diffusion(
-        prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True, **size
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+        **size,
     )
 
 
@@ -208,7 +218,9 @@ def flux(guidance: bool = True, *, side: int = SIDE, tokens: int = TOKENS) -> An
     pipeline = diffusers.FluxPipeline(
         transformer=transformer,
         vae=vae(shift=0.3, side=side),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            shift=3.0, use_dynamic_shifting=guidance
+        ),
         text_encoder=clip(8, tokens=tokens),
         text_encoder_2=t5(8),
         tokenizer=clip_tokenizer(tokens),
@@ -222,7 +234,9 @@ def flux_schnell(**size: int) -> Any:
     return flux(guidance=False, **size)
 
 
-def pixart(kind: Any = None, additional: bool = False, *, side: int = SIDE, tokens: int = TOKENS) -> Any:
+def pixart(
+    kind: Any = None, additional: bool = False, *, side: int = SIDE, tokens: int = TOKENS
+) -> Any:
     transformer = diffusers.PixArtTransformer2DModel(
         sample_size=128 if additional else side,
         num_attention_heads=2,

@@ -377,7 +377,7 @@ class Attribution:
         ``confidence.says_nothing``, neither do shares; pages, exports and panels withhold them
         then, so that nobody pays by them. It is narrower than what another run of the same
         fine-tune may say: on EmojiArtists it covered that in 70 % of the cases, with
-        ``threshold=2`` in 91 % (``recipes/emoji_artists/README.md``).
+        ``threshold=2`` in 91 % (``recipes/benchmarks/README.md``).
 
         Args:
             column: a metadata column, such as ``"owner"``.

@@ -1,4 +1,4 @@
-"""Scores of many methods for the same questions about the same fine-tune, at every damping of a grid."""
+"""Scores of many methods for the same questions about the same fine-tune, at every damping."""
 
 import hashlib
 import json
@@ -16,7 +16,8 @@ from ctrak_lightning import Attributor, Concept, Method, Projection, Sampler
 from ctrak_lightning.attribution.attributor import Query
 from ctrak_lightning.methods.damping import Damping
 from ctrak_lightning.methods.trajectories import Generation
-from recipes.benchmarks.replay import replay
+
+from .replay import replay
 
 GENERATED = "generated.safetensors"
 DAMPINGS: tuple[Damping, ...] = (None, 100.0, 10.0, 1.0, 0.1, 0.01, "agreement")
@@ -32,9 +33,10 @@ class Variant:
         layers: name patterns of the layers to trace; None traces all that train.
         steps: which of the saved checkpoints.
         projection: of the gradients.
-        scope: ask of the generated image, of images generated from the concept alone, or of images that are given.
-        counters: names of the case's other counter-conditions to ask against, the queries averaged; none asks against the
-            concepts' own.
+        scope: ask of the generated image, of images generated from the concept alone, or of images
+            that are given.
+        counters: names of the case's other counter-conditions to ask against, the queries averaged;
+            none asks against the concepts' own.
     """
 
     name: str
@@ -45,9 +47,15 @@ class Variant:
     scope: Literal["local", "global", "given"] = "local"
     counters: tuple[str, ...] = ()
 
+    @property
+    def damping(self) -> str:
+        """The honest damping, as :func:`compare` names it."""
+        return str(self.method.damping)
+
     def store_name(self) -> str:
         """The folder name that variants with the same traces share."""
-        return _digest(self.method.training_dict(), self.layers, self.steps, self.projection.to_dict())
+        traced = self.method.training_dict(), self.layers, self.steps, self.projection.to_dict()
+        return _digest(*traced)
 
     def query_name(self) -> str:
         """The file name of the answer; another one when the row comes to mean something else."""
@@ -70,7 +78,6 @@ class Case:
         sampler: how the images are generated.
         given: the clean latents of real images for the questions, one each, where there are any.
         counters: the same questions against other counter-conditions, by the name of these.
-        learning_rate: what TracIn weighs checkpoints by (it is the same for all here, so that only ranks could tell).
         batch_size: queries per forward pass.
     """
 
@@ -82,14 +89,14 @@ class Case:
     sampler: Sampler
     given: Tensor | None = None
     counters: Mapping[str, list[Concept]] = field(default_factory=dict)
-    learning_rate: float = 1.0
     batch_size: int = 64
 
 
 def answers_folder(folder: Path, *facts: Any) -> Path:
     """A folder within ``folder`` for the answers to one set of questions about one set of samples.
 
-    Finished traces and queries are taken as they are found, so other samples, questions or samplers need another folder.
+    Finished traces and queries are taken as they are found, so other samples, questions or samplers
+    need another folder.
 
     Args:
         folder: of the run.
@@ -101,8 +108,8 @@ def answers_folder(folder: Path, *facts: Any) -> Path:
 def compare(
     case: Case, variants: Sequence[Variant], out: Path
 ) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
-    """Scores of every variant, by variant and damping (``"None"``, ``"1.0"``, ...), each [Q, N]; and the generated images
-    [Q, 3, H, W] in [0, 1]. See :func:`answers`."""
+    """Scores of every variant, by variant and damping (``"None"``, ``"1.0"``, ...), each [Q, N];
+    and the generated images [Q, 3, H, W] in [0, 1]. See :func:`answers`."""
     found: dict[str, dict[str, Tensor]] = {}
     for variant, attributor, query in answers(case, variants, out):
         found[variant.name] = {
@@ -117,8 +124,8 @@ def answers(
 ) -> Iterator[tuple[Variant, Attributor, Query]]:
     """Every variant's attributor and its query.
 
-    Traces and queries that are finished are read from ``out``, so that a comparison that was cut goes on with the same
-    command, and another damping costs no gradient.
+    Traces and queries that are finished are read from ``out``, so that a comparison that was cut
+    goes on with the same command, and another damping costs no gradient.
     """
     out.mkdir(parents=True, exist_ok=True)
     generation: Generation | None = None
@@ -132,7 +139,6 @@ def answers(
             steps=variant.steps,
             layers=None if variant.layers is None else list(variant.layers),
             projection=variant.projection,
-            learning_rate=case.learning_rate,
         )
         attributor = Attributor(
             store,
@@ -145,7 +151,7 @@ def answers(
         )
         path = out / variant.query_name()
         asks_generated = variant.scope == "local" and not path.exists()
-        # The references without gradients look at the images whatever the variants ask about.
+        # The baselines without gradients look at the images whatever the variants ask about.
         if generation is None and (asks_generated or not (out / GENERATED).exists()):
             generation = attributor.generate([c.present for c in case.concepts], case.seeds)
             images = attributor.decode(generation.latents)
@@ -153,22 +159,13 @@ def answers(
             save_file({"images": images.contiguous()}, out / GENERATED)
         if not path.exists():
             wordings = [case.counters[name] for name in variant.counters] or [case.concepts]
-            asked = [_asked(case, variant, attributor, concepts, generation) for concepts in wordings]
+            asked = [_asked(case, variant, attributor, each, generation) for each in wordings]
             features = torch.stack([query.features for query in asked]).mean(0)
             strength = torch.stack([query.strength for query in asked]).mean(0)
             save_file({"features": features, "strength": strength}, path)
-        saved = load_file(path)
-        yield (
-            variant,
-            attributor,
-            Query(
-                concepts=case.concepts,
-                seeds=case.seeds,
-                features=saved["features"],
-                strength=saved["strength"],
-                images=None,
-            ),
-        )
+        found: dict[str, Any] = load_file(path)  # features and strength
+        query = Query(concepts=case.concepts, seeds=case.seeds, images=None, **found)
+        yield variant, attributor, query
 
 
 def _digest(*facts: Any) -> str:
@@ -187,5 +184,5 @@ def _asked(
     if variant.scope == "local":
         return attributor.query(concepts, case.seeds, generation=generation)
     if case.given is None:
-        raise ValueError(f"compare({variant.name!r}): it asks of given images and the case has none.")
+        raise ValueError(f"compare({variant.name!r}): it asks of given images; the case has none.")
     return attributor.query_given(concepts, case.given)

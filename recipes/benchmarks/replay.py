@@ -1,5 +1,8 @@
-"""Traces of a fine-tune that is over, from the weights it saved: one training serves every method that is compared."""
+"""Traces of a fine-tune that is over, from the weights it saved: one training serves every method
+that is compared."""
 
+import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -40,19 +43,73 @@ class SaveTrained(L.Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         if trainer.global_step in self.steps:
             save_trained(pl_module, self.folder, trainer.global_step)
 
 
+def fitted(
+    module: Any, data: Any, max_steps: int, *callbacks: L.Callback, **options: Any
+) -> L.Trainer:
+    """The trainer that has trained a module for so many steps, quietly, on the CPU unless told
+    otherwise."""
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
+    quiet |= {"enable_checkpointing": False, "accelerator": "cpu"}
+    trainer = L.Trainer(max_steps=max_steps, callbacks=list(callbacks), **(quiet | options))
+    trainer.fit(module, datamodule=data)
+    return trainer
+
+
+def finished(folder: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """What a folder says of this very run, if the run is over.
+
+    Raises:
+        ValueError: the folder holds a run with other arguments.
+    """
+    path = folder / "facts.json"
+    if not path.exists():
+        return None
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if facts["arguments"] != arguments:
+        raise ValueError(
+            f"{folder} holds a run with {facts['arguments']}, asked for was {arguments}. "
+            "HINT: name a new folder (--runs)."
+        )
+    return facts
+
+
+def record(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Writes ``facts.json``, which comes last: a run without it is not over."""
+    draft = folder / "facts.json.part"
+    draft.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, folder / "facts.json")
+    return facts
+
+
+def evenly(steps: int, count: int) -> list[int]:
+    """``count`` evenly spaced steps, of which ``steps`` is the last."""
+    return [steps * (i + 1) // count for i in range(count)]
+
+
 def saved_steps(folder: Path) -> list[int]:
     """The steps whose weights a folder holds, ascending."""
-    return sorted(int(match[1]) for path in folder.iterdir() if (match := _SAVED.fullmatch(path.name)))
+    return sorted(
+        int(match[1]) for path in folder.iterdir() if (match := _SAVED.fullmatch(path.name))
+    )
 
 
 def load_trained(module: nn.Module, folder: Path, step: int) -> None:
-    """Loads weights that :func:`save_trained` wrote."""
+    """Loads weights that :class:`SaveTrained` wrote."""
     parameters = dict(module.named_parameters())
     with torch.no_grad():
         for name, value in load_file(folder / f"step-{step:08d}.safetensors").items():
@@ -71,7 +128,8 @@ def replay(
     projection: Projection | None = None,
     learning_rate: float = 1.0,
 ) -> TraceStore:
-    """Traces ``batches`` at the saved steps of a fine-tune into ``store``; a finished store of this schema is opened as it is.
+    """Traces ``batches`` at the saved steps of a fine-tune into ``store``; a finished store of this
+    schema is opened as it is.
 
     Args:
         folder: of the saved weights.
@@ -89,7 +147,9 @@ def replay(
         shutil.rmtree(store, ignore_errors=True)
         task = resolve_task(module)
         tracer = GradientTracer(task.denoiser, projection or Projection(), layers=layers)
-        capture = Capture(str(store), module, task, batches, method=method, tracer=tracer, progress=False)
+        capture = Capture(
+            str(store), module, task, batches, method=method, tracer=tracer, progress=False
+        )
         for step in saved_steps(folder) if steps is None else steps:
             load_trained(module, folder, step)
             capture.run(step, epoch=0, learning_rate=learning_rate)

@@ -1,6 +1,7 @@
-"""Scoring a store that is larger than memory: throughput beside a plain read of the same files, memory and top-k.
+"""Scoring a store that is larger than memory: throughput beside a plain read of the same files,
+memory and top-k.
 
-python -m recipes.benchmarks.scale --rows 1000000 --dim 4096    # writes results/scale.json and results/scale.md
+python -m recipes.benchmarks.scale --rows 1000000 --dim 4096
 
 The traces are synthetic: 64 directions of decaying size and noise.
 """
@@ -9,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from ctrak_lightning.attribution.search import Best, top_scores
 from ctrak_lightning.methods.damping import Fixed
 from ctrak_lightning.store import Checkpoint, SampleTable, StoreHeader, TraceStore, TraceWriter
 
-RESULTS = Path(__file__).parent / "results"
+from .tables import command_of, grid, machine, parser_of, publish
+
 QUERIES = (1, 16, 64)
 TOP = 100
 ROUNDS = 3
@@ -142,57 +143,47 @@ def _in_fresh_process(*arguments: str) -> dict[str, Any]:
     return found
 
 
-def _table(document: dict[str, Any]) -> str:
-    lines = [
-        "# Scoring a large store",
-        "",
-        f"`{document['command']}` on {document['machine']}, torch {document['torch']}, {document['threads']} thread(s), int8 "
-        f"products {'as integers' if document['integer_products'] else 'in float32'}. Medians of {ROUNDS} rounds of read, pass and "
-        f"top-{TOP} in turn; the page cache was {'dropped before each' if document['cache_dropped'] else 'warm'}. GB are 10^9 bytes.",
-        "",
-        "| rows x features | queries | plain read, GB/s | scoring pass, GB/s | share of read | CPU, s/GB: read, pass | top, s | peak MiB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for case in document["cases"]:
+def page(head: str, cases: Sequence[dict[str, Any]]) -> str:
+    """The figures of every store and every number of questions."""
+    rows, writing = [], []
+    for case in cases:
+        title = f"{case['rows']:,} x {case['dim']:,}"
         for row in case["measured"]:
-            lines.append(
-                f"| {case['rows']:,} x {case['dim']:,} | {row['queries']} | {row['read_gb_s']:.2f} | {row['pass_gb_s']:.2f} | "
-                f"{row['share_of_read']:.0%} | {row['read_cpu_s_per_gb']:.2f}, {row['pass_cpu_s_per_gb']:.2f} | "
-                f"{row['top_s']:.1f} | {row['peak_mib']:.0f} ({row['peak_mib_before']:.0f} after import) |"
-            )
-    lines += ["", "Writing: " + "; ".join(_writing(case) for case in document["cases"]) + "."]
-    lines += [
+            used = f"{row['read_cpu_s_per_gb']:.2f}, {row['pass_cpu_s_per_gb']:.2f}"
+            peak = f"{row['peak_mib']:.0f} ({row['peak_mib_before']:.0f} after import)"
+            speeds = [f"{row[key]:.3f}" for key in ("read_gb_s", "pass_gb_s")]
+            share, top = f"{row['share_of_read']:.0%}", f"{row['top_s']:.1f}"
+            rows.append([title, row["queries"], *speeds, share, used, top, peak])
+        built = case["built"]
+        writing.append([title, *(f"{built[key]:.1f}" for key in ("write_s", "seal_s", "peak_mib"))])
+    heads = ("queries", "plain read, GB/s", "scoring pass, GB/s", "share of read")
+    more = ("CPU, s/GB: read, pass", "top, s", "peak MiB")
+    lines = [
+        head,
         "",
-        "A scoring pass multiplies every row with the directions and keeps the best; top also reads the kernel and solves for the "
-        "directions.",
+        *grid(["rows x features", *heads, *more], rows),
         "",
-        "A pass reads in one thread and multiplies in another. Where other programs share the machine, what it can reach is told by its "
-        "processor time a GB rather than by its share of the read.",
+        *grid(("rows x features", "written in, s", "sealed in, s", "peak MiB"), writing),
         "",
+        "A scoring pass multiplies every row with the directions and keeps the best; top also "
+        "reads the kernel and solves for the directions.",
+        "",
+        "A pass reads in one thread and multiplies in another. Where other programs share the "
+        "machine, what it can reach is told by its processor time a GB rather than by its share "
+        "of the read.",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
-def _writing(case: dict[str, Any]) -> str:
-    built = case["built"]
-    return (
-        f"{case['rows']:,} x {case['dim']:,} in {built['write_s']:.0f} s, sealed in {built['seal_s']:.0f} s, "
-        f"peak {built['peak_mib']:.0f} MiB"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of("recipes.benchmarks.scale", __doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=4096)
-    parser.add_argument("--folder", type=Path, default=None, help="where the store goes and is deleted again")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--build", type=Path, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--measure", type=Path, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="where the store goes and is deleted again")
+    parser.add_argument("--build", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--queries", type=int, default=1, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     if given.build is not None:
         print(json.dumps(build(given.build, given.rows, given.dim)))
         return
@@ -203,27 +194,26 @@ def main() -> None:
     for rows, dim in ((given.rows, given.dim), (given.dim // 2, 16 * given.dim)):
         folder = Path(tempfile.mkdtemp(dir=given.folder))
         try:
-            size = ("--rows", str(rows), "--dim", str(dim))
-            built = _in_fresh_process("--build", str(folder / "store"), *size)
+            store, size = str(folder / "store"), ("--rows", str(rows), "--dim", str(dim))
+            built = _in_fresh_process("--build", store, *size)
             measured = [
-                _in_fresh_process("--measure", str(folder / "store"), "--queries", str(q)) for q in QUERIES
+                _in_fresh_process("--measure", store, "--queries", str(count)) for count in QUERIES
             ]
             cases.append({"rows": rows, "dim": dim, "built": built, "measured": measured})
         finally:
             shutil.rmtree(folder)
-    document = {
-        "command": f"python -m recipes.benchmarks.scale --rows {given.rows} --dim {given.dim}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "integer_products": has_integer_products(),
-        "cache_dropped": all(row["cache_dropped"] for case in cases for row in case["measured"]),
-        "cases": cases,
-    }
-    given.results.mkdir(parents=True, exist_ok=True)
-    (given.results / "scale.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    (given.results / "scale.md").write_text(_table(document), encoding="utf-8")
-    print(_table(document))
+    dropped = all(row["cache_dropped"] for case in cases for row in case["measured"])
+    publish(given.results / "scale.md", page(head_of(command_of(parser, given), dropped), cases))
+
+
+def head_of(command: str, dropped: bool) -> str:
+    where = f"{machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} thread(s)"
+    products = "as integers" if has_integer_products() else "in float32"
+    cache = "dropped before each" if dropped else "warm"
+    return (
+        f"`{command}` on {where}, int8 products {products}. Medians of {ROUNDS} rounds of read, "
+        f"pass and top-{TOP} in turn; the page cache was {cache}. GB are 10^9 bytes."
+    )
 
 
 if __name__ == "__main__":

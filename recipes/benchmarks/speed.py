@@ -1,19 +1,20 @@
-"""What a trace costs, as multiples of a forward pass and of the floor, measured in pairs in one process.
+"""What a trace costs, as multiples of a forward pass and of the floor, measured in pairs in one
+process.
 
-python -m recipes.benchmarks.speed                 # writes results/speed.json and .md
+python -m recipes.benchmarks.speed --repeats 15
 python -m recipes.benchmarks.speed --repeats 3 --models dit
 
-*Floor*: what no method with the diffusion-posterior-sampling objective can avoid: one forward pass and two vector-Jacobian
-products with respect to the input (the direction, and the cotangent through the network), without any per-sample work.
-Every measurement stands directly after one of the floor, so that a machine whose speed drifts does not shift the ratio.
-Peak memory is that of a process of its own that does nothing else, beyond what the process held after building the network.
-traker and dattri (extra `bench`) project gradients that are there already; left out with a note where they are missing.
+*Floor*: what no method with the diffusion-posterior-sampling objective can avoid: one forward pass
+and two vector-Jacobian products with respect to the input (the direction, and the cotangent through
+the network), without any per-sample work. Every measurement stands directly after one of the floor,
+so that a machine whose speed drifts does not shift the ratio. Peak memory is that of a process of
+its own that does nothing else, beyond what the process held after building the network. traker and
+dattri (extra `bench`) project gradients that are there already; left out with a note where they are
+missing.
 """
 
 import argparse
 import importlib.util
-import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,6 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -45,7 +45,9 @@ from ctrak_lightning.gradients import tracing_mode
 from ctrak_lightning.methods.trajectories import Noised
 from ctrak_lightning.utilities.memory import RowLimit
 
-RESULTS = Path(__file__).parent / "results"
+from ..lora import add_lora
+from .tables import command_of, grid, machine, parser_of, publish
+
 BATCH = 32
 DIM = 2048
 RANKS = (8, 16, 32)
@@ -53,10 +55,9 @@ CHUNK = 8  # samples at a time in torch.func, which holds every sample's whole g
 # One state a sample, so that a trace is one forward pass and two vector-Jacobian products.
 POSTERIOR = replace(methods.concept_trak_paper(1), training_trajectory=Noised(timesteps=1))
 CAPTURED = (methods.concept_trak(1), methods.concept_trak_norm(1))
-UNITS = ("forward pass", "floor", "training step")
 HALF = "half a batch at a time"
 DEFAULT = Projection()
-PEERS = ("traker", "dattri")
+PEERS = {"traker": "trak", "dattri": "dattri"}
 Work = Callable[[], Any]
 
 
@@ -111,19 +112,14 @@ def unet() -> Subject:
         attention_head_dim=8,
         norm_num_groups=8,
     )
-    return Subject("unet", network, (4, 16, 16), {"encoder_hidden_states": torch.randn(BATCH, 8, 64)})
+    return Subject(
+        "unet", network, (4, 16, 16), {"encoder_hidden_states": torch.randn(BATCH, 8, 64)}
+    )
 
 
 def lora() -> Subject:
     subject = unet()
-    subject.denoiser.requires_grad_(False)
-    config = LoraConfig(
-        r=8,
-        lora_alpha=8,
-        target_modules=["to_q", "to_k", "to_v", "to_out.0"],
-        init_lora_weights=False,
-    )
-    subject.denoiser.add_adapter(config)  # type: ignore[operator]
+    add_lora(subject.denoiser, 8, init=False)
     subject.name = "unet, LoRA"
     return subject
 
@@ -152,7 +148,8 @@ class Row:
 
     Args:
         name: in the tables.
-        layers: whose gradients are traced, as a pattern; None takes Linear and convolutions, or what the adapter has.
+        layers: whose gradients are traced, as a pattern; None takes Linear and convolutions, or
+            what the adapter has.
         projection: of the gradients.
     """
 
@@ -215,15 +212,17 @@ def traced(
 
 
 def functional(subject: Subject) -> Tensor:
-    """The order of work of the reference pipeline: a guidance pass of its own, the squared loss, each sample's whole gradient
-    by ``vmap(grad)``: gradients [B, P], not yet projected."""
+    """The order of work of the reference pipeline: a guidance pass of its own, the squared loss,
+    each sample's whole gradient by ``vmap(grad)``: gradients [B, P], not yet projected."""
     parameters: dict[str, Tensor] = {
         name: p for name, p in subject.denoiser.named_parameters() if p.requires_grad
     }
     frozen = {name: p for name, p in subject.denoiser.named_parameters() if not p.requires_grad}
     schedule = subject.noise_schedule
 
-    def predict(weights: dict[str, Tensor], x: Tensor, t: Tensor, given: dict[str, Tensor]) -> Tensor:
+    def predict(
+        weights: dict[str, Tensor], x: Tensor, t: Tensor, given: dict[str, Tensor]
+    ) -> Tensor:
         arguments = (x, t)
         output: Tensor = functional_call(
             subject.denoiser, weights | frozen, arguments, {**given, "return_dict": False}
@@ -255,7 +254,8 @@ def functional(subject: Subject) -> Tensor:
 
 
 def peers(width: int) -> dict[str, Work]:
-    """The peers' own projections of gradients [B, P] on the CPU, by name; those that are installed."""
+    """The peers' own projections of gradients [B, P] on the CPU, by name; those that are
+    installed."""
     gradients = torch.randn(BATCH, width)
     found: dict[str, Work] = {}
     with warnings.catch_warnings():
@@ -297,7 +297,8 @@ def work_of(subject: Subject) -> dict[str, Work]:
 
 
 def measured(work: dict[str, Work], repeats: int) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of every piece of work and of the floor directly before it, in turn, ``repeats`` times after a round that warms up."""
+    """Seconds of every piece of work and of the floor directly before it, in turn, ``repeats``
+    times after a round that warms up."""
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
     for repeat in range(repeats + 1):
         for name, one in work.items():
@@ -315,7 +316,8 @@ def elapsed(work: Work) -> float:
 
 
 def summary(pairs: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, Any]]:
-    """Median seconds and ratios of every piece of work; the middle half of its ratios to the floor beside them."""
+    """Median seconds and ratios of every piece of work; the middle half of its ratios to the floor
+    beside them."""
     floors = {name: [spent / floor for spent, floor in each] for name, each in pairs.items()}
     ratios = {name: statistics.median(each) for name, each in floors.items()}
     return {
@@ -354,85 +356,66 @@ def memory_kib(field: str) -> int:
     return int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
-def table(facts: dict[str, Any]) -> str:
-    lines = [
-        f"`{facts['command']}`; {facts['machine']}; batch of {BATCH}, one timestep, medians of {facts['repeats']} runs "
-        "(the middle half of the ratios in brackets), each directly after one of the floor.",
+def section(name: str, sizes: tuple[int, int], rows: dict[str, dict[str, Any]]) -> list[str]:
+    """The table of one network of so many parameters, and trained ones."""
+    own = rows["training step"]["peak_mib"]
+    cells = []
+    for work, row in rows.items():
+        low, high = row["floor_quartiles"]
+        memory = row["peak_mib"]
+        cells.append(
+            [
+                work,
+                f"{row['floor']:.2f} ({low:.2f}-{high:.2f})",
+                f"{row['forward pass']:.2f}",
+                f"{row['training step']:.2f}",
+                *((f"{memory:,.0f}", f"{memory / own:.2f}") if memory else ("", "")),
+            ]
+        )
+    heads = (
+        "/ floor",
+        "/ forward pass",
+        "/ training step",
+        "peak memory, MiB",
+        "/ training step's",
+    )
+    return [
+        "",
+        f"### {name} ({sizes[0]:,} parameters, {sizes[1]:,} trained)",
+        "",
+        *grid(["work", *heads], cells),
     ]
-    for model in facts["models"].values():
-        lines += [
-            "",
-            f"### {model['name']} ({model['parameters']:,} parameters, {model['trained']:,} trained)",
-            "",
-            "| work | / floor | / forward pass | peak memory, MiB | / training step's |",
-            "|---|---|---|---|---|",
-        ]
-        own = model["rows"]["training step"]["peak_mib"]
-        for name, row in model["rows"].items():
-            memory = f"{row['peak_mib']:,.0f} | {row['peak_mib'] / own:.2f}" if row["peak_mib"] else " | "
-            low, high = row["floor_quartiles"]
-            lines.append(
-                f"| {name} | {row['floor']:.2f} ({low:.2f}-{high:.2f}) | {row['forward pass']:.2f} | {memory} |"
-            )
-    missing = [name for name in PEERS if name not in facts["peers"]]
-    if missing:
-        lines += ["", f"Not installed, so not measured: {', '.join(missing)} (`pip install -e .[bench]`)."]
-    return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("recipes.benchmarks.speed", __doc__)
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument(
-        "--match", default="", help="measure only rows with this text anew, and keep the others' results"
-    )
-    parser.add_argument("--peak", nargs=2, metavar=("MODEL", "WORK"), help="print one peak of memory, in MiB")
+    parser.add_argument("--peak", nargs=2, metavar=("MODEL", "WORK"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.peak:
         print_peak(*args.peak)
         return
-    command = f"python -m recipes.benchmarks.speed --models {' '.join(args.models)} --repeats {args.repeats}"
-    known: dict[str, Any] = {}
-    if args.match:
-        # Ratios are to the floor beside each row, so rows of two runs on one machine stand in one table.
-        known = json.loads((args.results / "speed.json").read_text("utf-8"))
-        command = f'{known["command"]}`; rows with "{args.match}": `{command} --match "{args.match}"'
-    models = {}
+    lines = [
+        f"`{command_of(parser, args)}`; {machine()}, {torch.get_num_threads()} threads; batch of "
+        f"{BATCH}, one timestep, medians of {args.repeats} runs (the middle half of the ratios in "
+        "brackets), each directly after one of the floor.",
+    ]
     for model in args.models:
         torch.manual_seed(0)
         subject = SUBJECTS[model]()
-        work = work_of(subject)
-        asked = {name: one for name, one in work.items() if name in UNITS or args.match in name}
-        found = summary(measured(asked, args.repeats))
+        found = summary(measured(work_of(subject), args.repeats))
         for name, row in found.items():
             row["peak_mib"] = None if "projection alone" in name else peak(model, name)
-        kept = known["models"][model]["rows"] if known else {}
-        models[model] = {
-            "name": subject.name,
-            "parameters": sum(p.numel() for p in subject.denoiser.parameters()),
-            "trained": sum(p.numel() for p in subject.denoiser.parameters() if p.requires_grad),
-            "rows": {name: found[name] if args.match in name else kept[name] for name in work},
-        }
-    facts = {
-        "command": command,
-        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
-        "repeats": known["repeats"] if known else args.repeats,
-        "peers": [
-            name
-            for name, module in zip(PEERS, ("trak", "dattri"), strict=True)
-            if importlib.util.find_spec(module)
-        ],
-        "models": models,
-    }
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "speed.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    text = table(facts)
-    (args.results / "speed.md").write_text(text, encoding="utf-8")
-    print(text)
+        parameters = list(subject.denoiser.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        sizes = sum(p.numel() for p in parameters), trained
+        lines += section(subject.name, sizes, found)
+    missing = [name for name, module in PEERS.items() if not importlib.util.find_spec(module)]
+    if missing:
+        names = ", ".join(missing)
+        lines += ["", f"Not installed, so not measured: {names} (`pip install -e .[bench]`)."]
+    publish(args.results / "speed.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

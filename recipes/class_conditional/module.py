@@ -3,21 +3,24 @@
 from typing import Any
 
 from ctrak_lightning import DiffusersTask
-from recipes.fine_tune import FineTune
-from recipes.pipelines import TINY, load_or_build
+
+from ..fine_tune import FineTune
+from ..pipelines import TINY, load_or_build
 
 
 class ClassConditional(FineTune):
-    """Trains all of a ``DDPMPipeline`` with classes or of the transformer of a ``DiTPipeline``, and writes the pipeline to
-    ``<default_root_dir>/pipeline`` at the end.
+    """Trains all of a ``DDPMPipeline`` with classes or of the transformer of a ``DiTPipeline``, and
+    writes the pipeline to ``<default_root_dir>/pipeline`` at the end.
 
     Args:
         classes: names of the labels 0, 1, ...: the values of the data's class column.
         pretrained: a folder or a name on the Hub, or ``"tiny-ddpm-classes"``, ``"tiny-dit"``.
-        unet: instead of it, the arguments of a new ``UNet2DModel``; its ``num_class_embeds`` is set here.
-        null_class: the label that stands for no class; None takes DiT's own, or for a UNet that is made here the one after the last.
-        class_dropout: the share of the images that are trained on without class. DiT drops a tenth by itself in training, so leave 0
-            there.
+        unet: instead of it, the arguments of a new ``UNet2DModel``; its ``num_class_embeds`` is set
+            here.
+        null_class: the label that stands for no class; None takes DiT's own, or for a UNet that is
+            made here the one after the last.
+        class_dropout: the share of the images that are trained on without class. DiT drops a tenth
+            by itself in training, so leave 0 there.
         learning_rate, warmup_steps, gradient_checkpointing: see :class:`FineTune`.
 
     Raises:

@@ -3,12 +3,14 @@
 from typing import Any
 
 from ctrak_lightning import DiffusersTask
-from recipes.fine_tune import FineTune
-from recipes.pipelines import load_or_build
+
+from ..fine_tune import FineTune
+from ..pipelines import load_or_build
 
 
 class Unconditional(FineTune):
-    """Trains all of a ``DDPMPipeline`` or ``DDIMPipeline``, and writes it to ``<default_root_dir>/pipeline`` at the end.
+    """Trains all of a ``DDPMPipeline`` or ``DDIMPipeline``, and writes it to
+    ``<default_root_dir>/pipeline`` at the end.
 
     Args:
         pretrained: a folder or a name on the Hub, or ``"tiny-ddpm"``.

@@ -1,4 +1,5 @@
-"""EmojiArtists: 500 objects drawn by 8 artists, 32x32 RGB on white (licences in ``data/NOTICE``)."""
+"""EmojiArtists: 500 objects drawn by 8 artists, 32x32 RGB on white (licences in
+``data/NOTICE``)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,16 @@ NEW_ARTISTS = ("twemoji", "openmoji")
 BASE_OBJECTS = 400
 NEW_OBJECTS = 64
 SPLIT_SEED = 20251
-METADATA = ("object", "artist", "object_token", "artist_token", "owner", "licence", "category", "caption")
+METADATA = (
+    "object",
+    "artist",
+    "object_token",
+    "artist_token",
+    "owner",
+    "licence",
+    "category",
+    "caption",
+)
 KINDS = ("object", "artist")
 Setting = Literal["labelled", "hidden", "mislabelled"]
 SETTINGS = ("labelled", "hidden", "mislabelled")
@@ -35,7 +45,8 @@ LICENCES = {
 
 @dataclass(frozen=True)
 class Emoji:
-    """The arrays of the data file: ``images`` uint8 [500, 8, 32, 32, 3] and the names along its first two axes."""
+    """The arrays of the data file: ``images`` uint8 [500, 8, 32, 32, 3] and the names along its
+    first two axes."""
 
     images: np.ndarray
     objects: list[str]
@@ -53,26 +64,33 @@ class Emoji:
             )
 
     def split_objects(self) -> tuple[list[str], list[str]]:
-        """The 400 objects the base model knows and the 64 that only the fine-tune sees; 36 stay untouched."""
+        """The 400 objects the base model knows and the 64 that only the fine-tune sees; 36 stay
+        untouched."""
         order = np.random.default_rng(SPLIT_SEED).permutation(len(self.objects))
         names = [self.objects[i] for i in order]
-        return sorted(names[:BASE_OBJECTS]), sorted(names[BASE_OBJECTS : BASE_OBJECTS + NEW_OBJECTS])
+        return sorted(names[:BASE_OBJECTS]), sorted(
+            names[BASE_OBJECTS : BASE_OBJECTS + NEW_OBJECTS]
+        )
 
     def base_artists(self) -> list[str]:
         return [artist for artist in self.artists if artist not in NEW_ARTISTS]
 
 
 def held_out_artist(index: int, artists: list[str]) -> str:
-    """The artist whose drawing of the ``index``-th new object is never shown: each artist in turn."""
+    """The artist whose drawing of the ``index``-th new object is never shown: each artist in
+    turn."""
     return artists[index % len(artists)]
 
 
 def tokens(pairs: list[tuple[str, str]], setting: Setting) -> list[tuple[str, str]]:
-    """What the network is told of each image, as (object, artist); :data:`NO_TOKEN` where it is told nothing.
+    """What the network is told of each image, as (object, artist); :data:`NO_TOKEN` where it is
+    told nothing.
 
     - ``labelled``: the truth;
-    - ``hidden``: a third of the images of every object never carry its token, and a third of every artist's neither;
-    - ``mislabelled``: a tenth of all images carry another object's token, and another tenth another artist's.
+    - ``hidden``: a third of the images of every object never carry its token, and a third of every
+      artist's neither;
+    - ``mislabelled``: a tenth of all images carry another object's token, and another tenth another
+      artist's.
 
     Raises:
         ValueError: an unknown setting.
@@ -98,7 +116,8 @@ def tokens(pairs: list[tuple[str, str]], setting: Setting) -> list[tuple[str, st
 
 
 class EmojiPairs(Dataset[dict[str, Any]]):
-    """One item per (object, artist) pair: image float [3, 32, 32] in [-1, 1], its names, and ``sample_id``.
+    """One item per (object, artist) pair: image float [3, 32, 32] in [-1, 1], its names, and
+    ``sample_id``.
 
     Args:
         emoji: the data.
@@ -141,12 +160,13 @@ class EmojiArtists(L.LightningDataModule):
     """EmojiArtists in one of two splits.
 
     Args:
-        split: ``"base"`` for the 400 x 6 images of pre-training, ``"new"`` for the fine-tune: 64 new objects by
-            ``artists``, one artist per object held out.
+        split: ``"base"`` for the 400 x 6 images of pre-training, ``"new"`` for the fine-tune: 64
+            new objects by ``artists``, one artist per object held out.
         artists: of the fine-tune; all eight by default.
         batch_size: images per training batch.
         setting: what the network is told of the training images (see :func:`tokens`).
-        kept: positions in the training set to train on; all by default. What is traced stays the whole set.
+        kept: positions in the training set to train on; all by default. What is traced stays the
+            whole set.
     """
 
     def __init__(
@@ -167,14 +187,17 @@ class EmojiArtists(L.LightningDataModule):
         unknown = sorted(set(artists) - set(emoji.artists))
         if unknown:
             raise ValueError(
-                f"EmojiArtists(artists={artists}): unknown {unknown}. Known: {', '.join(emoji.artists)}."
+                f"EmojiArtists(artists={artists}): unknown {unknown}. Known: "
+                f"{', '.join(emoji.artists)}."
             )
         base_objects, new_objects = emoji.split_objects()
         self.held_out: list[tuple[str, str]] = []
         if split == "base":
             pairs = [(name, artist) for name in base_objects for artist in emoji.base_artists()]
         else:
-            self.held_out = [(name, held_out_artist(i, artists)) for i, name in enumerate(new_objects)]
+            self.held_out = [
+                (name, held_out_artist(i, artists)) for i, name in enumerate(new_objects)
+            ]
             pairs = [(name, artist) for name in new_objects for artist in artists]
             pairs = [pair for pair in pairs if pair not in set(self.held_out)]
         self.train_set = EmojiPairs(emoji, pairs, tokens(pairs, setting))

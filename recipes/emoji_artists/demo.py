@@ -1,4 +1,5 @@
-"""The main job: fine-tune on new emoji, trace, generate pairs that were held out, and ask who taught them.
+"""The main job: fine-tune on new emoji, trace, generate pairs that were held out, and ask who
+taught them.
 
 python -m recipes.emoji_artists.demo --help
 """
@@ -25,11 +26,12 @@ from ctrak_lightning.attribution.baselines import label_search
 from ctrak_lightning.callbacks import ConceptTracer, ProvenanceRecorder
 from ctrak_lightning.methods.trajectories import Generation
 from ctrak_lightning.report import write_report
-from recipes.emoji_artists.data import KINDS, EmojiArtists
-from recipes.emoji_artists.evaluate import Question, chance, questions, r_precision
-from recipes.emoji_artists.module import EmojiDiffusion
-from recipes.emoji_artists.sheets import contact_sheet
-from recipes.pictures import image_grid
+
+from ..pictures import image_grid
+from .data import KINDS, EmojiArtists
+from .evaluate import Question, chance, questions, r_precision
+from .module import EmojiDiffusion
+from .sheets import contact_sheet
 
 ARTISTS = ["noto", "fluent-emoji-high-contrast", "twemoji", "openmoji"]
 TIMESTEPS = 3
@@ -52,7 +54,9 @@ def traced_methods() -> dict[str, Method]:
     return {
         "concept_trak": methods.concept_trak(timesteps=TIMESTEPS),
         "concept_trak_norm": methods.concept_trak_norm(timesteps=TIMESTEPS),
-        "concept_trak_paper": methods.concept_trak_paper(timesteps=TIMESTEPS, inversion_steps=2 * TIMESTEPS),
+        "concept_trak_paper": methods.concept_trak_paper(
+            timesteps=TIMESTEPS, inversion_steps=2 * TIMESTEPS
+        ),
         "trak": methods.trak(timesteps=TIMESTEPS),
     }
 
@@ -60,15 +64,23 @@ def traced_methods() -> dict[str, Method]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="ctrak demo", description=__doc__)
     parser.add_argument(
-        "--out", type=str, default="demo", help="folder for pictures, tables and traces; emptied first"
+        "--out",
+        type=str,
+        default="demo",
+        help="folder for pictures, tables and traces; emptied first",
     )
     parser.add_argument(
-        "--epochs", type=int, default=48, help="of the fine-tune; a third of them between two traces"
+        "--epochs",
+        type=int,
+        default=48,
+        help="of the fine-tune; a third of them between two traces",
     )
     parser.add_argument(
         "--adaptation", default="lora", choices=["lora", "full"], help="what is fine-tuned"
     )
-    parser.add_argument("--artists", type=str, default=",".join(ARTISTS), help="comma-separated, or 'all'")
+    parser.add_argument(
+        "--artists", type=str, default=",".join(ARTISTS), help="comma-separated, or 'all'"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(None if argv is None else list(argv))
 
@@ -86,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds["generate and attribute"] = time.monotonic() - before
 
     samples = next(iter(results.values()))[0].samples
-    scores: dict[str, list[Tensor]] = {name: [r.scores for r in found] for name, found in results.items()}
+    scores: dict[str, list[Tensor]] = {
+        name: [r.scores for r in found] for name, found in results.items()
+    }
     scores["label_search"] = list(label_search([question.concept() for question in asked], samples))
     table = {name: r_precision(asked, found, samples) for name, found in scores.items()}
     table["chance"] = chance(asked, samples)
@@ -131,7 +145,9 @@ def _fit(module: EmojiDiffusion, data: EmojiArtists, out: Path, epochs: int) -> 
     return {"fine-tune and traces": time.monotonic() - before, "trials, part of it": trials}
 
 
-def _ask(module: EmojiDiffusion, out: Path, asked: list[Question], seed: int) -> dict[str, list[Attribution]]:
+def _ask(
+    module: EmojiDiffusion, out: Path, asked: list[Question], seed: int
+) -> dict[str, list[Attribution]]:
     concepts = [question.concept() for question in asked]
     seeds = [seed + i // len(KINDS) for i in range(len(asked))]
     results: dict[str, list[Attribution]] = {}
@@ -147,7 +163,11 @@ def _ask(module: EmojiDiffusion, out: Path, asked: list[Question], seed: int) ->
 
 
 def _write_page(
-    attributor: Attributor, asked: list[Question], seeds: list[int], generation: Generation, path: Path
+    attributor: Attributor,
+    asked: list[Question],
+    seeds: list[int],
+    generation: Generation,
+    path: Path,
 ) -> None:
     pairs = [(question.object, question.artist) for question in asked]
     first = pairs.index(PAGE) if PAGE in pairs else 0
@@ -182,12 +202,18 @@ def _report(
 ) -> None:
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     packages = {name: version(name) for name in ("torch", "lightning", "diffusers")}
-    command = f"ctrak demo --epochs {args.epochs} --adaptation {args.adaptation} --artists {args.artists} --seed {args.seed}"
+    command = (
+        f"ctrak demo --epochs {args.epochs} --adaptation {args.adaptation} --artists "
+        f"{args.artists} --seed {args.seed}"
+    )
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    rows = [f"| {LABELS[name]} | {row['object']:.3f} | {row['artist']:.3f} |" for name, row in table.items()]
+    rows = [
+        f"| {LABELS[name]} | {row['object']:.3f} | {row['artist']:.3f} |"
+        for name, row in table.items()
+    ]
     lines = [
-        f"R-precision over {held_out} held-out (object, artist) pairs, {traced} training images, three checkpoints, "
-        "dampings set without labels:",
+        f"R-precision over {held_out} held-out (object, artist) pairs, {traced} training images, "
+        "three checkpoints, dampings set without labels:",
         "",
         "| method | object | artist |",
         "|---|---|---|",
@@ -199,12 +225,19 @@ def _report(
         + ", ".join(f"{name} {value:.3g}" for name, value in seconds.items()),
     ]
     (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    facts = {"r_precision": table, "seconds": seconds, "peak_gigabytes": gigabytes, "packages": packages}
+    facts = {
+        "r_precision": table,
+        "seconds": seconds,
+        "peak_gigabytes": gigabytes,
+        "packages": packages,
+    }
     document = json.dumps(facts | {"command": command, "machine": machine}, indent=1)
     (out / "results.json").write_text(document + "\n", encoding="utf-8")
     print("\n".join(["", *lines, "", f"contact sheets   {out / 'sheets'}"]))
     print(f"generated | real {out / 'generated.png'}\nreport           {out / 'report.html'}")
-    print(f"traces           {out / 'traces'}  (ctrak info; ctrak verify {out / 'traces' / SHEETS})")
+    print(
+        f"traces           {out / 'traces'}  (ctrak info; ctrak verify {out / 'traces' / SHEETS})"
+    )
 
 
 if __name__ == "__main__":

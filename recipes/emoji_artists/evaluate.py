@@ -9,7 +9,8 @@ from torch import Tensor
 from ctrak_lightning import Concept
 from ctrak_lightning.metrics import ConceptRPrecision
 from ctrak_lightning.store import SampleTable
-from recipes.emoji_artists.data import KINDS
+
+from .data import KINDS
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class Question:
     @property
     def value(self) -> str:
         return self.object if self.kind == "object" else self.artist
+
+    @property
+    def group(self) -> str:
+        """The kind of question, as tables name it."""
+        return self.kind
 
     def concept(self) -> Concept:
         """The pair against the pair without this concept."""
@@ -44,7 +50,8 @@ def relevant(question: Question, samples: SampleTable) -> Tensor:
 def r_precision(
     asked: Sequence[Question], scores: Sequence[Tensor], samples: SampleTable
 ) -> dict[str, float]:
-    """Mean R-precision per kind of concept: of the R best-ranked samples, the share that is relevant, R = all relevant."""
+    """Mean R-precision per kind of concept: of the R best-ranked samples, the share that is
+    relevant, R = all relevant."""
     result = {}
     for kind in KINDS:
         metric = ConceptRPrecision()
@@ -59,7 +66,9 @@ def chance(asked: Sequence[Question], samples: SampleTable) -> dict[str, float]:
     """Expected R-precision of a random ranking: the mean share of relevant samples."""
     return {
         kind: float(
-            torch.stack([relevant(q, samples).float().mean() for q in asked if q.kind == kind]).mean()
+            torch.stack(
+                [relevant(q, samples).float().mean() for q in asked if q.kind == kind]
+            ).mean()
         )
         for kind in KINDS
     }

@@ -6,26 +6,27 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Parameter
 
 from ctrak_lightning import DiffusionTask, Encoded, NoiseSchedule
-from recipes.emoji_artists.data import METADATA, NEW_ARTISTS, Emoji
-from recipes.emoji_artists.network import NULL, EmojiDenoiser, build_scheduler, patchify, unpatchify
+
+from ..lora import add_lora
+from ..pixels import clean_image_loss, cosine_scheduler, falling_rate
+from .data import METADATA, NEW_ARTISTS, Emoji
+from .network import NULL, EmojiDenoiser, patchify, unpatchify
 
 BASE = Path(__file__).parent / "base.safetensors"
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 class EmojiDiffusion(DiffusionTask, L.LightningModule):
     """Diffusion on emoji, conditioned on an artist token and an object token.
 
     Args:
-        adaptation: ``"none"`` trains all weights from scratch on the base vocabulary (pre-training); ``"lora"`` starts from
-            the base model and trains a LoRA on its attention and the new names' tokens; ``"full"`` starts from the base
-            model and trains all of it.
+        adaptation: ``"none"`` trains all weights from scratch on the base vocabulary
+            (pre-training); ``"lora"`` starts from the base model and trains a LoRA on its attention
+            and the new names' tokens; ``"full"`` starts from the base model and trains all of it.
         learning_rate: AdamW's.
         token_learning_rate: AdamW's for the tokens of new names.
         rank: of the LoRA.
@@ -57,16 +58,13 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
             artist=(emoji.base_artists(), list(NEW_ARTISTS) if tuned else []),
             object=(base_objects, new_objects if tuned else []),
         )
-        self.scheduler = build_scheduler()
+        self.scheduler = cosine_scheduler()
         self.noise_schedule = NoiseSchedule.from_scheduler(self.scheduler)
         if tuned:
             self._start_from_base()
         if adaptation == "lora":
             self.requires_grad_(False)
-            config = LoraConfig(
-                r=rank, lora_alpha=rank, target_modules=ATTENTION, init_lora_weights="gaussian"
-            )
-            self.denoiser.unet.add_adapter(config)
+            add_lora(self.denoiser.unet, rank)
             for vocabulary in (self.denoiser.artist, self.denoiser.object):
                 assert vocabulary.new is not None
                 vocabulary.new.requires_grad_(True)
@@ -80,13 +78,18 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
             raise ValueError(
                 f"{BASE.name} does not fit the network: {sorted(names.keys() ^ weights.keys())}."
             )
-        self.load_state_dict({names[name]: value.float() for name, value in weights.items()}, strict=False)
+        self.load_state_dict(
+            {names[name]: value.float() for name, value in weights.items()}, strict=False
+        )
         generator = torch.Generator().manual_seed(0)
         self.denoiser.artist.initialise_new(generator)
         self.denoiser.object.initialise_new(generator)
 
     def known_attributes(self) -> dict[str, list[str]]:
-        return {"artist": list(self.denoiser.artist.index), "object": list(self.denoiser.object.index)}
+        return {
+            "artist": list(self.denoiser.artist.index),
+            "object": list(self.denoiser.object.index),
+        }
 
     def encode(self, batch: dict[str, Any]) -> Encoded:
         return Encoded(
@@ -108,7 +111,8 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
     def condition(self, spec: Mapping[str, str] | str, n: int) -> dict[str, Tensor]:
         if isinstance(spec, str):
             raise TypeError(
-                f"EmojiDiffusion.condition({spec!r}): expected attributes such as {{'object': 'owl'}}."
+                f"EmojiDiffusion.condition({spec!r}): expected attributes such as {{'object': "
+                f"'owl'}}."
             )
         return self._names([spec.get("artist")] * n, [spec.get("object")] * n)
 
@@ -122,52 +126,53 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
         noised = self.noise_schedule.add_noise(latents, noise, t)
         condition = self._names(batch["artist_token"], batch["object_token"], self.drop)
         predicted = self.predict(noised, t, condition)
-        alpha_bar = self.noise_schedule.levels(t, latents)[0].square()
-        # The weight of a v-prediction loss, SNR + 1, cut at 5 (min-SNR, arXiv 2303.09556).
-        weight = (1 / (1 - alpha_bar)).clamp(max=5.0)
-        loss = (weight * (predicted - latents).square()).mean()
+        loss = clean_image_loss(self.noise_schedule, predicted, latents, t)
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> Any:
         vocabularies = [*self.denoiser.artist.parameters(), *self.denoiser.object.parameters()]
-        # A token is seen in few batches: at the network's rate it would hardly leave its random start.
+        # A token is seen in few batches: at the network's rate it would hardly leave its random
+        # start.
         groups: list[dict[str, Any]] = [
             {
                 "params": _trainable(self.denoiser.unet.parameters()),
                 "lr": self.learning_rate,
                 "weight_decay": 0.01,
             },
-            {"params": _trainable(vocabularies), "lr": self.token_learning_rate, "weight_decay": 0.0},
+            {
+                "params": _trainable(vocabularies),
+                "lr": self.token_learning_rate,
+                "weight_decay": 0.0,
+            },
         ]
         optimizer = torch.optim.AdamW(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _rate(self, step: int) -> float:
-        """Linear warm-up; in its last third a fine-tune falls linearly to zero, and so does the noise of its last batches.
-        (Pre-training averages its weights instead.)"""
-        warm = min(1.0, (step + 1) / self.warmup_steps)
-        if not self.decays or self._trainer is None:
-            return warm
-        total = self.trainer.estimated_stepping_batches
-        return warm * min(1.0, 3 * max(0.0, 1 - step / total)) if total != float("inf") else warm
+        """Pre-training averages its weights instead of falling."""
+        return falling_rate(self, step) if self.decays else min(1.0, (step + 1) / self.warmup_steps)
 
     def _names(
         self, artists: Sequence[str | None], objects: Sequence[str | None], drop: float = 0.0
     ) -> dict[str, Tensor]:
-        """The condition: name indices [B] of both kinds; a name that is dropped gives the null token."""
+        """The condition: name indices [B] of both kinds; a name that is dropped gives the null
+        token."""
         condition = {}
         for kind, names in (("artist", artists), ("object", objects)):
             indices = getattr(self.denoiser, kind).indices(names).to(self.device)
             if drop:
-                indices = torch.where(torch.rand(len(indices), device=self.device) < drop, NULL, indices)
+                indices = torch.where(
+                    torch.rand(len(indices), device=self.device) < drop, NULL, indices
+                )
             condition[kind] = indices
         return condition
 
 
 def file_name(name: str) -> str:
-    """A parameter's name in ``base.safetensors``, which knows nothing of how the parts are put together."""
+    """A parameter's name in ``base.safetensors``, which knows nothing of how the parts are put
+    together."""
     name = name.removeprefix("denoiser.")
     return (
         name.removesuffix(".weight")

@@ -4,27 +4,31 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 PATCH = 4
+LATENT = (3 * PATCH**2, 32 // PATCH, 32 // PATCH)
+"""Shape of an image's latents."""
 TOKEN_VECTORS = 4
 TOKEN_DIM = 128
 NULL = -1
 
 
 def build_unet(cross_attention_dim: int = TOKEN_DIM) -> UNet2DConditionModel:
-    """4x4 pixel patches on an 8x8 grid: small enough for two cores, because the network predicts the clean image.
+    """4x4 pixel patches on an 8x8 grid: small enough for two cores, because the network predicts
+    the clean image.
 
-    (A network that predicts the noise must carry 48 noisy values per patch through its narrow trunk and fails.)
+    (A network that predicts the noise must carry 48 noisy values per patch through its narrow trunk
+    and fails.)
 
     Args:
         cross_attention_dim: width of the condition's vectors.
     """
     return UNet2DConditionModel(
-        sample_size=32 // PATCH,
-        in_channels=3 * PATCH**2,
-        out_channels=3 * PATCH**2,
+        sample_size=LATENT[1],
+        in_channels=LATENT[0],
+        out_channels=LATENT[0],
         block_out_channels=(96, 112),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -33,19 +37,6 @@ def build_unet(cross_attention_dim: int = TOKEN_DIM) -> UNet2DConditionModel:
         attention_head_dim=4,
         norm_num_groups=16,
         use_linear_projection=True,
-    )
-
-
-def build_scheduler() -> DDIMScheduler:
-    """Cosine schedule with zero terminal SNR: the last step is pure noise, as sampling assumes."""
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="sample",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        set_alpha_to_one=True,
-        clip_sample=False,
     )
 
 
@@ -60,11 +51,13 @@ def unpatchify(latents: Tensor) -> Tensor:
 
 
 class Vocabulary(nn.Module):
-    """Token vectors of one kind of name: the base model's names, names added by a fine-tune, and a null token.
+    """Token vectors of one kind of name: the base model's names, names added by a fine-tune, and a
+    null token.
 
     Args:
         base: names the base model was trained on.
-        new: names added by a fine-tune; their vectors are an embedding of their own, so that the base stays frozen.
+        new: names added by a fine-tune; their vectors are an embedding of their own, so that the
+            base stays frozen.
     """
 
     def __init__(self, base: list[str], new: list[str]) -> None:
@@ -79,34 +72,45 @@ class Vocabulary(nn.Module):
         return torch.tensor([self.index[name] if name else NULL for name in names])
 
     def initialise_new(self, generator: torch.Generator) -> None:
-        """Starts every new name at the mean of the base names plus a little noise of their own spread."""
+        """Starts every new name at the mean of the base names plus a little noise of their own
+        spread."""
         if self.new is None:
             return
         base = self.base.weight
         with torch.no_grad():
-            noise = torch.randn(self.new.weight.shape, generator=generator) * base.std(0, keepdim=True)
+            noise = torch.randn(self.new.weight.shape, generator=generator) * base.std(
+                0, keepdim=True
+            )
             self.new.weight.copy_(base.mean(0, keepdim=True) + 0.3 * noise)
 
     def forward(self, indices: Tensor) -> Tensor:
-        """Indices [B] (``NULL`` for the null token) to token vectors [B, TOKEN_VECTORS, TOKEN_DIM]."""
+        """Indices [B] (``NULL`` for the null token) to token vectors [B, TOKEN_VECTORS,
+        TOKEN_DIM]."""
         known = self.base.num_embeddings
         vectors = self.base(indices.clamp(0, known - 1))
-        vectors = torch.where((indices == NULL).unsqueeze(1), self.null(torch.zeros_like(indices)), vectors)
+        vectors = torch.where(
+            (indices == NULL).unsqueeze(1), self.null(torch.zeros_like(indices)), vectors
+        )
         if self.new is not None:
             is_new = indices >= known
-            vectors = torch.where(is_new.unsqueeze(1), self.new((indices - known).clamp(min=0)), vectors)
+            vectors = torch.where(
+                is_new.unsqueeze(1), self.new((indices - known).clamp(min=0)), vectors
+            )
         return vectors.view(len(indices), TOKEN_VECTORS, TOKEN_DIM)
 
 
 class EmojiDenoiser(nn.Module):
-    """The network with its token embeddings, so that what is learnt through the tokens is traced too.
+    """The network with its token embeddings, so that what is learnt through the tokens is traced
+    too.
 
     Args:
         artist: tokens of the artists.
         object: tokens of the objects.
     """
 
-    def __init__(self, artist: tuple[list[str], list[str]], object: tuple[list[str], list[str]]) -> None:
+    def __init__(
+        self, artist: tuple[list[str], list[str]], object: tuple[list[str], list[str]]
+    ) -> None:
         super().__init__()
         self.unet = build_unet()
         self.artist = Vocabulary(*artist)
@@ -115,9 +119,12 @@ class EmojiDenoiser(nn.Module):
     def forward(
         self, x_t: Tensor, t: Tensor, artist: Tensor, object: Tensor, return_dict: bool = False
     ) -> tuple[Tensor]:
-        """States [B, 48, 8, 8], timesteps [B] and name indices [B] to the predicted clean latents, as a tuple of one."""
+        """States [B, 48, 8, 8], timesteps [B] and name indices [B] to the predicted clean latents,
+        as a tuple of one."""
         tokens = torch.cat([self.artist(artist), self.object(object)], 1)
-        output: tuple[Tensor] = self.unet(x_t, t, encoder_hidden_states=tokens, return_dict=return_dict)
+        output: tuple[Tensor] = self.unet(
+            x_t, t, encoder_hidden_states=tokens, return_dict=return_dict
+        )
         return output
 
 

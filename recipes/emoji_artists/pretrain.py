@@ -1,13 +1,17 @@
-"""Makes the base model, in two stages (about four hours on 2 cores in all), and draws samples of it.
+"""Makes the base model, in two stages (about four hours on 2 cores in all), and draws samples of
+it.
 
-python -m recipes.emoji_artists.pretrain --out runs/stage1 --batch-size 64 --token-learning-rate 6e-4 --max-steps 2500
-python -m recipes.emoji_artists.pretrain --out runs/stage2 --init runs/stage1/step=2500.ckpt --seed 1 --max-steps 10000
-python -m recipes.emoji_artists.pretrain --export runs/stage2/step=10000.ckpt   # averaged weights -> base.safetensors
-python -m recipes.emoji_artists.pretrain --draw                                 # results/base_samples.png
+python -m recipes.emoji_artists.pretrain --out runs/stage1 --batch-size 64 --token-learning-rate
+6e-4 --max-steps 2500 python -m recipes.emoji_artists.pretrain --out runs/stage2 --init
+runs/stage1/step=2500.ckpt --seed 1 --max-steps 10000 python -m recipes.emoji_artists.pretrain
+--export runs/stage2/step=10000.ckpt   # averaged weights -> base.safetensors python -m
+recipes.emoji_artists.pretrain --draw                                 # results/base_samples.png
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -16,37 +20,50 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import save_file
 
 from ctrak_lightning import Sampler
-from ctrak_lightning.utilities.rng import seeded_noise
-from recipes.emoji_artists.data import Emoji, EmojiArtists, EmojiPairs
-from recipes.emoji_artists.module import BASE, EmojiDiffusion, file_name
-from recipes.pictures import image_grid
+
+from ..pictures import image_grid
+from ..pixels import generate
+from .data import Emoji, EmojiArtists, EmojiPairs
+from .module import BASE, EmojiDiffusion, file_name
+from .network import LATENT
+
+SAMPLER = Sampler(steps=20, guidance=2.5)
 
 
 def export(checkpoint: str) -> None:
     """Writes a Lightning checkpoint's averaged weights as float16 to ``base.safetensors``."""
     facts = torch.load(checkpoint, weights_only=True, map_location="cpu")
     save_file(
-        {file_name(name): value.half().contiguous() for name, value in facts["state_dict"].items()}, BASE
+        {file_name(name): value.half().contiguous() for name, value in facts["state_dict"].items()},
+        BASE,
     )
     print(f"step {facts['global_step']}: {BASE}, {BASE.stat().st_size:,} bytes")
 
 
-@torch.no_grad()
-def draw(path: Path = BASE.parent / "results" / "base_samples.png") -> None:
-    """Draws twelve base objects by the six base artists: generated on the left, the artists' own on the right."""
-    module = EmojiDiffusion("lora").eval()  # an untrained adapter changes nothing
+def draw(task: Any, spec_of: Callable[[str, str], Any], path: Path) -> None:
+    """Draws twelve base objects by the six base artists: generated on the left, the artists' own on
+    the right.
+
+    Args:
+        task: of the base model.
+        spec_of: what it is told of an object and an artist.
+        path: of the PNG.
+    """
     emoji = Emoji.load()
     names, artists = emoji.split_objects()[0][::33][:12], emoji.base_artists()
     pairs = [(name, artist) for name in names for artist in artists]
-    noise = torch.stack([seeded_noise((48, 8, 8), seed, 0, "generation") for seed in range(len(pairs))])
-    parts = [module.condition({"object": name, "artist": artist}, 1) for name, artist in pairs]
-    condition = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
-    generation = Sampler(steps=20, guidance=2.5).run(
-        module, noise, condition, module.condition({}, len(pairs))
-    )
-    generated = module.decode(generation.latents).view(len(names), len(artists), 3, 32, 32)
-    real = ((EmojiPairs(emoji, pairs).images + 1) / 2).view_as(generated)
-    image_grid(path, torch.cat([generated, real], 1).flatten(0, 1), columns=2 * len(artists))
+    specs, seeds = [spec_of(*pair) for pair in pairs], list(range(len(pairs)))
+    generated = generate(task, SAMPLER, specs, seeds, LATENT, batch_size=len(pairs))
+    shape = (len(names), len(artists), 3, 32, 32)
+    real = ((EmojiPairs(emoji, pairs).images + 1) / 2).view(shape)
+    both = torch.cat([generated.view(shape), real], 1).flatten(0, 1)
+    image_grid(path, both, columns=2 * len(artists), scale=1)
+
+
+def draw_base() -> None:
+    module = EmojiDiffusion("lora").eval()  # an untrained adapter changes nothing
+    path = BASE.parent / "results" / "base_samples.png"
+    draw(module, lambda name, artist: {"object": name, "artist": artist}, path)
 
 
 def main() -> None:
@@ -57,7 +74,9 @@ def main() -> None:
     parser.add_argument("--token-learning-rate", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/emoji_base")
-    parser.add_argument("--resume", default=None, help="go on with an interrupted run: its checkpoint")
+    parser.add_argument(
+        "--resume", default=None, help="go on with an interrupted run: its checkpoint"
+    )
     parser.add_argument(
         "--init", default=None, help="start a new run from the trained weights of this checkpoint"
     )
@@ -69,7 +88,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.draw:
-        draw()
+        draw_base()
         return
     if args.export:
         export(args.export)
@@ -92,7 +111,10 @@ def main() -> None:
         ],
     )
     trainer.fit(
-        module, EmojiArtists("base", batch_size=args.batch_size), ckpt_path=args.resume, weights_only=True
+        module,
+        EmojiArtists("base", batch_size=args.batch_size),
+        ckpt_path=args.resume,
+        weights_only=True,
     )
     print(f"torch {torch.__version__}, {sum(p.numel() for p in module.parameters()):,} parameters")
 

@@ -1,4 +1,5 @@
-"""Contact sheets: a generated image beside the training images that taught its object and its artist."""
+"""Contact sheets: a generated image beside the training images that taught its object and its
+artist."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ctrak_lightning import Attribution
-from recipes.pictures import to_uint8
+
+from ..pictures import to_uint8
 
 CELL, GAP, MARGIN, LINE = 96, 12, 20, 15
 INK, FAINT, RIGHT, WRONG = (28, 30, 34), (110, 114, 122), (18, 128, 72), (150, 154, 162)
@@ -20,14 +22,17 @@ def contact_sheet(
     real: Tensor | None = None,
     kinds: Sequence[str] | None = None,
 ) -> None:
-    """Writes one PNG: the generated image on the left, the top ten of each result in a row on the right.
+    """Writes one PNG: the generated image on the left, the top ten of each result in a row on the
+    right.
 
-    Training images that carry the asked label have a green frame; the label is not used by the scores' ranking itself.
+    Training images that carry the asked label have a green frame; the label is not used by the
+    scores' ranking itself.
 
     Args:
         path: of the PNG.
         results: attributions of the same image, one row each.
-        real: the artist's own drawing that training never saw [3, H, W] in [0, 1], shown below the generated one.
+        real: the artist's own drawing that training never saw [3, H, W] in [0, 1], shown below the
+            generated one.
         kinds: which column of the metadata each result is about, where the questions are prompts.
     """
     row = CELL + 4 * LINE + GAP
@@ -52,7 +57,9 @@ def contact_sheet(
         draw.text((MARGIN, top + row + CELL + 4), "held out: never shown", FAINT, body)
     for i, (result, kind) in enumerate(zip(results, kinds, strict=True)):
         y = top + i * row
-        draw.text((left, y - LINE - 2), f"who taught the {kind} '{result.concept.name}'?", INK, body)
+        draw.text(
+            (left, y - LINE - 2), f"who taught the {kind} '{result.concept.name}'?", INK, body
+        )
         positions = {sample_id: j for j, sample_id in enumerate(result.samples.sample_ids)}
         for j, record in enumerate(result.top(TOP)):
             x = left + j * (CELL + GAP)
@@ -89,7 +96,9 @@ def _place(
         return
     picture = Image.fromarray(to_uint8(image[None])[0])
     sheet.paste(picture.resize((CELL, CELL), Image.Resampling.NEAREST), at)
-    draw.rectangle((at[0] - 2, at[1] - 2, at[0] + CELL + 1, at[1] + CELL + 1), outline=colour, width=2)
+    draw.rectangle(
+        (at[0] - 2, at[1] - 2, at[0] + CELL + 1, at[1] + CELL + 1), outline=colour, width=2
+    )
 
 
 def _short(text: str, most: int = 17) -> str:

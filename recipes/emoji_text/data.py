@@ -5,15 +5,15 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from recipes.emoji_artists.data import EmojiArtists, EmojiPairs
-from recipes.emoji_text.captions import BOTH, caption
+from ..emoji_artists.data import EmojiArtists, EmojiPairs
+from .captions import BOTH, caption
 
 METADATA = ("object", "artist", "owner", "licence", "category")
 
 
 class CaptionedEmoji(Dataset[dict[str, Any]]):
-    """Image [3, 32, 32] in [-1, 1], ``caption``, ``sample_id`` and facts, as DiffusersTask expects them. Every image has one
-    caption; their wordings take turns."""
+    """Image [3, 32, 32] in [-1, 1], ``caption``, ``sample_id`` and facts, as DiffusersTask expects
+    them. Every image has one caption; their wordings take turns."""
 
     def __init__(self, pairs: EmojiPairs) -> None:
         self.source = pairs
@@ -41,12 +41,14 @@ class CaptionedEmoji(Dataset[dict[str, Any]]):
 
 
 class EmojiCaptions(L.LightningDataModule):
-    """The fine-tune's images with captions: 64 new objects by ``artists``, one artist per object held out.
+    """The fine-tune's images with captions: 64 new objects by ``artists``, one artist per object
+    held out.
 
     Args:
         artists: all eight by default.
         batch_size: images per training batch.
-        kept: positions in the training set to train on; all by default. What is traced stays the whole set.
+        kept: positions in the training set to train on; all by default. What is traced stays the
+            whole set.
     """
 
     def __init__(
@@ -61,7 +63,9 @@ class EmojiCaptions(L.LightningDataModule):
         self.kept = list(range(len(self.train_set))) if kept is None else kept
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return DataLoader(Subset(self.train_set, self.kept), self.batch_size, shuffle=True, drop_last=True)
+        return DataLoader(
+            Subset(self.train_set, self.kept), self.batch_size, shuffle=True, drop_last=True
+        )
 
     def trace_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The samples to trace: the training images in their own order."""

@@ -6,14 +6,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
-from recipes.emoji_text.captions import DROP_ALL, DROP_ARTIST, DROP_OBJECT, wordings
-from recipes.emoji_text.pipeline import BASE, build_task, build_text_unet, load_base
-from recipes.text import clean_image_loss
-
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+from ..lora import add_lora
+from ..pixels import falling_rate
+from ..text import clean_text_loss
+from .captions import DROP_ALL, DROP_ARTIST, DROP_OBJECT, wordings
+from .pipeline import BASE, build_task, build_text_unet, load_base
 
 
 class EmojiText(L.LightningModule):
@@ -40,14 +39,11 @@ class EmojiText(L.LightningModule):
         self.warmup_steps = warmup_steps
         unet = build_text_unet()
         load_base(unet, Path(base))
-        unet.requires_grad_(False)
-        unet.add_adapter(
-            LoraConfig(r=rank, lora_alpha=rank, target_modules=ATTENTION, init_lora_weights="gaussian")
-        )
+        add_lora(unet, rank)
         self.task = build_task(unet)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        loss = clean_image_loss(self.task, {**batch, "caption": shortened(batch)})
+        loss = clean_text_loss(self.task, {**batch, "caption": shortened(batch)})
         self.log("loss", loss, prog_bar=True)
         return loss
 
@@ -62,20 +58,15 @@ class EmojiText(L.LightningModule):
             ],
             weight_decay=0.01,
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: falling_rate(self, step)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _rate(self, step: int) -> float:
-        warm = min(1.0, (step + 1) / self.warmup_steps)
-        if self._trainer is None:
-            return warm
-        total = self.trainer.estimated_stepping_batches
-        return warm * min(1.0, 3 * max(0.0, 1 - step / total)) if total != float("inf") else warm
 
 
 def shortened(batch: Mapping[str, Any]) -> list[str]:
-    """The captions of a training step: some say nothing (for guidance), or the object only, or the artist only, so that
-    counter-prompts are what the model has seen."""
+    """The captions of a training step: some say nothing (for guidance), or the object only, or the
+    artist only, so that counter-prompts are what the model has seen."""
     captions = []
     for text, name, artist in zip(batch["caption"], batch["object"], batch["artist"], strict=True):
         u = float(torch.rand(()))

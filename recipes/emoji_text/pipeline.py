@@ -1,4 +1,5 @@
-"""A Stable Diffusion pipeline small enough for two cores: MiniLM reads the prompt, the EmojiArtists trunk draws."""
+"""A Stable Diffusion pipeline small enough for two cores: MiniLM reads the prompt, the EmojiArtists
+trunk draws."""
 
 from pathlib import Path
 
@@ -6,27 +7,33 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from ctrak_lightning import PipelineTask
-from recipes.emoji_artists.module import BASE as TRUNK
-from recipes.emoji_artists.network import PATCH, build_scheduler, build_unet
-from recipes.text import TEXT_DIM, text_task
+
+from ..emoji_artists.module import BASE as TRUNK
+from ..emoji_artists.network import PATCH, build_unet
+from ..pixels import cosine_scheduler
+from ..text import TEXT_DIM, text_task
 
 BASE = Path(__file__).parent / "base.safetensors"
 MAX_TOKENS = 24
-"""The longest caption ("an emoji of a magnifying glass tilted right, drawn by fluent emoji high contrast") has 23."""
+"""The longest caption ("an emoji of a magnifying glass tilted right, drawn by fluent emoji high
+contrast") has 23."""
 
 
 def build_text_unet() -> UNet2DConditionModel:
-    """The EmojiArtists network with cross-attention to MiniLM's states [B, 24, 384] instead of tokens [B, 8, 128]."""
+    """The EmojiArtists network with cross-attention to MiniLM's states [B, 24, 384] instead of
+    tokens [B, 8, 128]."""
     return build_unet(cross_attention_dim=TEXT_DIM)
 
 
 def reads_text(name: str) -> bool:
-    """Whether a parameter of the network takes the text: the keys and values of the cross-attention."""
+    """Whether a parameter of the network takes the text: the keys and values of the
+    cross-attention."""
     return name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
 
 
 def load_base(unet: UNet2DConditionModel, text: Path | None = BASE) -> None:
-    """Loads the EmojiArtists base model's trunk and, unless ``text`` is None, the matrices that read text.
+    """Loads the EmojiArtists base model's trunk and, unless ``text`` is None, the matrices that
+    read text.
 
     Raises:
         ValueError: the files do not fit the network.
@@ -46,5 +53,6 @@ def load_base(unet: UNet2DConditionModel, text: Path | None = BASE) -> None:
 
 
 def build_task(unet: UNet2DConditionModel) -> PipelineTask:
-    """The task of a Stable Diffusion pipeline made of this network, MiniLM and 4x4 pixel patches."""
-    return text_task(unet, build_scheduler(), PATCH, MAX_TOKENS)
+    """The task of a Stable Diffusion pipeline made of this network, MiniLM and 4x4 pixel
+    patches."""
+    return text_task(unet, cosine_scheduler(), PATCH, MAX_TOKENS)

@@ -1,14 +1,19 @@
-r"""Teaches the EmojiArtists base model to read: its keys and values of the text learn to do what its tokens did.
+r"""Teaches the EmojiArtists base model to read: its keys and values of the text learn to do what
+its tokens did.
 
 python -m recipes.emoji_text.pretrain --out runs/a --layer-steps 700 --output-steps 0
-python -m recipes.emoji_text.pretrain --out runs/b --init runs/a/layers-700.safetensors --seed 1 --batch-size 32 \
-    --layer-steps 0 --output-steps 900                                  # stopped after 550 steps, for time
-python -m recipes.emoji_text.pretrain --export runs/a/layers-700.safetensors runs/b/output-{250,500}.safetensors
-python -m recipes.emoji_text.pretrain --draw                            # results/base_samples.png
+python -m recipes.emoji_text.pretrain --out runs/b --init runs/a/layers-700.safetensors --seed 1
+--batch-size 32 \
+    --layer-steps 0 --output-steps 900                                  # stopped after 550 steps,
+    for time
+python -m recipes.emoji_text.pretrain --export runs/a/layers-700.safetensors
+runs/b/output-{250,500}.safetensors python -m recipes.emoji_text.pretrain --draw
+# results/base_samples.png
 
-The EmojiArtists base model, which knows objects and artists by tokens, is the teacher; the student has its weights but for the
-cross-attention's keys and values, which take MiniLM's states. Only these are trained, by what the teacher makes of the same
-noised drawing: first every layer by itself (the teacher's own input, the teacher's output), then the whole network's output.
+The EmojiArtists base model, which knows objects and artists by tokens, is the teacher; the student
+has its weights but for the cross-attention's keys and values, which take MiniLM's states. Only
+these are trained, by what the teacher makes of the same noised drawing: first every layer by itself
+(the teacher's own input, the teacher's output), then the whole network's output.
 """
 
 import argparse
@@ -25,12 +30,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ctrak_lightning import Sampler
-from ctrak_lightning.utilities.rng import seeded_noise
-from recipes.emoji_artists.data import Emoji, EmojiArtists, EmojiPairs
-from recipes.emoji_artists.module import EmojiDiffusion
-from recipes.emoji_artists.network import patchify
-from recipes.emoji_text.captions import (
+from ..emoji_artists.data import EmojiArtists
+from ..emoji_artists.module import EmojiDiffusion
+from ..emoji_artists.network import patchify
+from ..emoji_artists.pretrain import draw
+from ..pixels import clean_image_loss
+from ..text import read_text
+from .captions import (
     BOTH,
     DROP_ALL,
     DROP_ARTIST,
@@ -39,24 +45,16 @@ from recipes.emoji_text.captions import (
     caption,
     wordings,
 )
-from recipes.emoji_text.pipeline import (
-    BASE,
-    MAX_TOKENS,
-    build_task,
-    build_text_unet,
-    load_base,
-    reads_text,
-)
-from recipes.pictures import image_grid
-from recipes.text import read_text
+from .pipeline import BASE, MAX_TOKENS, build_task, build_text_unet, load_base, reads_text
 
 WARMUP = 50
 SAVE_EVERY = 250
 
 
 class Whitened(nn.Module):
-    """Trains a matrix through ``weight = w @ whitening``: MiniLM's states vary far more along some directions than
-    along others, and the objects differ along the small ones, which a gradient step on the matrix itself hardly moves."""
+    """Trains a matrix through ``weight = w @ whitening``: MiniLM's states vary far more along some
+    directions than along others, and the objects differ along the small ones, which a gradient step
+    on the matrix itself hardly moves."""
 
     def __init__(self, whitening: Tensor) -> None:
         super().__init__()
@@ -72,7 +70,8 @@ class Whitened(nn.Module):
 
 
 def whitening_of(states: Tensor, floor: float = 1e-3) -> Tensor:
-    """The inverse square root [D, D] of the second moment of states [n, D]; ``floor`` relative to its mean eigenvalue."""
+    """The inverse square root [D, D] of the second moment of states [n, D]; ``floor`` relative to
+    its mean eigenvalue."""
     moment = states.double().T @ states.double() / len(states)
     values, vectors = torch.linalg.eigh(moment)
     scale = (values + floor * values.mean()).rsqrt()
@@ -120,7 +119,9 @@ def batches(size: int, generator: torch.Generator) -> Iterator[Batch]:
         t = torch.randint(0, len(schedule), (size,), generator=generator)
         noise = torch.randn(latents[rows].shape, generator=generator)
         told: list[tuple[str | None, str | None]] = []
-        for row, u in zip(rows.tolist(), torch.rand(size, generator=generator).tolist(), strict=True):
+        for row, u in zip(
+            rows.tolist(), torch.rand(size, generator=generator).tolist(), strict=True
+        ):
             name, artist = data.pairs[row]
             hides_all = u < DROP_ALL
             hides_object = hides_all or u > 1 - DROP_OBJECT
@@ -167,7 +168,8 @@ def cross_attention(unet: nn.Module) -> dict[str, Any]:
 
 
 def layer_loss(student: nn.Module, teacher: Teacher, batch: Batch) -> Tensor:
-    """The mean over layers and captions of the squared error relative to the teacher's output's variance."""
+    """The mean over layers and captions of the squared error relative to the teacher's output's
+    variance."""
     teacher(batch)
     losses = []
     for name, layer in cross_attention(student).items():
@@ -178,18 +180,16 @@ def layer_loss(student: nn.Module, teacher: Teacher, batch: Batch) -> Tensor:
 
 
 def output_loss(student: nn.Module, teacher: Teacher, batch: Batch) -> Tensor:
-    """The squared error to the teacher's prediction, weighted over timesteps as in the teacher's own training."""
+    """The squared error to the teacher's prediction, weighted over timesteps as in the teacher's
+    own training."""
     wanted = teacher(batch)
     found = student(batch.x_t, batch.t, encoder_hidden_states=batch.texts[0], return_dict=False)[0]
-    schedule = teacher.module.noise_schedule
-    alpha_bar = schedule.levels(batch.t, batch.x_t)[0].square()
-    weight = (1 / (1 - alpha_bar)).clamp(max=5.0)
-    loss: Tensor = (weight * (found - wanted).square()).mean()
-    return loss
+    return clean_image_loss(teacher.module.noise_schedule, found, wanted, batch.t)
 
 
 def train(args: argparse.Namespace) -> None:
-    """Both stages; the text matrices are saved to ``--out`` every so often, as ``output-250.safetensors``."""
+    """Both stages; the text matrices are saved to ``--out`` every so often, as
+    ``output-250.safetensors``."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -217,7 +217,9 @@ def train(args: argparse.Namespace) -> None:
             started, losses = time.monotonic(), []
             for step in range(1, steps + 1):
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * min(1.0, step / WARMUP) * min(1.0, 2 * (1 - (step - 1) / steps))
+                    group["lr"] = (
+                        rate * min(1.0, step / WARMUP) * min(1.0, 2 * (1 - (step - 1) / steps))
+                    )
                 loss = loss_of(student, teacher, next(source))
                 optimizer.zero_grad()
                 loss.backward()
@@ -236,11 +238,15 @@ def train(args: argparse.Namespace) -> None:
                     losses = []
                 if step % SAVE_EVERY == 0 or step == steps:
                     save(student, out / f"{stage}-{step}.safetensors")
-    print(f"torch {torch.__version__}, seed {args.seed}, {sum(w.numel() for w in weights):,} weights trained")
+    print(
+        f"torch {torch.__version__}, seed {args.seed}, {sum(w.numel() for w in weights):,} weights "
+        "trained"
+    )
 
 
 def save(student: nn.Module, path: Path) -> None:
-    """Writes the matrices that read text, float16, as the network without the whitening holds them."""
+    """Writes the matrices that read text, float16, as the network without the whitening holds
+    them."""
     layers = cross_attention(student)
     state = {
         f"{name}.{part}.weight": getattr(layer, part).weight.detach().half().contiguous()
@@ -252,7 +258,8 @@ def save(student: nn.Module, path: Path) -> None:
 
 
 def mean_of(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """The mean of several files of matrices, float16: the noise of a rate that never fell averages out."""
+    """The mean of several files of matrices, float16: the noise of a rate that never fell averages
+    out."""
     files = [load_file(path) for path in paths]
     return {
         name: torch.stack([file[name].float() for file in files]).mean(0).half().contiguous()
@@ -260,24 +267,11 @@ def mean_of(paths: Sequence[Path]) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
-def draw(path: Path, text: Path) -> None:
-    """Draws twelve base objects by the six base artists: generated on the left, the artists' own on the right."""
+def draw_base(path: Path, text: Path) -> None:
+    """Draws what the base model makes of the base objects and artists in words."""
     unet = build_text_unet().eval()
     load_base(unet, text)
-    task = build_task(unet)
-    emoji = Emoji.load()
-    names, artists = emoji.split_objects()[0][::33][:12], emoji.base_artists()
-    pairs = [(name, artist) for name in names for artist in artists]
-    noise = torch.stack([seeded_noise((48, 8, 8), seed, 0, "generation") for seed in range(len(pairs))])
-    parts = [task.condition(caption(BOTH[0], *pair), 1) for pair in pairs]
-    condition = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
-    generation = Sampler(steps=20, guidance=2.5).run(task, noise, condition, task.condition({}, len(pairs)))
-    images = task.decode(generation.latents)
-    assert images is not None
-    generated = images.view(len(names), len(artists), 3, 32, 32)
-    real = ((EmojiPairs(emoji, pairs).images + 1) / 2).view_as(generated)
-    image_grid(path, torch.cat([generated, real], 1).flatten(0, 1), columns=2 * len(artists))
+    draw(build_task(unet), lambda name, artist: caption(BOTH[0], name, artist), path)
 
 
 def main() -> None:
@@ -293,12 +287,16 @@ def main() -> None:
     parser.add_argument("--output-steps", type=int, default=1500)
     parser.add_argument("--output-rate", type=float, default=1e-3)
     parser.add_argument(
-        "--export", nargs="+", default=None, metavar="TEXT", help="the mean of these files becomes the base"
+        "--export",
+        nargs="+",
+        default=None,
+        metavar="TEXT",
+        help="the mean of these files becomes the base",
     )
     parser.add_argument("--draw", nargs="?", const=str(BASE), default=None, metavar="TEXT")
     args = parser.parse_args()
     if args.draw:
-        draw(BASE.parent / "results" / "base_samples.png", Path(args.draw))
+        draw_base(BASE.parent / "results" / "base_samples.png", Path(args.draw))
     elif args.export:
         save_file(mean_of([Path(path) for path in args.export]), BASE)
         print(f"{BASE}, {BASE.stat().st_size:,} bytes")

@@ -8,8 +8,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from ctrak_lightning import DiffusersTask, FlowSchedule
-from recipes.fine_tune import FineTune
-from recipes.pipelines import ATTENTION, add_lora, load, save_lora
+
+from ..fine_tune import FineTune
+from ..lora import ATTENTION, add_lora, save_lora
+from ..pipelines import load
 
 Timesteps = Literal["logit-normal", "uniform"]
 TEXT = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -17,23 +19,26 @@ TEXT = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 
 class FlowMatchingLoRA(FineTune):
-    """Trains a LoRA on the transformer of a flow-matching pipeline, and writes it to ``<default_root_dir>/adapter`` at the end, for
-    ``pipeline.load_lora_weights``.
+    """Trains a LoRA on the transformer of a flow-matching pipeline, and writes it to
+    ``<default_root_dir>/adapter`` at the end, for ``pipeline.load_lora_weights``.
 
     Args:
         pretrained: a folder or a name on the Hub, or ``"tiny-sd3"``, ``"tiny-flux"``.
         frozen_dtype: of the weights that are not trained; the adapter is float32.
         rank: of the LoRA.
-        targets: ends of the names of the layers that get one; None takes the attention, the text's side included.
+        targets: ends of the names of the layers that get one; None takes the attention, the text's
+            side included.
         learning_rate, warmup_steps: see :class:`FineTune`.
         caption_dropout: the share of the images that are trained on without caption.
-        timesteps: where training looks: ``"logit-normal"``, mostly at middling noise (Esser et al. 2024, arXiv 2403.03206), or
-            ``"uniform"``; both under the scheduler's shift. (Traces are at evenly spread timesteps of the latter.)
+        timesteps: where training looks: ``"logit-normal"``, mostly at middling noise (Esser et al.
+            2024, arXiv 2403.03206), or ``"uniform"``; both under the scheduler's shift. (Traces are
+            at evenly spread timesteps of the latter.)
         gradient_checkpointing: see :class:`FineTune`.
         resolution: of the images in pixels; None takes the pipeline's.
         max_sequence_length: of T5's tokens; None takes the pipeline's default.
         without: parts to leave out, see :func:`~recipes.pipelines.load`.
-        embedded_guidance: of FLUX.1-dev: the guidance scale that it is told in training, tracing and generation; None leaves 3.5.
+        embedded_guidance: of FLUX.1-dev: the guidance scale that it is told in training, tracing
+            and generation; None leaves 3.5.
 
     Raises:
         ValueError: an unknown distribution of timesteps, or no layer by a target's name.

@@ -7,23 +7,26 @@ from torch import Tensor
 from typing_extensions import override
 
 from ctrak_lightning import DiffusersTask
-from recipes.fine_tune import FineTune
-from recipes.pipelines import ATTENTION, add_lora, load, save_lora
+
+from ..fine_tune import FineTune
+from ..lora import ATTENTION, add_lora, save_lora
+from ..pipelines import load
 
 
 class TextToImageLoRA(FineTune):
-    """Trains a LoRA on the UNet of a text-to-image pipeline, and writes it to ``<default_root_dir>/adapter`` at the end, for
-    ``pipeline.load_lora_weights``.
+    """Trains a LoRA on the UNet of a text-to-image pipeline, and writes it to
+    ``<default_root_dir>/adapter`` at the end, for ``pipeline.load_lora_weights``.
 
     Args:
-        pretrained: a folder or a name on the Hub, or ``"tiny-sd1"``, ``"tiny-sd2"``, ``"tiny-sdxl"``.
+        pretrained: a folder or a name on the Hub, or ``"tiny-sd1"``, ``"tiny-sd2"``,
+            ``"tiny-sdxl"``.
         frozen_dtype: of the weights that are not trained; the adapter is float32.
         rank: of the LoRA.
         targets: ends of the names of the layers that get one.
         learning_rate, warmup_steps: see :class:`FineTune`.
         caption_dropout: the share of the images that are trained on without caption.
-        min_snr: the gamma of min-SNR weighting (Hang et al. 2023, arXiv 2303.09556), 5 in the paper; None weighs all timesteps
-            alike.
+        min_snr: the gamma of min-SNR weighting (Hang et al. 2023, arXiv 2303.09556), 5 in the
+            paper; None weighs all timesteps alike.
         gradient_checkpointing: see :class:`FineTune`.
         resolution: of the images in pixels; None takes the pipeline's.
 
@@ -45,7 +48,9 @@ class TextToImageLoRA(FineTune):
         resolution: int | None = None,
     ) -> None:
         if min_snr is not None and min_snr <= 0:
-            raise ValueError(f"TextToImageLoRA(min_snr={min_snr}): expected a positive number, or None.")
+            raise ValueError(
+                f"TextToImageLoRA(min_snr={min_snr}): expected a positive number, or None."
+            )
         pipeline = load(pretrained, dtype=frozen_dtype)
         add_lora(pipeline.unet, rank, targets or ATTENTION)
         super().__init__(
@@ -59,16 +64,20 @@ class TextToImageLoRA(FineTune):
 
     @override
     def weights(self, t: Tensor) -> Tensor:
-        """The weight [B] of each sample's loss: as if the clean image were predicted, at ``min(SNR, gamma)``."""
+        """The weight [B] of each sample's loss: as if the clean image were predicted, at ``min(SNR,
+        gamma)``."""
         if self.min_snr is None:
             return super().weights(t)
         signal, noise = self.task.noise_schedule.signal_and_noise(t)
         snr = signal.square() / noise.square()
         kept = snr.clamp(max=self.min_snr)
-        # Of the noise, an error of e is one of e / SNR in the clean image; of v, one of e / (SNR + 1).
+        # Of the noise, an error of e is one of e / SNR in the clean image; of v, one of e / (SNR +
+        # 1).
         kind = self.task.noise_schedule.to_dict()["prediction_type"]
         if kind == "epsilon":
-            return torch.where(snr > self.min_snr, kept / snr, torch.ones_like(snr))  # defined at SNR 0, too
+            return torch.where(
+                snr > self.min_snr, kept / snr, torch.ones_like(snr)
+            )  # defined at SNR 0, too
         return kept / (snr + 1) if kind == "v_prediction" else kept
 
     @override

@@ -15,7 +15,7 @@ from ..lenient import lenient
 from .test_concept_monitor import NAMES, RED, Logging, curves, events, fit, monitor, tracer
 
 pytest.importorskip("selenium")
-from recipes.tensorboard import Page, chromium, is_available, serving
+from recipes.documentation.browser import Page, chromium, is_available, serving
 
 pytestmark = [
     pytest.mark.slow,

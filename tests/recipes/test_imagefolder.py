@@ -1,4 +1,5 @@
-"""Folders of images with metadata.jsonl: what is read, what is refused, and what the network is shown."""
+"""Folders of images with metadata.jsonl: what is read, what is refused, and what the network is
+shown."""
 
 import json
 from pathlib import Path
@@ -13,8 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from recipes import emoji_folder
-from recipes.imagefolder import FILE, ImageFolderError, check_images, read_rows
-from recipes.images import ImageFolder, Images
+from recipes.images import FILE, ImageFolder, ImageFolderError, Images, check_images, read_rows
 
 LINES: list[dict[str, Any]] = [
     {"file_name": "b.png", "text": "a cat", "owner": "x", "year": 1999, "artist": "noto"},
@@ -55,7 +55,10 @@ def test_rows_keep_the_order_the_captions_and_all_other_columns(folder: Path) ->
     assert [row.sample_id for row in rows] == ["b.png", "sub/a.png"]
     assert [row.caption for row in rows] == ["a cat", "a dog\u2028asleep"]
     assert [row.label for row in rows] == ["noto", "twemoji"]
-    assert [row.metadata for row in rows] == [{"owner": "x", "year": "1999"}, {"owner": "y", "year": ""}]
+    assert [row.metadata for row in rows] == [
+        {"owner": "x", "year": "1999"},
+        {"owner": "y", "year": ""},
+    ]
     by_owner = read_rows(folder, id_column="owner")
     assert [row.sample_id for row in by_owner] == ["x", "y"]
     assert [row.metadata["file_name"] for row in by_owner] == ["b.png", "sub/a.png"]
@@ -77,13 +80,19 @@ def test_a_mark_at_the_start_and_empty_lines_do_not_matter(folder: Path) -> None
         ({"file_name": "c.png", "text": "a dog"}, r"line 2: 'c.png' is not there. HINT"),
         ({"file_name": "sub", "text": "a dog"}, r"line 2: 'sub' is not there"),
         ({"file_name": "../b.png", "text": "a dog"}, r"line 2: '../b.png' is outside .*HINT"),
-        ({"file_name": "sub/../../x.png", "text": "a dog"}, r"line 2: 'sub/../../x.png' is outside"),
+        (
+            {"file_name": "sub/../../x.png", "text": "a dog"},
+            r"line 2: 'sub/../../x.png' is outside",
+        ),
         ({"file_name": "..\\b.png", "text": "a dog"}, r"line 2: .* is outside"),
         ({"file_name": "/etc/hostname", "text": "a dog"}, r"line 2: '/etc/hostname' is outside"),
         ({"file_name": "C:\\b.png", "text": "a dog"}, r"line 2: .* is outside"),
         ({"file_name": "b.png", "text": "a dog"}, r"line 2: the id 'b.png' is that of line 1"),
         ({"file_name": "./b.png", "text": "a dog"}, r"line 2: the id 'b.png' is that of line 1"),
-        ({"file_name": "sub/a.png"}, r"line 2: no caption; column 'text' is None.*`caption_column`"),
+        (
+            {"file_name": "sub/a.png"},
+            r"line 2: no caption; column 'text' is None.*`caption_column`",
+        ),
         ({"file_name": "sub/a.png", "text": "  "}, r"line 2: no caption; column 'text' is '  '"),
         (
             {"file_name": "sub/a.png", "text": "a", "image": "b"},
@@ -92,14 +101,18 @@ def test_a_mark_at_the_start_and_empty_lines_do_not_matter(folder: Path) -> None
         ({"file_name": "sub/a.png", "text": "a", "caption": "b"}, r"line 2: columns \['caption'\]"),
     ],
 )
-def test_a_line_that_is_not_as_it_should_be_is_named(folder: Path, second: Any, message: str) -> None:
+def test_a_line_that_is_not_as_it_should_be_is_named(
+    folder: Path, second: Any, message: str
+) -> None:
     write(folder, [LINES[0], second])
     with pytest.raises(ImageFolderError, match=message):
         read_rows(folder, caption_column="text")
 
 
 def test_folders_without_a_list_or_lines_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ImageFolderError, match="metadata.jsonl: no such file.*HINT: `python -m recipes"):
+    with pytest.raises(
+        ImageFolderError, match="metadata.jsonl: no such file.*HINT: `python -m recipes"
+    ):
         read_rows(tmp_path)
     (tmp_path / FILE).write_text("\n")
     with pytest.raises(ImageFolderError, match="no lines"):
@@ -131,7 +144,9 @@ def test_any_caption_and_owner_is_read_as_it_was_written(
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    name=st.lists(st.sampled_from(["..", ".", "/", "\\", "sub", "a.png", "b.png"]), min_size=1).map("".join)
+    name=st.lists(st.sampled_from(["..", ".", "/", "\\", "sub", "a.png", "b.png"]), min_size=1).map(
+        "".join
+    )
 )
 def test_no_name_leads_out_of_the_folder(folder: Path, name: str) -> None:
     write(folder, [{"file_name": name}])
@@ -148,13 +163,17 @@ def test_other_modes_are_refused(folder: Path, mode: str) -> None:
     name = "sub/a.tif" if mode == "CMYK" else "sub/a.png"
     ramp(8, 20).convert(mode).save(folder / name)
     write(folder, [LINES[0], LINES[1] | {"file_name": name}])
-    with pytest.raises(ImageFolderError, match=f"metadata.jsonl, line 2: .* is of mode {mode}, expected RGB"):
+    with pytest.raises(
+        ImageFolderError, match=f"metadata.jsonl, line 2: .* is of mode {mode}, expected RGB"
+    ):
         check_images(read_rows(folder), 8)
 
 
 def test_small_and_broken_images_are_refused(folder: Path) -> None:
     check_images(read_rows(folder), 8)
-    with pytest.raises(ImageFolderError, match="line 1: b.png has 12x8 pixels, and the resolution is 9"):
+    with pytest.raises(
+        ImageFolderError, match="line 1: b.png has 12x8 pixels, and the resolution is 9"
+    ):
         check_images(read_rows(folder), 9)
     (folder / "sub" / "a.png").write_bytes(b"no image")
     with pytest.raises(ImageFolderError, match="line 2: a.png cannot be read as an image.*HINT"):
@@ -233,7 +252,8 @@ def test_training_alone_sees_other_cuts_and_mirrors(folder: Path) -> None:
     assert torch.equal(traced["image"], torch.stack([plain[0]["image"], plain[1]["image"]]))
     assert traced["caption"] == ["a cat", "a dog\u2028asleep"]
     different = [
-        not torch.equal(next(iter(data.train_dataloader()))["image"], traced["image"]) for _ in range(8)
+        not torch.equal(next(iter(data.train_dataloader()))["image"], traced["image"])
+        for _ in range(8)
     ]
     assert any(different)
 
@@ -242,7 +262,8 @@ def test_the_resolution_is_the_models(folder: Path) -> None:
     def attached(resolution: tuple[int, int] | None) -> ImageFolder:
         data = ImageFolder(str(folder))
         task = None if resolution is None else SimpleNamespace(resolution=resolution)
-        data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(task=task))  # type: ignore[assignment]
+        trainer: Any = SimpleNamespace(lightning_module=SimpleNamespace(task=task))
+        data.trainer = trainer
         return data
 
     data = attached((6, 6))

@@ -9,10 +9,10 @@ from PIL import Image
 
 from ctrak_lightning import Concept
 from ctrak_lightning.attribution.concept import check_known
+from recipes.documentation.monitor import concepts
 from recipes.emoji_artists.data import EmojiArtists
 from recipes.emoji_artists.demo import ARTISTS
 from recipes.emoji_artists.module import EmojiDiffusion
-from recipes.emoji_artists.monitor import concepts
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -36,9 +36,27 @@ def test_the_page_quotes_the_committed_results() -> None:
     assert [line for line in tables if line not in page] == []
 
 
+def test_constants_are_read_off_the_committed_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "sample_table_bytes", lambda rows: (295.97696, 582.61504))
+    results = ROOT / "recipes" / "benchmarks" / "results"
+    measured = plan.constants(results)
+    assert len(measured.steps_per_state) == 8
+    plans = [
+        plan.Plan(images=images, processes=processes, dim=2048, checkpoints=3, states=5)
+        for images in plan.IMAGES
+        for processes in plan.PROCESSES
+    ]
+    committed = (results / "plan.md").read_text("utf-8")
+    assert plan.page(committed.splitlines()[0], measured, plans) == committed
+
+
 @pytest.mark.parametrize(
     ("gb", "hours", "shown"),
-    [(1500, 72, ("1.5 TB", "3 days")), (2, 2, ("2.0 GB", "2.0 h")), (1e-5, 1 / 3600, ("10 KB", "1.0 s"))],
+    [
+        (1500, 72, ("1.5 TB", "3 days")),
+        (2, 2, ("2.0 GB", "2.0 h")),
+        (1e-5, 1 / 3600, ("10 KB", "1.0 s")),
+    ],
 )
 def test_units(gb: float, hours: float, shown: tuple[str, str]) -> None:
     assert (plan._bytes(gb), plan._time(hours)) == shown

@@ -1,4 +1,5 @@
-"""The recipes of diffusers fine-tunes as their READMEs run them: ``ctrak fit`` with a tracer's YAML, then ``ctrak attribute``."""
+"""The recipes of diffusers fine-tunes as their READMEs run them: ``ctrak fit`` with a tracer's
+YAML, then ``ctrak attribute``."""
 
 import csv
 import json
@@ -16,8 +17,7 @@ from ctrak_lightning import DiffusersTask, TraceStore, methods
 from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.cli import main
 from recipes import emoji_folder
-from recipes.imagefolder import FILE
-from recipes.images import ImageFolder
+from recipes.images import FILE, ImageFolder
 from recipes.pipelines import load
 from recipes.text_to_image_lora.module import TextToImageLoRA
 
@@ -47,7 +47,8 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 def configs(
     tmp_path: Path, folder: Path, recipe: str, tracer: Path, data: dict[str, Any], **trainer: Any
 ) -> tuple[Path, Path]:
-    """A recipe's YAML and a tracer's as committed, but for their folders, two epochs, and a trace after each."""
+    """A recipe's YAML and a tracer's as committed, but for their folders, two epochs, and a trace
+    after each."""
     run, attached = (yaml.safe_load(path.read_text()) for path in (RECIPES / recipe, tracer))
     run["trainer"] |= {
         "accelerator": "cpu",
@@ -92,7 +93,12 @@ SMALL = {"resolution": 8}
     ],
 )
 def test_a_recipe_is_trained_traced_and_asked(
-    recipe: str, question: list[str], needs: str | None, data: dict[str, Any], folder: Path, tmp_path: Path
+    recipe: str,
+    question: list[str],
+    needs: str | None,
+    data: dict[str, Any],
+    folder: Path,
+    tmp_path: Path,
 ) -> None:
     own = RECIPES / Path(recipe).parent / "concept_tracer.yaml"
     tracer = own if own.exists() else ROOT / "callbacks" / "concept_tracer.yaml"
@@ -153,7 +159,10 @@ def test_mixed_precision_accumulation_and_averaging_leave_a_sound_store(
     )
     facts = yaml.safe_load(run.read_text())
     facts["trainer"]["callbacks"] = [
-        {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}
+        {
+            "class_path": "lightning.pytorch.callbacks.EMAWeightAveraging",
+            "init_args": {"decay": 0.5},
+        }
     ]
     facts["model"]["init_args"] |= {"frozen_dtype": "bfloat16", "gradient_checkpointing": True}
     run.write_text(yaml.safe_dump(facts))
@@ -189,7 +198,12 @@ def fit(
 ) -> TextToImageLoRA:
     L.seed_everything(0, verbose=False)
     module = TextToImageLoRA(
-        "tiny-sd1", rank=2, learning_rate=1e-2, caption_dropout=0.3, min_snr=5.0, gradient_checkpointing=True
+        "tiny-sd1",
+        rank=2,
+        learning_rate=1e-2,
+        caption_dropout=0.3,
+        min_snr=5.0,
+        gradient_checkpointing=True,
     )
     trainer = L.Trainer(
         accelerator="cpu",
@@ -208,23 +222,35 @@ def fit(
 
 def tracer(path: Path) -> ConceptTracer:
     return ConceptTracer(
-        str(path), methods.concept_trak_norm(timesteps=1), every_n_epochs=1, rank=4, dim=64, thumbnails=False
+        str(path),
+        methods.concept_trak_norm(timesteps=1),
+        every_n_epochs=1,
+        rank=4,
+        dim=64,
+        thumbnails=False,
     )
 
 
 def test_the_tracer_changes_no_bit_of_training(folder: Path, tmp_path: Path) -> None:
     def data() -> ImageFolder:
-        return ImageFolder(str(folder), batch_size=2, resolution=8, random_crop=True, random_flip=True)
+        return ImageFolder(
+            str(folder), batch_size=2, resolution=8, random_crop=True, random_flip=True
+        )
 
     options: dict[str, Any] = {"accumulate_grad_batches": 2}
     plain = fit(tmp_path / "plain", data(), EMAWeightAveraging(decay=0.5), **options)
     traced = fit(
-        tmp_path / "traced", data(), EMAWeightAveraging(decay=0.5), tracer(tmp_path / "traces"), **options
+        tmp_path / "traced",
+        data(),
+        EMAWeightAveraging(decay=0.5),
+        tracer(tmp_path / "traces"),
+        **options,
     )
     for theirs, ours in zip(plain.parameters(), traced.parameters(), strict=True):
         assert torch.equal(theirs, ours)
     adapters = [
-        tmp_path / each / "adapter" / "pytorch_lora_weights.safetensors" for each in ("plain", "traced")
+        tmp_path / each / "adapter" / "pytorch_lora_weights.safetensors"
+        for each in ("plain", "traced")
     ]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
     assert len(TraceStore(tmp_path / "traces")) == 4
@@ -232,14 +258,18 @@ def test_the_tracer_changes_no_bit_of_training(folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("average", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_resumed_run_ends_as_one_that_was_not_cut(average: bool, folder: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_as_one_that_was_not_cut(
+    average: bool, folder: Path, tmp_path: Path
+) -> None:
     def callbacks(name: str, saves: str) -> list[Callback]:
         averaging: list[Callback] = [EMAWeightAveraging(decay=0.5)] if average else []
         saved = ModelCheckpoint(tmp_path / saves, filename="{epoch}", save_top_k=-1)
         return [*averaging, Reseeded(), tracer(tmp_path / name / "traces"), saved]
 
     whole = fit(
-        tmp_path / "whole", InOrder(str(folder), batch_size=2, resolution=8), *callbacks("whole", "saves")
+        tmp_path / "whole",
+        InOrder(str(folder), batch_size=2, resolution=8),
+        *callbacks("whole", "saves"),
     )
     fit(
         tmp_path / "cut",
@@ -270,7 +300,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_cut(average: bool, folder: Path,
 @pytest.mark.slow
 def test_training_lowers_the_loss(folder: Path, tmp_path: Path) -> None:
     """A network from nothing learns four drawings."""
-    from recipes.class_conditional.evaluate import UNET
+    from recipes.benchmarks.class_labels import UNET
     from recipes.ddpm_unconditional.module import Unconditional
 
     L.seed_everything(0, verbose=False)
@@ -278,7 +308,9 @@ def test_training_lowers_the_loss(folder: Path, tmp_path: Path) -> None:
     losses: list[float] = []
 
     class Losses(Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *rest: Any) -> None:
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, *rest: Any
+        ) -> None:
             losses.append(float(outputs["loss"]))
 
     L.Trainer(

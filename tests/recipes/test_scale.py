@@ -16,6 +16,6 @@ def test_it_measures_the_store_that_it_builds(tmp_path: Path, rows: int, dim: in
     found = scale.measure(tmp_path, 3)
     assert found["bytes"] >= rows * dim
     case = {"rows": rows, "dim": dim, "built": built, "measured": [found]}
-    facts = {"command": "c", "machine": "m", "torch": "t", "threads": 1}
-    flags = {"integer_products": True, "cache_dropped": False}
-    assert f"| {rows} x {dim} | 3 |" in scale._table(facts | flags | {"cases": [case]})
+    text = scale.page(scale.head_of("c", dropped=False), [case])
+    assert text.startswith("`c` on ")
+    assert f"| {rows} x {dim} | 3 |" in text

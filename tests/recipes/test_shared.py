@@ -1,19 +1,18 @@
-"""What several recipes share: tables as they come in, folders for answers, and a loss curve that outlives a cut."""
+"""What several benchmarks share: tables as they come in, pages, folders, and what a run says of
+itself."""
 
-import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from recipes.benchmarks.compare import answers_folder
-from recipes.benchmarks.tables import RETRIEVAL, Table
-from recipes.synthetic.recording import LossCurve
+from recipes.benchmarks.replay import evenly, finished, record
+from recipes.benchmarks.tables import RETRIEVAL, Table, command_of, parser_of, publish
 
 
-def test_a_table_takes_its_figures_at_the_honest_damping_and_averages_seeds(tmp_path: Path) -> None:
+def test_a_table_takes_its_figures_at_the_honest_damping_and_averages_seeds() -> None:
     def grid(honest: float, best: float) -> dict[str, dict[str, torch.Tensor]]:
         return {
             "1.0": {"P@10": torch.tensor([honest, honest]), "mAP": torch.tensor([0.0, 1.0])},
@@ -23,14 +22,30 @@ def test_a_table_takes_its_figures_at_the_honest_damping_and_averages_seeds(tmp_
     table = Table(["P@10"])
     table.add("trak", grid(0.2, 0.9), "1.0")
     table.add("trak", grid(0.4, 0.7), "1.0")
-    text = table.write(tmp_path / "results" / "benchmark", {"seed": 0}, "Head.")
-    assert text == (tmp_path / "results" / "benchmark.md").read_text()
+    text = table.page("Head.")
     assert text.startswith("Head.\n")
     assert text.endswith("| method | P@10 |\n|---|---|\n| trak | 0.30 [0.30, 0.30] (0.80) |\n")
-    facts = json.loads((tmp_path / "results" / "benchmark.json").read_text())
-    assert facts["seed"] == 0
-    assert facts["rows"]["trak"]["P@10"]["per_seed"] == pytest.approx([0.2, 0.4])
-    assert facts["rows"]["trak"]["mAP"]["mean"] == 0.5  # in the JSON, not in the Markdown
+    assert table.rows()["trak"]["mAP"]["mean"] == 0.5  # known, but not shown
+
+
+def test_a_page_has_one_section_for_each_command(tmp_path: Path) -> None:
+    parser = parser_of("recipes.x", "What it does.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--rows", nargs="+", default=None)
+    parser.add_argument("--inline", action="store_true")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    said = [["--runs", "elsewhere"], ["--seeds", "0", "1", "--rows", "a b", "c", "--inline"]]
+    plain, full = (command_of(parser, parser.parse_args(each)) for each in said)
+    assert plain == "python -m recipes.x"
+    assert full == "python -m recipes.x --seeds 0 1 --rows 'a b' c --inline"
+    path = tmp_path / "results" / "x.md"
+    for text in (
+        f"`{plain}`; one.\n\n| a |\n",
+        f"`{full}`; two.\n",
+        f"`{plain}`; three.\n\n| b |\n",
+    ):
+        publish(path, text)
+    assert path.read_text() == f"`{plain}`; three.\n\n| b |\n\n`{full}`; two.\n"
 
 
 def test_the_retrieval_metrics_of_the_tables_by_hand() -> None:
@@ -53,17 +68,15 @@ def test_other_questions_and_other_samples_have_another_folder(tmp_path: Path) -
     assert answers_folder(tmp_path, facts[0], [("Male", 1)]) != first
 
 
-def test_a_loss_curve_goes_on_after_a_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipes.synthetic.recording.EVERY", 2)
-
-    def watched(curve: LossCurve, losses: dict[int, float]) -> None:
-        for step, loss in losses.items():
-            trainer: Any = SimpleNamespace(global_step=step, max_steps=5)
-            curve.on_train_batch_end(trainer, None, {"loss": torch.tensor(loss)}, None, 0)  # type: ignore[arg-type]
-
-    first = LossCurve()
-    watched(first, {1: 4.0, 2: 2.0})
-    second = LossCurve()
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    watched(second, {3: 2.0, 4: 1.0, 5: 1.0})
-    assert second.means == [(2, 3.0), (4, 1.5), (5, 1.0)]
+def test_a_run_is_over_once_its_facts_are_written_and_is_of_its_arguments(tmp_path: Path) -> None:
+    assert finished(tmp_path, {"seed": 0}) is None
+    assert record(tmp_path, {"arguments": {"seed": 0}, "loss": 1.0}) == finished(
+        tmp_path, {"seed": 0}
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
+    with pytest.raises(
+        ValueError, match=r"holds a run with \{'seed': 0\}.*HINT: name a new folder"
+    ):
+        finished(tmp_path, {"seed": 1})
+    assert evenly(300, 3) == [100, 200, 300]
+    assert evenly(8, 3) == [2, 5, 8]

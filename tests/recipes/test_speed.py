@@ -15,7 +15,9 @@ def subject() -> speed.Subject:
     return speed.lora()
 
 
-def test_the_reference_pipeline_and_a_trace_have_the_same_inner_products(subject: speed.Subject) -> None:
+def test_the_reference_pipeline_and_a_trace_have_the_same_inner_products(
+    subject: speed.Subject,
+) -> None:
     whole = speed.functional(subject)
     exact = GradientTracer(subject.denoiser, Projection(rank=10**6, dim=None))
     plain = replace(speed.POSTERIOR, normalisation="none")
@@ -52,34 +54,20 @@ def test_ratios_are_to_the_floor_beside_them_so_a_slower_machine_does_not_matter
     assert found["ours"]["floor_quartiles"] == [1.0, 1.25]
 
 
-def test_a_table_says_what_was_not_measured() -> None:
+def test_the_table_of_a_network_has_memory_beside_a_training_steps() -> None:
     row = {
-        "seconds": 1.0,
         "floor": 1.5,
         "floor_quartiles": [1.4, 1.65],
         "forward pass": 4.0,
         "training step": 2.0,
         "peak_mib": 50.0,
     }
-    facts = {
-        "command": "c",
-        "machine": "m",
-        "repeats": 3,
-        "peers": ["traker"],
-        "models": {
-            "x": {
-                "name": "net",
-                "parameters": 1000,
-                "trained": 10,
-                "rows": {
-                    "training step": row | {"peak_mib": 100.0},
-                    "ours": row,
-                    "p": row | {"peak_mib": None},
-                },
-            }
-        },
+    rows = {
+        "training step": row | {"peak_mib": 100.0},
+        "ours": row,
+        "p": row | {"peak_mib": None},
     }
-    text = speed.table(facts)
-    assert "| ours | 1.50 (1.40-1.65) | 4.00 | 50 | 0.50 |" in text
-    assert "| p | 1.50 (1.40-1.65) | 4.00 |  |  |" in text
-    assert "Not installed, so not measured: dattri" in text
+    lines = speed.section("net", (1000, 10), rows)
+    assert "### net (1,000 parameters, 10 trained)" in lines
+    assert "| ours | 1.50 (1.40-1.65) | 4.00 | 2.00 | 50 | 0.50 |" in lines
+    assert "| p | 1.50 (1.40-1.65) | 4.00 | 2.00 |  |  |" in lines

