@@ -9,12 +9,18 @@ if TYPE_CHECKING:
     from ctrak_lightning.attribution import Attribution, Attributions, Attributor, Concept
     from ctrak_lightning.capture.capture import Capture
     from ctrak_lightning.capture.inline import InlineCapture
-    from ctrak_lightning.gradients import GradientTracer, Projection
+    from ctrak_lightning.gradients import GradientTracer, Layer, Projection, register_layer
     from ctrak_lightning.methods.method import Method
     from ctrak_lightning.methods.trajectories import Sampler
     from ctrak_lightning.schedules import FlowSchedule, NoiseSchedule
     from ctrak_lightning.store import TraceStore, TraceWriter
-    from ctrak_lightning.tasks import DiffusersTask, DiffusionTask, Encoded, PipelineTask
+    from ctrak_lightning.tasks import (
+        DiffusersTask,
+        DiffusionTask,
+        Encoded,
+        PipelineTask,
+        register_family,
+    )
 
 __version__ = "0.1.0"
 
@@ -30,6 +36,7 @@ __all__ = [
     "FlowSchedule",
     "GradientTracer",
     "InlineCapture",
+    "Layer",
     "Method",
     "NoiseSchedule",
     "PipelineTask",
@@ -38,6 +45,8 @@ __all__ = [
     "TraceStore",
     "TraceWriter",
     "methods",
+    "register_family",
+    "register_layer",
 ]
 
 # What is not asked for is not imported, so that `ctrak --help` need not wait for PyTorch.
@@ -53,6 +62,7 @@ _PLACES = {
     "FlowSchedule": "schedules",
     "GradientTracer": "gradients",
     "InlineCapture": "capture.inline",
+    "Layer": "gradients",
     "Method": "methods",
     "NoiseSchedule": "schedules",
     "PipelineTask": "tasks",
@@ -60,6 +70,8 @@ _PLACES = {
     "Sampler": "methods.trajectories",
     "TraceStore": "store",
     "TraceWriter": "store",
+    "register_family": "tasks",
+    "register_layer": "gradients",
 }
 
 

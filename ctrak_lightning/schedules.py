@@ -261,7 +261,16 @@ class FlowSchedule(Schedule):
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, *, tokens: int | None = None) -> "FlowSchedule":
-        """As :meth:`NoiseSchedule.from_scheduler`, of a ``FlowMatchEulerDiscreteScheduler``."""
+        """As :meth:`NoiseSchedule.from_scheduler`, of a ``FlowMatchEulerDiscreteScheduler``.
+
+        Raises:
+            TypeError: it is another scheduler.
+        """
+        if not _is_flow(scheduler):
+            raise TypeError(
+                f"FlowSchedule.from_scheduler({type(scheduler).__name__}): expected a "
+                "FlowMatchEulerDiscreteScheduler."
+            )
         config = scheduler.config
         refuse_unfollowed(scheduler, FLOW_FOLLOWED)
         shift = float(scheduler.shift)
@@ -311,6 +320,12 @@ class FlowSchedule(Schedule):
 
     def _timesteps_at(self, shares: Tensor) -> Tensor:
         return (len(self) * self.shift * shares / (1 + (self.shift - 1) * shares)).float()
+
+
+def _is_flow(scheduler: Any) -> bool:
+    # By name, for importing diffusers takes seconds.
+    names = (base.__name__ for base in type(scheduler).__mro__)
+    return "FlowMatchEulerDiscreteScheduler" in names
 
 
 def _shift_for(tokens: int, config: Any) -> float:
@@ -369,7 +384,9 @@ class NoiseSchedule(Schedule):
             )
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any, *, tokens: int | None = None) -> Schedule:
+    def from_scheduler(
+        cls, scheduler: Any, *, tokens: int | None = None
+    ) -> "NoiseSchedule | FlowSchedule":
         """The schedule of a diffusers scheduler: of the DDPM family (DDPM, DDIM and others with
         ``alphas_cumprod``), or of ``FlowMatchEulerDiscreteScheduler`` (then a
         :class:`FlowSchedule`).
@@ -383,9 +400,7 @@ class NoiseSchedule(Schedule):
             TypeError: the scheduler is neither (sigma-space and other flow schedulers).
             ValueError: it uses an option that cannot be followed here, or needs ``tokens``.
         """
-        if any(
-            base.__name__ == "FlowMatchEulerDiscreteScheduler" for base in type(scheduler).__mro__
-        ):
+        if _is_flow(scheduler):
             return FlowSchedule.from_scheduler(scheduler, tokens=tokens)
         alpha_bar = getattr(scheduler, "alphas_cumprod", None)
         config = getattr(scheduler, "config", None)

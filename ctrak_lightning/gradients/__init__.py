@@ -1,5 +1,7 @@
 """Per-sample projected vector-Jacobian products."""
 
+from ctrak_lightning.gradients.layers import Layer, register_layer
+from ctrak_lightning.gradients.layouts import Layout
 from ctrak_lightning.gradients.modes import parameters_unmoved, tracing_mode, undisturbed
 from ctrak_lightning.gradients.projection import Projection
 from ctrak_lightning.gradients.tracer import (
@@ -12,10 +14,13 @@ from ctrak_lightning.gradients.tracer import (
 __all__ = [
     "Engine",
     "GradientTracer",
+    "Layer",
+    "Layout",
     "Projection",
     "SlowParameterWarning",
     "UntracedParameterWarning",
     "parameters_unmoved",
+    "register_layer",
     "tracing_mode",
     "undisturbed",
 ]

@@ -1,10 +1,10 @@
-"""Which kind of layer a traced block belongs to: cross-attention, convolution and so on."""
+"""What is traced: blocks of parameters, kinds of layers, and the groups that answers count them
+in."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctrak_lightning.errors import GradientError
@@ -36,9 +36,9 @@ class Block:
         dot = f"{self.prefix}." if self.prefix else ""
         return {f"{dot}{own}": self.module.get_parameter(own) for own in self.own_names}
 
+    @abstractmethod
     def matrix(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Parameters' gradients [B, *shape] by own name, laid out as [B, rows, cols]."""
-        raise NotImplementedError
 
 
 class BareParameter(Block):
@@ -54,213 +54,125 @@ class BareParameter(Block):
 
 
 class Layer(Block):
-    """A block that the hook engine traces from its module's inputs and output cotangents."""
+    """A kind of layer: how its module's inputs and output cotangents become per-sample gradients,
+    without one for each sample. A subclass is made known by
+    :func:`~ctrak_lightning.register_layer`.
+
+    The gradient of one sample's parameters is laid out as a matrix G [rows, cols] (for nn.Linear
+    [out, in + 1], with the bias as a column), and what is stored of it is ``left.T @ G @ right``,
+    where ``left`` is P_out [rows, p_out] and ``right`` P_in [cols, p_in]; a side that is not
+    projected is the identity. :meth:`keep` runs in the forward pass, :meth:`contract` in the
+    backward pass, for each call of the module; the calls' shares are summed. An input has R rows,
+    positions or images, of all samples; a :class:`~ctrak_lightning.gradients.layouts.Layout` sorts
+    them by sample. The trial before training compares the rows with a pass for each sample, so a
+    wrong formula is refused and not stored.
+
+    Args:
+        name: the block's name.
+        module: of a class that the kind is registered for.
+        own_names: its traced parameters, of those in ``names``; the others are frozen.
+
+    Raises:
+        GradientError: this module cannot be traced exactly; the message is the reason that the user
+            is told.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    """The parameters that the kind knows."""
+    group: ClassVar[str] = "other layers"
+    """What the layers are counted as in an answer by layers, outside attention and feed-forward
+    modules."""
 
     def __init__(self, name: str, module: Any, own_names: Sequence[str]) -> None:
         super().__init__(name, module, own_names)
         self.layer = module
         self.has_weight, self.has_bias = "weight" in own_names, "bias" in own_names
 
+    @abstractmethod
     def event_dims(self, x: Tensor) -> int:
         """How many trailing dimensions of an input ``x`` belong to one position or image; the
         others are batch."""
-        raise NotImplementedError
 
     def leading(self, x: Tensor) -> tuple[int, ...]:
         """The sizes of an input's batch dimensions; () of one position or image alone."""
         return tuple(x.shape[: max(x.dim() - self.event_dims(x), 0)])
 
+    @abstractmethod
     def keep(self, x: Tensor, output: Tensor, right: Tensor) -> Tensor:
         """What must be kept of an input until its cotangent arrives, given P_in ``right`` [cols,
-        p_in]: one entry for each of its rows (position or image), R of them."""
-        raise NotImplementedError
+        p_in]: [R, ...], one entry for each of its rows."""
 
+    @abstractmethod
     def contract(
         self, kept: Tensor, cotangent: Tensor, left: Tensor, right: Tensor, layout: Layout
     ) -> Tensor:
-        """Projected gradient [B, p_out, p_in] from what was kept and the output's cotangent."""
-        raise NotImplementedError
+        """Projected gradient [B, p_out, p_in] from what was kept [R, ...] and the output's
+        cotangent, which has the output's shape. ``layout.by_sample`` takes [R, ...] to [B, R / B,
+        ...]."""
 
 
-class LinearLayer(Layer):
-    """nn.Linear: [out, in (+ 1)]."""
-
-    def __init__(self, name: str, module: Any, own_names: Sequence[str]) -> None:
-        super().__init__(name, module, own_names)
-        self.rows = module.weight.shape[0]
-        self.cols = module.weight[0].numel() * self.has_weight + self.has_bias
-
-    def matrix(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        parts = [gradients["weight"].flatten(2)] if self.has_weight else []
-        return torch.cat(
-            [*parts, gradients["bias"].unsqueeze(2)] if self.has_bias else parts, dim=2
-        )
-
-    def event_dims(self, x: Tensor) -> int:
-        return 1
-
-    def keep(self, x: Tensor, output: Tensor, right: Tensor) -> Tensor:
-        positions = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)  # [R, in]
-        weight, bias = self._split(right)
-        if weight is None:
-            return right.expand(len(positions), 1)
-        if bias is None:
-            return _sided(positions.float(), weight)
-        return torch.addmm(bias, positions.float(), weight)  # [R, p_in]
-
-    def contract(
-        self, kept: Tensor, cotangent: Tensor, left: Tensor, right: Tensor, layout: Layout
-    ) -> Tensor:
-        g = _sided(cotangent.reshape(len(kept), self.rows).float(), left)  # [R, p_out]
-        return layout.by_sample(g).mT @ layout.by_sample(kept)  # [B, p_out, T] x [B, T, p_in]
-
-    def _split(self, right: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The rows of P_in for the weight's columns, and the one for the bias."""
-        if not self.has_bias:
-            return right, None
-        return (right[:-1] if self.has_weight else None), right[-1]
+Kind = TypeVar("Kind", bound=type[Layer])
+_KINDS: dict[str, type[Layer]] = {}
+"""By the place of the module's class."""
 
 
-class ConvLayer(LinearLayer):
-    """nn.Conv1d, 2d and 3d: [out, in / groups * kernel (+ 1)], as in torch's weight layout.
+def register_layer(*modules: type[nn.Module] | str) -> Callable[[Kind], Kind]:
+    """Makes a kind of layer known, as a decorator of a :class:`~ctrak_lightning.Layer`: modules of
+    these classes are then traced by it.
 
-    Convolving with P_in as the kernel projects every patch without unfolding it.
+    So are those of subclasses that compute as they do: with a ``forward`` of its own a class is
+    another layer.
+
+    Args:
+        modules: the classes, or the places of classes that need not be imported
+            (``"package.module.Class"``).
+
+    Raises:
+        GradientError: one is no class of modules or has a kind already, or the kind lacks
+            something. To register a class again, as a notebook does, replaces it.
+
+    Example::
+
+        @register_layer(Scale)
+        class ScaleLayer(Layer):
+            ...
     """
+    places = []
+    for module in modules:
+        if not isinstance(module, str) and not (
+            isinstance(module, type) and issubclass(module, nn.Module)
+        ):
+            raise GradientError(
+                f"register_layer({module!r}): expected a subclass of nn.Module, or its place as "
+                "text, 'package.module.Class'."
+            )
+        places.append(module if isinstance(module, str) else _place(module))
 
-    def event_dims(self, x: Tensor) -> int:
-        return len(self.layer.kernel_size) + 1
-
-    def keep(self, x: Tensor, output: Tensor, right: Tensor) -> Tensor:
-        groups, p_in = self.layer.groups, right.shape[1]
-        positions = output.shape[-len(self.layer.kernel_size) :].numel()
-        weight, bias = self._split(right)
-        if weight is None:
-            return right.expand(output.numel() // (self.rows * positions), groups, 1, positions)
-        kernel = weight.mT.reshape(p_in, *self.layer.weight.shape[1:])
-        kernel = kernel.repeat(groups, *[1] * (kernel.dim() - 1))
-        # The layer's own method honours its stride, padding and padding mode.
-        patches: Tensor = self.layer._conv_forward(
-            x.float(), kernel, None if bias is None else bias.repeat(groups)
-        )
-        return patches.reshape(-1, groups, p_in, positions)
-
-    def contract(
-        self, kept: Tensor, cotangent: Tensor, left: Tensor, right: Tensor, layout: Layout
-    ) -> Tensor:
-        images, groups, _, positions = kept.shape
-        g = cotangent.reshape(images, groups, self.rows // groups, positions).float()
-        sides = left.reshape(groups, self.rows // groups, -1).mT.expand(images, -1, -1, -1)
-        # Images and groups are further positions to sum over: [B, F, groups, p_out, L].
-        return (
-            _join_positions(layout.by_sample(sides @ g))
-            @ _join_positions(layout.by_sample(kept)).mT
-        )
-
-
-class EmbeddingLayer(LinearLayer):
-    """nn.Embedding, as a Linear on one-hot inputs: [dim, num_embeddings]."""
-
-    def __init__(self, name: str, module: Any, own_names: Sequence[str]) -> None:
-        super().__init__(name, module, own_names)
-        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-            if getattr(module, option):
+    def register(kind: Kind) -> Kind:
+        if not (isinstance(kind, type) and issubclass(kind, Layer)):
+            raise GradientError(
+                f"register_layer({', '.join(places)}) of {kind!r}: expected a subclass of "
+                "ctrak_lightning.Layer."
+            )
+        lacking = [
+            name for name in dir(kind) if getattr(getattr(kind, name), "__isabstractmethod__", 0)
+        ]
+        if lacking:
+            raise GradientError(
+                f"register_layer({', '.join(places)}): {kind.__name__} lacks {', '.join(lacking)}, "
+                "which ctrak_lightning.Layer describes."
+            )
+        for place in places:
+            owner = _KINDS.get(place, kind)
+            if _place(owner) != _place(kind):
                 raise GradientError(
-                    f"nn.Embedding({option}={getattr(module, option)!r}) is not traced exactly: "
-                    "expected the default. HINT: turn it off, or exclude the layer with `layers=`."
+                    f"register_layer({place}): {owner.__name__} traces it already. HINT: register "
+                    f"{kind.__name__} for a subclass with a `forward` of its own."
                 )
-        self.rows, self.cols = module.embedding_dim, module.num_embeddings
+        _KINDS.update(dict.fromkeys(places, kind))
+        return kind
 
-    def matrix(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        return gradients["weight"].mT
-
-    def event_dims(self, x: Tensor) -> int:
-        return 0
-
-    def keep(self, x: Tensor, output: Tensor, right: Tensor) -> Tensor:
-        ids = x.flatten()
-        projected = right[ids]  # [R, p_in]
-        if self.layer.padding_idx is None:
-            return projected
-        return projected * ids.ne(self.layer.padding_idx).unsqueeze(-1)
-
-
-class NormLayer(Layer):
-    """A norm's scale and shift: [1, n (+ n)]. It keeps its whole input, since the product with g is
-    elementwise."""
-
-    def __init__(self, name: str, module: Any, own_names: Sequence[str]) -> None:
-        super().__init__(name, module, own_names)
-        self.rows = 1
-        self.cols = sum(parameter.numel() for parameter in self.parameters.values())
-
-    def matrix(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        parts = [gradients[own].flatten(1) for own in ("weight", "bias") if own in self.own_names]
-        return torch.cat(parts, dim=1).unsqueeze(1)
-
-    def keep(self, x: Tensor, output: Tensor, right: Tensor) -> Tensor:
-        return x.reshape(-1, *x.shape[len(self.leading(x)) :])  # [R, *event]
-
-    def contract(
-        self, kept: Tensor, cotangent: Tensor, left: Tensor, right: Tensor, layout: Layout
-    ) -> Tensor:
-        g = cotangent.reshape(kept.shape).float()
-        products = [g * self.normalise(kept)] if self.has_weight else []
-        if self.has_bias:
-            products.append(g)
-        sums = [self.sum_positions(layout.by_sample(part)) for part in products]
-        return (torch.cat(sums, dim=1) @ right).unsqueeze(1) * left
-
-    def normalise(self, x: Tensor) -> Tensor:
-        """The input before scale and shift, float32."""
-        raise NotImplementedError
-
-    def sum_positions(self, products: Tensor) -> Tensor:
-        """Sums [B, F, *event] over all but the batch and the n normalised features: [B, n]."""
-        return products.reshape(len(products), -1, self.layer.weight.numel()).sum(1)
-
-
-class LayerNormLayer(NormLayer):
-    """nn.LayerNorm."""
-
-    def event_dims(self, x: Tensor) -> int:
-        return len(self.layer.normalized_shape)
-
-    def normalise(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.layer.normalized_shape, eps=self.layer.eps)
-
-
-class RMSNormLayer(NormLayer):
-    """nn.RMSNorm."""
-
-    def event_dims(self, x: Tensor) -> int:
-        return len(self.layer.normalized_shape)
-
-    def normalise(self, x: Tensor) -> Tensor:
-        eps = torch.finfo(x.dtype).eps if self.layer.eps is None else self.layer.eps
-        return F.rms_norm(x.float(), self.layer.normalized_shape, eps=eps)
-
-
-class DiffusersRMSNormLayer(NormLayer):
-    """diffusers.models.normalization.RMSNorm, which normalises over the last dimension only."""
-
-    def event_dims(self, x: Tensor) -> int:
-        return len(self.layer.dim)
-
-    def normalise(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.layer.eps)
-
-
-class GroupNormLayer(NormLayer):
-    """nn.GroupNorm."""
-
-    def event_dims(self, x: Tensor) -> int:
-        return x.dim() - 1
-
-    def normalise(self, x: Tensor) -> Tensor:
-        return F.group_norm(x.float(), self.layer.num_groups, eps=self.layer.eps)
-
-    def sum_positions(self, products: Tensor) -> Tensor:
-        return products.flatten(3).sum(dim=(1, 3)) if products.dim() > 3 else products.sum(1)
+    return register
 
 
 def layer_kind(module: nn.Module) -> type[Layer] | None:
@@ -269,48 +181,19 @@ def layer_kind(module: nn.Module) -> type[Layer] | None:
     kind = type(module)
     if any(name in vars(module) for name in _COMPUTING):
         return None
-    for base, layer in _KINDS.items():
-        if isinstance(module, base) and all(
+    for base in kind.__mro__:
+        if _place(base) in _KINDS and all(
             getattr(kind, name, None) is getattr(base, name, None) for name in _COMPUTING
         ):
-            return layer
-    return _KINDS_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
-
-
-def _sided(x: Tensor, side: Tensor) -> Tensor:
-    """``x @ side``; a square side is the identity
-    (:class:`~ctrak_lightning.gradients.projection.Projection`), as in LoRA."""
-    return x if side.shape[0] == side.shape[1] else x @ side
-
-
-def _join_positions(maps: Tensor) -> Tensor:
-    """[B, F, groups, p, L] as [B, p, F * groups * L]."""
-    return maps.permute(0, 3, 1, 2, 4).flatten(2)
+            return _KINDS[_place(base)]
+    return None
 
 
 _COMPUTING = ("forward", "_conv_forward", "__call__")
-_KINDS: dict[type[nn.Module], type[Layer]] = {
-    nn.Linear: LinearLayer,
-    nn.Conv1d: ConvLayer,
-    nn.Conv2d: ConvLayer,
-    nn.Conv3d: ConvLayer,
-    nn.Embedding: EmbeddingLayer,
-    nn.LayerNorm: LayerNormLayer,
-    nn.GroupNorm: GroupNormLayer,
-    nn.RMSNorm: RMSNormLayer,
-}
-_KINDS_BY_NAME: dict[str, type[Layer]] = {
-    "diffusers.models.normalization.RMSNorm": DiffusersRMSNormLayer,
-    "diffusers.models.normalization.FP32LayerNorm": LayerNormLayer,
-}
 
 
-OTHER = "other layers"
-_GROUPS_OF_BLOCKS: tuple[tuple[type[Block], str], ...] = (
-    (ConvLayer, "convolution"),
-    (EmbeddingLayer, "embedding"),
-    (NormLayer, "normalisation"),
-)
+def _place(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def layer_group(root: nn.Module, block: Block) -> str:
@@ -320,7 +203,7 @@ def layer_group(root: nn.Module, block: Block) -> str:
     other layers by their kind.
 
     Example:
-        >>> from ctrak_lightning.gradients.layers import LinearLayer
+        >>> from ctrak_lightning.gradients.kinds.linear import LinearLayer
         >>> network = nn.Sequential(nn.Linear(2, 2))
         >>> layer_group(network, LinearLayer("0", network[0], ["weight"]))
         'other layers'
@@ -330,7 +213,7 @@ def layer_group(root: nn.Module, block: Block) -> str:
         if group := _container_group(inside(module)):
             return group
         module = module.get_submodule(part)
-    return next((group for kind, group in _GROUPS_OF_BLOCKS if isinstance(block, kind)), OTHER)
+    return block.group if isinstance(block, Layer) else Layer.group
 
 
 def _container_group(module: nn.Module) -> str | None:

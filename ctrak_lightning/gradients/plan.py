@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ctrak_lightning.errors import GradientError
+from ctrak_lightning.gradients import kinds  # noqa: F401, as each registers itself
 from ctrak_lightning.gradients.layers import BareParameter, Layer, layer_kind
 from ctrak_lightning.utilities.naming import modules_of, parameters_of
 
@@ -128,11 +129,10 @@ def _layer(
     if kind is None:
         own = " with a `forward` of its own" if "forward" in vars(module) else ""
         return None, f"{type(module).__name__}{own} is not a known layer kind"
-    known = [own for own in own_names if own in ("weight", "bias")]
-    if not known:
-        return None, f"not the weight or bias of its {type(module).__name__}"
+    known = [own for own in own_names if own in kind.names]
+    unknown = f"not the {' or '.join(kind.names)} of its {type(module).__name__}"
     try:
-        return kind(name, module, known), f"not the weight or bias of its {type(module).__name__}"
+        return kind(name, module, known) if known else None, unknown
     except GradientError as error:
         return None, str(error)
 

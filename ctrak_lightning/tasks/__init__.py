@@ -16,6 +16,7 @@ from ctrak_lightning.tasks.base import (
 from ctrak_lightning.tasks.diffusers_task import DiffusersTask
 from ctrak_lightning.tasks.pipeline import PipelineTask
 from ctrak_lightning.tasks.precision import InPrecision, in_own_precision
+from ctrak_lightning.tasks.registry import register_family
 
 __all__ = [
     "Condition",
@@ -30,6 +31,7 @@ __all__ = [
     "in_own_precision",
     "name_of",
     "named_samples",
+    "register_family",
     "resolve_task",
     "select",
     "task_modules",

@@ -2,24 +2,18 @@
 DiffusionTask."""
 
 import copy
-import difflib
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-from ctrak_lightning.errors import TaskError
+from ctrak_lightning.errors import TaskError, nearest
+from ctrak_lightning.tasks import families  # noqa: F401, as each registers itself
 from ctrak_lightning.tasks.pipeline import PipelineTask
-from ctrak_lightning.tasks.registry import FAMILIES, family_of
+from ctrak_lightning.tasks.registry import family_of, pipeline_class, pipeline_for
 
-DENOISERS = {
-    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
-    "FluxTransformer2DModel": "FluxPipeline",
-    "DiTTransformer2DModel": "DiTPipeline",
-    "UNet2DModel": "DDPMPipeline",
-}
 _NOT_NEEDED = ("safety_checker", "feature_extractor")
 
 
@@ -47,55 +41,9 @@ def find(module: Any, path: str, part: str | None = None) -> Any:
         where = ".".join([type(module).__name__, *path.split(".")[:i]])
         raise TaskError(
             f"DiffusersTask({part}={path!r}): {where} has no attribute {name!r}, or it is None. "
-            f"{_nearest(name, _names(holder))} HINT: give the attribute that holds it, dotted "
+            f"It has: {nearest(name, _names(holder))}. HINT: give the attribute that holds it, dotted "
             "where it is deeper: 'model.unet'."
         )
-    return found
-
-
-def family_name(denoiser: Any, parts: Mapping[str, Any]) -> str:
-    """The pipeline that a denoiser and the other parts belong to.
-
-    Raises:
-        TaskError: that cannot be told; the message lists what can.
-    """
-    inner = getattr(denoiser, "_orig_mod", denoiser)  # of torch.compile
-    if hasattr(inner, "get_base_model"):  # of peft.get_peft_model
-        inner = inner.get_base_model()
-    name = type(inner).__name__
-    if name == "UNet2DConditionModel":
-        return (
-            "StableDiffusionXLPipeline" if "text_encoder_2" in parts else _by_time_embedding(inner)
-        )
-    if name in DENOISERS:
-        return DENOISERS[name]
-    told = (
-        "Alpha and Sigma cannot be told apart" if name.startswith("PixArt") else "expected one of "
-    )
-    known = "" if name.startswith("PixArt") else ", ".join(["UNet2DConditionModel", *DENOISERS])
-    raise TaskError(
-        f"DiffusersTask: the denoiser is {name}: {told}{known}. HINT: "
-        "pipeline='PixArtSigmaPipeline', say, names the family; a network that Fabric, Accelerate "
-        "or DDP has wrapped is given unwrapped."
-    )
-
-
-def _by_time_embedding(unet: Any) -> str:
-    has_sizes = unet.config.get("addition_embed_type") == "text_time"
-    return "StableDiffusionXLPipeline" if has_sizes else "StableDiffusionPipeline"
-
-
-def pipeline_class(name: str) -> type:
-    """A diffusers pipeline by name.
-
-    Raises:
-        TaskError: it is of no known family.
-    """
-    if name not in FAMILIES:
-        raise TaskError(f"DiffusersTask(pipeline={name!r}): expected one of {', '.join(FAMILIES)}.")
-    import diffusers
-
-    found: type = getattr(diffusers, name)
     return found
 
 
@@ -156,13 +104,6 @@ def _names(holder: Any) -> list[str]:
     )
     inner = [name for name, _ in holder.named_children()] if isinstance(holder, nn.Module) else []
     return sorted({*own, *inner} - {"training"})
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    listed = list(names)
-    near = difflib.get_close_matches(name, listed, n=5, cutoff=0.4)
-    rest = [other for other in listed if other not in near]
-    return f"It has: {', '.join((near + rest)[:20])}."
 
 
 PARTS = (
@@ -288,7 +229,7 @@ class DiffusersTask:
                 "text, classes or nothing. HINT: write a DiffusionTask whose predict(x_t, t, "
                 "condition) calls both, with a `denoiser` that holds what is traced."
             )
-        kind = pipeline_class(self.pipeline or family_name(denoiser, parts))
+        kind = pipeline_class(self.pipeline) if self.pipeline else pipeline_for(denoiser, parts)
         accepted = accepted_by(kind)
         parts = {
             name: part for name, part in parts.items() if name in self.paths or name in accepted

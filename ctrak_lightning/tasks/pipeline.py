@@ -1,5 +1,6 @@
 """PipelineTask: a diffusers pipeline as a DiffusionTask."""
 
+from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self
@@ -139,6 +140,10 @@ class PipelineTask(DiffusionTask, nn.Module):
             unknown column.
     """
 
+    pipelines: ClassVar[tuple[str | type, ...]] = ()
+    """The pipelines that the family serves: classes, or names of diffusers' own."""
+    denoisers: ClassVar[tuple[str, ...]] = ()
+    """The names of their denoisers' classes, by which a module's parts are recognised."""
     denoiser: Any
     denoiser_part: ClassVar[str] = "transformer"
     may_predict_variances: ClassVar[bool] = False
@@ -178,6 +183,18 @@ class PipelineTask(DiffusionTask, nn.Module):
             raise TaskError(f"{type(self).__name__}({type(pipeline).__name__}): {error}") from error
         if not borrowed:
             self.train()
+
+    @classmethod
+    def variant(cls, denoiser: Any) -> "type[PipelineTask]":
+        """The class of the task for a pipeline with this denoiser, of families that have
+        several."""
+        return cls
+
+    @classmethod
+    def pipeline_for(cls, denoiser: Any, parts: Collection[str]) -> str | type | None:
+        """Which of ``pipelines`` a denoiser of one of ``denoisers`` and parts of these names belong
+        to; None if they are another family's."""
+        return cls.pipelines[0]
 
     def schedule(self) -> Schedule:
         """The noise schedule of the pipeline's scheduler."""
@@ -232,14 +249,9 @@ class PipelineTask(DiffusionTask, nn.Module):
             and all(isinstance(v, str) for v in values)
         }
 
+    @abstractmethod
     def batch_condition(self, batch: Batch) -> Condition:
         """The network's keyword arguments for a batch."""
-        raise NotImplementedError
-
-    def condition(self, spec: Any, n: int) -> Condition:
-        """The network's keyword arguments for a concept's ``present`` or ``absent``, ``n``
-        times."""
-        raise NotImplementedError
 
     def loss(self, batch: Batch) -> Tensor:
         """The training loss [] of a batch: the mean squared error of the network's output, at

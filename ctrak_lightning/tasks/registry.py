@@ -1,29 +1,64 @@
-"""Which task serves which diffusers pipeline."""
+"""Which family's task serves which diffusers pipeline."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-from ctrak_lightning.errors import TaskError
-from ctrak_lightning.tasks.families.class_conditional import ClassUNetTask
-from ctrak_lightning.tasks.families.dit import DiTTask
-from ctrak_lightning.tasks.families.flux import FluxTask
-from ctrak_lightning.tasks.families.pixart import PixArtTask
-from ctrak_lightning.tasks.families.stable_diffusion import StableDiffusionTask
-from ctrak_lightning.tasks.families.stable_diffusion_3 import StableDiffusion3Task
-from ctrak_lightning.tasks.families.stable_diffusion_xl import StableDiffusionXLTask
-from ctrak_lightning.tasks.families.unconditional import UnconditionalTask
+from ctrak_lightning.errors import TaskError, nearest
 from ctrak_lightning.tasks.pipeline import PipelineTask
 
-FAMILIES: dict[str, type[PipelineTask]] = {
-    "StableDiffusionPipeline": StableDiffusionTask,
-    "StableDiffusionXLPipeline": StableDiffusionXLTask,
-    "StableDiffusion3Pipeline": StableDiffusion3Task,
-    "FluxPipeline": FluxTask,
-    "PixArtAlphaPipeline": PixArtTask,
-    "PixArtSigmaPipeline": PixArtTask,
-    "DiTPipeline": DiTTask,
-    "DDPMPipeline": UnconditionalTask,
-    "DDIMPipeline": UnconditionalTask,
-}
+FAMILIES: dict[str, type[PipelineTask]] = {}
+"""By the name of the pipeline's class."""
+Family = TypeVar("Family", bound=type[PipelineTask])
+
+
+def register_family(family: Family) -> Family:
+    """Makes a family of pipelines known, as a decorator of its class: then
+    :meth:`DiffusersTask.from_pipeline` takes its pipelines, and a ``DiffusersTask`` of attributes'
+    names recognises its denoisers.
+
+    Args:
+        family: a :class:`~ctrak_lightning.PipelineTask` with ``pipelines``, and ``denoisers`` if it
+            is to be recognised by them. To register a class again, as a notebook does, replaces it.
+
+    Raises:
+        TaskError: it is no PipelineTask, lacks something, or one of its pipelines is another
+            family's.
+
+    Example::
+
+        @register_family
+        class WuerstchenTask(PromptTask):
+            pipelines = ("WuerstchenPriorPipeline",)
+            denoisers = ("WuerstchenPrior",)
+            ...
+    """
+    if not (isinstance(family, type) and issubclass(family, PipelineTask)):
+        raise TaskError(
+            f"register_family({getattr(family, '__name__', family)!r}): expected a subclass of "
+            "ctrak_lightning.PipelineTask."
+        )
+    lacking = [
+        name
+        for name in dir(family)
+        if getattr(getattr(family, name), "__isabstractmethod__", False)
+    ]
+    lacking += [] if family.pipelines else ["pipelines"]
+    if lacking:
+        raise TaskError(
+            f"register_family({family.__name__}): it lacks {', '.join(lacking)}. HINT: `pipelines` "
+            "are the classes it serves, or their names in diffusers; the methods are described at "
+            "PipelineTask."
+        )
+    for pipeline in map(_name, family.pipelines):
+        owner = FAMILIES.get(pipeline, family)
+        if (owner.__module__, owner.__qualname__) != (family.__module__, family.__qualname__):
+            raise TaskError(
+                f"register_family({family.__name__}): {pipeline} is {owner.__name__}'s. Expected "
+                f"`pipelines` that no family has. HINT: {family.__name__}(pipeline) makes a task "
+                "of one without registering."
+            )
+    FAMILIES.update(dict.fromkeys(map(_name, family.pipelines), family))
+    return family
 
 
 def family_of(pipeline: Any) -> type[PipelineTask]:
@@ -35,11 +70,61 @@ def family_of(pipeline: Any) -> type[PipelineTask]:
     for base in type(pipeline).__mro__:
         if base.__name__ in FAMILIES:
             family = FAMILIES[base.__name__]
-            if family is UnconditionalTask and pipeline.unet.config.num_class_embeds:
-                return ClassUNetTask
-            return family
+            return family.variant(getattr(pipeline, family.denoiser_part, None))
     raise TaskError(
         f"DiffusersTask.from_pipeline({type(pipeline).__name__}): expected one of "
-        f"{', '.join(FAMILIES)}. HINT: write a DiffusionTask for it: denoiser, noise_schedule, "
-        "encode(batch) and condition(spec, n)."
+        f"{nearest(type(pipeline).__name__, FAMILIES)}. HINT: write a PipelineTask for it and "
+        "`register_family` it; or a DiffusionTask: denoiser, noise_schedule, encode(batch) and "
+        "condition(spec, n)."
     )
+
+
+def pipeline_class(name: str) -> type:
+    """A pipeline's class by its name.
+
+    Raises:
+        TaskError: it is of no known family.
+    """
+    if name not in FAMILIES:
+        raise TaskError(
+            f"DiffusersTask(pipeline={name!r}): expected one of {nearest(name, FAMILIES)}."
+        )
+    for pipeline in FAMILIES[name].pipelines:
+        if isinstance(pipeline, type) and pipeline.__name__ == name:
+            return pipeline
+    import diffusers
+
+    found: type = getattr(diffusers, name)
+    return found
+
+
+def pipeline_for(denoiser: Any, parts: Mapping[str, Any]) -> type:
+    """The class of the pipeline that a denoiser and the other parts belong to.
+
+    Raises:
+        TaskError: that cannot be told; the message lists what can.
+    """
+    inner = getattr(denoiser, "_orig_mod", denoiser)  # of torch.compile
+    if hasattr(inner, "get_base_model"):  # of peft.get_peft_model
+        inner = inner.get_base_model()
+    kind = type(inner).__name__
+    families = dict.fromkeys(FAMILIES.values())
+    of_kind = (family for family in families if kind in family.denoisers)
+    found = [name for family in of_kind if (name := family.pipeline_for(inner, parts)) is not None]
+    if len(found) == 1:
+        return pipeline_class(_name(found[0]))
+    if found:
+        raise TaskError(
+            f"DiffusersTask: the denoiser is {kind}, which {', '.join(map(_name, found))} may have. "
+            f"HINT: pipeline={_name(found[0])!r}, say, names the family."
+        )
+    known = sorted({name for family in families for name in family.denoisers})
+    raise TaskError(
+        f"DiffusersTask: the denoiser is {kind}: expected one of {nearest(kind, known)}. HINT: "
+        "pipeline='StableDiffusionPipeline', say, names the family; a network that Fabric, "
+        "Accelerate or DDP has wrapped is given unwrapped."
+    )
+
+
+def _name(pipeline: str | type) -> str:
+    return pipeline if isinstance(pipeline, str) else pipeline.__name__

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -125,13 +126,13 @@ class PromptTask(PipelineTask):
         """The network's keyword arguments for prompts, each [len(prompts), ...]."""
         return self.conditioned(*self.embed(prompts))
 
+    @abstractmethod
     def embed(self, prompts: list[str]) -> Given:
         """What the text encoders make of prompts: the columns of ``embeddings``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def conditioned(self, *embeddings: Tensor) -> Condition:
         """The network's keyword arguments for what the text encoders made."""
-        raise NotImplementedError
 
     def encode_null(self) -> Condition:
         """The same of the unconditional side, each [1, ...]."""

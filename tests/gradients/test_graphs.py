@@ -8,7 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ctrak_lightning.errors import GradientError
 from ctrak_lightning.gradients import GradientTracer
-from ctrak_lightning.gradients.layers import ConvLayer, LinearLayer
+from ctrak_lightning.gradients.kinds.convolution import ConvLayer
+from ctrak_lightning.gradients.kinds.linear import LinearLayer
 from tests.gradients.zoo import (
     PROJECTION,
     SAMPLES,

@@ -30,6 +30,13 @@ from tests.gradients.zoo import (
 )
 
 
+class OwnConv(nn.ConvTranspose1d):
+    """Computes in its own way."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return super().forward(x.tanh(), output_size)
+
+
 class Mixed(nn.Module):
     """A known layer beside a bare parameter, an unknown layer and shared weights."""
 
@@ -38,7 +45,7 @@ class Mixed(nn.Module):
         self.embed, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
         self.head.weight = self.embed.weight
         self.scale = nn.Parameter(torch.ones(4))
-        self.up = nn.ConvTranspose1d(4, 3, 2)
+        self.up = OwnConv(4, 3, 2)
         self.last = nn.Linear(5, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +66,7 @@ def test_untraced_parameters_are_named_once() -> None:
     assert not caught.list
     for part in (
         "scale (",
-        "up.weight (ConvTranspose1d",
+        "up.weight (OwnConv",
         "up.bias (",
         "embed.weight (shared as embed.weight, head.weight)",
     ):
@@ -98,7 +105,7 @@ def test_auto_traces_what_has_no_hook_by_the_loop_and_names_it() -> None:
     message = str(caught[0].message)
     for part in (
         "scale (",
-        "up.weight (ConvTranspose1d",
+        "up.weight (OwnConv",
         "embed.weight (shared as embed.weight, head.weight)",
     ):
         assert part in message

@@ -166,6 +166,21 @@ class TwiceCalled(nn.Module):
         return self.again(self.inner(x).tanh())
 
 
+class Decoder(nn.Module):
+    """Halves and doubles sizes that are odd and even, which `output_size` tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = (
+            nn.Conv2d(3, 4, 3, stride=2, padding=1),
+            nn.ConvTranspose2d(4, 6, 3, 2, 1),
+        )
+
+    def forward(self, x: Tensor, number: Tensor) -> Tensor:
+        h = self.down(x).tanh() * (1 + number.view(-1, 1, 1, 1))
+        return self.up(h, output_size=x.shape[2:])
+
+
 class Frames(nn.Module):
     """Folds a dimension into the batch, as video networks do."""
 
@@ -343,6 +358,51 @@ SMALL: dict[str, Callable[[], Case]] = {
     "conv_depthwise": convolution(nn.Conv2d(6, 6, 3, groups=6), 6, 7, 6),
     "conv_1d": convolution(nn.Conv1d(3, 5, 4, padding=2, stride=3), 3, 11),
     "conv_3d": convolution(nn.Conv3d(2, 6, (2, 3, 1), padding="same", groups=2), 2, 4, 5, 3),
+    "conv_1d_groups_circular": convolution(
+        nn.Conv1d(6, 4, 3, groups=2, padding=2, padding_mode="circular", dilation=2), 6, 11
+    ),
+    "conv_depthwise_multiplied": convolution(
+        nn.Conv2d(3, 9, (1, 4), groups=3, stride=(2, 3), padding=(0, 2), bias=False), 3, 5, 8
+    ),
+    "conv_3d_groups": convolution(
+        nn.Conv3d(4, 10, (1, 2, 3), groups=2, stride=(1, 2, 1), padding=(1, 0, 1)), 4, 3, 5, 4
+    ),
+    "conv_groups_weight_only": partial(
+        nn.Conv2d(4, 6, (3, 2), groups=2), torch.randn(SAMPLES, 4, 5, 4), "weight"
+    ),
+    "transposed_1d": convolution(
+        nn.ConvTranspose1d(3, 5, 4, stride=3, padding=2, output_padding=1, dilation=2), 3, 6
+    ),
+    "transposed": convolution(
+        nn.ConvTranspose2d(3, 5, (2, 3), stride=(2, 3), output_padding=(1, 2)), 3, 4, 3
+    ),
+    "transposed_groups": convolution(
+        nn.ConvTranspose2d(
+            6, 9, (3, 2), stride=(1, 2), padding=(1, 0), dilation=(2, 1), groups=3, bias=False
+        ),
+        6,
+        5,
+        4,
+    ),
+    "transposed_depthwise": convolution(
+        nn.ConvTranspose2d(4, 8, 3, stride=2, padding=1, groups=4), 4, 3, 5
+    ),
+    "transposed_3d": convolution(
+        nn.ConvTranspose3d(4, 6, (1, 3, 2), stride=(1, 2, 3), padding=(0, 1, 0), groups=2),
+        4,
+        2,
+        4,
+        3,
+    ),
+    "transposed_weight_only": partial(
+        nn.ConvTranspose2d(4, 6, 3, groups=2), torch.randn(SAMPLES, 4, 4, 3), "weight"
+    ),
+    "transposed_bias_only": partial(
+        nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), torch.randn(SAMPLES, 4, 4, 3), "bias"
+    ),
+    "transposed_output_size": lambda: Case(
+        randomized(Decoder()), (torch.randn(SAMPLES, 3, 7, 8), torch.arange(SAMPLES))
+    ),
     "embedding": embedding,
     "norms": norms,
     "norm_weight_only": partial(nn.GroupNorm(2, 6), torch.randn(SAMPLES, 6, 4, 3), "weight"),

@@ -6,13 +6,17 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ctrak_lightning.tasks.base import Condition
-from ctrak_lightning.tasks.families.class_conditional import ClassTask
+from ctrak_lightning.tasks.classes import ClassTask
+from ctrak_lightning.tasks.registry import register_family
 
 
+@register_family
 class DiTTask(ClassTask):
     """``DiTPipeline``. The null class is the label after the last; of a network that predicts
     variances too, only the noise is taken. Arguments: :class:`ClassTask`."""
 
+    pipelines: ClassVar[tuple[str | type, ...]] = ("DiTPipeline",)
+    denoisers: ClassVar[tuple[str, ...]] = ("DiTTransformer2DModel",)
     may_predict_variances: ClassVar[bool] = True
 
     def __init__(self, pipeline: Any, **options: Any) -> None:

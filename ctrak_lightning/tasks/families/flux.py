@@ -2,17 +2,19 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ctrak_lightning.schedules import FlowSchedule, NoiseSchedule, Schedule
+from ctrak_lightning.schedules import FlowSchedule, Schedule
 from ctrak_lightning.tasks.base import Condition
 from ctrak_lightning.tasks.pipeline import FIELDS
+from ctrak_lightning.tasks.registry import register_family
 from ctrak_lightning.tasks.text import TOKENS, Given, PromptTask
 
 
+@register_family
 class FluxTask(PromptTask):
     """``FluxPipeline``: flow matching on packed latents, T5 and a pooled CLIP embedding.
 
@@ -28,6 +30,8 @@ class FluxTask(PromptTask):
         :class:`PromptTask`.
     """
 
+    pipelines: ClassVar[tuple[str | type, ...]] = ("FluxPipeline",)
+    denoisers: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
     frozen_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "text_encoder_2")
     embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
     fields: ClassVar[tuple[str, ...]] = (*FIELDS, "caption", *TOKENS[:2], *embeddings)
@@ -40,9 +44,7 @@ class FluxTask(PromptTask):
         height, width = self.resolution
         side = 2 * int(self.pipeline.vae_scale_factor)
         tokens = (height // side) * (width // side)
-        flow = cast(
-            FlowSchedule, NoiseSchedule.from_scheduler(self.pipeline.scheduler, tokens=tokens)
-        )
+        flow = FlowSchedule.from_scheduler(self.pipeline.scheduler, tokens=tokens)
         # The pipeline brings steps of its own, from 1 to 1 / steps, unless the scheduler's are
         # asked for.
         return (

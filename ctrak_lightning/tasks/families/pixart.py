@@ -6,21 +6,33 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ctrak_lightning.errors import TaskError
 from ctrak_lightning.tasks.base import Condition
 from ctrak_lightning.tasks.pipeline import FIELDS, text_width
+from ctrak_lightning.tasks.registry import register_family
 from ctrak_lightning.tasks.text import Given, PromptTask
 
 
+@register_family
 class PixArtTask(PromptTask):
     """``PixArtAlphaPipeline`` and ``PixArtSigmaPipeline``: T5 with its attention mask; of the
     largest Alpha also the image's size and aspect ratio, which are those of ``resolution``. Of a
     network that predicts variances too, only the noise is taken. Captions are not cleaned
     (``clean_caption=False``). Arguments: :class:`PromptTask`."""
 
+    pipelines: ClassVar[tuple[str | type, ...]] = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    denoisers: ClassVar[tuple[str, ...]] = ("PixArtTransformer2DModel",)
     frozen_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     may_predict_variances: ClassVar[bool] = True
     embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "prompt_attention_mask")
     fields: ClassVar[tuple[str, ...]] = (*FIELDS, "caption", "tokens", *embeddings)
+
+    @classmethod
+    def pipeline_for(cls, denoiser: Any, parts: Collection[str]) -> str | type | None:
+        raise TaskError(
+            f"DiffusersTask: the denoiser is {type(denoiser).__name__}: Alpha and Sigma cannot be "
+            "told apart. HINT: pipeline='PixArtSigmaPipeline', say, names the family."
+        )
 
     def expected_config(self, pipeline: Any) -> Mapping[str, Collection[Any]]:
         return {

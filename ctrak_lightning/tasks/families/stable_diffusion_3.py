@@ -7,9 +7,11 @@ from torch import Tensor
 from ctrak_lightning.schedules import NoiseSchedule, Schedule
 from ctrak_lightning.tasks.base import Condition
 from ctrak_lightning.tasks.pipeline import FIELDS
+from ctrak_lightning.tasks.registry import register_family
 from ctrak_lightning.tasks.text import TOKENS, Given, PromptTask
 
 
+@register_family
 class StableDiffusion3Task(PromptTask):
     """``StableDiffusion3Pipeline``: flow matching, three text encoders, pooled embeddings.
     Arguments: :class:`PromptTask`.
@@ -17,6 +19,8 @@ class StableDiffusion3Task(PromptTask):
     T5 (``text_encoder_3``) may be left out, as the pipeline allows.
     """
 
+    pipelines: ClassVar[tuple[str | type, ...]] = ("StableDiffusion3Pipeline",)
+    denoisers: ClassVar[tuple[str, ...]] = ("SD3Transformer2DModel",)
     frozen_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "text_encoder_2")
     embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
     fields: ClassVar[tuple[str, ...]] = (*FIELDS, "caption", *TOKENS, *embeddings)

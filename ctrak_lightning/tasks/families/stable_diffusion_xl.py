@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.tasks.base import Condition
-from ctrak_lightning.tasks.families.stable_diffusion import StableDiffusionTask
+from ctrak_lightning.tasks.families.stable_diffusion import StableDiffusionTask, is_xl
 from ctrak_lightning.tasks.pipeline import Batch, text_width
+from ctrak_lightning.tasks.registry import register_family
 from ctrak_lightning.tasks.text import Given
 
 
+@register_family
 class StableDiffusionXLTask(StableDiffusionTask):
     """``StableDiffusionXLPipeline``: two text encoders, the second one's pooled embedding, and the
     time ids (original size, crop, target size). Arguments:
@@ -22,6 +24,7 @@ class StableDiffusionXLTask(StableDiffusionTask):
     unconditional side are asked at ``resolution``.
     """
 
+    pipelines: ClassVar[tuple[str | type, ...]] = ("StableDiffusionXLPipeline",)
     frozen_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "text_encoder_2")
     embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
     fields: ClassVar[tuple[str, ...]] = (
@@ -31,6 +34,10 @@ class StableDiffusionXLTask(StableDiffusionTask):
         "original_size",
         "crop_top_left",
     )
+
+    @classmethod
+    def pipeline_for(cls, denoiser: Any, parts: Collection[str]) -> str | type | None:
+        return cls.pipelines[0] if is_xl(denoiser, parts) else None
 
     def expected_config(self, pipeline: Any) -> Mapping[str, Collection[Any]]:
         config = pipeline.unet.config

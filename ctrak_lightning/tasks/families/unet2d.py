@@ -1,4 +1,4 @@
-"""UNet2DModel without a condition."""
+"""UNet2DModel, without a condition or with classes."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
@@ -8,9 +8,12 @@ from torch import Tensor
 
 from ctrak_lightning.errors import ConceptError
 from ctrak_lightning.tasks.base import Condition, Spec
+from ctrak_lightning.tasks.classes import ClassTask
 from ctrak_lightning.tasks.pipeline import Batch, PipelineTask
+from ctrak_lightning.tasks.registry import register_family
 
 
+@register_family
 class UnconditionalTask(PipelineTask):
     """``DDPMPipeline`` or ``DDIMPipeline`` of a ``UNet2DModel`` in pixel space. Arguments:
     :class:`PipelineTask`.
@@ -19,8 +22,14 @@ class UnconditionalTask(PipelineTask):
     (``methods.d_trak()``), for ``Concept("image", present={}, absent="")``.
     """
 
+    pipelines: ClassVar[tuple[str | type, ...]] = ("DDPMPipeline", "DDIMPipeline")
+    denoisers: ClassVar[tuple[str, ...]] = ("UNet2DModel",)
     denoiser_part: ClassVar[str] = "unet"
     frozen_parts: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def variant(cls, denoiser: Any) -> type[PipelineTask]:
+        return ClassUNetTask if denoiser.config.num_class_embeds else cls
 
     def expected_config(self, pipeline: Any) -> Mapping[str, Collection[Any]]:
         return {**super().expected_config(pipeline), "class_embed_type": (None,)}
@@ -51,3 +60,12 @@ class UnconditionalTask(PipelineTask):
         """Images [B, C, H, W] in [0, 1]; a single channel is shown as grey."""
         images = (latents / 2 + 0.5).clamp(0, 1)
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+class ClassUNetTask(ClassTask, UnconditionalTask):
+    """``DDPMPipeline`` or ``DDIMPipeline`` of a ``UNet2DModel`` with ``num_class_embeds``. (The
+    pipelines themselves cannot give it a class; our sampler does.) Arguments:
+    :class:`ClassTask`."""
+
+    def label_count(self) -> int:
+        return int(self.denoiser.config.num_class_embeds)

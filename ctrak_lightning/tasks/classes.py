@@ -1,5 +1,6 @@
-"""What the class-conditional families share, and UNet2DModel with classes."""
+"""What the class-conditional families share."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,6 @@ from torch import Tensor
 
 from ctrak_lightning.errors import ConceptError, TaskError
 from ctrak_lightning.tasks.base import Condition, Spec
-from ctrak_lightning.tasks.families.unconditional import UnconditionalTask
 from ctrak_lightning.tasks.pipeline import FIELDS, Batch, PipelineTask
 
 
@@ -46,9 +46,9 @@ class ClassTask(PipelineTask):
         self.class_ids: dict[str, int] = {str(i): i for i in range(count)} | dict(named)
         self.null_class = null_class
 
+    @abstractmethod
     def label_count(self) -> int:
         """How many labels the network embeds."""
-        raise NotImplementedError
 
     def known_attributes(self) -> dict[str, tuple[str, ...]]:
         """The names and numbers of the classes."""
@@ -93,12 +93,3 @@ class ClassTask(PipelineTask):
                 f"{shown}{', ...' if len(self.class_ids) > 20 else ''}."
             )
         return self.class_ids[name]
-
-
-class ClassUNetTask(ClassTask, UnconditionalTask):
-    """``DDPMPipeline`` or ``DDIMPipeline`` of a ``UNet2DModel`` with ``num_class_embeds``. (The
-    pipelines themselves cannot give it a class; our sampler does.) Arguments:
-    :class:`ClassTask`."""
-
-    def label_count(self) -> int:
-        return int(self.denoiser.config.num_class_embeds)

@@ -1,0 +1,133 @@
+"""A kind of layer from outside the library, and what registering refuses."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ctrak_lightning import GradientTracer, Layer, register_layer
+from ctrak_lightning.errors import GradientError
+from ctrak_lightning.gradients import Layout, UntracedParameterWarning, layers
+from ctrak_lightning.gradients.kinds.linear import LinearLayer
+from tests.gradients.zoo import SAMPLES, TOLERANCE, Case, features, randomized, row_error, weighted
+
+
+class Gain(nn.Module):
+    """Scales features, by a parameter with a name of its own."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
+class GainLayer(Layer):
+    """[1, n]."""
+
+    names: ClassVar[tuple[str, ...]] = ("gain",)
+    group: ClassVar[str] = "gains"
+
+    def __init__(self, name: str, module: Any, own_names: Sequence[str]) -> None:
+        super().__init__(name, module, own_names)
+        self.rows, self.cols = 1, module.gain.numel()
+
+    def matrix(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        return gradients["gain"].unsqueeze(1)
+
+    def event_dims(self, x: Tensor) -> int:
+        return 1
+
+    def keep(self, x: Tensor, output: Tensor, right: Tensor) -> Tensor:
+        return x.flatten(0, -2)
+
+    def contract(
+        self, kept: Tensor, cotangent: Tensor, left: Tensor, right: Tensor, layout: Layout
+    ) -> Tensor:
+        products = layout.by_sample(kept * cotangent.reshape(kept.shape)).sum(1)  # [B, n]
+        return (products @ right).unsqueeze(1) * left
+
+
+class WrongLayer(GainLayer):
+    def contract(self, kept: Tensor, cotangent: Tensor, *rest: Any) -> Tensor:
+        return 2 * super().contract(kept, cotangent, *rest)
+
+
+@pytest.fixture(autouse=True)
+def _kinds() -> Iterator[None]:
+    known = dict(layers._KINDS)
+    yield
+    layers._KINDS.clear()
+    layers._KINDS.update(known)
+
+
+def case() -> Case:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(7, 6), Gain(6), nn.Tanh(), nn.Linear(6, 2))
+    return Case(randomized(network), (torch.randn(SAMPLES, 3, 7),))
+
+
+def test_a_kind_from_outside_is_traced_as_the_loop_traces_it() -> None:
+    given = case()
+    with pytest.warns(UntracedParameterWarning, match=r"1\.gain \(Gain is not a known layer kind"):
+        GradientTracer(given.module)
+    register_layer(Gain)(GainLayer)
+    assert row_error(features(given), features(given, "loop")) < TOLERANCE
+    assert GradientTracer(given.module).layer_groups()["gains"] == ["1"]
+
+    class Derived(Gain):
+        pass
+
+    class Other(Gain):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.gain.square()
+
+    assert layers.layer_kind(Derived(2)) is GainLayer
+    assert layers.layer_kind(Other(2)) is None
+
+
+def test_a_class_goes_before_the_one_that_it_inherits_from() -> None:
+    class Low(nn.Linear):
+        pass
+
+    @register_layer(Low)
+    class LowLayer(LinearLayer):
+        pass
+
+    assert layers.layer_kind(Low(2, 2)) is LowLayer
+    assert layers.layer_kind(nn.Linear(2, 2)) is LinearLayer
+    register_layer(Low)(LowLayer)
+
+
+def test_a_wrong_formula_is_refused_by_the_comparison_with_the_loop() -> None:
+    register_layer("tests.gradients.test_kinds_of_layers.Gain")(WrongLayer)
+    given = case()
+    with pytest.raises(GradientError, match=r"differ from the per-sample ones in 1 layers: 1 \(1"):
+        GradientTracer(given.module).check(given.forward, [weighted], SAMPLES)
+
+
+def test_what_cannot_be_registered() -> None:
+    class Half(Layer):
+        def event_dims(self, x: Tensor) -> int:
+            return 1
+
+    for modules, kind, message in (
+        ((nn.Linear,), GainLayer, r"Linear\): LinearLayer traces it already\. HINT"),
+        ((Gain,), Half, r"Gain\): Half lacks contract, keep, matrix"),
+        ((Gain,), Gain, r"expected a subclass of ctrak_lightning\.Layer"),
+        ((Gain, Tensor), GainLayer, r"register_layer\(<class 'torch\.Tensor'>\): expected a sub"),
+    ):
+        with pytest.raises(GradientError, match=message):
+            register_layer(*modules)(kind)  # type: ignore[arg-type, type-var]
+    assert layers.layer_kind(Gain(2)) is None
+
+
+def test_transposed_convolutions_take_an_image_without_a_batch() -> None:
+    """As torch does; such a row belongs to no sample of several, and to the one of a single."""
+    torch.manual_seed(0)
+    network = randomized(nn.ConvTranspose1d(3, 4, 3, stride=2))
+    given = Case(network, (torch.randn(1, 3, 5),), lambda m, x: m(x[0])[None])
+    assert row_error(features(given), features(given, "loop")) < TOLERANCE
