@@ -10,17 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from peft import LoraConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ctrak_lightning import Attributor, Concept, Method, TraceStore, methods
+from ctrak_lightning import Attributor, Concept, DiffusersTask, Method, TraceStore, methods
+from ctrak_lightning.gradients import layers
 from ctrak_lightning.methods.objectives import Objective
 from ctrak_lightning.methods.trajectories import Trajectory
+from ctrak_lightning.tasks.registry import FAMILIES
 
 from .attribution.test_attributor import METHODS, SAMPLER, traced
 from .attribution.test_kinds import PICTURE, Seeing
+from .gradients.test_kinds_of_layers import Gain
+from .gradients.test_kinds_of_layers import case as gains
+from .gradients.zoo import TOLERANCE, features, row_error
 from .tasks.test_fine_tune import Samples
+from .tasks.test_registry import ToneNet, TonePipeline
 from .tasks.tiny import build
 
 DOC = (Path(__file__).parent.parent / "docs" / "prompts.md").read_text()
@@ -182,6 +189,33 @@ def test_two_methods_are_compared() -> None:
     for ours, other, (_, low, _) in found.values():
         assert ours[0] > other[0]
         assert low > 0
+
+
+def test_a_family_and_a_layer_kind_of_ones_own_are_made_known() -> None:
+    text = (ROOT / "docs" / "extending.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    [family] = [block for block in blocks if "@register_family" in block]
+    [kind] = [block for block in blocks if "@register_layer" in block]
+    known, kinds = dict(FAMILIES), dict(layers._KINDS)
+    names: dict[str, Any] = {"TonePipeline": TonePipeline, "Gain": Gain, "__name__": "mine"}
+    try:
+        exec(family, names)
+        pipeline = TonePipeline(ToneNet(), DDIMScheduler(clip_sample=False))
+        task = DiffusersTask.from_pipeline(pipeline)
+        rows = {
+            "image": torch.rand(2, 3, 6, 6),
+            "tone": torch.tensor([1, 3]),
+            "sample_id": ["a", "b"],
+        }
+        assert type(task) is names["ToneTask"]
+        assert task.loss(rows).isfinite()
+        exec(kind, names)
+        case = gains()
+        assert row_error(features(case), features(case, "loop")) < TOLERANCE
+    finally:
+        for registry, before in ((FAMILIES, known), (layers._KINDS, kinds)):
+            registry.clear()
+            registry.update(before)  # type: ignore[arg-type]
 
 
 def test_the_page_of_methods_names_them_all() -> None:

@@ -13,18 +13,22 @@ from ctrak_lightning.tasks.base import (
     select,
     task_modules,
 )
+from ctrak_lightning.tasks.classes import ClassTask
 from ctrak_lightning.tasks.diffusers_task import DiffusersTask
 from ctrak_lightning.tasks.pipeline import PipelineTask
 from ctrak_lightning.tasks.precision import InPrecision, in_own_precision
 from ctrak_lightning.tasks.registry import register_family
+from ctrak_lightning.tasks.text import PromptTask
 
 __all__ = [
+    "ClassTask",
     "Condition",
     "DiffusersTask",
     "DiffusionTask",
     "Encoded",
     "InPrecision",
     "PipelineTask",
+    "PromptTask",
     "Spec",
     "Wrapped",
     "encode",
