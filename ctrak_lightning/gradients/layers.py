@@ -38,7 +38,7 @@ class Block:
 
     @abstractmethod
     def matrix(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """Parameters' gradients [B, *shape] by own name, laid out as [B, rows, cols]."""
+        """Parameters' gradients ``[B, *shape]`` by own name, laid out as [B, rows, cols]."""
 
 
 class BareParameter(Block):
