@@ -24,9 +24,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The site, in docs/_build/html. Its notebooks are run; whatever is warned of is an error.
+# The site, in docs/_build/html; whatever is warned of is an error. Its notebooks are run, with one
+# thread: on a busy machine two would spend their time in waiting for each other.
 docs: $(VENV)/.installed
-	$(BIN)/python -m sphinx -W --keep-going -q -d docs/_build/doctrees -c docs -b html . docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -d docs/_build/doctrees -c docs -b html . docs/_build/html
 
 # With LOCK=.ci/requirements.lock, as .ci/run has it, every package must be the very file whose sha256 is listed there. The list is
 # whole, so nothing is resolved: pip would look for `coverage[toml]`, which it takes for another package than the pinned `coverage`.
