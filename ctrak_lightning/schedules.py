@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -339,8 +339,8 @@ def _shift_for(tokens: int, config: Any) -> float:
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 Spacing = Literal["leading", "trailing", "linspace"]
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-SPACINGS = ("leading", "trailing", "linspace")
+PREDICTION_TYPES = get_args(PredictionType)
+SPACINGS = get_args(Spacing)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -101,8 +101,6 @@ _HINTS = {
         "cannot be traced."
     ),
     "second time": "a cotangent that calls `torch.autograd.grad` must pass `retain_graph=True`.",
-    "modified by "
-    "an inplace "
-    "operation": "an operation such as `ReLU(inplace=True)` overwrites what a gradient needs.",
+    "modified by an inplace operation": "an operation such as `ReLU(inplace=True)` overwrites what a gradient needs.",
     "Inference tensor": "clone the tensors that were made under `torch.inference_mode()`.",
 }

@@ -2,7 +2,7 @@
 a batch at once."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import get_ident
@@ -53,7 +53,7 @@ class Call:
         """Of the layer."""
         return self.layer.name
 
-    def block(self, cotangent: Tensor, layout: Layout, projector: BlockProjector) -> Tensor:
+    def gradient(self, cotangent: Tensor, layout: Layout, projector: BlockProjector) -> Tensor:
         """The call's share of the layer's projected gradient [B, p_out * p_in].
 
         Raises:
@@ -72,21 +72,71 @@ class Call:
             )
 
 
-def record(
-    layer: Layer,
-    position: int,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    output: Tensor,
-    projector: BlockProjector,
-) -> Call:
-    """The call of a layer that a forward hook was told of."""
-    x: Tensor = (args[0] if args else next(iter(kwargs.values()))).detach()
-    _, right = projector.matrices(layer.name, x.device)
-    with full_precision(x.device):
-        kept = layer.keep(x, output, right)
-    edge = get_gradient_edge(anchor(output))
-    return Call(layer, position, edge, layer.leading(x), kept, kept._version)
+class Recording:
+    """The calls of traced layers in one forward pass, of the thread that makes this.
+
+    Args:
+        layers: the traced layers.
+        projector: their projections.
+    """
+
+    def __init__(self, layers: Sequence[Layer], projector: BlockProjector) -> None:
+        self.calls: list[Call] = []
+        self.without_graph: set[str] = set()
+        """The layers that were called where no gradient flows."""
+        self._layers, self._projector = layers, projector
+        self._counts: Counter[str] = Counter()
+        self._thread = get_ident()
+
+    def is_another_threads(self) -> bool:
+        """Whether this call is none of the pass."""
+        return get_ident() != self._thread
+
+    def add(
+        self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> Call:
+        """The call of a layer that a forward hook was told of."""
+        x: Tensor = (args[0] if args else next(iter(kwargs.values()))).detach()
+        _, right = self._projector.matrices(layer.name, x.device)
+        with full_precision(x.device):
+            kept = layer.keep(x, output, right)
+        edge, position = get_gradient_edge(anchor(output)), self._counts[layer.name]
+        call = Call(layer, position, edge, layer.leading(x), kept, kept._version)
+        self._counts[layer.name] += 1
+        self.calls.append(call)
+        return call
+
+    def require_graphs(self) -> None:
+        """Raises a GradientError for layers that no recorded call has a gradient of."""
+        if missing := sorted(self.without_graph - {call.name for call in self.calls}):
+            raise GradientError(
+                "These traced layers ran without a graph (`torch.no_grad()` or reentrant "
+                f"checkpointing): {missing}. Expected gradients to flow through them. HINT: use "
+                "checkpointing with `use_reentrant=False`, or exclude them with `layers=`."
+            )
+
+    def reached(
+        self, nodes: Collection[Node], uses: Counter[Tensor], end: str, hint: str
+    ) -> Counter[str]:
+        """How many calls of each layer lead to what the graph was walked from.
+
+        Args:
+            nodes, uses: of :func:`walk`.
+            end: what it was walked from, and ``hint``: what to do, for the message.
+
+        Raises:
+            GradientError: a parameter enters it in another way than by these calls.
+        """
+        reached = Counter(call.name for call in self.calls if call.edge.node in nodes)
+        for layer in self._layers:
+            for name, parameter in layer.parameters.items():
+                if uses[parameter] > reached[layer.name]:
+                    raise GradientError(
+                        f"Parameter {name!r} enters the {end} {uses[parameter]} times, but only "
+                        f"{reached[layer.name]} calls of its {type(layer.module).__name__} could "
+                        f"be recorded. {hint}"
+                    )
+        return reached
 
 
 def anchor(output: Tensor) -> Tensor:
@@ -154,17 +204,13 @@ class _Recorder:
     def __init__(
         self, layers: Sequence[Layer], projector: BlockProjector, layouts: Layouts, batch_size: int
     ) -> None:
-        self.calls: list[Call] = []
-        self._layers = layers
-        self._projector = projector
-        self._layouts = layouts
-        self._counts: Counter[str] = Counter()
+        self._recording = Recording(layers, projector)
+        self.calls = self._recording.calls
+        self._layers, self._projector, self._layouts = layers, projector, layouts
         self._batch_size = batch_size
         self._is_recording = False
-        self._without_graph: set[str] = set()
         self._own = {layer.name: _weights(layer) for layer in layers}
         self._replaced: set[str] = set()
-        self._thread = get_ident()
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -194,13 +240,7 @@ class _Recorder:
     def check(self, output: Tensor) -> None:
         """Refuses layers whose parameters influence the output in another way than by the recorded
         calls."""
-        called = {call.name for call in self.calls}
-        if without_graph := sorted(self._without_graph - called):
-            raise GradientError(
-                "These traced layers ran without a graph (`torch.no_grad()` or reentrant "
-                f"checkpointing): {without_graph}. Expected gradients to flow through them. HINT: "
-                "use checkpointing with `use_reentrant=False`, or exclude them with `layers=`."
-            )
+        self._recording.require_graphs()
         if self._replaced:
             raise GradientError(
                 "These traced layers were called with other weights than their own: "
@@ -215,18 +255,11 @@ class _Recorder:
                 "training step. Expected a graph that can be asked for gradients. HINT: use "
                 "checkpointing with `use_reentrant=False`."
             )
-        reached = Counter(call.name for call in self.calls if call.edge.node in nodes)
-        for layer in self._layers:
-            for name, parameter in layer.parameters.items():
-                if uses[parameter] > reached[layer.name]:
-                    raise GradientError(
-                        f"Parameter {name!r} enters the output {uses[parameter]} times, but only "
-                        f"{reached[layer.name]} calls of its {type(layer.module).__name__} could "
-                        "be recorded. HINT: if its weight is used without calling the layer, or "
-                        "its output is overwritten in place, exclude the layer with `layers=` or "
-                        'use `engine="loop"`.'
-                    )
-        require_contribution(bool(reached))
+        hint = (
+            "HINT: if its weight is used without calling the layer, or its output is overwritten "
+            'in place, exclude the layer with `layers=` or use `engine="loop"`.'
+        )
+        require_contribution(bool(self._recording.reached(nodes, uses, "output", hint)))
 
     def look(self, output: Tensor) -> bool:
         """Learns the layouts of calls that are new; whether there are any whose layout did not
@@ -253,18 +286,18 @@ class _Recorder:
             gradient, gradients[position] = gradients[position], None
             layout = self._layouts.find(call, self._batch_size)
             if gradient is not None and layout is not None:
-                parts[call.name].append(call.block(gradient, layout, self._projector))
+                parts[call.name].append(call.gradient(gradient, layout, self._projector))
         return {name: torch.stack(several).sum(0) for name, several in parts.items()}
 
     def _hook(self, layer: Layer) -> Any:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
         ) -> Tensor | None:
-            if self._is_recording and get_ident() != self._thread:
+            if self._is_recording and self._recording.is_another_threads():
                 return None
             if not torch.is_grad_enabled():
                 if self._is_recording:
-                    self._without_graph.add(layer.name)
+                    self._recording.without_graph.add(layer.name)
                 return None
             replaced = None
             if not output.requires_grad:
@@ -276,11 +309,7 @@ class _Recorder:
                 pairs = zip(_weights(layer), self._own[layer.name], strict=True)
                 if any(present is not own for present, own in pairs):
                     self._replaced.add(layer.name)
-                call = record(
-                    layer, self._counts[layer.name], args, kwargs, output, self._projector
-                )
-                self._counts[layer.name] += 1
-                self.calls.append(call)
+                self._recording.add(layer, args, kwargs, output)
             return replaced
 
         return hook

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ctrak_lightning.errors import GradientError
+from ctrak_lightning.errors import GradientError, listed
 from ctrak_lightning.gradients import kinds  # noqa: F401, as each registers itself
 from ctrak_lightning.gradients.layers import BareParameter, Layer, layer_kind
 from ctrak_lightning.utilities.naming import modules_of, parameters_of
@@ -23,7 +23,7 @@ def refuse_sharded(module: nn.Module) -> None:
         if type(inner).__name__ == "FullyShardedDataParallel":
             _refuse(name or type(inner).__name__, "FullyShardedDataParallel")
     for name, parameter in parameters_of(module).items():
-        # By name: none of these libraries need be installed, and torch's is dear to import.
+        # By name: none of these libraries need be installed, and torch's takes long to import.
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             _refuse(name, "a DTensor, as fully_shard and tensor parallelism make them")
         if hasattr(parameter, "ds_id"):
@@ -87,7 +87,7 @@ def plan_blocks(
         raise GradientError(
             f"`GradientTracer({type(module).__name__})`: no parameter requires a gradient and is "
             "in an optimizer, so there is nothing to trace. It has: "
-            f"{_listed(list(parameters_of(module)))}. HINT: call `requires_grad_()` on the "
+            f"{listed(parameters_of(module), SHOWN_NAMES) or 'none'}. HINT: call `requires_grad_()` on the "
             "parameters to trace and give them to an optimizer, or add the adapter first."
         )
     _require_matches(patterns or [], list(candidates))
@@ -142,7 +142,7 @@ def _require_matches(patterns: Sequence[str], names: list[str]) -> None:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise GradientError(
                 f"`GradientTracer(layers={list(patterns)!r})`: {pattern!r} matches no module that "
-                f"owns a trainable parameter. Expected `fnmatch` patterns for: {_listed(names)}. "
+                f"owns a trainable parameter. Expected `fnmatch` patterns for: {listed(names, SHOWN_NAMES)}. "
                 "HINT: e.g. '*attn2*'."
             )
 
@@ -155,8 +155,3 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _qualified(name: str, own: str) -> str:
     return f"{name}.{own}" if name else own
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:SHOWN_NAMES]) or "none"
-    return shown + (f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else "")

@@ -4,7 +4,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ctrak_lightning.errors import GradientError
-from ctrak_lightning.gradients.hooks import REENTRANT, Call, record, walk
+from ctrak_lightning.gradients.hooks import REENTRANT, Call, Recording, walk
 from ctrak_lightning.gradients.layers import Layer
 from ctrak_lightning.gradients.layouts import Layout, Layouts, NotBySampleError
 from ctrak_lightning.gradients.modes import full_precision
@@ -46,24 +45,11 @@ class StepRecorder:
         layouts: Layouts,
     ) -> None:
         self._module = module
-        self._layers = layers
-        self._projector = projector
-        self._layouts = layouts
-        self._batch_size = 0
-        self._is_recording = False
-        self._is_pulling = False
-        self._calls: list[Call] = []
-        self._outputs: list[Tensor] = []
-        self._counts: Counter[str] = Counter()
-        self._steps = 0
-        self._without_graph: set[str] = set()
-        self._parts: dict[str, list[Tensor]] = defaultdict(list)
+        self._layers, self._projector, self._layouts = layers, projector, layouts
+        self._batch_size = self._steps = 0
         self._handles: list[RemovableHandle] = []
-        self._problem: Exception | None = None
-        self._thread = get_ident()
-        self._arrivals: Counter[Tensor] = Counter()
-        self._reached: Counter[str] = Counter()
         self._counting: list[RemovableHandle] = []
+        self.drop()
 
     def attach(self) -> None:
         """Puts the hooks on the layers and the network; :meth:`detach` takes them off.
@@ -82,17 +68,25 @@ class StepRecorder:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._forget()
+        self.drop()
 
     def drop(self) -> None:
         """Forgets the step that is under way."""
-        self._forget()
+        self._is_recording = self._is_pulling = False
+        self._problem: Exception | None = None
+        self._recording = Recording(self._layers, self._projector)
+        self._outputs: list[Tensor] = []
+        self._parts: dict[str, list[Tensor]] = defaultdict(list)
+        for handle in self._counting:
+            handle.remove()
+        self._counting = []
+        self._arrivals: Counter[Tensor] = Counter()
+        self._reached: Counter[str] = Counter()
 
     def begin(self, batch_size: int) -> None:
         """Before the forward pass of a batch; what an unfinished step left is dropped."""
-        self._forget()
+        self.drop()
         self._batch_size = batch_size
-        self._thread = get_ident()
         self._is_recording = True
 
     def before_backward(self, loss: Tensor, *, check: bool = True) -> None:
@@ -108,18 +102,11 @@ class StepRecorder:
         """
         self._is_recording = False
         self._raise_problem()
-        called = {call.name for call in self._calls}
-        if without_graph := sorted(self._without_graph - called):
-            raise GradientError(
-                "These traced layers ran without a graph (`torch.no_grad()` or reentrant "
-                f"checkpointing): {without_graph}. Expected the training step's gradients to flow "
-                "through them. HINT: use checkpointing with `use_reentrant=False`, or exclude "
-                "them with `layers=`."
-            )
+        self._recording.require_graphs()
         if check:
             self._check(loss)
         self._look()
-        self._calls, self._outputs = [], []
+        self._recording, self._outputs = Recording(self._layers, self._projector), []
         self._is_pulling = True
 
     def rows(self) -> Tensor:
@@ -143,20 +130,8 @@ class StepRecorder:
         device = next(iter(blocks.values())).device
         with full_precision(device):
             joined = self._projector.join(blocks, self._batch_size, device)
-        self._forget()
+        self.drop()
         return joined
-
-    def _forget(self) -> None:
-        self._is_recording = self._is_pulling = False
-        self._problem = None
-        self._calls, self._outputs = [], []
-        self._counts = Counter()
-        self._without_graph = set()
-        self._parts = defaultdict(list)
-        for handle in self._counting:
-            handle.remove()
-        self._counting = []
-        self._arrivals, self._reached = Counter(), Counter()
 
     def _hook(self, layer: Layer) -> Any:
         def hook(
@@ -164,13 +139,13 @@ class StepRecorder:
         ) -> None:
             # Not while checkpointing runs layers again in the backward pass: their first run has
             # been recorded. Nor another thread's calls, which are not the step's.
-            if not self._is_recording or get_ident() != self._thread:
+            if not self._is_recording or self._recording.is_another_threads():
                 return
             if torch.is_grad_enabled() and output.requires_grad:
                 with self._keeping_problem():
                     self._record(layer, args, kwargs, output)
             else:
-                self._without_graph.add(layer.name)
+                self._recording.without_graph.add(layer.name)
 
         return hook
 
@@ -193,9 +168,7 @@ class StepRecorder:
     def _record(
         self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> None:
-        call = record(layer, self._counts[layer.name], args, kwargs, output, self._projector)
-        self._counts[layer.name] += 1
-        self._calls.append(call)
+        call = self._recording.add(layer, args, kwargs, output)
 
         # On the node, not the tensor: it gets the cotangent of the output as it was, whatever is
         # done to it in place.
@@ -203,14 +176,14 @@ class StepRecorder:
             cotangent = cotangents[call.edge.output_nr]
             if cotangent is not None and self._is_pulling:
                 with self._keeping_problem():
-                    block = call.block(cotangent, self._layout(call), self._projector)
-                    self._parts[layer.name].append(block)
+                    part = call.gradient(cotangent, self._layout(call), self._projector)
+                    self._parts[layer.name].append(part)
 
         call.edge.node.register_prehook(pull)
 
     def _look(self) -> None:
         """Sees how the layers lay out the samples, where that has not been seen."""
-        calls, batch_size = self._calls, self._batch_size
+        calls, batch_size = self._recording.calls, self._batch_size
         self._steps += 1
         often = self._steps <= _LOOKS or self._steps & (self._steps - 1) == 0
         self._layouts.follow(self._outputs, calls, batch_size)
@@ -261,20 +234,12 @@ class StepRecorder:
         return layout
 
     def _check(self, loss: Tensor) -> None:
-        nodes, uses = walk(loss)
-        reached = Counter(call.name for call in self._calls if call.edge.node in nodes)
-        self._reached = reached
-        for layer in self._layers:
-            for name, parameter in layer.parameters.items():
-                if uses[parameter] > reached[layer.name]:
-                    raise GradientError(
-                        f"Parameter {name!r} enters the loss {uses[parameter]} times, but only "
-                        f"{reached[layer.name]} calls of its {type(layer.module).__name__} could "
-                        "be recorded. Expected the loss to depend on it through the layer's calls "
-                        "alone. HINT: a penalty on weights, or a weight that is used without "
-                        "calling the layer, belongs to no sample; exclude the layer with "
-                        "`layers=`, or take it out of the loss."
-                    )
+        hint = (
+            "Expected the loss to depend on it through the layer's calls alone. HINT: a penalty "
+            "on weights, or a weight that is used without calling the layer, belongs to no "
+            "sample; exclude the layer with `layers=`, or take it out of the loss."
+        )
+        self._reached = self._recording.reached(*walk(loss), "loss", hint)
         # A backward pass within the backward pass, as of reentrant checkpointing, has a graph of
         # its own, which is not there yet.
         self._counting = [
@@ -295,7 +260,7 @@ class StepRecorder:
         for layer in self._layers:
             for name, parameter in layer.parameters.items():
                 if self._arrivals[parameter] > min(self._reached[layer.name], 1):
-                    self._forget()
+                    self.drop()
                     raise GradientError(
                         f"Parameter {name!r} was given gradients by a backward pass within the "
                         f"backward pass, where its {type(layer.module).__name__} runs without "

@@ -24,7 +24,6 @@ from ctrak_lightning.gradients.step_recorder import StepRecorder
 
 Engine = Literal["hooks", "auto", "loop", "functional"]
 CHECK_TOLERANCE = 1e-3
-CHECK_TOLERANCE = 1e-3
 TF32_TOLERANCE = 2e-2
 HALF_TOLERANCE = 0.1
 DEFAULT_PROJECTION = Projection()
@@ -118,7 +117,8 @@ class GradientTracer:
                 f"`GradientTracer(engine={engine!r})`: expected one of {get_args(Engine)}. HINT: "
                 "use 'hooks'."
             )
-        if layers is not None and not _is_list_of_texts(layers):
+        is_list = isinstance(layers, (list, tuple)) and len(layers) > 0
+        if layers is not None and not (is_list and all(isinstance(each, str) for each in layers)):
             raise GradientError(
                 f"`GradientTracer(layers={layers!r})`: expected a list of patterns, or None for "
                 "all layers. HINT: ['*attn2*']."
@@ -394,9 +394,9 @@ class GradientTracer:
         """Refuses a network whose output for a sample depends on the others, where no gradient is
         one sample's."""
         with torch.no_grad():
-            together, alone = forward(rows)[-1].float(), forward(rows[-1:])[0].float()
+            in_batch, alone = forward(rows)[-1].float(), forward(rows[-1:])[0].float()
         difference = float(
-            (together - alone).norm() / alone.norm().clamp(min=torch.finfo(alone.dtype).tiny)
+            (in_batch - alone).norm() / alone.norm().clamp(min=torch.finfo(alone.dtype).tiny)
         )
         if difference > self._tolerance():
             raise GradientError(
@@ -436,11 +436,3 @@ class GradientTracer:
             )
         device = next(iter(self._blocks[0].parameters.values())).device
         return torch.arange(batch_size, device=device)
-
-
-def _is_list_of_texts(value: Any) -> bool:
-    return (
-        isinstance(value, (list, tuple))
-        and bool(value)
-        and all(isinstance(each, str) for each in value)
-    )

@@ -4,7 +4,7 @@ DiffusionTask."""
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -79,8 +79,9 @@ def pipeline_of(kind: type, parts: Mapping[str, Any], *, complete: bool = False)
         try:
             return kind(**given)
         except (AttributeError, TypeError, ValueError) as error:
+            classes = (f"{name} ({type(part).__name__})" for name, part in sorted(parts.items()))
             raise TaskError(
-                f"DiffusersTask, parts of {kind.__name__}: {_classes(parts)} do not make one: "
+                f"DiffusersTask, parts of {kind.__name__}: {', '.join(classes)} do not make one: "
                 f"{error}. HINT: is each attribute the part that its name says?"
             ) from error
 
@@ -88,10 +89,6 @@ def pipeline_of(kind: type, parts: Mapping[str, Any], *, complete: bool = False)
 def accepted_by(kind: type) -> dict[str, inspect.Parameter]:
     """The components and options that a pipeline's class takes."""
     return dict(list(inspect.signature(kind.__init__).parameters.items())[1:])  # type: ignore[misc]
-
-
-def _classes(parts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} ({type(part).__name__})" for name, part in sorted(parts.items()))
 
 
 def _names(holder: Any) -> list[str]:
@@ -175,20 +172,9 @@ class DiffusersTask:
         pipeline: str | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
-        given = (
-            unet,
-            transformer,
-            vae,
-            text_encoder,
-            text_encoder_2,
-            text_encoder_3,
-            tokenizer,
-            tokenizer_2,
-            tokenizer_3,
-            scheduler,
-        )
-        self.paths = {
-            name: path for name, path in zip(PARTS, given, strict=True) if path is not None
+        given = locals()
+        self.paths: dict[str, str] = {
+            name: given[name] for name in PARTS if given[name] is not None
         }
         self.batch = dict(batch or {})
         self.pipeline = pipeline
@@ -219,9 +205,10 @@ class DiffusersTask:
                 "parameters are not among those that train. HINT: make it an attribute of the "
                 "module itself, as in `self.unet = pipeline.unet`."
             )
-        control = [
-            name for name, part in _submodules(module) if "ControlNet" in type(part).__name__
-        ]
+        inner: Iterable[tuple[str, Any]] = module.items() if isinstance(module, Mapping) else ()
+        if isinstance(module, nn.Module):
+            inner = module.named_modules()
+        control = [name for name, part in inner if "ControlNet" in type(part).__name__]
         if control:
             raise TaskError(
                 f"DiffusersTask: {type(module).__name__}.{control[0]} is a ControlNet, whose "
@@ -236,7 +223,7 @@ class DiffusersTask:
         }
         try:
             pipeline = pipeline_of(kind, parts)
-            return family_of(pipeline)(pipeline, batch=self.batch, borrowed=True, **self.options)
+            return family_of(pipeline)(pipeline, batch=self.batch, owns_parts=False, **self.options)
         except TaskError as error:
             raise TaskError(
                 f"DiffusersTask bound to {type(module).__name__}, which has {sorted(parts)}: "
@@ -244,13 +231,10 @@ class DiffusersTask:
             ) from error
 
     def __repr__(self) -> str:
-        facts = {
-            **self.paths,
-            "batch": self.batch,
-            "pipeline": self.pipeline,
-            "options": self.options,
-        }
-        return f"DiffusersTask({', '.join(f'{name}={value!r}' for name, value in facts.items() if value)})"
+        named = ("batch", "pipeline", "options")
+        facts = {**self.paths, **{name: getattr(self, name) for name in named}}
+        shown = ", ".join(f"{name}={value!r}" for name, value in facts.items() if value)
+        return f"DiffusersTask({shown})"
 
     @staticmethod
     def from_pipeline(pipeline: Any, **options: Any) -> PipelineTask:
@@ -300,11 +284,3 @@ class DiffusersTask:
         return DiffusersTask.from_pipeline(
             pipeline_of(pipeline_class, parts, complete=True), **options
         )
-
-
-def _submodules(module: Any) -> Iterator[tuple[str, Any]]:
-    """The parts of a module, or of a mapping, with their names."""
-    if isinstance(module, nn.Module):
-        yield from module.named_modules()
-    elif isinstance(module, Mapping):
-        yield from module.items()

@@ -132,8 +132,8 @@ class PipelineTask(DiffusionTask, nn.Module):
             pipeline's own. It matters where the network or the schedule is told the size.
         batch: what the dataset's columns are, where they have other names: ``{"pixel_values":
             "image"}``.
-        borrowed: the parts belong to another module, which decides what is trainable and in which
-            mode: they are left alone.
+        owns_parts: False leaves the parts alone: another module decides what is trainable and in
+            which mode.
 
     Raises:
         TaskError: the pipeline lacks a part, or has one that cannot be used; ``batch`` names an
@@ -159,7 +159,7 @@ class PipelineTask(DiffusionTask, nn.Module):
         *,
         resolution: int | tuple[int, int] | None = None,
         batch: Mapping[str, str] | None = None,
-        borrowed: bool = False,
+        owns_parts: bool = True,
     ) -> None:
         super().__init__()
         self._names = self._columns(batch or {})
@@ -169,11 +169,11 @@ class PipelineTask(DiffusionTask, nn.Module):
         self.denoiser = getattr(pipeline, self.denoiser_part)
         candidates = (*self.frozen_parts, *self.optional_parts)
         self.parts = tuple(name for name in candidates if getattr(pipeline, name, None) is not None)
-        self._is_borrowed = borrowed
+        self._owns_parts = owns_parts
         for name in self.parts:
             part = getattr(pipeline, name)
             self.add_module(name, part)
-            if not borrowed and all(parameter.requires_grad for parameter in part.parameters()):
+            if owns_parts and all(parameter.requires_grad for parameter in part.parameters()):
                 part.requires_grad_(False)
         self.resolution = self._resolution(resolution)
         try:
@@ -181,7 +181,7 @@ class PipelineTask(DiffusionTask, nn.Module):
             check_usable(self.noise_schedule)
         except (TypeError, ValueError) as error:
             raise TaskError(f"{type(self).__name__}({type(pipeline).__name__}): {error}") from error
-        if not borrowed:
+        if owns_parts:
             self.train()
 
     @classmethod
@@ -319,7 +319,7 @@ class PipelineTask(DiffusionTask, nn.Module):
         return evaluation(
             submodule
             for name in parts
-            if self._is_borrowed and name in self.parts
+            if not self._owns_parts and name in self.parts
             for submodule in getattr(self, name).modules()
         )
 

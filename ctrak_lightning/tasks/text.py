@@ -73,11 +73,6 @@ class _Given:
         return []
 
 
-def token_key(numbers: tuple[Tensor, ...]) -> Hashable:
-    """What tells tokens from others."""
-    return tuple(tuple(row.flatten().tolist()) for row in numbers)
-
-
 CACHE_BYTES = 2**28
 TOKENS = ("tokens", "tokens_2", "tokens_3")
 _SUFFIXES = ("", "_2", "_3")
@@ -95,7 +90,7 @@ class PromptTask(PipelineTask):
     cut, as the pipeline cuts it; a concept of which then nothing is left is refused.
 
     Args:
-        pipeline, resolution, batch, borrowed: as of :class:`PipelineTask`.
+        pipeline, resolution, batch, owns_parts: as of :class:`PipelineTask`.
         negative_prompt: what the null condition ``{}`` stands for, as the pipeline's argument of
             that name: the unconditional side of guidance. None is the pipeline's default, the empty
             prompt or zeros.
@@ -174,30 +169,29 @@ class PromptTask(PipelineTask):
             UserWarning: a prompt is cut, but what is left of it still differs from the other side.
         """
         sides = [side for side in (present, absent) if isinstance(side, str)]
-        cuts = [Cut(*found) for found in self._tokenizers()]
-        told = {
+        cuts = list(self._tokenizers())
+        excess = {
             prompt: found
             for prompt in sides
             if all(found := [cut.excess(prompt) for cut in cuts]) and found
         }
-        if not told:
+        if not excess:
             return
         if len(sides) == 2 and all(cut.tokens(sides[0]) == cut.tokens(sides[1]) for cut in cuts):
             raise ConceptError(
                 f"Concept({name!r}): the tokenizers cut both prompts to the same text, so the "
-                f"concept was cut away: {told}. HINT: name the concept earlier in the prompt, or "
+                f"concept was cut away: {excess}. HINT: name the concept earlier in the prompt, or "
                 "shorten it."
             )
         warnings.warn(
-            f"Concept({name!r}): the tokenizers cut {told}, as the pipeline would; what comes "
+            f"Concept({name!r}): the tokenizers cut {excess}, as the pipeline would; what comes "
             "after that is not asked. HINT: shorten the prompt.",
             UserWarning,
             stacklevel=2,
         )
 
-    def _tokenizers(self) -> Iterator[tuple[str, Any, int]]:
-        """Those there are: the name, the tokenizer, and how many tokens of it the pipeline
-        takes."""
+    def _tokenizers(self) -> Iterator[Cut]:
+        """Those there are."""
         for suffix in _SUFFIXES:
             tokenizer = getattr(self.pipeline, f"tokenizer{suffix}", None)
             if tokenizer is None:
@@ -208,7 +202,7 @@ class PromptTask(PipelineTask):
                     "max_sequence_length"
                 ]
                 limit = min(limit, self._length.get("max_sequence_length", length.default))
-            yield f"tokenizer{suffix}", tokenizer, limit
+            yield Cut(f"tokenizer{suffix}", tokenizer, limit)
 
     def _encoders(self) -> list[int]:
         """Which of the three text encoders there are."""
@@ -225,7 +219,12 @@ class PromptTask(PipelineTask):
         if dtypes != self._cached_in:  # the module was converted since
             self._cache.clear()
             self._cached_in = dtypes
-        keys = [token_key(prompt) if isinstance(prompt, tuple) else prompt for prompt in prompts]
+        keys = [
+            tuple(tuple(row.flatten().tolist()) for row in prompt)
+            if isinstance(prompt, tuple)
+            else prompt
+            for prompt in prompts
+        ]
         with _always_alike(self.device):
             for key, prompt in dict(zip(keys, prompts, strict=True)).items():
                 if key not in self._cache:

@@ -341,7 +341,7 @@ def test_what_a_hook_meets_is_raised_after_the_pass_and_does_not_stop_it(
     case = build("linear_4d")
     recorder = GradientTracer(case.module, PROJECTION).step_recorder()
     recorder.attach()
-    for place, after in (("step_recorder.record", "forward"), ("hooks.Call.block", "backward")):
+    for place, after in (("hooks.Recording.add", "forward"), ("hooks.Call.gradient", "backward")):
         with monkeypatch.context() as patch:
             patch.setattr(f"ctrak_lightning.gradients.{place}", failing)
             recorder.begin(SAMPLES)
