@@ -1,6 +1,10 @@
 """Scores generated concepts against stored traces."""
 
-from ctrak_lightning.attribution.attributions import Attributions, CoincidingConceptsWarning, Taught
+from ctrak_lightning.attribution.attributions import (
+    Attributions,
+    CoincidingConceptsWarning,
+    RankedSample,
+)
 from ctrak_lightning.attribution.attributor import Attributor
 from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.attribution.parts import Parts
@@ -13,7 +17,7 @@ __all__ = [
     "CoincidingConceptsWarning",
     "Concept",
     "Parts",
+    "RankedSample",
     "Record",
     "Share",
-    "Taught",
 ]

@@ -32,7 +32,7 @@ class CoincidingConceptsWarning(UserWarning):
 
 
 @dataclass(frozen=True, slots=True)
-class Taught:
+class RankedSample:
     """A training sample near the top of one or several rankings.
 
     Args:
@@ -76,7 +76,7 @@ class Attributions(list[Attribution]):
             ]
         return given
 
-    def shared(self, n: int = 10, *, least: int = 2) -> list[Taught]:
+    def shared(self, n: int = 10, *, least: int = 2) -> list[RankedSample]:
         """The samples in the top ``n`` of at least ``least`` questions, those of most questions
         first, then by their mean rank.
 
@@ -91,7 +91,7 @@ class Attributions(list[Attribution]):
         found = [sample for sample in self._tops(n) if len(sample.concepts) >= least]
         return sorted(found, key=lambda sample: (-len(sample.concepts), sum(sample.ranks.values())))
 
-    def exclusive(self, n: int = 10) -> list[Taught]:
+    def exclusive(self, n: int = 10) -> list[RankedSample]:
         """The samples in the top ``n`` of one question only, question by question, best first.
 
         Raises:
@@ -190,7 +190,7 @@ class Attributions(list[Attribution]):
             found.append(ranks.tolist())
         return found
 
-    def _tops(self, n: int) -> list[Taught]:
+    def _tops(self, n: int) -> list[RankedSample]:
         """The samples in any top ``n``, in the data set's order."""
         if n < 1:
             raise ValueError(f"{type(self).__name__}: the top {n}; expected at least 1.")
@@ -199,7 +199,7 @@ class Attributions(list[Attribution]):
         leading = sorted({int(i) for result in self for i in result.ranked()[:n]})
         samples = self[0].samples if self else None
         return [
-            Taught(
+            RankedSample(
                 samples.sample_ids[i],
                 [name for name, of in zip(names, ranks, strict=True) if of[i] <= n],
                 {name: float(of[i]) for name, of in zip(names, scores, strict=True)},

@@ -9,12 +9,17 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from ctrak_lightning.attribution.asking import Asker, described, model_facts, refuse_differences
 from ctrak_lightning.attribution.attributions import Attributions, cosines_of, warn_of_alike
-from ctrak_lightning.attribution.concept import Concept
+from ctrak_lightning.attribution.checkpoint_model import (
+    CheckpointModel,
+    described,
+    model_facts,
+    refuse_differences,
+)
+from ctrak_lightning.attribution.concept import Concept, check_known
+from ctrak_lightning.attribution.generation import Generator
 from ctrak_lightning.attribution.parts import Parts, score_parts
-from ctrak_lightning.attribution.query import Query
-from ctrak_lightning.attribution.questions import Given, Questions
+from ctrak_lightning.attribution.queries import Given, Query, QueryGradients, assembled
 from ctrak_lightning.attribution.result import Attribution, Record
 from ctrak_lightning.attribution.scoring import chosen_scores, exposures_at
 from ctrak_lightning.attribution.search import top_scores
@@ -24,11 +29,12 @@ from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import Generation, Sampler
 from ctrak_lightning.provenance.forgetting import QueryLog
 from ctrak_lightning.store import TraceStore
-from ctrak_lightning.tasks import DiffusersTask, DiffusionTask, in_own_precision, resolve_task
+from ctrak_lightning.tasks import DiffusersTask, DiffusionTask, Spec, in_own_precision, resolve_task
+from ctrak_lightning.utilities.memory import RowLimit
 from ctrak_lightning.utilities.processes import processes_of
 
 
-class Attributor(Questions):
+class Attributor:
     """Scores generated concepts against the traces of a training run.
 
     Args:
@@ -74,22 +80,25 @@ class Attributor(Questions):
             raise ValueError(f"Attributor(batch_size={batch_size}): expected at least 1.")
         if given not in get_args(Given):
             raise ValueError(f"Attributor(given={given!r}): expected one of {get_args(Given)}.")
-        task = in_own_precision(resolve_task(module, task))
-        store = store if isinstance(store, TraceStore) else TraceStore(store)
-        method = method or described(store, "method", lambda: Method.from_dict(store.header.method))
-        sampler = sampler or Sampler()
-        owner: nn.Module = module if isinstance(module, nn.Module) else task.denoiser
-        questioner = Asker(
-            store, owner, task, sampler=sampler, batch_size=batch_size, progress=progress
+        self.task = in_own_precision(resolve_task(module, task))
+        self.store = store if isinstance(store, TraceStore) else TraceStore(store)
+        self.method = method or described(
+            self.store, "method", lambda: Method.from_dict(self.store.header.method)
         )
-        super().__init__(store, task, method=method, sampler=sampler, given=given, asker=questioner)
-        self._log = QueryLog(store.path, store.edition, asker) if record else None
+        self.sampler = sampler or Sampler()
+        owner: nn.Module = module if isinstance(module, nn.Module) else self.task.denoiser
+        model, row_limit = CheckpointModel(self.store, owner, self.task), RowLimit(batch_size)
+        self._model = model
+        self._generator = Generator(model, self.sampler, row_limit, progress)
+        self._gradients = QueryGradients(
+            model, self.method, self._generator, given, row_limit, progress
+        )
+        self._log = QueryLog(self.store.path, self.store.edition, asker) if record else None
         refuse_differences(
-            "method.training", store.header.method["training"], method.training_dict()
+            "method.training", self.store.header.method["training"], self.method.training_dict()
         )
-        refuse_differences(
-            "model", *model_facts(store, owner, questioner.model.trained, task.noise_schedule)
-        )
+        schedule = self.task.noise_schedule
+        refuse_differences("model", *model_facts(self.store, owner, model.trained, schedule))
 
     def attribute(self, concept: Concept, seed: int = 0, *, parts: bool = False) -> Attribution:
         """Scores every training sample for the concept, in the image that ``seed`` makes of it, in
@@ -130,6 +139,112 @@ class Attributor(Questions):
         if self.method.sees_absent:
             warn_of_alike(query.concepts, query.seeds, results.cosines)
         return results
+
+    def query(
+        self,
+        concepts: Sequence[Concept],
+        seeds: int | Sequence[int] = 0,
+        *,
+        generation: Generation | None = None,
+        images: int = 8,
+        parts: bool = False,
+    ) -> Query:
+        """The questions' own gradients, under the weights of every checkpoint; each as its
+        :attr:`Concept.image` says.
+
+        Args:
+            concepts: the questions.
+            seeds: of their images, one for all or one for each; of a global query, of its first
+                image, the others follow. An existing image needs none.
+            generation: the images, one for each concept, where :meth:`generate` has made them
+                before (with the same sampler, for another store of the same run).
+            images: how many images stand for the model's own distribution, in a global query.
+            parts: also split the gradients by timestep and by group of layers.
+
+        Raises:
+            ConceptError: the model does not know an attribute, or an image or a mask is not of its
+                size.
+            TaskError: the task lacks a method that an image or a mask needs.
+            InversionError: the schedule cannot be inverted for an existing image.
+        """
+        seeds = [seeds] * len(concepts) if isinstance(seeds, int) else list(seeds)
+        if not concepts or len(seeds) != len(concepts):
+            raise ValueError(
+                f"query({len(concepts)} concepts, {len(seeds)} seeds): expected at least one "
+                "concept, and one seed for each."
+            )
+        if images < 1:
+            raise ValueError(f"query(images={images}): expected at least 1.")
+        for concept in concepts:
+            check_known(concept, self.task)
+        kinds = [concept.kind for concept in concepts]
+        if generation is not None and (
+            set(kinds) != {"generated"} or len(generation.latents) != len(concepts)
+        ):
+            raise ValueError(
+                f"query({len(concepts)} concepts, generation of {len(generation.latents)}): "
+                "expected one image for each concept, and no concept with an image of its own or "
+                "without any."
+            )
+        places = {
+            kind: [i for i, each in enumerate(kinds) if each == kind]
+            for kind in dict.fromkeys(kinds)
+        }
+        found = []
+        for kind, rows in places.items():
+            some, own_seeds = [concepts[i] for i in rows], [seeds[i] for i in rows]
+            if kind == "given":
+                found.append(replace(self._gradients.of_images(some, parts), seeds=own_seeds))
+            elif kind == "global":
+                found.append(self._gradients.of_distribution(some, own_seeds, images, parts))
+            else:
+                made = generation or self.generate([concept.present for concept in some], own_seeds)
+                found.append(
+                    self._gradients.of_generation(some, own_seeds, made, self.method, parts)
+                )
+        return assembled(found, list(places.values()))
+
+    def query_given(
+        self, concepts: Sequence[Concept], latents: Tensor, *, parts: bool = False
+    ) -> Query:
+        """Questions about images that are there as latents already; ``Concept(..., image=...)``
+        takes the image itself.
+
+        Args:
+            concepts: the questions.
+            latents: clean latents of their images, one each [Q, ...], as ``task.encode`` gives
+                them.
+            parts: as in :meth:`query`.
+
+        Raises:
+            ConceptError: the model does not know an attribute.
+            InversionError: the schedule cannot be inverted.
+            ValueError: the latents are not one for each concept, in the shape of the traced ones.
+        """
+        shape = self._model.latent_shape
+        if not concepts or list(latents.shape) != [len(concepts), *shape]:
+            raise ValueError(
+                f"query_given({len(concepts)} concepts, latents {list(latents.shape)}): expected "
+                f"at least one concept, and latents of {shape} for each. HINT: "
+                "task.encode(batch).latents."
+            )
+        for concept in concepts:
+            check_known(concept, self.task)
+        return self._gradients.of_latents(concepts, latents.to(self._model.like), parts)
+
+    def query_global(self, concepts: Sequence[Concept], seed: int = 0, *, images: int = 8) -> Query:
+        """The concepts themselves rather than one image of each, whatever their ``image``: the mean
+        gradient over images generated from the concept alone, against the null condition. Equal
+        concepts are asked once.
+
+        Args:
+            concepts: the questions; see :meth:`Concept.isolated`.
+            seed: of the first image; the others follow.
+            images: how many images for each concept.
+        """
+        if images < 1:
+            raise ValueError(f"query_global(images={images}): expected at least 1.")
+        return self._gradients.of_distribution(concepts, [seed] * len(concepts), images, False)
 
     def score(self, query: Query, damping: Damping | Literal["method"] = "method") -> Attributions:
         """Scores of all training samples for every question of a query.
@@ -232,6 +347,36 @@ class Attributor(Questions):
             ]
             self._note(query, _methods(query, used), found.dampings, answers, "top")
         return results
+
+    def generate(self, specs: Sequence[Spec], seeds: Sequence[int]) -> Generation:
+        """Generates one image per (spec, seed) with the last checkpoint's weights; the same seed
+        gives the same noise.
+
+        Equal (spec, seed) are generated once.
+        """
+        return self._generator.generate(specs, seeds)
+
+    def invert(
+        self, specs: Sequence[Spec], latents: Tensor, *, guidance: float = 1.0
+    ) -> Generation:
+        """The states through which the sampler would have made images, given as clean latents [B,
+        ...] (:func:`ctrak_lightning.methods.trajectories.inverted`), with the last checkpoint's weights.
+
+        Args:
+            specs: what the images show.
+            latents: of the images.
+            guidance: classifier-free guidance scale, instead of the sampler's. Guidance doubles the
+                cost and adds up errors (Mokady et al. 2023, arXiv 2211.09794), and ranked no better
+                (``recipes/emoji_artists/results/inversion.md``).
+
+        Raises:
+            InversionError: the schedule cannot be inverted.
+        """
+        return self._generator.invert(specs, latents, guidance)
+
+    def decode(self, latents: Tensor) -> Tensor | None:
+        """Images [B, 3, H, W] in [0, 1], or None where the task has no ``decode``."""
+        return self._model.decode(latents)
 
     def _used(self, damping: Damping | Literal["method"]) -> Method:
         return self.method if damping == "method" else replace(self.method, damping=damping)

@@ -1,6 +1,5 @@
 """Concept: what a query asks for."""
 
-import difflib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ctrak_lightning.attribution.counter_prompt import counter_prompt, near_words, occurrences
 from ctrak_lightning.attribution.counter_prompt import words as words_of
-from ctrak_lightning.errors import ConceptError
+from ctrak_lightning.errors import ConceptError, nearest
 from ctrak_lightning.tasks import DiffusionTask, Spec
 
 
@@ -144,6 +143,13 @@ class Concept:
                         "from_prompt."
                     )
         return [cls.from_prompt(prompt, concept, **rest) for concept in concepts]
+
+    @property
+    def kind(self) -> Literal["generated", "given", "global"]:
+        """Which image is asked about: one to generate, one that exists, or none."""
+        if self.image is None:
+            return "global"
+        return "given" if isinstance(self.image, Tensor) else "generated"
 
     def isolated(self) -> "Concept":
         """The concept on its own against the null condition, of which global queries generate
@@ -309,12 +315,5 @@ def check_known(concept: Concept, task: DiffusionTask) -> None:
             if value not in known[attribute]:
                 raise ConceptError(
                     f"Concept({concept.name!r}, {side}={dict(spec)!r}): unknown {attribute} "
-                    f"{value!r}. Known: {_nearest(value, list(known[attribute]))}."
+                    f"{value!r}. Known: {nearest(value, sorted(known[attribute]))}."
                 )
-
-
-def _nearest(value: str, known: list[str], most: int = 20) -> str:
-    near = difflib.get_close_matches(value, known, n=5, cutoff=0.5)
-    listed = (near + sorted(set(known) - set(near)))[:most]
-    rest = len(known) - len(listed)
-    return ", ".join(listed) + (f" and {rest} more" if rest else "")

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ctrak_lightning.errors import listed
+
 
 def precision_at_k(scores: Tensor, relevant: Tensor, k: int = 10) -> Tensor:
     """The relevant share of the ``k`` best-ranked samples, per query [Q].
@@ -364,5 +366,4 @@ def _refuse(name: str, queries: Tensor, problem: str, hint: str) -> None:
     """Raises ValueError if any of the queries [Q] is marked, naming the first ones by position."""
     found = queries.nonzero()[:, 0].tolist()
     if found:
-        listed = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
-        raise ValueError(f"{name}: queries {listed} {problem}. HINT: {hint}.")
+        raise ValueError(f"{name}: queries {listed(found)} {problem}. HINT: {hint}.")

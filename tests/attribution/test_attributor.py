@@ -580,7 +580,7 @@ def test_a_concept_the_model_has_not_learnt_is_reported(
     # A model that was traced hearing and asked deaf is another function, and would be refused for
     # that.
     monkeypatch.setattr(
-        "ctrak_lightning.attribution.asking.refuse_another_function", lambda *_: None
+        "ctrak_lightning.attribution.checkpoint_model.refuse_another_function", lambda *_: None
     )
 
     class Deaf(ToyDiffusion):

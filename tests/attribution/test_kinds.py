@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning import Attributor, Concept, DiffusionTask, GradientTracer, Projection
-from ctrak_lightning.attribution.query import weights_of
+from ctrak_lightning.attribution.queries import weights_of
 from ctrak_lightning.capture.trace import trace_query
 from ctrak_lightning.errors import ConceptError, TaskError
 from ctrak_lightning.methods.objectives import ConceptDirection, SquaredNorm, Term

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctrak_lightning.attribution.asking import latent_shape
+from ctrak_lightning.attribution.checkpoint_model import latent_shape
 from ctrak_lightning.attribution.scoring import (
     checkpoint_scores,
     chosen_scores,

@@ -82,7 +82,7 @@ def test_a_group_is_what_a_query_without_the_other_layers_gives(
     attributor = Attributor(tmp_path, module, sampler=SAMPLER)
     parts = attributor.query([RED], 3, parts=True).parts
     assert parts is not None
-    tracer = attributor._asker.tracer()
+    tracer = attributor._model.tracer
     of_all = tracer.vjps
     for name, blocks in tracer.layer_groups().items():
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from ctrak_lightning import DiffusionTask
-from ctrak_lightning.attribution.asking import model_facts, refuse_differences
+from ctrak_lightning.attribution.checkpoint_model import model_facts, refuse_differences
 from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.model.fingerprint import adapter_facts, model_fingerprint
 from ctrak_lightning.model.function import (
