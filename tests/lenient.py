@@ -8,7 +8,7 @@ import pytest
 
 from ctrak_lightning.attribution import diagnostics
 
-OFF = {"BLIND": float("inf"), "STILL": 0.0, "UNTOLD": 0.0, "UNSTABLE": -1.0, "SMOOTH": 1.0}
+OFF = {"BLIND": float("inf"), "STILL": 0.0, "INDISTINCT": 0.0, "UNSTABLE": -1.0, "SMOOTH": 1.0}
 
 
 @contextmanager

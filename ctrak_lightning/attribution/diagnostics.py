@@ -7,10 +7,9 @@ measured; what they miss stands in ``docs/report.md`` and ``recipes/benchmarks/r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,10 +27,6 @@ from ctrak_lightning.capture.trace import FAINT
 from ctrak_lightning.methods.damping import Fixed
 from ctrak_lightning.metrics.functional import spearman
 from ctrak_lightning.store import Checkpoint, TraceStore
-
-if TYPE_CHECKING:
-    from ctrak_lightning.attribution.result import Attribution
-
 
 LOOKED_AT = 256
 """Training images, evenly spaced over the data set, at most."""
@@ -151,7 +146,7 @@ def stability(
 UNSTABLE = 0.3
 """A correlation between the rankings of two halves of the checkpoints below this is none to speak
 of."""
-UNTOLD = 0.5
+INDISTINCT = 0.5
 """A share of training images that rank themselves first below this says that the traces hardly tell
 them apart."""
 BLIND = 0.5
@@ -218,30 +213,39 @@ class Confidence:
         return [*self.unlearnt, *self.unshown]
 
 
-def confidence_of(attribution: Attribution) -> Confidence:
-    """Examines one answer (:attr:`Attribution.confidence` keeps what this finds).
+def judged(
+    *,
+    strength: float | None,
+    checkpoints: int,
+    stability: float | None,
+    self_check: SelfCheck | None,
+    loss: float | None,
+    moved: float | None,
+    noise: tuple[float, float] | None,
+    positive: bool,
+) -> Confidence:
+    """What these findings mean, most of which are in :class:`Confidence`.
 
-    Raises:
-        CorruptStoreError: the store is damaged.
+    Args:
+        noise: as :func:`beside` gives it; None where there is nothing to compare.
+        positive: whether any sample has a positive score.
     """
-    strength = None if math.isnan(attribution.strength) else attribution.strength
-    halves = stability(attribution.checkpoint_scores, attribution.weights, attribution.exposed)
-    check = _self_check(attribution)
-    loss, moved = _losses(attribution)
     return Confidence(
         strength=strength,
-        checkpoints=len(attribution.steps),
-        stability=halves,
-        self_check=check,
+        checkpoints=checkpoints,
+        stability=stability,
+        self_check=self_check,
         loss=loss,
         moved=moved,
-        unlearnt=[*_unlearnt(strength, loss), *_noise(attribution)],
-        unshown=_unshown(moved, check, halves),
-        cautions=_cautions(attribution),
+        unlearnt=_unlearnt(strength, loss, noise),
+        unshown=_unshown(moved, self_check, stability),
+        cautions=_cautions(checkpoints, positive),
     )
 
 
-def _unlearnt(strength: float | None, loss: float | None) -> list[str]:
+def _unlearnt(
+    strength: float | None, loss: float | None, noise: tuple[float, float] | None
+) -> list[str]:
     found = []
     if strength is not None and strength < FAINT:
         found.append(
@@ -253,24 +257,12 @@ def _unlearnt(strength: float | None, loss: float | None) -> list[str]:
             f"It has hardly learnt to draw at all: its loss on the training images is {loss:.2f}, "
             f"above {BLIND:g}, where predicting nothing has 1."
         )
+    if noise is not None and is_noise(*noise):
+        found.append(
+            f"The generated image is noise: its neighbouring pixels correlate by {noise[0]:.2f}, "
+            f"those of the training images by at least {noise[1]:.2f} (in 99 % of them)."
+        )
     return found
-
-
-def _noise(attribution: Attribution) -> list[str]:
-    """Says so where the generated image is noise; a given one does not show what the model has
-    learnt."""
-    image, thumbnails = attribution.image, attribution.samples.thumbnails
-    if image is None or isinstance(attribution.concept.image, Tensor) or thumbnails is None:
-        return []
-    if not len(thumbnails) or min(thumbnails.shape[1:3]) < 2:
-        return []
-    own, lowest = beside(image, thumbnails)
-    if not is_noise(own, lowest):
-        return []
-    return [
-        f"The generated image is noise: its neighbouring pixels correlate by {own:.2f}, those of "
-        f"the training images by at least {lowest:.2f} (in 99 % of them)."
-    ]
 
 
 def is_noise(own: float, lowest: float) -> bool:
@@ -287,7 +279,7 @@ def _unshown(moved: float | None, check: SelfCheck | None, halves: float | None)
             f"{moved:.1e} of itself (median), below {STILL:g}: what the model knows of the "
             "concept, it did not learn in between."
         )
-    if check is not None and check.first < UNTOLD * check.asked:
+    if check is not None and check.first < INDISTINCT * check.asked:
         found.append(
             f"Only {check.first} of {check.asked} training images, taken as questions, rank "
             "themselves first: these traces hardly tell the images apart."
@@ -300,11 +292,11 @@ def _unshown(moved: float | None, check: SelfCheck | None, halves: float | None)
     return found
 
 
-def _cautions(attribution: Attribution) -> list[str]:
+def _cautions(checkpoints: int, positive: bool) -> list[str]:
     found = []
-    if not bool((attribution.scores > 0).any()):
+    if not positive:
         found.append("No training image has a positive score for this concept.")
-    if len(attribution.steps) < 2:
+    if checkpoints < 2:
         found.append(
             "The ranking rests on a single checkpoint, so nothing can be said of its stability or "
             "of when the concept was learnt."
@@ -314,34 +306,24 @@ def _cautions(attribution: Attribution) -> list[str]:
 
 _Checks = dict[tuple[float | None, bool, tuple[float, ...] | None], SelfCheck]
 _CHECKS: WeakKeyDictionary[TraceStore, _Checks] = WeakKeyDictionary()
-"""A self-check reads the whole store, so each is made once for all concepts that were asked of
-it."""
 
 
-def _self_check(attribution: Attribution) -> SelfCheck | None:
-    store, weights = attribution.store, attribution.weights
-    if store is None:
-        return None
+def self_check_of(
+    store: TraceStore, damping: float | None, residual: bool, weights: Sequence[float] | None
+) -> SelfCheck:
+    """:func:`self_check`, which reads the whole store: made once for all concepts that are asked of
+    it."""
     known = _CHECKS.setdefault(store, {})
-    residual = bool(attribution.method["residual"])
-    key = (attribution.damping, residual, None if weights is None else tuple(weights))
+    key = (damping, residual, None if weights is None else tuple(weights))
     if key not in known:
-        known[key] = self_check(
-            store.checkpoints, attribution.damping, residual=residual, weights=weights
-        )
+        known[key] = self_check(store.checkpoints, damping, residual=residual, weights=weights)
     return known[key]
 
 
-def _losses(attribution: Attribution) -> tuple[float | None, float | None]:
+def losses_of(store: TraceStore) -> tuple[float | None, float | None]:
     """The mean loss of the training images at the last checkpoint, and the median share by which
-    theirs changed since the first: of those that had been trained on at the last one.
-
-    None where the store is not at hand, no image had been trained on, or the losses are those of
-    training steps, whose scale and timesteps are training's own.
-    """
-    store = attribution.store
-    if store is None or attribution.method["training"]["trajectory"]["class"] == "InTraining":
-        return None, None
+    theirs changed since the first: of those that had been trained on at the last one. None where
+    none had, or there is one checkpoint."""
     exposed = store.checkpoints[-1].exposed()
     trained = slice(None) if exposed is None else exposed
     last = store.checkpoints[-1].losses().double()[trained]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,14 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.attribution.concept import Concept
-from ctrak_lightning.attribution.diagnostics import Confidence, confidence_of
+from ctrak_lightning.attribution.diagnostics import (
+    Confidence,
+    beside,
+    judged,
+    losses_of,
+    self_check_of,
+    stability,
+)
 from ctrak_lightning.attribution.parts import Parts
 from ctrak_lightning.attribution.scoring import (
     drawn_ensemble,
@@ -25,6 +34,7 @@ from ctrak_lightning.attribution.scoring import (
 )
 from ctrak_lightning.errors import csv_cell, metadata_heads, visible
 from ctrak_lightning.store import SampleTable, TraceStore
+from ctrak_lightning.utilities.images import png_uri
 
 _DRAWS_AT_ONCE = 2**24  # sample positions drawn, 128 MiB
 
@@ -84,81 +94,12 @@ def bootstrapped_shares(
     return low, high
 
 
-ROWS = 10
+_ROWS = 10
+_PIXELS = 768
 _LOOK = (
     "Look at the generated image and at `.confidence` first: if the concept is not learnt, the "
     "ranking says nothing."
 )
-
-
-def text_of(attribution: Attribution) -> str:
-    """The question, how far it can be trusted where that was looked at, and the ten highest
-    scores."""
-    rows = [[visible(cell) for cell in row] for row in _rows(attribution)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for rank, score, *texts in rows:
-        cells = [rank.rjust(widths[0]), score.rjust(widths[1]), *map(str.ljust, texts, widths[2:])]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([visible(_head(attribution)), _trust(attribution), *lines])
-
-
-def html_of(attribution: Attribution) -> str:
-    """The same as a table, with the generated image and the thumbnails."""
-    # They know of this module.
-    from ctrak_lightning.report.content import Thumbnails, generated_uri
-
-    thumbnails = Thumbnails(attribution.samples.thumbnails)
-    pictures = [thumbnails.uri(position) for position in attribution.ranked()[:ROWS].tolist()]
-    table = ""
-    for picture, row in zip([None, *pictures], _rows(attribution), strict=True):
-        cells = "".join(f"<td>{escape(visible(cell))}</td>" for cell in row)
-        table += f"<tr><td>{_picture(picture, 48)}</td>{cells}</tr>"
-    return (
-        f"<p><b>{escape(visible(_head(attribution)))}</b><br>{escape(_trust(attribution))}</p>"
-        f"{_picture(generated_uri(attribution.image), 128)}<table>{table}</table>"
-    )
-
-
-def _rows(attribution: Attribution) -> list[list[str]]:
-    """The heads, and the ten highest scores."""
-    own = ["rank", "score", "sample_id"]
-    columns = sorted(attribution.samples.metadata)
-    rows = [[*own, *metadata_heads(columns, own)]]
-    for one in attribution.top(ROWS):
-        rows.append(
-            [
-                str(one.rank),
-                f"{one.score:.3f}",
-                one.sample_id,
-                *(one.metadata[name] for name in columns),
-            ]
-        )
-    return rows
-
-
-def _head(attribution: Attribution) -> str:
-    return (
-        f"Attribution of {attribution.concept.name!r}: {len(attribution.samples)} samples, "
-        f"checkpoints at steps {attribution.steps}, method {attribution.method['name']!r}"
-    )
-
-
-def _trust(attribution: Attribution) -> str:
-    """The verdict, where it was asked for: it reads the whole store, which showing a result must
-    not."""
-    known = vars(attribution).get("confidence")
-    return _LOOK if known is None or not known.says_nothing else known.verdict
-
-
-def _picture(uri: str | None, size: int) -> str:
-    return (
-        ""
-        if uri is None
-        else f'<img src="{uri}" width="{size}" style="image-rendering: pixelated">'
-    )
-
-
 RESERVED = ("verdict", "rank", "score", "sample_id", "exposures", "remark")
 NEVER = "never trained on up to this checkpoint"
 """What is said of a sample that had entered no optimizer step."""
@@ -229,11 +170,51 @@ class Attribution:
     store: TraceStore | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
-        return text_of(self)
+        """The question, how far it can be trusted where that was looked at, and the ten highest
+        scores."""
+        rows = [[visible(cell) for cell in row] for row in self._rows()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for rank, score, *texts in rows:
+            cells = [rank.rjust(widths[0]), score.rjust(widths[1])]
+            cells += map(str.ljust, texts, widths[2:])
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join([self._title(), self._trust(), *lines])
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return html_of(self)
+        """What a notebook shows: the same, with the generated image and the thumbnails."""
+        thumbnails = self.samples.thumbnails
+        shown = () if thumbnails is None else thumbnails[self.ranked()[:_ROWS]]
+        table = ""
+        for row, pixels in zip_longest(self._rows(), [None, *shown]):
+            cells = "".join(f"<td>{escape(visible(cell))}</td>" for cell in row)
+            table += f"<tr><td>{_picture(pixels, 48)}</td>{cells}</tr>"
+        return (
+            f"<p><b>{escape(self._title())}</b><br>{escape(self._trust())}</p>"
+            f"{_picture(self.image, 128)}<table>{table}</table>"
+        )
+
+    def _rows(self) -> list[list[str]]:
+        """The heads, and the ten highest scores."""
+        own = ["rank", "score", "sample_id"]
+        columns = sorted(self.samples.metadata)
+        rows = [[*own, *metadata_heads(columns, own)]]
+        for one in self.top(_ROWS):
+            texts = [one.metadata[name] for name in columns]
+            rows.append([str(one.rank), f"{one.score:.3f}", one.sample_id, *texts])
+        return rows
+
+    def _title(self) -> str:
+        return visible(
+            f"Attribution of {self.concept.name!r}: {len(self.samples)} samples, "
+            f"checkpoints at steps {self.steps}, method {self.method['name']!r}"
+        )
+
+    def _trust(self) -> str:
+        """The verdict, where it was asked for: it reads the whole store, which showing a result
+        must not."""
+        known = vars(self).get("confidence")
+        return _LOOK if known is None or not known.says_nothing else known.verdict
 
     @property
     def scores(self) -> Tensor:
@@ -272,7 +253,28 @@ class Attribution:
         Raises:
             CorruptStoreError: the store is damaged.
         """
-        return confidence_of(self)
+        check, loss, moved = None, None, None
+        if self.store is not None:
+            residual = bool(self.method["residual"])
+            check = self_check_of(self.store, self.damping, residual, self.weights)
+            # Those of training steps have training's own scale and timesteps.
+            if self.method["training"]["trajectory"]["class"] != "InTraining":
+                loss, moved = losses_of(self.store)
+        # An image that was given does not show what the model has learnt.
+        made = None if self.concept.kind == "given" else self.image
+        noise, thumbnails = None, self.samples.thumbnails
+        if made is not None and thumbnails is not None and thumbnails[:, 1:, 1:].numel():
+            noise = beside(made, thumbnails)
+        return judged(
+            strength=None if math.isnan(self.strength) else self.strength,
+            checkpoints=len(self.steps),
+            stability=stability(self.checkpoint_scores, self.weights, self.exposed),
+            self_check=check,
+            loss=loss,
+            moved=moved,
+            noise=noise,
+            positive=bool((self.scores > 0).any()),
+        )
 
     def contributions(self, threshold: float = 2.0) -> Tensor:
         """What each sample adds, for sums over groups of samples [N], float32: the scores in units
@@ -470,7 +472,7 @@ class Attribution:
             "method": self.method,
             "damping": self.damping,
             "steps": self.steps,
-            "strength": self.strength if self.strength == self.strength else None,
+            "strength": None if math.isnan(self.strength) else self.strength,
             "samples": [
                 {
                     "rank": record.rank,
@@ -501,9 +503,17 @@ class Attribution:
         Raises:
             ReportError: no such column, or the file cannot be written.
         """
+        # The page is made of results: this is the one import upward, for whoever has a result.
         from ctrak_lightning.report import write_report
 
         write_report(path, self, group=group)
+
+
+def _picture(pixels: Tensor | None, size: int) -> str:
+    if pixels is None:
+        return ""
+    uri = png_uri(pixels, _PIXELS)
+    return f'<img src="{uri}" width="{size}" style="image-rendering: pixelated">'
 
 
 def _checked(threshold: float) -> float:

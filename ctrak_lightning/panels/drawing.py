@@ -89,13 +89,6 @@ def _shape(letter: str) -> tuple[tuple[int, int], bytes]:
     return mask.size, bytes(mask)
 
 
-def picture(pixels: Tensor) -> Image.Image:
-    """A float image [3, H, W] in [0, 1], or a uint8 thumbnail [h, w, 3], as a Pillow image."""
-    if pixels.dtype != torch.uint8:
-        pixels = pixels.nan_to_num().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0)
-    return Image.fromarray(pixels.contiguous().cpu().numpy())
-
-
 def fitted(image: Image.Image, side: int) -> Image.Image:
     """The image with no side longer than ``side``: enlarged by a whole factor without
     interpolation, so that every pixel stays a square of one colour, or reduced smoothly."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 from ctrak_lightning.attribution import Attribution, Record
-from ctrak_lightning.panels.drawing import fitted, font, picture, shortened, wrapped
+from ctrak_lightning.panels.drawing import fitted, font, shortened, wrapped
 from ctrak_lightning.panels.tables import CAPTION, described
 from ctrak_lightning.panels.watch import Answer, Shown
+from ctrak_lightning.utilities.images import picture
 
 CELL, GENERATED, COLUMNS = 128, 272, 4
 MARGIN, GUTTER, PITCH = 24, 36, 154

@@ -69,7 +69,7 @@ class Watch:
         self.concepts = list(concepts)
         self.seed = seed
         self.sampler = sampler
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def ask(
         self,
@@ -101,7 +101,7 @@ class Watch:
                     store, module, task=task, method=method, sampler=self.sampler, record=False
                 )
                 answers = self._answers(attributor)
-        self._tell_unlearnt(answers)
+        self._warn_of_unlearnt(answers)
         return store, answers
 
     def _answers(self, attributor: Attributor) -> list[Answer]:
@@ -118,16 +118,16 @@ class Watch:
         except GradientError as error:
             return Answer(concept, None, str(error))
 
-    def _tell_unlearnt(self, answers: Sequence[Answer]) -> None:
+    def _warn_of_unlearnt(self, answers: Sequence[Answer]) -> None:
         found = [
-            a.concept.name for a in answers if a.says_nothing and a.concept.name not in self._told
+            a.concept.name for a in answers if a.says_nothing and a.concept.name not in self._warned
         ]
-        self._told.update(found)
+        self._warned.update(found)
         if found:
             warnings.warn(
                 "The rankings of these concepts say nothing so far: "
                 f"{', '.join(map(visible, found))}. Their panels say why. HINT: wait for later "
-                "checkpoints, and look at the generated images. Told once for each concept.",
+                "checkpoints, and look at the generated images. Warned once for each concept.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -135,7 +135,7 @@ class Watch:
 
 @contextmanager
 def _without_repetition() -> Iterator[None]:
-    """Leaves out what would be told anew at every checkpoint, and is shown in the panels or told
+    """Leaves out warnings that would come at every checkpoint, and are shown in the panels or
     elsewhere."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "damping='agreement' compares checkpoints", UserWarning)

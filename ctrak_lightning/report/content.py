@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ctrak_lightning.attribution.result import NEVER, Attribution
 from ctrak_lightning.errors import ReportError, metadata_heads
 from ctrak_lightning.store import SampleTable
 from ctrak_lightning.tasks import Spec
+from ctrak_lightning.utilities.images import png_uri
 
 MOST = 1000
 """Characters of a value that a page shows."""
@@ -63,28 +61,8 @@ def spec_text(spec: Spec) -> str:
     return shown(spec)
 
 
-GENERATED = 768
 THUMBNAIL = 128
-"""Longest sides, in pixels, that a page holds."""
-
-
-def png_uri(image: Tensor, longest: int) -> str:
-    """An image, float [3, H, W] in [0, 1] or uint8 [H, W, 3], as a data URI; scaled down if a side
-    is longer than ``longest``."""
-    if image.is_floating_point():
-        image = (
-            image.detach().cpu().nan_to_num().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0)
-        )
-    picture = Image.fromarray(image.contiguous().numpy())
-    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def generated_uri(image: Tensor | None) -> str | None:
-    """The generated image [3, H, W], or None where there is none."""
-    return None if image is None else png_uri(image, GENERATED)
+"""Longest side, in pixels, that a page holds."""
 
 
 class Thumbnails:
@@ -102,7 +80,7 @@ class Thumbnails:
         return self._images is None
 
     def uri(self, sample: int) -> str | None:
-        """The thumbnail of the sample at a position in the data set."""
+        """The thumbnail of the sample at a position in the data set; None where there is none."""
         index = self.index(sample)
         return None if index is None else self.uris[index]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -11,17 +10,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from torch import Tensor
 
 from ctrak_lightning.attribution.concept import Concept
-from ctrak_lightning.attribution.diagnostics import BLIND, STILL, UNSTABLE, UNTOLD, Confidence
+from ctrak_lightning.attribution.diagnostics import BLIND, INDISTINCT, STILL, UNSTABLE, Confidence
 from ctrak_lightning.attribution.result import Attribution
 from ctrak_lightning.capture.trace import FAINT
-from ctrak_lightning.errors import CorruptStoreError, ReportError
+from ctrak_lightning.errors import CorruptStoreError, ReportError, StoreError
 from ctrak_lightning.provenance import ledger_summary
 from ctrak_lightning.report.content import (
     BEST,
@@ -31,7 +29,6 @@ from ctrak_lightning.report.content import (
     Columns,
     Ranking,
     Thumbnails,
-    generated_uri,
     link,
     page_data,
     ranking,
@@ -48,7 +45,11 @@ from ctrak_lightning.report.figures import (
     share_rows,
 )
 from ctrak_lightning.store.facts import provenance_facts
+from ctrak_lightning.store.files import write_atomically
+from ctrak_lightning.utilities.images import png_uri
 
+GENERATED = 768
+"""Longest side, in pixels, of the image that is asked about."""
 CARDS, OPPONENTS = 12, 6
 SHARES = 15
 """Groups with a row of their own; the others are summed up in one sentence."""
@@ -112,14 +113,25 @@ def write_report(
             ``artist``, else none.
 
     Raises:
-        ReportError: nothing to report, results that do not belong together, no such column, or the
+        ReportError: nothing to report, results of different images or stores, no such column, or the
             file cannot be written.
         CorruptStoreError: the store is damaged.
     """
     several = [attributions] if isinstance(attributions, Attribution) else list(attributions)
-    _check_together(several)
+    _check_alike(several)
     check_path(path)
-    _write(Path(path), _render(several, Columns.of(list(several[0].samples.metadata), group)))
+    text = _render(several, Columns.of(list(several[0].samples.metadata), group))
+
+    def fill(new: Path) -> None:
+        new.write_text(text, encoding="utf-8", newline="\n")
+
+    try:
+        write_atomically(Path(path), fill)
+    except StoreError as error:
+        raise ReportError(
+            f"{path} cannot be written ({error.__cause__}). HINT: name a file in a folder that "
+            "exists and that this user may write to."
+        ) from error
 
 
 def check_path(path: str | Path) -> None:
@@ -167,8 +179,8 @@ def _render(attributions: Sequence[Attribution], columns: Columns) -> str:
         data=page_data(attributions, rankings, columns, thumbnails),
         sections=sections,
         columns=columns,
-        image=generated_uri(first.image),
-        asked_of=_asked_of(first.concept),
+        image=None if first.image is None else png_uri(first.image, GENERATED),
+        asked_of=first.concept.kind,
         is_small=first.image is not None and max(first.image.shape[-2:]) <= 128,
         has_thumbnails=not thumbnails.missing,
         prompt=spec_text(_sides(first.concept).present),
@@ -183,7 +195,7 @@ def _render(attributions: Sequence[Attribution], columns: Columns) -> str:
             "blind": BLIND,
             "still": STILL,
             "unstable": UNSTABLE,
-            "untold": UNTOLD,
+            "indistinct": INDISTINCT,
         },
         weighted=first.weights is not None,
         facts=_facts(first),
@@ -284,7 +296,7 @@ def _facts(attribution: Attribution) -> dict[str, str]:
     return {shown(name): shown(value) for name, value in facts.items()}
 
 
-def _check_together(attributions: Sequence[Attribution]) -> None:
+def _check_alike(attributions: Sequence[Attribution]) -> None:
     if not attributions:
         raise ReportError("write_report([]): expected at least one attribution.")
     for each in attributions:
@@ -320,30 +332,9 @@ def _of_image(concept: Concept) -> Any:
     return concept.name if concept.image is None else concept.to_dict().get("image")
 
 
-def _asked_of(concept: Concept) -> Literal["generated", "given", "global"]:
-    if concept.image is None:
-        return "global"
-    return "given" if isinstance(concept.image, Tensor) else "generated"
-
-
 def _sides(concept: Concept) -> Concept:
     """The two conditions that were asked."""
     return concept.isolated() if concept.image is None else concept
-
-
-def _write(path: Path, text: str) -> None:
-    """The file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ReportError(
-            f"{path} cannot be written ({error}). HINT: name a file in a folder that exists and "
-            "that this user may write to."
-        ) from error
 
 
 def _asset(name: str) -> str:

@@ -165,7 +165,8 @@ def test_running_means_are_stored_and_taken_on_and_given_back(
     # With the means of the last checkpoint at both, the answer is another one.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "ctrak_lightning.attribution.checkpoint_model.refuse_another_function", lambda *args: None
+            "ctrak_lightning.attribution.checkpoint_model.refuse_another_function",
+            lambda *args: None,
         )
         patch.setattr(Checkpoint, "buffers", lambda self: {"denoiser.norm.running_mean": means[1]})
         wrong = Attributor(path, fresh, sampler=SAMPLER).attribute(RED)

@@ -18,11 +18,11 @@ from ctrak_lightning.attribution import diagnostics
 from ctrak_lightning.attribution.attributions import Attributions
 from ctrak_lightning.attribution.diagnostics import (
     BLIND,
+    INDISTINCT,
     NOT_LEARNT,
     NOT_SHOWN,
     STILL,
     UNSTABLE,
-    UNTOLD,
     SelfCheck,
     neighbours,
 )
@@ -127,7 +127,10 @@ def test_each_check_on_either_side_of_its_threshold(
 
 def test_the_share_of_the_self_check_and_the_agreement_have_thresholds_of_their_own() -> None:
     asked = 100
-    for first, doubted in ((round(UNTOLD * asked) - 1, True), (round(UNTOLD * asked), False)):
+    for first, doubted in (
+        (round(INDISTINCT * asked) - 1, True),
+        (round(INDISTINCT * asked), False),
+    ):
         assert bool(diagnostics._unshown(None, SelfCheck(first, asked), None)) is doubted
     assert diagnostics._unshown(None, None, UNSTABLE - 1e-6)
     assert not diagnostics._unshown(None, None, UNSTABLE)

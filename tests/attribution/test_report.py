@@ -19,11 +19,11 @@ from ctrak_lightning import Attribution, Attributor, TraceStore
 from ctrak_lightning.attribution.diagnostics import (
     ASKED,
     BLIND,
+    INDISTINCT,
     NOT_LEARNT,
     NOT_SHOWN,
     STILL,
     UNSTABLE,
-    UNTOLD,
     stability,
 )
 from ctrak_lightning.capture.trace import FAINT
@@ -489,7 +489,7 @@ def test_the_docs_state_the_limits_that_are_used() -> None:
         f"| above {BLIND:g} | not learnt",
         f"| below {STILL:g} | nothing learnt in between",
         f"| below {UNSTABLE:g} | the ranking is another one",
-        {0.5: "| fewer than half | the traces hardly tell"}[UNTOLD],
+        {0.5: "| fewer than half | the traces hardly tell"}[INDISTINCT],
         NOT_LEARNT,
         NOT_SHOWN,
         f"up to {ASKED} stored traces",
@@ -547,7 +547,7 @@ def test_a_write_that_fails_leaves_the_old_page_and_nothing_else(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ctrak_lightning.report.page.os.replace", full)
+    monkeypatch.setattr("ctrak_lightning.store.files.os.replace", full)
     with pytest.raises(ReportError, match="No space left.*HINT"):
         random_result(6).report(tmp_path / "report.html")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
