@@ -18,7 +18,7 @@ from ctrak_lightning.attribution.checkpoint_model import (
 )
 from ctrak_lightning.attribution.concept import Concept, check_known
 from ctrak_lightning.attribution.generation import Generator
-from ctrak_lightning.attribution.parts import Parts, score_parts
+from ctrak_lightning.attribution.parts import score_parts
 from ctrak_lightning.attribution.queries import Given, Query, QueryGradients, assembled
 from ctrak_lightning.attribution.result import Attribution, Record
 from ctrak_lightning.attribution.scoring import chosen_scores, exposures_at
@@ -260,8 +260,16 @@ class Attributor:
         )
         weights = ensemble_of(used.ensemble).weights(self.store.checkpoints)
         exposures = exposures_at(self.store.checkpoints)
-        each = (
-            Attribution(
+        results = []
+        for i, concept in enumerate(query.concepts):
+            parts = None
+            if query.parts is not None:
+                parts = score_parts(
+                    *(query.parts[i], self.store.checkpoints, scores[:, i], dampings[i]),
+                    residual=used.residual,
+                    weights=weights,
+                )
+            found = Attribution(
                 concept=concept,
                 seed=query.seeds[i],
                 checkpoint_scores=scores[:, i].clone(),
@@ -272,16 +280,14 @@ class Attributor:
                 image=None if query.images is None else query.images[i],
                 damping=dampings[i],
                 weights=weights,
-                parts=self._parts(query, i, scores[:, i], dampings[i], used, weights),
+                parts=parts,
                 exposures=exposures,
                 store=self.store,
             )
-            for i, concept in enumerate(query.concepts)
-        )
-        results = Attributions(each, cosines_of(query.features))
+            results.append(found)
         answers = ((result.samples.sample_ids, result.scores.tolist()) for result in results)
         self._note(query, methods, dampings, answers, "all")
-        return results
+        return Attributions(results, cosines_of(query.features))
 
     def top(
         self,
@@ -333,11 +339,9 @@ class Attributor:
                     samples.metadata_of(i),
                     None if exposures is None else int(exposures[position]),
                 )
-                for rank, (i, position, score) in enumerate(
-                    zip(rows, places, scores, strict=True), start=1
-                )
+                for rank, (i, position, score) in enumerate(zip(*one, strict=True), start=1)
             ]
-            for rows, places, scores in zip(
+            for one in zip(
                 where.tolist(), found.positions.tolist(), found.scores.tolist(), strict=True
             )
         ]
@@ -401,22 +405,6 @@ class Attributor:
                 steps=[checkpoint.step for checkpoint in self.store.checkpoints],
                 samples=samples,
             )
-
-    def _parts(
-        self,
-        query: Query,
-        i: int,
-        scores: Tensor,
-        damping: float | None,
-        method: Method,
-        weights: Sequence[float] | None,
-    ) -> Parts | None:
-        if query.parts is None:
-            return None
-        checkpoints = self.store.checkpoints
-        return score_parts(
-            query.parts[i], checkpoints, scores, damping, residual=method.residual, weights=weights
-        )
 
 
 def _methods(query: Query, used: Method) -> list[Method]:

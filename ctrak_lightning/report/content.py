@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ctrak_lightning.attribution.result import NEVER, Attribution
 from ctrak_lightning.errors import ReportError, metadata_heads
-from ctrak_lightning.store import SampleTable
 from ctrak_lightning.tasks import Spec
 from ctrak_lightning.utilities.images import png_uri
 
@@ -199,7 +198,7 @@ def page_data(
     return {
         "ids": [shown(table.sample_ids[sample]) for sample in used],
         "columns": [
-            _column(table, name, head, used, name in columns.links)
+            _coded(head, [table.metadata[name][i] for i in used], name in columns.links)
             for name, head in zip(columns.names, metadata_heads(columns.names, _OURS), strict=True)
         ]
         + _exposures(attributions[0], used),
@@ -216,13 +215,6 @@ def page_data(
     }
 
 
-def _column(
-    table: SampleTable, name: str, head: str, used: Sequence[int], links: bool
-) -> dict[str, Any]:
-    """A metadata column under its ``head``; ``links`` says which of its values may become one."""
-    return _coded(head, [table.metadata[name][sample] for sample in used], links)
-
-
 def _exposures(attribution: Attribution, used: Sequence[int]) -> list[dict[str, Any]]:
     """How often each sample had entered an optimizer step, as a column, if that is known."""
     if attribution.exposures is None:
@@ -233,7 +225,7 @@ def _exposures(attribution: Attribution, used: Sequence[int]) -> list[dict[str, 
 
 
 def _coded(head: str, values: Sequence[str], links: bool) -> dict[str, Any]:
-    """A column, equal values once."""
+    """A column, equal values once; ``links`` says which of its values may become one."""
     codes = {value: code for code, value in enumerate(dict.fromkeys(values))}
     return {
         "name": shown(head),
