@@ -371,7 +371,7 @@ class Attributor:
             latents: of the images.
             guidance: classifier-free guidance scale, instead of the sampler's. Guidance doubles the
                 cost and adds up errors (Mokady et al. 2023, arXiv 2211.09794), and ranked no better
-                (``recipes/emoji_artists/results/inversion.md``).
+                (``recipes/benchmarks/results/inversion.md``).
 
         Raises:
             InversionError: the schedule cannot be inverted.

@@ -32,8 +32,8 @@ class DampingRule(Recorded, ABC):
 
     A damping is relative to the mean eigenvalue of the traces' kernel; None leaves the kernel out.
     A rule of the whole run has a :meth:`grid` of one damping, found from the checkpoints; a rule of
-    each question has several, and :meth:`choose`. A rule of one's own is a frozen dataclass, and
-    serves as ``Method(damping=MyRule())``.
+    each question has several, and :meth:`choose`. Both are called whenever questions are scored. A
+    rule of one's own is a frozen dataclass, and serves as ``Method(damping=MyRule())``.
     """
 
     @abstractmethod

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning import Attributor, Sampler
-from ctrak_lightning.attribution.query import Query
+from ctrak_lightning.attribution.queries import Query
 from ctrak_lightning.metrics import spearman
 
 from ..emoji_artists.data import KINDS, EmojiArtists

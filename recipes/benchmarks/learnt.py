@@ -25,10 +25,10 @@ from torch.utils.data import default_collate
 from ctrak_lightning import Attribution, Attributor, Concept, Sampler, methods
 from ctrak_lightning.attribution.diagnostics import (
     BLIND,
+    INDISTINCT,
     LOOKED_AT,
     STILL,
     UNSTABLE,
-    UNTOLD,
     beside,
     is_noise,
     self_check,
@@ -77,7 +77,7 @@ CHECKS: dict[str, Callable[[Row], bool]] = {
     f"strength < {FAINT:g}": lambda row: row["strength"] < FAINT,
     f"loss > {BLIND:g}": lambda row: row["loss"] > BLIND,
     f"losses moved by < {STILL:g}": lambda row: row["moved"] < STILL,
-    f"self-check < {UNTOLD:g}": lambda row: row["self_check"] < UNTOLD,
+    f"self-check < {INDISTINCT:g}": lambda row: row["self_check"] < INDISTINCT,
     f"agreement < {UNSTABLE:g}": lambda row: (
         row["stability"] is not None and row["stability"] < UNSTABLE
     ),

@@ -27,7 +27,7 @@ from ctrak_lightning.attribution.diagnostics import (
     neighbours,
 )
 from ctrak_lightning.capture.trace import FAINT
-from ctrak_lightning.cli import info
+from ctrak_lightning.cli import main
 from ctrak_lightning.cli.attribute import _print_result
 from ctrak_lightning.store import TraceWriter
 
@@ -81,7 +81,7 @@ def test_only_what_was_trained_on_is_examined(
     assert found.loss == pytest.approx(float(kept.mean()))
     assert found.moved == pytest.approx(0.1)
     assert found.stability == pytest.approx(-1)
-    info.run([str(tmp_path)])
+    main(["info", str(tmp_path)])
     assert capsys.readouterr().out.count(f"mean loss {float(kept.mean()):.4f}") == 1
 
 
