@@ -95,7 +95,6 @@ def bootstrapped_shares(
 
 
 _ROWS = 10
-_PIXELS = 768
 _LOOK = (
     "Look at the generated image and at `.confidence` first: if the concept is not learnt, the "
     "ranking says nothing."
@@ -188,10 +187,10 @@ class Attribution:
         table = ""
         for row, pixels in zip_longest(self._rows(), [None, *shown]):
             cells = "".join(f"<td>{escape(visible(cell))}</td>" for cell in row)
-            table += f"<tr><td>{_picture(pixels, 48)}</td>{cells}</tr>"
+            table += f"<tr><td>{_picture(pixels, 48, longest=128)}</td>{cells}</tr>"
         return (
             f"<p><b>{escape(self._title())}</b><br>{escape(self._trust())}</p>"
-            f"{_picture(self.image, 128)}<table>{table}</table>"
+            f"{_picture(self.image, 128, longest=768)}<table>{table}</table>"
         )
 
     def _rows(self) -> list[list[str]]:
@@ -509,11 +508,11 @@ class Attribution:
         write_report(path, self, group=group)
 
 
-def _picture(pixels: Tensor | None, size: int) -> str:
+def _picture(pixels: Tensor | None, width: int, longest: int) -> str:
     if pixels is None:
         return ""
-    uri = png_uri(pixels, _PIXELS)
-    return f'<img src="{uri}" width="{size}" style="image-rendering: pixelated">'
+    uri = png_uri(pixels, longest)
+    return f'<img src="{uri}" width="{width}" style="image-rendering: pixelated">'
 
 
 def _checked(threshold: float) -> float:

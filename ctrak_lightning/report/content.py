@@ -73,11 +73,6 @@ class Thumbnails:
         self._index_of_uri: dict[str, int] = {}
         self._index_of_sample: dict[int, int] = {}
 
-    @property
-    def missing(self) -> bool:
-        """Whether the store has none."""
-        return self._images is None
-
     def uri(self, sample: int) -> str | None:
         """The thumbnail of the sample at a position in the data set; None where there is none."""
         index = self.index(sample)

@@ -182,7 +182,7 @@ def _render(attributions: Sequence[Attribution], columns: Columns) -> str:
         image=None if first.image is None else png_uri(first.image, GENERATED),
         asked_of=first.concept.kind,
         is_small=first.image is not None and max(first.image.shape[-2:]) <= 128,
-        has_thumbnails=not thumbnails.missing,
+        has_thumbnails=first.samples.thumbnails is not None,
         prompt=spec_text(_sides(first.concept).present),
         seed=first.seed,
         samples=len(first.samples),
