@@ -27,7 +27,7 @@ from ctrak_lightning.methods.damping import Damping, rule_of
 from ctrak_lightning.methods.ensembles import ensemble_of
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import Generation, Sampler
-from ctrak_lightning.provenance.forgetting import QueryLog
+from ctrak_lightning.provenance.recording import QueryLog
 from ctrak_lightning.store import TraceStore
 from ctrak_lightning.tasks import DiffusersTask, DiffusionTask, Spec, in_own_precision, resolve_task
 from ctrak_lightning.utilities.memory import RowLimit

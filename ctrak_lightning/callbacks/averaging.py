@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 
+from ctrak_lightning.callbacks.settings import callbacks_of
 from ctrak_lightning.errors import StoreError
 from ctrak_lightning.model.frozen import changing_buffers
 from ctrak_lightning.model.weights import loaded, tensors_of
@@ -23,21 +24,16 @@ KINDS: tuple[type[Callback], ...] = tuple(
 
 def averaging_of(trainer: L.Trainer) -> Callback | None:
     """The Trainer's weight-averaging callback, if it has one."""
-    return next((one for one in _callbacks(trainer) if isinstance(one, KINDS)), None)
+    return next((one for one in callbacks_of(trainer) if isinstance(one, KINDS)), None)
 
 
 @contextmanager
 def averaged(
     trainer: L.Trainer, pl_module: L.LightningModule, trained: Sequence[str]
 ) -> Iterator[None]:
-    """Lends the module the averaged weights, also where the callback has put them into it already;
-    on exit it has its own again.
-
-    Args:
-        trainer: of the run.
-        pl_module: what trains.
-        trained: names of its parameters that train; of the others an average is only a rounding
-            away.
+    """Puts the averaged weights into the module, also where the callback has put them into it
+    already; on exit it has its own again. Of parameters that are not ``trained`` an average is only
+    a rounding away.
 
     Raises:
         StoreError: nothing has been averaged yet.
@@ -60,14 +56,15 @@ def averaged(
 def put_first(trainer: L.Trainer, callback: Callback) -> list[Callback]:
     """Makes ``callback`` the first to be called from the next hook on: when training ends, others
     may put averaged weights into the module. Returns the order of before."""
-    before = _callbacks(trainer)
-    trainer.callbacks = [callback, *(one for one in before if one is not callback)]  # type: ignore[attr-defined]
+    before = callbacks_of(trainer)
+    others = [one for one in before if one is not callback]
+    trainer.callbacks = [callback, *others]  # type: ignore[attr-defined]
     return before
 
 
 def put_back(trainer: L.Trainer, callback: Callback, before: list[Callback]) -> None:
     """Undoes :func:`put_first`, unless the callbacks are others by now."""
-    now = _callbacks(trainer)
+    now = callbacks_of(trainer)
     if len(now) == len(before) and now and now[0] is callback:
         trainer.callbacks = before  # type: ignore[attr-defined]
 
@@ -85,9 +82,5 @@ def has_replaced(trainer: L.Trainer) -> bool:
 
 
 def _stochastic_ends(trainer: L.Trainer) -> list[int]:
-    found = [one for one in _callbacks(trainer) if isinstance(one, StochasticWeightAveraging)]
+    found = [one for one in callbacks_of(trainer) if isinstance(one, StochasticWeightAveraging)]
     return [one.swa_end for one in found if one._model_contains_batch_norm and one.swa_end >= 0]
-
-
-def _callbacks(trainer: L.Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]

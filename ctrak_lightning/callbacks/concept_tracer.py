@@ -1,11 +1,10 @@
 """ConceptTracer: keeps a trace of every training sample while a diffusion model is fine-tuned."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -18,25 +17,26 @@ from typing_extensions import override
 
 from ctrak_lightning import methods
 from ctrak_lightning.callbacks import averaging
+from ctrak_lightning.callbacks.resuming import Memory
 from ctrak_lightning.callbacks.settings import (
-    grad_scaler,
+    Mode,
+    OnError,
+    TraceSettings,
     in_precision_of,
-    loss_scale,
-    refuse_what_inline_cannot_trace,
+    is_dry_run,
+    refuse_untraceable_steps,
+    require_at_least_one,
+    require_one_of,
 )
-from ctrak_lightning.callbacks.traced_run import Memory, TracedRun
-from ctrak_lightning.capture.inline import InlineCapture
+from ctrak_lightning.callbacks.traced_run import TracedRun
 from ctrak_lightning.capture.trial import Question
 from ctrak_lightning.errors import ProcessLostError, TaskError
 from ctrak_lightning.gradients import Projection
 from ctrak_lightning.methods.method import Method
-from ctrak_lightning.methods.trajectories import InTraining
 from ctrak_lightning.model.traced_model import Weights
 from ctrak_lightning.store.files import TEMPORARY_SUFFIX
+from ctrak_lightning.store.formats import RowDtype
 from ctrak_lightning.tasks import DiffusersTask, DiffusionTask, resolve_task
-
-Mode = Literal["capture", "inline"]
-OnError = Literal["raise", "warn"]
 
 
 class ConceptTracer(Callback):
@@ -53,7 +53,7 @@ class ConceptTracer(Callback):
 
     The store is opened by the first training batch, when whatever freezes or unfreezes weights as
     training starts has done so. Two samples are then traced on trial, as a capture will
-    (``docs/attach.md``): what does not fit is told before the first step, and not at the first
+    (``docs/attach.md``): what does not fit raises before the first step, and not at the first
     checkpoint.
 
     Args:
@@ -89,11 +89,11 @@ class ConceptTracer(Callback):
         on_error: what becomes of training when a checkpoint cannot be traced: the disk is full, an
             image is broken, ``encode`` or the network raises, a gradient is not finite, memory runs
             out. ``"warn"``, the default: days of training are worth more than one checkpoint's
-            traces, so training goes on as if the callback were not there; the first failure is told
-            at once and all steps without a trace when training ends, and the next checkpoint is
-            tried again. ``"raise"`` stops training with the error, where a gap in the record is
-            worse than a lost run. What was sealed before stays either way. What does not fit when
-            training starts always raises, and so does the loss of another process.
+            traces, so training goes on as if the callback were not there; a warning names the first
+            failure at once and all steps without a trace when training ends, and the next
+            checkpoint is tried again. ``"raise"`` stops training with the error, where a gap in the
+            record is worse than a lost run. What was sealed before stays either way. What does not
+            fit when training starts always raises, and so does the loss of another process.
         loader: where the Trainer has several training loaders (a dict or list of them, a
             CombinedLoader), the name or the position of the one whose samples are traced.
 
@@ -136,45 +136,28 @@ class ConceptTracer(Callback):
         rank: int = 16,
         dim: int | None = 2048,
         batch_size: int | None = None,
-        dtype: Literal["float32", "float16", "int8"] = "float32",
+        dtype: RowDtype = "float32",
         thumbnails: bool = True,
         seed: int = 0,
         on_error: OnError = "warn",
         loader: str | int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {
-            "every_n_epochs": every_n_epochs,
-            "every_n_train_steps": every_n_train_steps,
-            "batch_size": batch_size,
-        }.items():
-            if value is not None and value < 1:
-                raise MisconfigurationException(
-                    f"`ConceptTracer({name}={value})`: expected an integer >= 1, or None. HINT: "
-                    "leave it out to switch it off."
-                )
+        require_at_least_one("every_n_epochs", every_n_epochs)
+        require_at_least_one("every_n_train_steps", every_n_train_steps)
         own_rule = type(self).should_trace is not ConceptTracer.should_trace
         if every_n_epochs is None and every_n_train_steps is None and not at_end and not own_rule:
             raise MisconfigurationException(
                 "`ConceptTracer(at_end=False)` without every_n_epochs and every_n_train_steps "
                 "would never trace. HINT: set one of the three, or override should_trace."
             )
-        if on_error not in get_args(OnError):
-            raise MisconfigurationException(
-                f"`ConceptTracer(on_error={on_error!r})`: expected one of {get_args(OnError)}. "
-                "HINT: 'warn' lets training go on when a trace cannot be stored."
-            )
-        if mode not in get_args(Mode):
-            raise MisconfigurationException(
-                f"`ConceptTracer(mode={mode!r})`: expected one of {get_args(Mode)}. HINT: "
-                "'capture' is the default."
-            )
-        if weights not in get_args(Weights) or (weights == "ema" and mode == "inline"):
-            raise MisconfigurationException(
-                f"`ConceptTracer(weights={weights!r}, mode={mode!r})`: expected one of "
-                f"{get_args(Weights)}, and 'raw' in mode 'inline', whose traces are of the "
-                "training steps themselves. HINT: mode='capture' traces averaged weights."
-            )
+        require_one_of(
+            "ConceptTracer",
+            "on_error",
+            on_error,
+            get_args(OnError),
+            "'warn' lets training go on when a trace cannot be stored.",
+        )
         if method is None:
             method = "inline_trak" if mode == "inline" else "concept_trak"
         try:
@@ -182,35 +165,28 @@ class ConceptTracer(Callback):
             self.projection = Projection(rank=rank, dim=dim, seed=seed)
         except ValueError as error:
             raise MisconfigurationException(f"`ConceptTracer`: {error}") from error
-        inline_method = isinstance(self.method.training_trajectory, InTraining)
-        if inline_method != (mode == "inline"):
-            raise MisconfigurationException(
-                f"`ConceptTracer(method={self.method.name!r}, mode={mode!r})`: the method's traces "
-                f"are on {self.method.training_trajectory}. HINT: InTraining() goes with "
-                "mode='inline', as in methods.inline_trak(), and every other trajectory with "
-                "mode='capture'."
-            )
-        self.task = task
-        self.mode = mode
-        self.weights = weights
-        self.dirpath = str(dirpath)
-        self.every_n_epochs = every_n_epochs
-        self.every_n_train_steps = every_n_train_steps
-        self.at_end = at_end
+        self.dirpath, self.mode, self.task = str(dirpath), mode, task
         self.layers = None if layers is None else list(layers)
-        self.batch_size = batch_size
-        self.dtype = dtype
-        self.thumbnails = thumbnails
-        self.seed = seed
-        self.on_error = on_error
-        self.loader = loader
-        self.questions: tuple[Question, ...] = ()
-        """Those that are taken into the trial, by :meth:`add_to_trial`."""
+        self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
+        self.at_end, self.on_error = at_end, on_error
+        self._settings = TraceSettings(
+            dirpath=self.dirpath,
+            method=self.method,
+            projection=self.projection,
+            mode=mode,
+            weights=weights,
+            layers=self.layers,
+            batch_size=batch_size,
+            dtype=dtype,
+            thumbnails=thumbnails,
+            seed=seed,
+            loader=loader,
+        )
+        self._questions: tuple[Question, ...] = ()
         self._listeners: list[Callable[[L.Trainer], None]] = []
         self._run: TracedRun | None = None
         self._memory = Memory()
         self._untraced: dict[int, int] = {}  # step: epoch
-        self._has_told_dropped = False
         self.untraced_steps: list[int] = []
         """Steps of this run that have no trace because it could not be stored, known when training
         ends."""
@@ -228,7 +204,7 @@ class ConceptTracer(Callback):
 
     def add_to_trial(self, questions: Sequence[Question]) -> None:
         """Takes questions into the trial when training starts, in place of those named before."""
-        self.questions = tuple(questions)
+        self._questions = tuple(questions)
 
     def should_trace(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Whether to trace now. Called with ``step_idx`` after an optimizer step (the count of
@@ -243,21 +219,18 @@ class ConceptTracer(Callback):
     @property
     @override
     def state_key(self) -> str:
+        """Of this tracer's part of a checkpoint, by its folder: a Trainer may have several."""
         return self._generate_state_key(dirpath=self.dirpath)
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or _skipped(trainer):
+        """Refuses, before anything is loaded, a strategy that shards layers, a module that is no
+        DiffusionTask, and a folder that cannot be written."""
+        if stage != "fit" or is_dry_run(trainer):
             return
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-            raise MisconfigurationException(
-                f"`ConceptTracer` cannot trace under {type(trainer.strategy).__name__}: no process "
-                "holds the whole of a layer. HINT: use DDP or a single device; LoRA makes most "
-                "models fit."
-            )
-        goes_on = (
-            trainer.fit_loop.epoch_loop.batch_progress.total.ready > 0
-        )  # the same Trainer, with another `fit`
+        _refuse_sharding(trainer)
+        # The same Trainer, with another `fit`.
+        goes_on = trainer.fit_loop.epoch_loop.batch_progress.total.ready > 0
         self._memory = replace(self._memory, is_resumed=False) if goes_on else Memory()
         # A module may build its networks in its own `setup` or `configure_model`, which come after
         # this.
@@ -265,62 +238,66 @@ class ConceptTracer(Callback):
             model_helpers.is_overridden(hook, pl_module) for hook in ("setup", "configure_model")
         ):
             self._task_of(pl_module)
-        _check_writable(self.dirpath)
+        _refuse_unwritable(self.dirpath)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if _skipped(trainer):
+        """Refuses what the weights or the mode that were asked for cannot be traced with: by now
+        the module has built its networks, and the Trainer has all of its callbacks."""
+        if is_dry_run(trainer):
             return
         task = self._task_of(pl_module)
-        if self.weights == "ema" and averaging.averaging_of(trainer) is None:
+        if self._settings.weights == "ema" and averaging.averaging_of(trainer) is None:
             raise MisconfigurationException(
                 '`ConceptTracer(weights="ema")`: the Trainer has no weight-averaging callback. '
                 f"HINT: attach one of {[kind.__name__ for kind in averaging.KINDS]}; an average "
                 "that the module keeps itself is not known here."
             )
         if self.mode == "inline":
-            refuse_what_inline_cannot_trace(trainer, pl_module, task.denoiser)
+            refuse_untraceable_steps(trainer, pl_module, task.denoiser)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if _skipped(trainer):
-            return
-        self._untraced, self.untraced_steps, self._has_told_dropped = {}, [], False
-        task = in_precision_of(trainer, self._task_of(pl_module))
-        self._run = TracedRun(self, trainer, pl_module, task, self._memory)
+        """Takes the lock of the folder, so that no other run writes to it while this one loads its
+        data, and begins to count steps."""
+        if not is_dry_run(trainer):
+            self._untraced, self.untraced_steps = {}, []
+            self._run = TracedRun(
+                self._settings,
+                trainer,
+                pl_module,
+                in_precision_of(trainer, self._task_of(pl_module)),
+                self._memory,
+                callback=self,
+                questions=self._questions,
+                on_error=self.on_error,
+            )
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._run is None:
-            return
-        self._begin(self._run)
-        with self._following(trainer) as inline:
-            if inline is not None:
-                inline.begin_step(self._run.loader.part(batch))
-        if self._run.exposures is not None:
-            self._run.exposures.begin(batch)
+        """Opens the store at the first batch, when all that freezes or loads weights as training
+        starts has done so; notes the samples of every batch before the step can change it."""
+        if self._run is not None:
+            self._begin(self._run)
+            self._run.begin_batch(batch)
 
     @override
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
-        with self._following(trainer) as inline:
-            if inline is not None:
-                inline.before_backward(loss)
-        if self._run is not None and self._run.exposures is not None:
-            self._run.exposures.backward()
+        """Inline, connects what the forward pass recorded with the loss; counts the batch for the
+        next step."""
+        if self._run is not None:
+            self._run.before_backward(loss)
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with self._following(trainer) as inline:
-            if inline is not None:
-                inline.after_backward(
-                    step=trainer.global_step,
-                    loss_scale=loss_scale(trainer),
-                    skip_not_finite=grad_scaler(trainer) is not None,
-                )
+        """Inline, takes every sample's part of the gradients, before they are clipped or
+        cleared."""
+        if self._run is not None:
+            self._run.after_backward()
 
     @override
     def on_train_batch_end(
@@ -331,63 +308,55 @@ class ConceptTracer(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if self._run is None:
-            return
-        if self._run.exposures is not None:
-            self._run.exposures.end()
-        # Under gradient accumulation this hook fires per micro-batch; only a finished optimizer
-        # step counts.
-        if any(self.should_trace(step_idx=step) for step in self._run.steps_taken()):
-            self._trace(trainer)
+        """Traces where :meth:`should_trace` says so of an optimizer step; a micro-batch of an
+        accumulation has none."""
+        if self._run is not None:
+            taken = self._run.end_batch()
+            if any(self.should_trace(step_idx=step) for step in taken):
+                self._trace(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if _skipped(trainer):
-            return
-        is_last = self.at_end and averaging.is_last_of_raw(trainer)
-        if self.should_trace(epoch_idx=trainer.current_epoch) or is_last:
-            self._trace(trainer)
+        """Traces where :meth:`should_trace` says so of the epoch, and the last time before a
+        StochasticWeightAveraging puts its average in the weights' place."""
+        if not is_dry_run(trainer):
+            is_last = self.at_end and averaging.is_last_of_raw(trainer)
+            if self.should_trace(epoch_idx=trainer.current_epoch) or is_last:
+                self._trace(trainer)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not _skipped(trainer) and self.at_end:
+        """Traces the weights that training ends with, and warns of the steps that have no trace."""
+        if not is_dry_run(trainer) and self.at_end:
             self._trace(trainer)
-        self._tell_untraced()
+        self._warn_of_untraced()
 
     @override
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
+        """Lets others write to the folder at once: `teardown` is not called after every error."""
         if self._is_run_of(trainer):
-            self._tell_untraced()
+            self._warn_of_untraced()
             self._close()
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Lets others write to the folder, and takes all hooks off."""
         if self._is_run_of(trainer):
             self._close()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        memory = self._memory if self._run is None else self._run.memory
-        return {
-            "run_id": memory.run_id,
-            "unseen_steps": memory.unseen_steps,
-            "exposures": memory.exposures,
-            "sealed": memory.sealed,
-            "weights": memory.weights,
-        }
+        """What a resumed run needs to know that the folder's store is its own, and to go on
+        counting exposures."""
+        return (self._memory if self._run is None else self._run.memory).state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._memory = Memory(
-            run_id=state_dict["run_id"],
-            unseen_steps=state_dict.get("unseen_steps", 0),
-            exposures=state_dict.get("exposures"),
-            sealed=state_dict.get("sealed"),
-            weights=state_dict.get("weights"),
-            is_resumed=True,
-        )
+        """Keeps what a checkpoint says of the store until the first batch, where it is compared
+        with the folder's."""
+        self._memory = Memory.from_state(state_dict)
 
     def _is_run_of(self, trainer: L.Trainer) -> bool:
         """Whether it is the traced run's Trainer: another one may validate with the same callbacks
@@ -429,44 +398,17 @@ class ConceptTracer(Callback):
         for listener in self._listeners:
             listener(trainer)
 
-    @contextmanager
-    def _following(self, trainer: L.Trainer) -> Iterator[InlineCapture | None]:
-        """The inline capture, where there is one. What fails inside costs the rows of one training
-        step and not the run, but for the first one: that is the set-up."""
-        capture = None if self._run is None else self._run.capture
-        if not isinstance(capture, InlineCapture):
-            yield None
-            return
-        try:
-            yield capture
-        except Exception as error:
-            capture.drop_step()
-            if not capture.steps_followed:
-                raise MisconfigurationException(
-                    f'`ConceptTracer(mode="inline")`: {error}'
-                ) from error
-            if self.on_error == "raise":
-                raise
-            if not self._has_told_dropped:
-                self._has_told_dropped = True
-                rank_zero_warn(
-                    f"ConceptTracer(dirpath={self.dirpath!r}): the training step after "
-                    f"{trainer.global_step} optimizer steps is in no trace, or not with all of its "
-                    f"samples: {type(error).__name__}: {error} Training goes on; later ones are "
-                    'not told. HINT: `on_error="raise"` stops training instead.'
-                )
-
     def _note_untraced(self, step: int, epoch: int, error: Exception) -> None:
         if not self._untraced:
             rank_zero_warn(
                 f"ConceptTracer(dirpath={self.dirpath!r}): step {step} has no trace: "
                 f"{type(error).__name__}: {error} Training goes on, the next checkpoint is tried "
-                "again, and all steps without a trace are told when training ends. HINT: "
+                "again, and a warning names all steps without a trace when training ends. HINT: "
                 '`on_error="raise"` stops training instead.'
             )
         self._untraced.setdefault(step, epoch)
 
-    def _tell_untraced(self) -> None:
+    def _warn_of_untraced(self) -> None:
         if self._run is not None and self._run.capture is not None:
             self._run.capture.exposures.warn_of_untraced()
         if self._untraced:
@@ -485,17 +427,21 @@ class ConceptTracer(Callback):
             raise MisconfigurationException(f"`ConceptTracer`: {error}") from error
 
 
-def _skipped(trainer: L.Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+def _refuse_sharding(trainer: L.Trainer) -> None:
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        raise MisconfigurationException(
+            f"`ConceptTracer` cannot trace under {type(trainer.strategy).__name__}: no process "
+            "holds the whole of a layer. HINT: use DDP or a single device; LoRA makes most "
+            "models fit."
+        )
 
 
-def _check_writable(dirpath: str) -> None:
-    folder = Path(dirpath)
+def _refuse_unwritable(dirpath: str) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(dirpath).mkdir(parents=True, exist_ok=True)
         # Without a name where the system can: another run that begins now would take it for a file
         # of somebody else's.
-        with tempfile.TemporaryFile(dir=folder, suffix=TEMPORARY_SUFFIX):
+        with tempfile.TemporaryFile(dir=dirpath, suffix=TEMPORARY_SUFFIX):
             pass
     except OSError as error:
         raise MisconfigurationException(

@@ -20,6 +20,7 @@ from torch.utils.data import (
 )
 
 from ctrak_lightning.capture.identity import reloaded
+from ctrak_lightning.errors import listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +37,17 @@ class Drawable:
 
     def first(self, count: int) -> "Drawable":
         """Those that ``count`` draws in each process can give."""
-        return (
-            replace(self, positions=self.positions[: count * self.processes])
-            if self.is_fixed
-            else self
-        )
+        if not self.is_fixed:
+            return self
+        return replace(self, positions=self.positions[: count * self.processes])
 
 
 def drawable(loader: DataLoader[Any], batches: float) -> list[Any] | None:
-    """The positions in its data set that a loader can draw in epochs of at most so many batches, in
-    the data set's order.
+    """The positions in its data set that a loader can draw in epochs of at most so many batches in
+    each process (infinite, where that is not limited), in the data set's order.
 
     Where an epoch is cut short (``limit_train_batches``, ``drop_last``), a loader that draws in a
     fixed order can draw only the first samples, one that shuffles all of them.
-
-    Args:
-        loader: of a data set with positions.
-        batches: in an epoch, in each process; may be infinite.
 
     Returns:
         None where a sampler of a kind that is not known here decides.
@@ -138,14 +133,10 @@ def _shared(sampler: DistributedSampler[Any], whole: Drawable) -> Drawable:
 
 def _plain(positions: Iterable[Any]) -> Iterable[Hashable]:
     for position in positions:
-        yield (
-            int(position)
-            if isinstance(position, torch.Tensor) or hasattr(position, "__index__")
-            else position
-        )
+        is_number = isinstance(position, torch.Tensor) or hasattr(position, "__index__")
+        yield int(position) if is_number else position
 
 
-_SHOWN = 10
 _HINT = (
     "HINT: define `trace_dataloader()` on the DataModule or module: the samples that are trained "
     "on, each once, in a fixed order, without augmentation."
@@ -172,9 +163,10 @@ class TrainingLoader:
         loaders = _leaves(given)
         self._described, hint = _described(given, loaders)
         if name is not None and self._path not in loaders:
+            instead = ", or leave `loader` out." if "" in loaders else "."
             raise MisconfigurationException(
                 f"`ConceptTracer(loader={name!r})`: the training data is {self._described}. "
-                f"{hint or 'HINT: give one of these names'}{', or leave `loader` out.' if '' in loaders else '' if hint else '.'}"
+                f"{hint or f'HINT: give one of these names{instead}'}"
             )
         self._hint = hint or "HINT: ConceptTracer(loader=...) names it."
         self._loaders = loaders
@@ -182,10 +174,8 @@ class TrainingLoader:
         """The loader, or None where there are several and none was named."""
 
     def batches(self, batch_size: int | None) -> Iterable[Any]:
-        """The samples that the loader can draw, each once, in the data set's order.
-
-        Args:
-            batch_size: samples in a batch; None takes the loader's.
+        """The samples that the loader can draw, each once, in the data set's order; in batches of
+        ``batch_size``, by default of the loader's.
 
         Raises:
             MisconfigurationException: they cannot be known.
@@ -222,9 +212,8 @@ class TrainingLoader:
         for name in self._path.split(".") if self._path else ():
             if batch is None:
                 return None
-            batch = (
-                batch[name] if isinstance(batch, Mapping) and name in batch else batch[int(name)]
-            )
+            is_key = isinstance(batch, Mapping) and name in batch
+            batch = batch[name] if is_key else batch[int(name)]
         return batch
 
     @property
@@ -300,7 +289,6 @@ def _described(given: Any, loaders: Mapping[str, Any]) -> tuple[str, str]:
     named = [name for name, leaf in loaders.items() if isinstance(leaf, DataLoader)]
     if not named:
         inside = given.values() if isinstance(given, Mapping) else given
-        kinds = " and ".join(sorted({f"{type(one).__name__}s" for one in inside})[:_SHOWN])
+        kinds = " and ".join(sorted({f"{type(one).__name__}s" for one in inside})[:10])
         return f"a {type(given).__name__} of {len(given)} {kinds}, which are no DataLoaders", _HINT
-    more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
-    return f"{len(named)} loaders, {', '.join(map(repr, named[:_SHOWN]))}{more}", ""
+    return f"{len(named)} loaders, {listed(named, 10)}", ""

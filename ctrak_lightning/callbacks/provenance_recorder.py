@@ -13,9 +13,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from ctrak_lightning.callbacks.concept_tracer import ConceptTracer
+from ctrak_lightning.callbacks.settings import callbacks_of, is_dry_run
 from ctrak_lightning.model.fingerprint import weights_digest
 from ctrak_lightning.model.weights import trained_parameters
 from ctrak_lightning.provenance import environment
+from ctrak_lightning.provenance.environment import json_value
 from ctrak_lightning.provenance.ledger import Kind, Ledger
 from ctrak_lightning.provenance.parents import parent_facts
 from ctrak_lightning.provenance.recording import record_run, sync
@@ -34,8 +36,8 @@ class ProvenanceRecorder(Callback):
     It only reads: weights, random states and files of the store are left as they are. Its place
     among the callbacks does not matter. Of several processes the first one records. Settings are
     recorded as they are: keep secrets out of hyperparameters and configuration files. Once training
-    goes on, a ledger that cannot be written (a full disk, say) is warned of, and made up for at the
-    next checkpoint; it does not stop training.
+    goes on, a ledger that cannot be written (a full disk, say) brings a warning, and is made up for
+    at the next checkpoint; it does not stop training.
 
     Args:
         dirpath: the store's folder, where several ConceptTracers are attached; by default that of
@@ -49,7 +51,7 @@ class ProvenanceRecorder(Callback):
 
     Raises:
         MisconfigurationException: there is no ConceptTracer, or several and no ``dirpath`` that
-            tells which.
+            names one.
         StoreError: ``parent`` is no store with a ledger.
         CorruptStoreError: the store that training resumes with is not what its ledger says.
 
@@ -83,20 +85,23 @@ class ProvenanceRecorder(Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Looks for the tracer whose store is recorded, before anything is loaded."""
         if stage == "fit":
             self._root = Path(self._tracer(trainer).dirpath)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Makes an entry of the run due in the first process; the store it describes is opened by
+        the first batch."""
         self._seen, self._has_warned = (), False
-        self._is_due = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        self._is_due = trainer.is_global_zero and not is_dry_run(trainer)
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # The tracer, which is called first, has opened its store, and no step has changed the
-        # weights yet.
+        """Records the run, at its first batch: the tracer, which is called first, has opened its
+        store, and no step has changed the weights yet."""
         self._begin(trainer, pl_module)
 
     @override
@@ -108,38 +113,34 @@ class ProvenanceRecorder(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        """Records the checkpoint that the tracer may have sealed after this step."""
         self._follow()
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Records the checkpoint that the tracer may have sealed after this epoch."""
         self._follow()
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if (
-            self._root is not None and (self._root / MANIFEST).exists()
-        ):  # else nothing was trained and nothing traced
+        """Records a run that had no batch and yet has a store: it was traced as it ended."""
+        if self._root is not None and (self._root / MANIFEST).exists():
             self._begin(trainer, pl_module)
 
     @override
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        # Not its message, which may say anything.
+        """Records that the run failed, by the kind of error: a message may say anything."""
         self._end("run_failed", trainer, {"error": type(exception).__name__})
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and self._is_recording:
-            self._end(
-                "run_ended",
-                trainer,
-                {"weights": weights_digest(trained_parameters(pl_module, trainer.optimizers))},
-            )
-
-    @property
-    def _is_recording(self) -> bool:
-        return bool(self._seen)
+        """Records the end of the run with the weights that it leaves, after all other callbacks
+        have changed them."""
+        if stage == "fit" and self._seen:
+            weights = weights_digest(trained_parameters(pl_module, trainer.optimizers))
+            self._end("run_ended", trainer, {"weights": weights})
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._is_due or self._root is None:
@@ -155,7 +156,7 @@ class ProvenanceRecorder(Callback):
     def _follow(self) -> None:
         """Records what was sealed since the last call; one look at the manifest's date where
         nothing was."""
-        if not self._is_recording or self._root is None:
+        if not self._seen or self._root is None:
             return
         state = _state_of(self._root / MANIFEST)
         if state == self._seen:
@@ -167,7 +168,7 @@ class ProvenanceRecorder(Callback):
             self._warn(error)
 
     def _end(self, kind: Kind, trainer: L.Trainer, facts: dict[str, Any]) -> None:
-        if not self._is_recording or self._root is None:
+        if not self._seen or self._root is None:
             return
         self._follow()
         self._seen = ()
@@ -190,7 +191,7 @@ class ProvenanceRecorder(Callback):
         self._has_warned = True
 
     def _tracer(self, trainer: L.Trainer) -> ConceptTracer:
-        every = [c for c in trainer.callbacks if isinstance(c, ConceptTracer)]  # type: ignore[attr-defined]
+        every = [one for one in callbacks_of(trainer) if isinstance(one, ConceptTracer)]
         matching = [
             tracer
             for tracer in every
@@ -211,17 +212,15 @@ class ProvenanceRecorder(Callback):
         assert self._root is not None
         parameters = parameters_of(pl_module)
         trained = trained_parameters(pl_module, trainer.optimizers)
-        config = getattr(
-            resolve_task(pl_module, self._tracer(trainer).task).denoiser, "config", None
-        )
+        task = resolve_task(pl_module, self._tracer(trainer).task)
+        config = getattr(task.denoiser, "config", None)
         facts: dict[str, Any] = {
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,
             "base_model": {
                 "name": self.base_model
-                or environment.json_value(getattr(config, "_name_or_path", None) or None),
-                "revision": self.revision
-                or environment.json_value(getattr(config, "_commit_hash", None)),
+                or json_value(getattr(config, "_name_or_path", None) or None),
+                "revision": self.revision or json_value(getattr(config, "_commit_hash", None)),
                 "frozen": weights_digest({n: v for n, v in parameters.items() if n not in trained}),
                 "trained": weights_digest(trained),
             },
@@ -245,7 +244,7 @@ class ProvenanceRecorder(Callback):
 def _configuration(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
     """What the Trainer, the module, the DataModule and LightningCLI know of their settings."""
     data = getattr(trainer, "datamodule", None)
-    saver = next((c for c in trainer.callbacks if isinstance(c, SaveConfigCallback)), None)  # type: ignore[attr-defined]
+    saver = next((c for c in callbacks_of(trainer) if isinstance(c, SaveConfigCallback)), None)
     return {
         "module": {"class": _name(pl_module), "hparams": dict(pl_module.hparams_initial)},
         "data": None
@@ -258,7 +257,7 @@ def _configuration(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str
             "gradient_clip_val": trainer.gradient_clip_val,
             "precision": trainer.precision,
             "strategy": type(trainer.strategy).__name__,
-            "callbacks": [_name(callback) for callback in trainer.callbacks],  # type: ignore[attr-defined]
+            "callbacks": [_name(callback) for callback in callbacks_of(trainer)],
         },
         "optimizers": [
             {"class": _name(optimizer), "defaults": optimizer.defaults}

@@ -19,13 +19,7 @@ from ctrak_lightning.utilities.naming import parameters_of
 class StepCounter:
     """Counts the optimizer steps of a run: those that Lightning counts, and, under manual
     optimization, those of optimizers that are stepped past it (``use_pl_optimizer=False``, or an
-    optimizer of the module's own).
-
-    Args:
-        trainer: of the run.
-        pl_module: whose parameters an optimizer must hold to be one of the run.
-        unseen: steps that Lightning did not count before this run was resumed.
-    """
+    optimizer of the module's own)."""
 
     def __init__(self, trainer: L.Trainer, pl_module: L.LightningModule, unseen: int = 0) -> None:
         self.optimizers: list[Optimizer] = []
@@ -43,10 +37,8 @@ class StepCounter:
     def look(self) -> None:
         """Reads the Trainer's optimizers, which may have been replaced by others."""
         own = list(self._trainer.optimizers)
-        self.optimizers[:] = [
-            *own,
-            *(one for one in self._others if not any(one is known for known in own)),
-        ]
+        others = [one for one in self._others if not any(one is known for known in own)]
+        self.optimizers[:] = [*own, *others]
 
     @property
     def now(self) -> int:
@@ -77,20 +69,14 @@ class StepCounter:
 
 
 class ExposureCounter:
-    """Tells a capture's :class:`~ctrak_lightning.capture.exposures.Exposures` which batches enter which
-    steps.
+    """Counts in a capture's :class:`~ctrak_lightning.capture.exposures.Exposures` which batches
+    enter which steps.
 
     A batch is counted once, in the step that follows its backward pass; not where ``training_step``
     returned None, where a GradScaler left the step out, or where no traced parameter has a gradient
     any more. A step is that of an optimizer which holds a traced parameter. (Under manual
     optimization without ``manual_backward`` every batch is taken to go backward that ends with a
     gradient or a step.) It reads the batch's ids and nothing else, so training stays as it is.
-
-    Args:
-        trainer: of the run.
-        pl_module: what trains.
-        capture: whose samples are counted.
-        loader: the samples' part of a training batch.
     """
 
     def __init__(
@@ -107,9 +93,8 @@ class ExposureCounter:
         self._handle = register_optimizer_step_post_hook(self._stepped)
         self._batch: Any = None
         self._first_ids: list[str] | Exception = []
-        self._is_drawn = self._is_counted = self._has_stepped = self._sees_backward = (
-            self._is_explained
-        ) = False
+        self._is_drawn = self._is_counted = self._has_stepped = False  # of the present batch
+        self._sees_backward = self._is_explained = False
         self._last_step = int(trainer.global_step)
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
             # Lightning then gives the hooks before a step the batch of the step before.
@@ -123,9 +108,8 @@ class ExposureCounter:
     def backward(self) -> None:
         """Where Lightning goes backward from a loss of the batch."""
         self._sees_backward = True
-        if not _has_gradient(
-            self._traced.values()
-        ):  # what earlier batches had left there has been cleared
+        # What earlier batches of an accumulation had left there has been cleared.
+        if not _has_gradient(self._traced.values()):
             self._drop()
         self._draw()
 
@@ -182,12 +166,8 @@ class ExposureCounter:
         self._handle.remove()
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        held = [
-            value
-            for group in optimizer.param_groups
-            for value in group["params"]
-            if id(value) in self._traced
-        ]
+        every = (value for group in optimizer.param_groups for value in group["params"])
+        held = [value for value in every if id(value) in self._traced]
         # Fused optimizers are called by a GradScaler also where they are to leave the step out.
         found_inf = getattr(optimizer, "found_inf", None)
         if not held or (found_inf is not None and float(found_inf) > 0):

@@ -1,39 +1,32 @@
 """One run of a Trainer while it is traced: what lives from ``on_train_start`` to ``teardown``."""
 
-from __future__ import annotations
-
-import itertools
 import time
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from ctrak_lightning.callbacks import averaging
 from ctrak_lightning.callbacks.loaders import TrainingLoader
+from ctrak_lightning.callbacks.resuming import Memory, WeightProbe, resume
+from ctrak_lightning.callbacks.settings import OnError, TraceSettings, grad_scaler, loss_scale
 from ctrak_lightning.callbacks.steps import ExposureCounter, StepCounter
 from ctrak_lightning.capture.capture import Capture
 from ctrak_lightning.capture.inline import InlineCapture
-from ctrak_lightning.capture.trial import Trial
-from ctrak_lightning.errors import StoreLockedError, StoreMismatchError, TrialError
+from ctrak_lightning.capture.trial import Question, Trial
+from ctrak_lightning.errors import StoreLockedError, TrialError
 from ctrak_lightning.gradients import GradientTracer
 from ctrak_lightning.model.weights import trained_parameters
 from ctrak_lightning.store.lock import WriterLock, hold_folder
 from ctrak_lightning.tasks import DiffusionTask
 from ctrak_lightning.utilities.processes import Processes, processes_of
-
-if TYPE_CHECKING:
-    from ctrak_lightning.callbacks.concept_tracer import ConceptTracer
-
-WATCHED = 64
-"""Parameters, and numbers of each, at most, by which it is noticed that something else than a step
-has changed the weights."""
 
 
 class ChangedWeightsWarning(UserWarning):
@@ -47,32 +40,19 @@ class ChangedWeightsWarning(UserWarning):
     """
 
 
-@dataclass
-class Memory:
-    """What is known of the run so far when it goes on: by a checkpoint of the Trainer's, or by the
-    same Trainer."""
-
-    run_id: str | None = None
-    unseen_steps: int = 0
-    exposures: dict[str, Any] | None = field(default=None, repr=False)
-    sealed: dict[int, str] | None = field(default=None, repr=False)
-    """Sha256 of the weights of each checkpoint that was sealed then."""
-    weights: list[Tensor] | None = field(default=None, repr=False)
-    """Some numbers of the weights then."""
-    is_resumed: bool = False
-    """Whether the Trainer's checkpoint has said so."""
-
-
 class TracedRun:
-    """Holds the folder from the start of a run, opens the store before its first step, and seals
-    checkpoints.
+    """Holds the folder from the start of a run, opens the store before its first step, follows the
+    training steps, and seals checkpoints.
 
     Args:
-        tracer: the callback, for its arguments.
+        settings: how to trace.
         trainer: of the run, whose training has started.
         pl_module: what trains.
         task: the module's DiffusionTask.
         memory: of the run before.
+        callback: the one that traces, which is called before the Trainer's others from now on.
+        questions: those that are tried before training.
+        on_error: what becomes of training when a step cannot be followed.
 
     Raises:
         MisconfigurationException: the training data, or the processes, cannot be traced, or another
@@ -81,32 +61,32 @@ class TracedRun:
 
     def __init__(
         self,
-        tracer: ConceptTracer,
+        settings: TraceSettings,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         task: DiffusionTask,
         memory: Memory,
+        *,
+        callback: Callback,
+        questions: Sequence[Question],
+        on_error: OnError,
     ) -> None:
-        self._tracer, self.trainer, self._module, self._task, self._memory = (
-            tracer,
-            trainer,
-            pl_module,
-            task,
-            memory,
-        )
-        self._where = f"`ConceptTracer(dirpath={tracer.dirpath!r})`"
-        self.loader = TrainingLoader(trainer, tracer.loader)
+        self.trainer = trainer
+        self._settings, self._module, self._task, self._memory = settings, pl_module, task, memory
+        self._questions, self._on_error = questions, on_error
+        self._name = f"ConceptTracer(dirpath={settings.dirpath!r})"
+        self.loader = TrainingLoader(trainer, settings.loader)
         self._processes = self._all_processes()
         self._lock = self._hold()
-        self._order = averaging.put_first(trainer, tracer)
+        self._callback, self._order = callback, averaging.put_first(trainer, callback)
         self.steps = StepCounter(trainer, pl_module, memory.unseen_steps)
         self._last_step = self.steps.now
         self.capture: Capture | None = None
         """The store's, once a batch is about to be trained on."""
         self.exposures: ExposureCounter | None = None
-        self._watched: dict[str, Tensor] = {}
-        self._left: list[Tensor] = []
-        self._is_told_of_change = False
+        self._probe = WeightProbe({})
+        self._left: list[Tensor] = []  # the probe after the last optimizer step
+        self._has_warned_of_change = self._has_warned_of_dropped = False
 
     def begin(self) -> Trial | None:
         """Opens the store, unless it is open, and gives what was tried for that. Whatever a module
@@ -123,21 +103,49 @@ class TracedRun:
         try:
             self.capture = self._open()
         except TrialError as error:
-            raise MisconfigurationException(f"{self._where}: {error}") from error
+            raise MisconfigurationException(f"`{self._name}`: {error}") from error
         if self.capture.trial is not None:
-            rank_zero_info(f"ConceptTracer(dirpath={self._tracer.dirpath!r}): {self.capture.trial}")
+            rank_zero_info(f"{self._name}: {self.capture.trial}")
         self.exposures = ExposureCounter(self.trainer, self._module, self.capture, self.loader)
         return self.capture.trial
 
-    def steps_taken(self) -> range:
-        """The numbers of the optimizer steps since the last call, none under way: several, where
-        optimizers step in one batch."""
+    def begin_batch(self, batch: Any) -> None:
+        """Before ``training_step``, which may take the ids out of the batch."""
+        with self._following() as inline:
+            if inline is not None:
+                inline.begin_step(self.loader.part(batch))
+        if self.exposures is not None:
+            self.exposures.begin(batch)
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Where Lightning goes backward from a loss of the batch."""
+        with self._following() as inline:
+            if inline is not None:
+                inline.before_backward(loss)
+        if self.exposures is not None:
+            self.exposures.backward()
+
+    def after_backward(self) -> None:
+        """Where the gradients of a batch are there, and nothing has clipped or cleared them yet."""
+        with self._following() as inline:
+            if inline is not None:
+                inline.after_backward(
+                    step=self.trainer.global_step,
+                    loss_scale=loss_scale(self.trainer),
+                    skip_not_finite=grad_scaler(self.trainer) is not None,
+                )
+
+    def end_batch(self) -> range:
+        """After a batch: the numbers of the optimizer steps since the last call; several, where
+        optimizers step in one batch, none in the midst of an accumulation."""
+        if self.exposures is not None:
+            self.exposures.end()
         taken = range(self._last_step + 1, self.steps.now + 1)
         if taken:
             self.steps.look()
             self._last_step = self.steps.now
-            if self._tracer.weights == "raw" and not self._is_told_of_change:
-                self._left = self._sampled()
+            if self._settings.weights == "raw" and not self._has_warned_of_change:
+                self._left = self._probe.read()
         return taken
 
     def seal(self, step: int, epoch: int) -> float | None:
@@ -154,7 +162,7 @@ class TracedRun:
             if self.steps.is_manual:
                 self.capture.require_unchanged_since(step)
             return None
-        self._tell_of_change(step)
+        self._warn_of_change(step)
         optimizers = self.trainer.optimizers
         rate = float(optimizers[0].param_groups[0]["lr"]) if optimizers else None
         started = time.monotonic()
@@ -177,12 +185,12 @@ class TracedRun:
             unseen_steps=self.steps.unseen,
             exposures=self.capture.exposures.state_dict() | {"step": self._last_step},
             sealed=self.capture.writer.sealed_weights,
-            weights=[value.cpu() for value in self._sampled()],
+            weights=[value.cpu() for value in self._probe.read()],
         )
 
     def close(self) -> None:
-        """Lets go of the Trainer and of the folder."""
-        averaging.put_back(self.trainer, self._tracer, self._order)
+        """Takes all hooks off, and lets others write to the folder."""
+        averaging.put_back(self.trainer, self._callback, self._order)
         if isinstance(self.capture, InlineCapture):
             self.capture.detach()
         if self.exposures is not None:
@@ -191,9 +199,9 @@ class TracedRun:
         self._lock.release()
 
     def _open(self) -> Capture:
-        settings, processes = self._tracer, self._processes
-        kind = InlineCapture if settings.mode == "inline" else Capture
-        capture = kind(
+        settings = self._settings
+        is_inline, size = settings.mode == "inline", self.loader.batch_size
+        capture = (InlineCapture if is_inline else Capture)(
             settings.dirpath,
             self._module,
             self._task,
@@ -203,7 +211,7 @@ class TracedRun:
                 self._task.denoiser,
                 settings.projection,
                 layers=settings.layers,
-                engine="hooks" if settings.mode == "inline" else "auto",
+                engine="hooks" if is_inline else "auto",
                 trained=trained_parameters(self._task.denoiser, self.steps.optimizers),
             ),
             optimizers=self.steps.optimizers,
@@ -212,137 +220,69 @@ class TracedRun:
             dtype=settings.dtype,
             thumbnails=settings.thumbnails,
             device=self._module.device,
-            rows_at_once=settings.batch_size or self._half_batch(),
+            # Half of a training batch: a capture then needs less memory than a training step.
+            rows_at_once=settings.batch_size or (None if size is None else max(1, size // 2)),
             progress=self.trainer.progress_bar_callback is not None,
-            processes=processes,
-            questions=settings.questions,
+            processes=self._processes,
+            questions=self._questions,
             lock=self._lock,
         )
-        trained = trained_parameters(self._module, self.steps.optimizers)
-        self._watched = dict(
-            itertools.islice(trained.items(), 0, None, len(trained) // WATCHED + 1)
-        )
-        self._resume(capture, self.steps.now)
+        self._probe = WeightProbe(trained_parameters(self._module, self.steps.optimizers))
+        resume(capture, self.steps.now, self._memory, self._probe, self._weights())
         if isinstance(capture, InlineCapture):
             capture.attach()
         return capture
 
-    def _resume(self, capture: Capture, step: int) -> None:
-        """Makes the store describe the run that goes on from ``step``, and nothing else.
-
-        Raises:
-            MisconfigurationException: what the folder holds is not shown to be of this run; nothing
-                was changed.
-        """
-        writer, sealed = capture.writer, capture.writer.sealed_steps
-        is_same = self._memory.run_id == writer.run_id
-        later = [one for one in sealed if one > step]
-        if later and not (is_same and self._memory.is_resumed):
-            raise MisconfigurationException(
-                f"{self._where}: the folder holds traces of steps {later} of an earlier run, and "
-                f"this run starts at step {step}. Nothing was changed. HINT: name a new folder, "
-                "resume with `trainer.fit(ckpt_path=...)`, or delete the folder."
-            )
-        if sealed and not is_same and step not in sealed:
-            raise MisconfigurationException(
-                f"{self._where}: the folder holds traces of steps {sealed} of run "
-                f"{writer.run_id!r}, and this run goes on from step {step} of {self._described()}: "
-                "nothing shows that they are one run. Nothing was changed. HINT: name a new "
-                "folder; resume from a checkpoint that was saved while this folder was written, "
-                f"by the same `dirpath`; or from one of step {sealed[-1]}, whose weights can be "
-                "compared."
-            )
-        if not sealed and step and not is_same and self._memory.run_id is not None:
-            rank_zero_warn(
-                f"ConceptTracer(dirpath={self._tracer.dirpath!r}): the checkpoint was made with "
-                f"store {self._memory.run_id!r}, the folder holds store {writer.run_id!r}. Traces "
-                f"of steps before {step} may be missing."
-            )
-        self._require_one_course(capture, step, is_same)
-        state = self._memory.exposures
-        with self._weights() if step in sealed else nullcontext():
-            try:
-                if not is_same or self._memory.weights is None:
-                    capture.require_weights_of(step)
-                capture.resume(step, state if state and state["step"] == step else None)
-            except StoreMismatchError as error:
-                raise MisconfigurationException(f"{self._where}: {error}") from error
-        if later:
-            rank_zero_warn(
-                f"ConceptTracer(dirpath={self._tracer.dirpath!r}): training resumes at step "
-                f"{step}; the traces of steps {later}, made after that checkpoint, are removed and "
-                "will be made again."
-            )
-            writer.discard_after(step)
-
-    def _require_one_course(self, capture: Capture, step: int, is_same: bool) -> None:
-        """Refuses a checkpoint of this run whose weights are not those it was saved with, or since
-        which the store has been written by another course of the run: one that went on from an
-        earlier checkpoint."""
-        if not is_same or not self._memory.weights:
+    @contextmanager
+    def _following(self) -> Iterator[InlineCapture | None]:
+        """The inline capture, where there is one. What fails inside costs the rows of one training
+        step and not the run, but for the first one: that is the set-up."""
+        capture = self.capture
+        if not isinstance(capture, InlineCapture):
+            yield None
             return
-        now = self._sampled()
-        if len(now) != len(self._memory.weights) or not all(
-            map(_is_same, self._memory.weights, now)
-        ):
-            raise MisconfigurationException(
-                f"{self._where}: training goes on from step {step} with other weights than it had "
-                "then. Nothing was changed. HINT: load all of the checkpoint's weights "
-                "(`strict_loading=False` leaves out those of other names), or name a new folder."
-            )
-        known, stored = self._memory.sealed or {}, capture.writer.sealed_weights
-        other = [one for one in stored if one < step and stored[one] != known.get(one)]
-        other += [step] if step in known and stored.get(step) != known[step] else []
-        if other:
-            raise MisconfigurationException(
-                f"{self._where}: the traces of steps {other} are not those of the run that this "
-                f"checkpoint of step {step} is of: another run went on from an earlier checkpoint "
-                "into the same folder. Nothing was changed. HINT: go on from a checkpoint of that "
-                "one, or name a new folder."
-            )
+        try:
+            yield capture
+        except Exception as error:
+            capture.drop_step()
+            if not capture.steps_followed:
+                raise MisconfigurationException(
+                    f'`ConceptTracer(mode="inline")`: {error}'
+                ) from error
+            if self._on_error == "raise":
+                raise
+            if not self._has_warned_of_dropped:
+                self._has_warned_of_dropped = True
+                rank_zero_warn(
+                    f"{self._name}: the training step after {self.trainer.global_step} optimizer "
+                    "steps is in no trace, or not with all of its samples: "
+                    f"{type(error).__name__}: {error} Training goes on; there is no warning of "
+                    'later ones. HINT: `on_error="raise"` stops training instead.'
+                )
 
-    def _described(self) -> str:
-        return (
-            "a checkpoint that was saved without this folder"
-            if self._memory.run_id is None
-            else f"a run whose store is {self._memory.run_id!r}"
-        )
-
-    def _tell_of_change(self, step: int) -> None:
+    def _warn_of_change(self, step: int) -> None:
         """Says once where weights are traced as those that train, and are not what the last step
         has left."""
-        if not self._left:
-            return
-        pairs = zip(self._watched, self._left, self._sampled(), strict=True)
-        changed = [name for name, before, now in pairs if not _is_same(before, now)]
+        changed = self._probe.changed_since(self._left) if self._left else []
         if changed:
             rank_zero_warn(
-                f"ConceptTracer(dirpath={self._tracer.dirpath!r}): the weights that are traced at "
-                f"step {step} are not those that its optimizer step has left: {changed[0]!r} has "
-                f"changed since, as have {len(changed)} of {len(self._watched)} parameters that "
-                "were looked at. They are traced and stored as they are now; it is not told "
-                "again. HINT: a callback that puts an average in their place must do so after "
-                "this one's hook and take it back before the next step; Lightning's "
-                'EMAWeightAveraging is known here (`weights="ema"`).',
+                f"{self._name}: the weights that are traced at step {step} are not those that its "
+                f"optimizer step has left: {changed[0]!r} has changed since, as have "
+                f"{len(changed)} of {len(self._probe.parameters)} parameters that were looked at. "
+                "They are traced and stored as they are now; there is no second warning. HINT: a "
+                "callback that puts an average in their place must do so after this one's hook "
+                "and take it back before the next step; Lightning's EMAWeightAveraging is known "
+                'here (`weights="ema"`).',
                 category=ChangedWeightsWarning,
             )
-            self._left, self._is_told_of_change = [], True
-
-    def _sampled(self) -> list[Tensor]:
-        """Some numbers of every watched parameter: an average moves them all. Nothing waits for the
-        device."""
-        flat = (value.detach().flatten() for value in self._watched.values())
-        return [value[:: len(value) // WATCHED + 1].clone() for value in flat]
+            self._left, self._has_warned_of_change = [], True
 
     def _weights(self) -> AbstractContextManager[None]:
         """The module has those whose traces are asked for."""
-        if self._tracer.weights == "raw":
+        if self._settings.weights == "raw":
             return nullcontext()
-        return averaging.averaged(
-            self.trainer,
-            self._module,
-            list(trained_parameters(self._module, self.steps.optimizers)),
-        )
+        trained = trained_parameters(self._module, self.steps.optimizers)
+        return averaging.averaged(self.trainer, self._module, list(trained))
 
     def _all_processes(self) -> Processes:
         count = self.trainer.world_size
@@ -357,28 +297,13 @@ class TracedRun:
     def _hold(self) -> WriterLock:
         """Before the data is gone through and anything of the folder is changed."""
         try:
-            return hold_folder(Path(self._tracer.dirpath), self._processes)
+            return hold_folder(Path(self._settings.dirpath), self._processes)
         except StoreLockedError as error:
-            raise MisconfigurationException(f"{self._where}: {error}") from error
-
-    def _half_batch(self) -> int | None:
-        """Half of the training loader's batch size, where it is known."""
-        size = self.loader.batch_size
-        return None if size is None else max(1, size // 2)
+            raise MisconfigurationException(f"`{self._name}`: {error}") from error
 
     def _batches(self) -> Any:
         owners: tuple[Any, ...] = (getattr(self.trainer, "datamodule", None), self._module)
         for owner in owners:
             if owner is not None and hasattr(owner, "trace_dataloader"):
                 return self.loader.apart(owner.trace_dataloader())
-        return self.loader.batches(self._tracer.batch_size)
-
-
-def _is_same(before: Tensor, now: Tensor) -> bool:
-    """Whether numbers of a weight are the same: to the bit, or as near as another format has
-    them."""
-    now = now.to(before.device)
-    near = 0.0 if before.dtype == now.dtype else 1e-2
-    return before.shape == now.shape and torch.allclose(
-        before.double(), now.double(), rtol=near, atol=near, equal_nan=True
-    )
+        return self.loader.batches(self._settings.batch_size)

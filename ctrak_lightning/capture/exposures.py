@@ -1,5 +1,5 @@
 """How often each sample has entered an optimizer step: what a run has trained on, which no gradient
-can tell afterwards."""
+shows afterwards."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ from ctrak_lightning.utilities.processes import ALONE, Processes
 class UntracedSampleWarning(UserWarning):
     """Training batches have samples that are not in the store; the message says how many.
 
-    Why: they taught the model too, and no ranking can name them.
+    Why: the model learns from them too, and no ranking can name them.
 
     What to do: let ``trace_dataloader()`` give all samples that are trained on, with the ids of
     the training batches.
@@ -34,11 +34,8 @@ class Exposures:
     A batch is noted when its gradient is computed (:meth:`draw`) and counted when an optimizer
     steps (:meth:`step`), so the micro-batches of an accumulated step count with it, and what is
     dropped before a step (:meth:`drop`) does not count. A sample that a batch has twice counts
-    twice. Samples of batches that are not in the table have no count, and are told.
-
-    Args:
-        sample_ids: the table's.
-        processes: those that train together; all call :meth:`share` together.
+    twice. Samples of batches that are not in the table have no count; a warning says how many. All
+    processes call :meth:`share` after the same steps.
 
     Warns:
         UntracedSampleWarning: steps had samples of the table and others; at the first, and by
@@ -79,7 +76,7 @@ class Exposures:
         self._drawn = []
 
     def share(self) -> None:
-        """Adds up what the processes have counted; they call it together, after the same steps."""
+        """Adds up what the processes have counted; all call it, after the same steps."""
         n = len(self._counts)
         for positions, outside, stranger, unknown in self._processes.gather(
             (self._stepped, self._outside, self._stranger, self.unknown)
@@ -96,8 +93,8 @@ class Exposures:
             )
 
     def warn_of_untraced(self) -> None:
-        """Says at the end of a run how many of its samples are not in the table, if there were any;
-        idempotent."""
+        """Warns at the end of a run how many of its samples are not in the table, if there were
+        any; idempotent."""
         if self._has_warned and self._all_outside:
             self._warn_of_untraced_samples(f"in all, such as {self._stranger!r}")
             self._all_outside = 0
@@ -133,12 +130,12 @@ class Exposures:
         """Looks whether samples that training steps have visited so often [N] are in no optimizer
         step: as long as there are such, the counts are not known."""
         odd = ((visits > 0) & (self._counts == 0)).nonzero().flatten().tolist()
-        self._contradiction = (
-            f"{len(odd)} samples have a trace of a training step and are in no optimizer step, for "
-            f"example {list(self._index)[odd[0]]!r}"
-            if odd
-            else None
-        )
+        self._contradiction = None
+        if odd:
+            self._contradiction = (
+                f"{len(odd)} samples have a trace of a training step and are in no optimizer step, "
+                f"for example {list(self._index)[odd[0]]!r}"
+            )
 
     def counts(self) -> Tensor | None:
         """How often each sample was in a step that all processes know of, int64 [N]; None where
@@ -147,10 +144,8 @@ class Exposures:
 
     def state_dict(self) -> dict[str, Any]:
         """The counts so far, with a digest of the samples' ids."""
-        return {
-            "samples": self._digest,
-            "counts": None if self.unknown is not None else self._counts.clone(),
-        }
+        counts = None if self.unknown is not None else self._counts.clone()
+        return {"samples": self._digest, "counts": counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> bool:
         """Goes on from the counts of an interrupted run; whether they are of these samples, and
@@ -171,9 +166,6 @@ class BatchIds:
 
     The field is the task's ``id_column``, or the only one; in either case it must hold the ids of
     every batch that was encoded. (In one batch, a class label may equal the ids by chance.)
-
-    Args:
-        task: a DiffusionTask.
     """
 
     def __init__(self, task: DiffusionTask) -> None:
@@ -183,16 +175,14 @@ class BatchIds:
     def compare(self, batch: Any, sample_ids: Sequence[str]) -> None:
         """Looks which fields of an encoded batch are its samples' ids."""
         found = _fields_of(batch, sample_ids)
-        self._fields = (
-            found if self._fields is None else [name for name in self._fields if name in found]
-        )
+        before = found if self._fields is None else self._fields
+        self._fields = [name for name in before if name in found]
 
     def share(self, processes: Processes) -> None:
-        """Keeps the fields that were right in all processes; they call it together."""
+        """Keeps the fields that were right in all processes; all call it."""
         each = [fields for fields in processes.gather(self._fields) if fields is not None]
-        self._fields = (
-            [name for name in each[0] if all(name in fields for fields in each)] if each else None
-        )
+        if each:
+            self._fields = [name for name in each[0] if all(name in fields for fields in each)]
 
     def of(self, batch: Any) -> list[str]:
         """The ids of a training batch.
@@ -217,12 +207,10 @@ class BatchIds:
         if column in fields:
             return column
         if column is not None or not fields:
-            named = (
-                "no field of a batch holds"
-                if column is None
-                else f"a batch's {column!r} does not hold"
-            )
-            raise BatchError(f"{named} the samples' ids as they are in the store")
+            owner = "no field of a batch holds"
+            if column is not None:
+                owner = f"a batch's {column!r} does not hold"
+            raise BatchError(f"{owner} the samples' ids as they are in the store")
         if len(fields) > 1:
             raise BatchError(
                 f"the fields {fields} of a batch are all equal to the samples' ids; expected one"
@@ -242,10 +230,7 @@ def _fields_of(batch: Any, sample_ids: Sequence[str]) -> list[Any]:
             isinstance(values, (Tensor, np.ndarray)) and values.ndim == 1
         )
         with contextlib.suppress(BatchError, TypeError):  # numpy has no bfloat16
-            if (
-                has_rows
-                and len(values) == len(sample_ids)
-                and plain_ids(values) == list(sample_ids)
-            ):
+            is_of_rows = has_rows and len(values) == len(sample_ids)
+            if is_of_rows and plain_ids(values) == list(sample_ids):
                 found.append(name)
     return found

@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ctrak_lightning.errors import BatchError
+from ctrak_lightning.errors import BatchError, listed
 from ctrak_lightning.tasks import Encoded
 from ctrak_lightning.tasks.base import plain_id
-
-_SHOWN = 5
+from ctrak_lightning.utilities.naming import bytes_of
 
 
 def numbered(batches: Iterable[Any], column: str) -> Iterable[Any]:
@@ -36,12 +34,8 @@ def numbered(batches: Iterable[Any], column: str) -> Iterable[Any]:
     if batches.batch_sampler is None:
         return batches
     collate = _Collate(batches.collate_fn, column)
-    return reloaded(
-        batches,
-        _Positions(batches.dataset),
-        batch_sampler=batches.batch_sampler,
-        collate_fn=collate,
-    )
+    options = {"batch_sampler": batches.batch_sampler, "collate_fn": collate}
+    return reloaded(batches, _Positions(batches.dataset), **options)
 
 
 def reloaded(loader: DataLoader[Any], dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
@@ -102,8 +96,8 @@ class _Collate:
             return kept
         raise BatchError(
             f"The collate_fn made a batch of {sorted(lengths)} rows of the {len(rows)} samples at "
-            f"positions {every[:_SHOWN]}{'...' if len(every) > _SHOWN else ''} of the data set, of "
-            f"which {len(rows) - len(kept)} are None. Samples are numbered by these positions, and "
+            f"positions {listed(every)} of the data set, of which {len(rows) - len(kept)} are "
+            "None. Samples are numbered by these positions, and "
             "which of them are in the batch cannot be known. HINT: let the data set return None "
             "for a sample that is to be left out, or give every sample an id of its own in the "
             f"column {self.column!r}."
@@ -119,15 +113,15 @@ def _lengths(batch: Mapping[Any, Any]) -> set[int]:
 
 
 class _Digest(Protocol):
-    def update(self, data: bytes, /) -> None: ...
+    def update(self, data: bytes | memoryview, /) -> None: ...
 
 
 def content_hashes(batch: Any, encoded: Encoded) -> list[str]:
     """One sha256 (hex) per sample over everything the data set gave for it, whatever the batch it
     is in.
 
-    The batch itself is hashed where its fields can be told apart by row: tensors, arrays, images of
-    PIL, text, numbers, and lists and mappings of these. So an image is the same image on every
+    The batch itself is hashed where its fields have a value for each row: tensors, arrays, images
+    of PIL, text, numbers, and lists and mappings of these. So an image is the same image on every
     machine. Where a field cannot, or none of them holds a picture, a latent or the like, the
     encoded latents are hashed as well, and what of the condition is whole numbers (tokens); the
     rest of a condition may come from embeddings that training changes.
@@ -241,7 +235,7 @@ def _by_name(item: tuple[Any, Any]) -> str:
 def _feed(digest: _Digest, value: Any) -> None:
     """Every value with its kind and its length, so that no two values are fed as the same bytes."""
     if isinstance(value, Tensor):
-        _part(digest, f"tensor {value.dtype} {list(value.shape)}", _bytes(value))
+        _part(digest, f"tensor {value.dtype} {list(value.shape)}", bytes_of(value))
     elif isinstance(value, np.ndarray):
         _feed_array(digest, value)
     elif _is_image(value):
@@ -269,18 +263,11 @@ def _feed_array(digest: _Digest, value: np.ndarray[Any, Any]) -> None:
     if value.dtype.hasobject or value.dtype.kind in "US":
         _feed(digest, value.tolist())
     else:
-        _part(
-            digest,
-            f"array {value.dtype.str} {list(value.shape)}",
-            np.ascontiguousarray(value).tobytes(),
-        )
+        kind = f"array {value.dtype.str} {list(value.shape)}"
+        _part(digest, kind, np.ascontiguousarray(value).tobytes())
 
 
-def _part(digest: _Digest, kind: str, data: bytes = b"") -> None:
+def _part(digest: _Digest, kind: str, data: bytes | memoryview = b"") -> None:
     for text in (kind.encode(), data):
         digest.update(struct.pack("<Q", len(text)))
         digest.update(text)
-
-
-def _bytes(value: Tensor) -> bytes:
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

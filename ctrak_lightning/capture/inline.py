@@ -12,132 +12,18 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from ctrak_lightning.capture.capture import Capture
+from ctrak_lightning.capture.running_means import RunningTraces
 from ctrak_lightning.capture.trace import normalised
-from ctrak_lightning.errors import GradientError, StoreError
+from ctrak_lightning.errors import GradientError
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import InTraining
-from ctrak_lightning.store import TraceStore, Visits
-from ctrak_lightning.store.sections import sorted_visits
+from ctrak_lightning.store import TraceStore
 from ctrak_lightning.tasks import encode, named_samples
 from ctrak_lightning.utilities.rng import isolated_rng
 
-_SHOWN = 5
-
-
-class RunningTraces:
-    """The mean row of every sample over the training steps of a window, which lasts from one
-    checkpoint to the next.
-
-    A sample that no step of the window saw (a shuffled loader with ``drop_last``, say) keeps the
-    mean of the last window that did. Memory: N x k float32.
-
-    Args:
-        sample_ids: the samples, in the order of the sample table.
-        dim: length k of a row.
-    """
-
-    def __init__(self, sample_ids: list[str], dim: int) -> None:
-        n = len(sample_ids)
-        self._sample_ids = sample_ids
-        self._sums = torch.zeros(n, dim)
-        self._losses = torch.zeros(n)
-        self._counts = torch.zeros(n, dtype=torch.int64)
-        self._windows = torch.zeros(n, dtype=torch.int64)
-        self._window = 1
-        self._seen: list[tuple[Tensor, Tensor, Tensor, int]] = []
-
-    def add(
-        self, positions: Tensor, rows: Tensor, *, loss: float, timesteps: Tensor, step: int
-    ) -> None:
-        """The rows [b, k] that one training step gave the samples at ``positions`` [b] of the
-        table.
-
-        Args:
-            positions: int64; a sample may be there more than once.
-            rows: float32, on the CPU.
-            loss: of the batch.
-            timesteps: what the denoiser was told [b].
-            step: optimizer steps taken before.
-        """
-        fresh = positions[self._windows[positions] != self._window]
-        for total in (self._sums, self._losses, self._counts):
-            total[fresh] = 0
-        self._windows[fresh] = self._window
-        self._sums.index_add_(0, positions, rows)
-        self._losses.index_add_(0, positions, torch.full((len(positions),), loss))
-        self._counts.index_add_(0, positions, torch.ones_like(positions))
-        steps = torch.full_like(positions, step)
-        self._seen.append((positions, timesteps.float(), steps, self._window))
-
-    def require_all(self, exposures: Tensor | None = None) -> None:
-        """Raises a StoreError that names samples which no training step has seen yet, but for those
-        whose ``exposures`` [N] are known to be 0: nothing was trained on them."""
-        missing = self._counts == 0
-        unseen = (
-            (missing if exposures is None else missing & (exposures > 0))
-            .nonzero()
-            .flatten()
-            .tolist()
-        )
-        if unseen:
-            shown = ", ".join(repr(self._sample_ids[i]) for i in unseen[:_SHOWN])
-            more = f" and {len(unseen) - _SHOWN} more" if len(unseen) > _SHOWN else ""
-            raise StoreError(
-                f"{len(unseen)} of {len(self._sample_ids)} samples have been in no training step "
-                f"yet: {shown}{more}. Expected each of them once at least before a checkpoint. "
-                "HINT: trace with every_n_epochs; let trace_dataloader() give the samples that "
-                "are trained on, with the ids that training batches have."
-            )
-
-    def means(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean rows [b, k] of samples, and the mean loss [b] of the batches that they were in;
-        zeros for samples that were in none."""
-        counts = self._counts[positions].clamp(min=1).float()
-        return self._sums[positions] / counts.unsqueeze(1), self._losses[positions] / counts
-
-    def visits(self) -> Visits:
-        """The steps that the present means are over."""
-        samples, timesteps, steps = self._current()
-        return sorted_visits(samples, timesteps, steps, len(self._sample_ids))
-
-    def begin_window(self) -> None:
-        """After a checkpoint: a sample that is seen again starts a new mean."""
-        samples, timesteps, steps = self._current()
-        self._seen = [
-            (samples[rows], timesteps[rows], steps[rows], window)
-            for window in self._windows[samples].unique().tolist()
-            for rows in [self._windows[samples] == window]
-        ]
-        self._window += 1
-
-    def continue_from(self, rows: Tensor, losses: Tensor, visits: Visits) -> None:
-        """Takes the means [N, k] of a sealed checkpoint for those of the last window, where a run
-        is resumed."""
-        self._counts = visits.counts.clone()
-        self._sums = rows * self._counts.unsqueeze(1)
-        self._losses = losses * self._counts
-        self._windows = torch.full_like(self._counts, self._window)
-        samples = torch.repeat_interleave(torch.arange(len(self._counts)), self._counts)
-        self._seen = [(samples, visits.timesteps, visits.steps, self._window)]
-        self.begin_window()
-
-    def _current(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples, timesteps and steps of the visits that the means are over, in the order of
-        time."""
-        parts = [
-            (samples[kept], timesteps[kept], steps[kept])
-            for samples, timesteps, steps, window in self._seen
-            for kept in [self._windows[samples] == window]
-        ]
-        empty = torch.empty(0, dtype=torch.int64)
-        if not parts:
-            return empty, torch.empty(0), empty
-        samples, timesteps, steps = (torch.cat(several) for several in zip(*parts, strict=True))
-        return samples, timesteps, steps
-
-
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma")
 STEPS_AT_ONCE = 16
+"""Training steps between two copies to the CPU, each of which waits for a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,19 +47,17 @@ class InlineCapture(Capture):
     sample, for a loss that is a mean over a batch of B: the gradient of the sample's own loss,
     whatever B is. (Under a loss that is a sum it is B times too long, which normalised rows do not
     notice.) Rows are normalised as the method says and averaged over the steps since the last
-    checkpoint that saw the sample; see :class:`~ctrak_lightning.capture.inline.RunningTraces` for samples
-    that none saw. Samples of a training batch that are not among ``batches`` are passed over.
+    checkpoint that saw the sample; see
+    :class:`~ctrak_lightning.capture.running_means.RunningTraces` for samples that none saw.
+    Samples of a training batch that are not among ``batches`` are passed over.
 
     A raw loop calls, for every batch, :meth:`begin_step`, then its forward pass,
     :meth:`before_backward`, ``loss.backward()`` and :meth:`after_backward`; and :meth:`run` where a
     checkpoint is due.
 
-    Args:
-        path, owner, task, batches, method, tracer and the others: as of :class:`Capture`.
-
     Raises:
-        GradientError: the method's traces are not :class:`~ctrak_lightning.methods.trajectories.InTraining`;
-            as :class:`Capture`.
+        GradientError: the method's traces are not
+            :class:`~ctrak_lightning.methods.trajectories.InTraining`; as :class:`Capture`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -284,8 +168,9 @@ class InlineCapture(Capture):
         if not self._is_following:
             return
         self._is_following = False
+        # [B, P]; the loss is a mean over the batch, a trace is of a sample's own loss.
         rows = self._recorder.rows() * (len(self._positions) / loss_scale)
-        features = normalised(rows, self.tracer, self.method.normalisation)
+        features = normalised(rows, self.tracer, self.method.normalisation)  # [B, k]
         self._pending.append(
             _Step(
                 step,
@@ -332,7 +217,7 @@ class InlineCapture(Capture):
 
     @override
     def training_ids(self, batch: Any) -> list[str]:
-        # The ids that the rows go by, and no guess at them.
+        """As of :class:`Capture`; of the batch of the present step, those that its rows go by."""
         begun, ids = self._begun
         return ids if batch is begun else self._sample_ids(batch)
 
@@ -342,7 +227,8 @@ class InlineCapture(Capture):
         pending, self._pending = self._pending, []
         first: tuple[int, list[int]] | None = None
         for one in pending:
-            features = one.features.cpu()
+            features = one.features.cpu()  # [B, k]
+            # -1 stands for a sample of the training batch that is not traced.
             usable, finite = one.positions >= 0, features.isfinite().all(1)
             lost = one.positions[usable & ~finite].tolist()
             if lost and not one.skip_not_finite:
@@ -360,8 +246,8 @@ class InlineCapture(Capture):
             raise GradientError(
                 f"The training step after {step} optimizer steps gave {len(lost)} samples "
                 "gradients that are not finite, for example "
-                f"{[self.sample_ids[i] for i in lost[:_SHOWN]]}. HINT: look at these samples and "
-                "at the loss of the run."
+                f"{[self.sample_ids[i] for i in lost[:5]]}. HINT: look at these samples and at the "
+                "loss of the run."
             )
 
     def _sample_ids(self, batch: Any) -> list[str]:
@@ -401,8 +287,8 @@ class InlineCapture(Capture):
 def _timesteps(
     module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch_size: int
 ) -> Tensor:
-    """What a call tells the denoiser of its timesteps, as [B]: the argument with a timestep's name,
-    else the second one."""
+    """The timesteps of a denoiser's call, as [B]: the argument with a timestep's name, else the
+    second one."""
     try:
         named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     except TypeError:

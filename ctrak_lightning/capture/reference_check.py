@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ctrak_lightning import methods
 from ctrak_lightning.capture.trace import trace_batch
-from ctrak_lightning.errors import BatchError
+from ctrak_lightning.errors import BatchError, listed
 from ctrak_lightning.gradients import Engine, GradientTracer, Projection, tracing_mode, undisturbed
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import InTraining, Noised
@@ -26,6 +26,9 @@ from ctrak_lightning.utilities.rng import isolated_rng
 Outcome = Literal["pass", "note", "fail"]
 DUPLICATE_TOLERANCE = 1e-6
 TIMESTEPS = 5
+_LOOPED = "gradients equal a plain loop over the samples"
+_ALONE = "a sample alone equals it in a batch"
+_REVERSED = "the order of samples does not matter"
 NORM_RANGE = 1e4
 """Beyond this ratio of the largest to the smallest norm of a trace, one sample outweighs the
 others."""
@@ -95,15 +98,15 @@ def selfcheck(
         features = trial.features(range(trial.count))
         checks = [
             _finite(features, encoded.sample_ids),
-            trial.compare("gradients equal a plain loop over the samples", features, trial.looped(), _LOOP_HINT),
-            trial.compare("a sample alone equals it in a batch", features, trial.alone(), _BATCH_HINT),
-            trial.compare("the order of samples does not matter", features, trial.reversed(), _BATCH_HINT),
+            trial.compare(_LOOPED, features, trial.looped(), _LOOP_HINT),
+            trial.compare(_ALONE, features, trial.alone(), _BATCH_HINT),
+            trial.compare(_REVERSED, features, trial.reversed(), _BATCH_HINT),
             _duplicates(trial.features([0, *range(trial.count), 0])),
             _repeated(features, trial.features(range(trial.count))),
             trial.on_one_thread(features),
             _denoises(task, encoded),
             trial.on_a_gpu(features),
-        ]  # fmt: skip
+        ]
     return [*checks, before.compare(), *_coverage(owner, task, trial.tracer)]
 
 
@@ -175,12 +178,7 @@ class _Trial:
     def compare(self, name: str, ours: Tensor, theirs: Tensor, hint: str) -> Check:
         difference = _difference(ours, theirs)
         found = f"relative difference {difference:.1e}, at most {self.tolerance:.1e}"
-        # Written so that NaN fails.
-        return (
-            Check(name, "pass", found)
-            if difference <= self.tolerance
-            else Check(name, "fail", found, hint)
-        )
+        return _judged(name, difference <= self.tolerance, found, hint)  # NaN fails
 
     def _tracer(self, engine: Engine) -> GradientTracer:
         return GradientTracer(
@@ -198,11 +196,8 @@ class _Surroundings:
     def compare(self) -> Check:
         name = "the model and the random generators are as before"
         changed = [key for key, value in self._now().items() if value != self.facts[key]]
-        if changed:
-            return Check(
-                name, "fail", f"changed: {', '.join(changed)}", "please report this as a bug."
-            )
-        return Check(name, "pass", ", ".join(self.facts))
+        found = ", ".join(self.facts) if not changed else f"changed: {', '.join(changed)}"
+        return _judged(name, not changed, found, "please report this as a bug.")
 
     def _now(self) -> dict[str, Any]:
         buffers = {f"buffer {name}": value for name, value in self.owner.named_buffers()}
@@ -219,6 +214,10 @@ class _Surroundings:
                 repr(random.getstate()),
             ],
         }
+
+
+def _judged(name: str, is_right: bool, found: str, hint: str) -> Check:
+    return Check(name, "pass", found) if is_right else Check(name, "fail", found, hint)
 
 
 def _chosen(encoded: Encoded, rows: Sequence[int]) -> Encoded:
@@ -240,23 +239,16 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 def _finite(features: Tensor, sample_ids: Sequence[str]) -> Check:
     name = "every trace is finite and not zero"
     norms = features.norm(dim=1)
-    bad = [
-        sample_ids[i] for i in (~torch.isfinite(norms) | (norms == 0)).nonzero().flatten().tolist()
-    ]
+    refused = ~torch.isfinite(norms) | (norms == 0)
+    bad = [sample_ids[i] for i in refused.nonzero().flatten().tolist()]
     if bad:
-        hint = (
-            "look at these images, at the loss, and at the precision (float16 overflows at 65504)."
-        )
+        hint = "look at these images, at the loss, and at the precision (float16 ends at 65504)."
         return Check(name, "fail", f"not so: {', '.join(bad)}", hint)
     low, high = float(norms.min()), float(norms.max())
     found = f"norms from {low:.2e} to {high:.2e}"
     if high > NORM_RANGE * low:
-        return Check(
-            name,
-            "note",
-            f"{found}: one sample outweighs the others",
-            "methods normalise by sample or layer.",
-        )
+        found += ": one sample outweighs the others"
+        return Check(name, "note", found, "methods normalise by sample or layer.")
     return Check(name, "pass", found)
 
 
@@ -265,27 +257,19 @@ def _duplicates(features: Tensor) -> Check:
     name = "equal samples have equal traces"
     difference = max(_difference(features[[row]], features[[1]]) for row in (0, -1))
     found = f"relative difference {difference:.1e}, at most {DUPLICATE_TOLERANCE:.0e}"
-    if difference <= DUPLICATE_TOLERANCE:
-        return Check(name, "pass", found)
-    return Check(name, "fail", found, _BATCH_HINT)
+    return _judged(name, difference <= DUPLICATE_TOLERANCE, found, _BATCH_HINT)
 
 
 def _repeated(first: Tensor, second: Tensor) -> Check:
     name = "traced twice, the same to the bit"
-    if torch.equal(first, second):
-        return Check(name, "pass", "equal")
-    return Check(
-        name,
-        "fail",
-        f"relative difference {_difference(first, second):.1e}",
-        "something in the network draws random numbers in evaluation mode, or an operation is "
-        "not deterministic (torch.use_deterministic_algorithms).",
-    )
+    is_equal = torch.equal(first, second)
+    found = "equal" if is_equal else f"relative difference {_difference(first, second):.1e}"
+    return _judged(name, is_equal, found, _RANDOM_HINT)
 
 
 @torch.no_grad()
 def _denoises(task: DiffusionTask, encoded: Encoded) -> Check:
-    """Whether the output, read as the scheduler says, tells noise from image: under a wrong
+    """Whether the output, read as the scheduler says, separates noise from image: under a wrong
     ``prediction_type`` it does not."""
     name = "the network's output, read by the schedule, predicts the noise"
     x0, schedule = encoded.latents, task.noise_schedule
@@ -307,11 +291,9 @@ def _denoises(task: DiffusionTask, encoded: Encoded) -> Check:
         return Check(name, "fail", found, _SCHEDULE_HINT)
     # Near the image the best guess of the noise is bad; a network that has learnt nothing is no
     # better than zero anywhere.
-    return (
-        Check(name, "pass", found)
-        if min(errors.values()) < 1
-        else Check(name, "note", found, _SCHEDULE_HINT)
-    )
+    if min(errors.values()) < 1:
+        return Check(name, "pass", found)
+    return Check(name, "note", found, _SCHEDULE_HINT)
 
 
 def _coverage(owner: nn.Module, task: DiffusionTask, tracer: GradientTracer) -> Iterator[Check]:
@@ -327,15 +309,10 @@ def _coverage(owner: nn.Module, task: DiffusionTask, tracer: GradientTracer) -> 
     numbers = sum(value.numel() for value in trained.values())
     found = f"{len(traced)} of {len(trained)} trained tensors ({numbers:,} numbers trained)"
     if outside:
-        found += f"; outside of the denoiser: {_listed(outside)}"
+        found += f"; outside of the denoiser: {listed(outside, show=str)}"
     if left:
-        found += f"; not chosen: {_listed(left)}"
+        found += f"; not chosen: {listed(left, show=str)}"
     yield Check("all that trains is traced", "note" if outside or left else "pass", found)
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 _LOOP_HINT = (
@@ -345,6 +322,10 @@ _LOOP_HINT = (
 _BATCH_HINT = (
     "samples are not independent: look for batch norm, losses over the batch, or layers that do "
     "not put the batch first."
+)
+_RANDOM_HINT = (
+    "something in the network draws random numbers in evaluation mode, or an operation is not "
+    "deterministic (torch.use_deterministic_algorithms)."
 )
 _THREAD_HINT = "the network's own results depend on the number of threads more than on rounding."
 _SCHEDULE_HINT = (

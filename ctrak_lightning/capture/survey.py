@@ -49,9 +49,8 @@ class Once:
     def add(self, sample_ids: Sequence[str]) -> None:
         """Raises a BatchError that names samples which were there before."""
         others, again = len(self._seen), []
-        for name in sample_ids:
-            if name in self._seen:
-                again.append(name)
+        for name in sample_ids:  # also twice in one batch
+            again += [name] if name in self._seen else []
             self._seen.add(name)
         if again:
             raise BatchError(
@@ -111,10 +110,8 @@ def _difference(a: Any, b: Any, where: str) -> str | None:
         )
     else:
         plain = (str, bytes, int, float, bool, np.generic)
-        is_other = (
-            isinstance(a, plain) and isinstance(b, plain) and a != b and not (a != a and b != b)
-        )
-        return where if is_other else None
+        is_known = isinstance(a, plain) and isinstance(b, plain)
+        return where if is_known and a != b and not (a != a and b != b) else None
     return next((found for found in inside if found is not None), None)
 
 
@@ -130,21 +127,14 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Surveyed:
-    """Who the samples of one batch are.
-
-    Args:
-        number: of the batch.
-        shape: of a sample's latents.
-        sample_ids, hashes, metadata: of its samples; the hashes are those of their content.
-        thumbnails: uint8 [B, h, w, 3].
-    """
+    """Who the samples of one batch are."""
 
     number: int
-    shape: torch.Size
+    shape: torch.Size  # of a sample's latents
     sample_ids: list[str]
-    hashes: list[str]
+    hashes: list[str]  # of the samples' content
     metadata: dict[str, list[str]]
-    thumbnails: Tensor | None
+    thumbnails: Tensor | None  # uint8 [B, h, w, 3]
 
 
 def table_of(batches: Sequence[Surveyed]) -> tuple[SampleTable, torch.Size]:
@@ -187,7 +177,6 @@ def thumbnails_of(images: Tensor) -> Tensor:
     images, longest = images.float(), max(images.shape[-2:])
     if longest > THUMBNAIL:
         scale = THUMBNAIL / longest
-        images = torch.nn.functional.interpolate(
-            images, scale_factor=scale, mode="bilinear", antialias=True
-        )
+        resize = torch.nn.functional.interpolate
+        images = resize(images, scale_factor=scale, mode="bilinear", antialias=True)
     return images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()

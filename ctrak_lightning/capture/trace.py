@@ -1,5 +1,5 @@
-"""One batch through the four rooms: trajectory, network, objective, gradient tracer. Both sides,
-training and query."""
+"""One batch through trajectory, network, objective and gradient tracer, on the training and on the
+query side."""
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -77,7 +77,8 @@ def trace_batch(
         method: what to trace.
         encoded: the batch.
         seed: of the trajectory's noise.
-        row_limit: how many rows at once; what memory taught it is kept there. None starts with all.
+        row_limit: how many rows at once, which it lowers where memory runs out; None starts with
+            all.
 
     Raises:
         GradientError: there is no memory for a single sample.
@@ -95,11 +96,13 @@ def _trace_rows(
     task: DiffusionTask, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
 ) -> Trace:
     states = _states(task, tracer, method, encoded, seed)
-    features = torch.zeros(len(encoded.latents), tracer.dim)
-    loss = torch.zeros(len(encoded.latents))
+    features = torch.zeros(len(encoded.latents), tracer.dim)  # [B, k], on the CPU
+    loss = torch.zeros(len(encoded.latents))  # [B]
     for state in states:
         evaluation = _Evaluation(task, state, encoded.latents, encoded.condition, None)
-        rows = evaluation.vjps(tracer, method.training)
+        rows = evaluation.vjps(tracer, method.training)  # [B, P] for each part of the objective
+        # Normalised state by state: at low noise gradients are larger by orders of magnitude, and
+        # one state would be all of the sum.
         features += joined(rows, tracer, method.normalisation)
         loss += evaluation.denoising_loss() / len(states)
     return Trace(features, loss)
@@ -108,11 +111,12 @@ def _trace_rows(
 def _states(
     task: DiffusionTask, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
 ) -> list[State]:
+    # In the mode of tracing: an inversion asks the network itself, without dropout.
     with tracing_mode(tracer.module), torch.no_grad():
-        trajectory = method.training_trajectory
-        return list(
-            trajectory.states(task, encoded.latents, encoded.condition, encoded.sample_ids, seed)
+        states = method.training_trajectory.states(
+            task, encoded.latents, encoded.condition, encoded.sample_ids, seed
         )
+        return list(states)
 
 
 def check_batch(
@@ -120,9 +124,6 @@ def check_batch(
 ) -> tuple[Trace, set[str]]:
     """The traces of a batch at the middle one of its states, whose rows are held against a pass for
     each sample alone.
-
-    Args:
-        task, tracer, method, encoded, seed: as of :func:`trace_batch`.
 
     Returns:
         the traces, and the names of the blocks that a gradient reached; nothing was seen of the
@@ -173,8 +174,10 @@ def trace_query(
     groups = tracer.layer_groups() if parts else {}
     by_group = {name: torch.zeros_like(features) for name in groups}
     for state in states:
+        # [B, P] for each part; P numbers, before the sketch to k, in which terms add up exactly.
         gradients = [torch.zeros(len(x0), tracer.width) for _ in method.training.parts]
-        predictions: dict[Side, Tensor] = {}
+        predictions: dict[Side, Tensor] = {}  # e [B, ...] under each condition
+        # A term that is held against the other condition's prediction needs that one first.
         for side in {_other(term.side) for term in method.query if term.objective.needs_reference}:
             with tracing_mode(tracer.module):
                 predictions[side] = _noise_prediction(task, state, conditions[side])
@@ -182,7 +185,7 @@ def trace_query(
             rows = _term(task, tracer, term, state, x0, conditions, predictions, weights)
             for gradient, row in zip(gradients, rows, strict=True):
                 gradient += term.weight * row
-        row = joined(gradients, tracer, method.normalisation)
+        row = joined(gradients, tracer, method.normalisation)  # [B, k]
         features += row
         strength += _relative_difference(predictions, weights) / len(states)
         if parts:
@@ -231,15 +234,9 @@ class _Evaluation:
         reference: Tensor | None,
         weights: Tensor | None = None,
     ) -> None:
-        self.task, self.state, self.x0, self.condition, self.reference = (
-            task,
-            state,
-            x0,
-            condition,
-            reference,
-        )
-        self.weights = weights
-        self.e = torch.empty_like(x0)
+        self.task, self.state, self.x0, self.condition = task, state, x0, condition
+        self.reference, self.weights = reference, weights
+        self.e = torch.empty_like(x0)  # filled row by row: a tracer may ask for parts of a batch
         self.prediction: Prediction | None = None
 
     def vjps(self, tracer: GradientTracer, objective: Objective) -> list[Tensor]:
@@ -247,15 +244,15 @@ class _Evaluation:
         CPU."""
         forward, cotangents = self.passes(objective)
         found = [row.cpu() for row in tracer.vjps(forward, cotangents, len(self.x0), sketch=False)]
-        self.prediction = None
+        self.prediction = None  # it holds the graph of the whole pass
         return found
 
     def passes(self, objective: Objective) -> tuple[Forward, list[Cotangent]]:
         """What a :class:`~ctrak_lightning.gradients.GradientTracer` is given: the network's noise
         prediction of some rows, and the cotangents of the objective's parts."""
-        x_t = self.state.x_t.detach().requires_grad_(objective.needs_input_gradient)
+        x_t = self.state.x_t.detach().requires_grad_(objective.needs_input_gradient)  # [B, ...]
 
-        def forward(rows: Tensor) -> Tensor:
+        def forward(rows: Tensor) -> Tensor:  # positions [b] in the batch -> e [b, ...]
             x, t = x_t[rows], self.state.t[rows]
             output = self.task.predict(x, t, select(self.condition, rows))
             schedule = self.task.noise_schedule
@@ -264,7 +261,7 @@ class _Evaluation:
             self.prediction = Prediction(x, t, self.x0[rows], output, e, reference, schedule)
             return e
 
-        def cotangent(part: Objective, e: Tensor, rows: Tensor) -> Tensor:
+        def cotangent(part: Objective, e: Tensor, rows: Tensor) -> Tensor:  # v [b, ...], as e
             assert self.prediction is not None
             self.e[rows] = e.detach().to(self.e)
             v = cotangent_of(part, self.prediction)
@@ -274,7 +271,7 @@ class _Evaluation:
 
     def denoising_loss(self) -> Tensor:
         """``mean((e - eps)^2)`` [B]."""
-        a, s = self.task.noise_schedule.levels(self.state.t, self.state.x_t)
+        a, s = self.task.noise_schedule.levels(self.state.t, self.state.x_t)  # [B, 1, ...]
         noise = (self.state.x_t - a * self.x0) / s
         loss: Tensor = (self.e - noise).square().flatten(1).mean(1).float().cpu()
         return loss
@@ -325,19 +322,18 @@ def normalised(
     Of some ``blocks`` only, what they add to the features of the whole: they are scaled by the norm
     of the whole."""
     unit_layers = normalisation == "layer"
-    features = tracer.sketch(rows, unit_layers=unit_layers, salt=salt)
-    part = features
+    features = part = tracer.sketch(rows, unit_layers=unit_layers, salt=salt)  # [B, P] -> [B, k]
     if blocks is not None:
         part = tracer.sketch(tracer.only(rows, blocks), unit_layers=unit_layers, salt=salt)
     if normalisation != "sample":
         return part
-    norm = features.norm(dim=1, keepdim=True)
+    norm = features.norm(dim=1, keepdim=True)  # [B, 1]
     return torch.where(norm > 0, part / norm.clamp(min=torch.finfo(features.dtype).tiny), part)
 
 
 def warn_if_faint(strength: Tensor, names: Sequence[str], threshold: float = FAINT) -> None:
-    """Warns of concepts whose direction is within noise: the model tells the two conditions hardly
-    apart."""
+    """Warns of concepts whose direction is within noise: the model hardly distinguishes the two
+    conditions."""
     faint = [
         f"{visible(name)} ({value:.1e})"
         for name, value in zip(names, strength.tolist(), strict=True)

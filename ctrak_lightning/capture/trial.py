@@ -1,8 +1,6 @@
 """A trial before the first step: two samples traced as a capture will, and held against a pass for
 each sample alone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from typing_extensions import override
 
 from ctrak_lightning import errors
 from ctrak_lightning.capture.trace import Trace, check_batch, trace_query
-from ctrak_lightning.errors import TrialError
+from ctrak_lightning.errors import TrialError, listed
 from ctrak_lightning.gradients import GradientTracer
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import InTraining, Noised
@@ -23,7 +21,6 @@ from ctrak_lightning.tasks import Condition, DiffusionTask, Encoded, Spec, Wrapp
 from ctrak_lightning.utilities.memory import RowLimit, is_out_of_memory
 
 SAMPLES = 2
-_SHOWN = 5
 _TYPED = tuple(
     kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
 )
@@ -105,10 +102,8 @@ def try_samples(
     with named(f"tracing {_described(samples)}"):
         # Where batches are of one sample, so is the comparison: nothing can be mixed there.
         traces = row_limit.run(len(rows.latents), check)
-    features, loss = (
-        torch.cat([trace.features for trace in traces]),
-        torch.cat([trace.loss for trace in traces]),
-    )
+    features = torch.cat([trace.features for trace in traces])
+    loss = torch.cat([trace.loss for trace in traces])
     for name, values in (("gradient", features), ("denoising loss", loss[:, None])):
         lost = (~values.isfinite().all(1)).nonzero().flatten().tolist()
         if lost:
@@ -122,18 +117,12 @@ def try_samples(
 
 
 def refuse_without_condition(task: DiffusionTask, method: Method, samples: Encoded) -> None:
-    """Refuses a method whose questions compare two conditions, of a model that has none.
-
-    Raises:
-        TrialError: so it is.
-    """
+    """Refuses a method whose questions compare two conditions, of a model that has none."""
     if samples.condition or not method.sees_absent:
         return
-    instead = (
-        'mode="capture" and methods.d_trak()'
-        if isinstance(method.training_trajectory, InTraining)
-        else "methods.d_trak()"
-    )
+    instead = "methods.d_trak()"
+    if isinstance(method.training_trajectory, InTraining):
+        instead = f'mode="capture" and {instead}'
     raise TrialError(
         f"The method {method.name!r} asks what a concept adds: it compares the network under two "
         f"conditions, and {name_of(task)} has none (`encode(batch).condition` is empty), so that "
@@ -247,10 +236,9 @@ def naming_changed_buffers(changed: Callable[[], list[str]]) -> Iterator[None]:
         names = changed()
         if not names or not isinstance(error.__cause__, errors.GradientError):
             raise
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         raise TrialError(
             f"{error} A likely cause: a pass in evaluation mode changes the buffers "
-            f"{names[:_SHOWN]}{more}, so that an output which depends on them, such as a running "
+            f"{listed(names)}, so that an output which depends on them, such as a running "
             "estimate, is another one in every pass. HINT: let `forward` update them only where "
             "`self.training` is set."
         ) from error.__cause__

@@ -6,7 +6,8 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from ctrak_lightning.cli.printing import add_force, check_outputs
-from ctrak_lightning.provenance.exports import croissant, model_card, prov_json
+from ctrak_lightning.provenance.exports import croissant, prov_json
+from ctrak_lightning.provenance.summary import model_card
 
 
 def parser() -> ArgumentParser:

@@ -7,22 +7,15 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ctrak_lightning.model.frozen import Frozen, is_rounded, warn_of_rounding
-from ctrak_lightning.utilities.naming import modules_of, parameters_of
+from ctrak_lightning.utilities.naming import bytes_of, modules_of, parameters_of
 
 
 def adapter_facts(owner: nn.Module, parts: Collection[str] | None) -> dict[str, str]:
     """``{"adapters": text}`` of peft's adapter layers: how many are applied how, and a sha256 of
-    which; ``{}`` without such layers.
-
-    Args:
-        owner: the module that has them.
-        parts: the parts of it that count, as :func:`~ctrak_lightning.model.frozen.parts_of` gives them;
-            None for all.
-    """
+    which; ``{}`` without such layers."""
     # Where peft was never imported, no module is of its kind.
     kind: Any = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
     if kind is None:
@@ -73,9 +66,9 @@ def model_fingerprint(
         module: the model.
         trained: names of the trained parameters.
         schedule: its noise schedule.
-        parts: which parts of the module the task computes with
-            (:func:`~ctrak_lightning.model.frozen.parts_of`), recorded beside the hashes; None takes all
-            frozen parameters and no buffers, as stores of schema 4 do.
+        parts: which parts of the module the task computes with (``frozen.parts_of``), recorded
+            beside the hashes; None takes all frozen parameters and no buffers, as stores of schema
+            4 do.
     """
     own = parameters_of(module)
     shapes = "".join(f"{name}:{tuple(own[name].shape)};" for name in sorted(trained) if name in own)
@@ -125,7 +118,7 @@ def _all_frozen(parameters: Mapping[str, Tensor], trained: Collection[str]) -> s
     for name, value in sorted(parameters.items()):
         if name not in trained:
             frozen.update(f"{name}:{tuple(value.shape)};".encode())
-            frozen.update(_bytes(value))
+            frozen.update(bytes_of(value))
     return frozen.hexdigest()
 
 
@@ -134,9 +127,5 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, value in sorted(weights.items()):
         found.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        found.update(_bytes(value))
+        found.update(bytes_of(value))
     return found.hexdigest()
-
-
-def _bytes(value: Tensor) -> bytes:
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ctrak_lightning.errors import TrainingChangedError
-from ctrak_lightning.utilities.naming import inside, modules_of, parameters_of
+from ctrak_lightning.utilities.naming import bytes_of, inside, modules_of, parameters_of
 from ctrak_lightning.utilities.rng import seeded_noise
 
 BUFFER_LIMIT = 2**16
@@ -45,12 +45,7 @@ class RoundedWeightsWarning(UserWarning):
 
 def changing_buffers(owner: nn.Module, parts: Collection[str]) -> dict[str, Tensor]:
     """Buffers of these parts that training may change, by qualified name (no copies): those of a
-    state dict that are floating point and small, or one integer, such as a counter.
-
-    Args:
-        owner: the module whose names they are.
-        parts: as :func:`parts_of` gives them.
-    """
+    state dict that are floating point and small, or one integer, such as a counter."""
     return {
         name: value for name, value in _buffers(owner) if _may_change(value) and _is_in(name, parts)
     }
@@ -58,13 +53,7 @@ def changing_buffers(owner: nn.Module, parts: Collection[str]) -> dict[str, Tens
 
 class Frozen:
     """The frozen weights and constant buffers of some parts of a module, each hashed once in a
-    process while it stays the same.
-
-    Args:
-        owner: the module whose names they are.
-        parts: names of submodules, parameters and buffers, as :func:`parts_of` gives them.
-        trained: names of the parameters that are not frozen.
-    """
+    process while it stays the same."""
 
     def __init__(self, owner: nn.Module, parts: Collection[str], trained: Collection[str]) -> None:
         self._owner, self._parts, self._trained = owner, parts, trained
@@ -78,7 +67,7 @@ class Frozen:
 
     @property
     def sketch(self) -> str:
-        """What tells rounding from change (:func:`is_rounded`), as JSON: the coarsest format, a
+        """What separates rounding from change (:func:`is_rounded`), as JSON: the coarsest format, a
         digest of what must be equal, and random projections of the weights, each relative to its
         norm."""
         total = torch.zeros(_SKETCH + 1, dtype=torch.float64)
@@ -123,10 +112,7 @@ class Frozen:
             )
 
     def _looked_at(self) -> dict[str, "_Seen"]:
-        values: dict[str, Tensor] = dict(parameters_of(self._owner))
-        values = {
-            name: value for name, value in values.items() if name not in self._trained
-        } | _constants(self._owner)
+        values = _constants(self._owner, self._trained)
         return {name: _look(value) for name, value in values.items() if _is_in(name, self._parts)}
 
 
@@ -155,10 +141,7 @@ def parts_of(owner: nn.Module, used: Used, trained: Collection[str]) -> list[str
     An average of the weights, a teacher, or a discriminator that a module has beside its network is
     so no part of it.
     """
-    tensors: dict[str, Tensor] = dict(parameters_of(owner))
-    tensors = {name: value for name, value in tensors.items() if name not in trained} | _constants(
-        owner
-    )
+    tensors = _constants(owner, trained)
     unused = {name for name, value in tensors.items() if value not in used}
     touched = (set(tensors) - unused) | {name for name in parameters_of(owner) if name in trained}
     return sorted(_covered(owner, "", touched, unused))
@@ -213,8 +196,10 @@ def _buffers(owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield (f"{prefix}.{name}" if prefix else name), value
 
 
-def _constants(owner: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in _buffers(owner) if not _may_change(value)}
+def _constants(owner: nn.Module, trained: Collection[str]) -> dict[str, Tensor]:
+    """What training leaves as it is: the parameters that are not trained, and constant buffers."""
+    frozen = {name: value for name, value in parameters_of(owner).items() if name not in trained}
+    return frozen | {name: value for name, value in _buffers(owner) if not _may_change(value)}
 
 
 def _may_change(value: Tensor) -> bool:
@@ -228,14 +213,10 @@ def _is_in(name: str, parts: Collection[str]) -> bool:
 def is_rounded(stored: str, mine: str) -> bool:
     """Whether two :attr:`Frozen.sketch` are of the same weights, but for rounding."""
     try:
-        (coarsest, fixed, before), (format_now, fixed_now, now) = (
-            json.loads(stored),
-            json.loads(mine),
-        )
-        apart = (
-            torch.tensor(before, dtype=torch.float64) - torch.tensor(now, dtype=torch.float64)
-        ).norm()
-        return (coarsest, fixed) == (format_now, fixed_now) and bool(apart <= ROUNDING[coarsest])
+        *facts, before = json.loads(stored)
+        *facts_now, now = json.loads(mine)
+        a, b = torch.tensor(before, dtype=torch.float64), torch.tensor(now, dtype=torch.float64)
+        return facts == facts_now and bool((a - b).norm() <= ROUNDING[facts[0]])
     except (ValueError, TypeError, KeyError, RuntimeError):  # the stored one is damaged
         return False
 
@@ -271,7 +252,7 @@ class _Seen:
 
 
 _known: Any = WeakIdKeyDictionary()
-"""What was seen of every tensor that was hashed, with what tells whether it is still the same."""
+"""What was seen of every tensor that was hashed, with a mark that changes when it does."""
 
 
 def _look(value: Tensor) -> _Seen:
@@ -280,7 +261,7 @@ def _look(value: Tensor) -> _Seen:
     if found is None or found[0] != mark:
         form, shape = str(value.dtype).removeprefix("torch."), tuple(value.shape)
         digest = hashlib.sha256(f"{value.dtype}:{shape};".encode())
-        digest.update(_bytes(value.detach()))
+        digest.update(bytes_of(value))
         sketch = _sketch(value) if form in ROUNDING else None
         found = _known[value] = (mark, _Seen(digest.hexdigest(), form, shape, sketch))
     seen: _Seen = found[1]
@@ -319,9 +300,4 @@ def _mark(value: Tensor) -> tuple[Any, ...]:
     flat = value.detach().flatten()
     some = flat[:: max(1, len(flat) // _SAMPLED)]
     version = None if value.is_inference() else value._version
-    return value.data_ptr(), version, value.dtype, tuple(value.shape), bytes(_bytes(some))
-
-
-def _bytes(value: Tensor) -> memoryview:
-    flat = value.cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    return value.data_ptr(), version, value.dtype, tuple(value.shape), bytes(bytes_of(some))

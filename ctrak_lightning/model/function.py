@@ -1,5 +1,5 @@
-"""The function that a network computes, told by its outputs on a fixed input: same parameters alone
-do not make the same model."""
+"""The function that a network computes, known by its outputs on a fixed input: same parameters
+alone do not make the same model."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ def conditions_of(task: DiffusionTask) -> tuple[Tensor | None, int]:
                 torch.cat([_projected(name, condition[name]) for condition in conditions])
                 for name in names
             ]
-        except Exception:  # what it takes for a spec is its own affair: a question shows that
+        except Exception:  # a task decides what it takes for a spec: a question shows that
             return None, 0
     found = torch.stack(rows) if rows else None
     return (None, 0) if found is None or not found.isfinite().all() else (found, count)
@@ -86,8 +86,8 @@ _COARSE = ("float64", "float32", "float16", "bfloat16")
 
 
 class UnrecordedFunctionWarning(UserWarning):
-    """A network's outputs cannot be recorded, so that a question cannot tell another network with
-    the same weights.
+    """A network's outputs cannot be recorded, so that a question does not notice another network
+    with the same weights.
 
     Why: weights are compared by hash; the scale of an adapter or another label map is seen in the
     outputs alone.
@@ -100,23 +100,21 @@ class UnrecordedFunctionWarning(UserWarning):
 
 class Fixed(NamedTuple):
     """A condition that is the same in every run: the null condition, or where a task has none, that
-    of the first of some specs (:func:`~ctrak_lightning.model.function.specs_of`); and what the null
-    condition raised."""
+    of the first of some specs (:func:`specs_of`); and what the null condition raised."""
 
     condition: Condition | None
     error: Exception | None = None
 
 
 def fixed_condition(task: DiffusionTask) -> Fixed:
-    """Of one row. The spec is known by its place and not by name, as in
-    :func:`~ctrak_lightning.model.function.conditions_of`."""
+    """Of one row. The spec is known by its place and not by name, as in :func:`conditions_of`."""
     with isolated_rng(0), torch.no_grad():
         try:
             return Fixed(task.condition({}, 1))
         except Exception as error:
             try:
                 return Fixed(task.condition(specs_of(task)[0][0], 1), error)
-            except Exception:  # what it takes for a spec is its own affair
+            except Exception:  # a task decides what it takes for a spec
                 return Fixed(None, error)
 
 
@@ -127,10 +125,6 @@ def function_of(task: DiffusionTask, latent_shape: Sequence[int]) -> Function | 
     The network is asked under :func:`fixed_condition` and under noise of its shape, so that nothing
     of a training sample is recorded: where the null condition is zeros, as Stable Diffusion XL's,
     layers that take nothing else do nothing.
-
-    Args:
-        task: a DiffusionTask.
-        latent_shape: of one sample.
     """
     fixed = fixed_condition(task).condition
     if fixed is None:
@@ -182,17 +176,10 @@ def refuse_another_function(
     stored: Function, task: DiffusionTask, latent_shape: Sequence[int], step: int
 ) -> None:
     """Raises a StoreMismatchError if the network, with a checkpoint's weights, is another function
-    than when it was traced.
-
-    Args:
-        stored: what it answered then.
-        task: the DiffusionTask that has it.
-        latent_shape: of one sample.
-        step: of the checkpoint.
-    """
+    than when it was traced."""
     mine = function_of(task, latent_shape)
     if mine is not None and mine.specs != stored.specs and fixed_condition(task).error is not None:
-        return  # the first of other specs is another one, and no two of their conditions belong together
+        return  # the first of other specs is another condition, with other outputs
     worst = torch.inf if mine is None else float(stored.differences(mine).max())
     coarser = max(stored.dtype, _coarsest(task.denoiser), key=_COARSE.index)
     tolerance = TOLERANCE[coarser]
@@ -269,11 +256,8 @@ def _like(denoiser: nn.Module) -> Tensor:
 def _coarsest(denoiser: nn.Module) -> str:
     names = [str(value.dtype).removeprefix("torch.") for value in denoiser.parameters()]
     # What is no floating-point format is a quantised weight.
-    return max(
-        (name if name in _COARSE else "bfloat16" for name in names),
-        key=_COARSE.index,
-        default="float32",
-    )
+    known = (name if name in _COARSE else "bfloat16" for name in names)
+    return max(known, key=_COARSE.index, default="float32")
 
 
 @contextmanager

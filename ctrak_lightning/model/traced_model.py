@@ -36,15 +36,7 @@ Weights = Literal["raw", "ema"]
 
 
 class TracedModel:
-    """What a store records of a model, and what must stay the same from one capture to the next.
-
-    Args:
-        owner: the module whose trained parameters are stored.
-        task: its DiffusionTask.
-        optimizers: of the run, where they are known.
-        weights: what the owner's weights are at a capture, for the record.
-        processes: those that trace together; the first one hashes.
-    """
+    """What a store records of a model, and what must stay the same from one capture to the next."""
 
     def __init__(
         self,
@@ -67,11 +59,8 @@ class TracedModel:
 
     def noticing(self) -> AbstractContextManager[None]:
         """Notices what encoding a batch computes with; once, in the first process."""
-        return (
-            self._used.watching()
-            if self._first is None and self._processes.is_first
-            else nullcontext()
-        )
+        is_due = self._first is None and self._processes.is_first
+        return self._used.watching() if is_due else nullcontext()
 
     def notice(self, encoded: Encoded) -> None:
         """What that batch became, of which one sample is kept until :meth:`observe`."""
@@ -144,18 +133,15 @@ class TracedModel:
 
     def _require_settings(self) -> None:
         now = self._settings_now()
-        changed = {
-            name
-            for name in now.keys() | self._settings
+        changed = [
+            f"{name}: {self._settings.get(name)}, now {now.get(name)}"
+            for name in sorted(now.keys() | self._settings)
             if now.get(name) != self._settings.get(name)
-        }
+        ]
         if changed:
-            told = "; ".join(
-                f"{name}: {self._settings.get(name)}, now {now.get(name)}"
-                for name in sorted(changed)
-            )
             raise TrainingChangedError(
-                f"The same weights make another function than when the traces began ({told}). No "
+                "The same weights make another function than when the traces began "
+                f"({'; '.join(changed)}). No "
                 "one model could be asked about both. HINT: leave an adapter's scaling and state, "
                 "and the noise schedule, as they are during a traced run; unmerge and enable "
                 "adapters before the next trace."
@@ -170,12 +156,9 @@ class TracedModel:
     def alike(self) -> Iterator[None]:
         """Gives all processes the first one's buffers: each has its own running means after a
         training step."""
-        buffers = {
-            name: value.cpu() for name, value in changing_buffers(self._owner, self._parts).items()
-        }
-        with loaded(
-            self._owner, self._processes.from_first(buffers) if self._processes.count > 1 else {}
-        ):
+        own = changing_buffers(self._owner, self._parts) if self._processes.count > 1 else {}
+        first = self._processes.from_first({name: value.cpu() for name, value in own.items()})
+        with loaded(self._owner, first):
             yield
 
     def write_function(self, checkpoint: CheckpointWriter) -> None:
@@ -191,8 +174,8 @@ class TracedModel:
         if self._task.denoiser is self._owner:
             return [""]
         with self._used.watching():
-            # A network may have parts for some noise levels alone; which those are, one of the
-            # conditions tells.
+            # A network may have parts for some noise levels alone: one condition is enough to see
+            # which.
             for each, timesteps in (
                 (encoded.condition, TIMESTEPS),
                 (fixed_condition(self._task).condition, 1),
@@ -210,6 +193,5 @@ def _parts_in(stored: Mapping[str, str]) -> list[str] | None:
         parts = json.loads(stored.get("frozen_parts", "null"))
     except ValueError:  # the store is damaged: its writer says so
         return None
-    return (
-        parts if isinstance(parts, list) and all(isinstance(part, str) for part in parts) else None
-    )
+    is_sound = isinstance(parts, list) and all(isinstance(part, str) for part in parts)
+    return parts if is_sound else None

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ctrak_lightning.errors import TrainingChangedError
+from ctrak_lightning.errors import TrainingChangedError, listed
 from ctrak_lightning.utilities.naming import buffers_of, parameters_of
-
-_SHOWN = 10
 
 
 class UntrainedParameterWarning(UserWarning):
@@ -45,11 +43,8 @@ def trained_parameters(
 
 
 class Trained:
-    """The parameters that a run trains, which must be the same at every capture.
-
-    Args:
-        module: what trains.
-        optimizers: of the run, read again at every capture; a list may grow.
+    """The parameters that a run trains, which must be the same at every capture; the optimizers, a
+    list that may grow, are read again each time.
 
     Warns:
         UntrainedParameterWarning: some parameters require grad and are in none of the optimizers.
@@ -62,8 +57,8 @@ class Trained:
         if idle:
             warnings.warn(
                 "These parameters require a gradient but are in no optimizer, so they do not "
-                f"train and are not traced: {_listed(idle)}. HINT: give them to an optimizer, or "
-                "`requires_grad_(False)`.",
+                f"train and are not traced: {listed(idle, 10, str)}. HINT: give them to an "
+                "optimizer, or `requires_grad_(False)`.",
                 UntrainedParameterWarning,
                 stacklevel=4,
             )
@@ -78,8 +73,8 @@ class Trained:
         found = trained_parameters(self._module, self._optimizers)
         joined, left = sorted(found.keys() - self.names), sorted(self.names - found.keys())
         if joined or left:
-            changes = [f"{len(joined)} joined ({_listed(joined)})"] if joined else []
-            changes += [f"{len(left)} left ({_listed(left)})"] if left else []
+            changes = [f"{len(joined)} joined ({listed(joined, 10, str)})"] if joined else []
+            changes += [f"{len(left)} left ({listed(left, 10, str)})"] if left else []
             raise TrainingChangedError(
                 "The parameters that train are not those that the traces began with: "
                 f"{', '.join(changes)}. Traces of the two are not comparable, and the earlier ones "
@@ -88,11 +83,6 @@ class Trained:
                 "these weights."
             )
         return found
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -122,7 +112,7 @@ def restored(module: nn.Module, names: Collection[str]) -> Iterator[None]:
 
 @contextmanager
 def loaded(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Lends a module ``values``, by qualified name, and then gives it back its own."""
+    """A module has these ``values``, by qualified name, and afterwards its own again."""
     with restored(module, values):
         copy_into(module, values)
         yield

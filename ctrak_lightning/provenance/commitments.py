@@ -110,11 +110,7 @@ def write_commitments(path: Path, commitments: Commitments) -> None:
 
 
 def read_commitments(path: Path, n: int) -> Commitments:
-    """Read the commitments to n samples.
-
-    Raises:
-        CorruptStoreError: the file is damaged, or of another number of samples.
-    """
+    """Read the commitments to n samples."""
     with open_for_reading(path) as file:
         salts, hashes = (
             read_array(file, path, name, (n, _BYTES), "uint8").numpy()
@@ -125,11 +121,7 @@ def read_commitments(path: Path, n: int) -> Commitments:
 
 
 def edition_salt(root: Path, edition: int) -> bytes:
-    """The salt of an edition of the store at ``root``.
-
-    Raises:
-        CorruptStoreError: its commitments are damaged, or not there.
-    """
+    """The salt of an edition of the store at ``root``."""
     path = root / edition_name(COMMITMENTS, edition)
     with open_for_reading(path) as file:
         return _salt(file, path)
@@ -141,18 +133,10 @@ def is_commitments(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def named(table: SampleTable, positions: list[int], most: int = 5) -> str:
-    """The ids of some samples, for a message."""
-    shown = ", ".join(repr(table.sample_ids[i]) for i in positions[:most])
-    return shown if len(positions) <= most else f"{shown} and {len(positions) - most} more"
-
-
 def _salt(file: h5py.File, path: Path) -> bytes:
-    return (
-        read_array(file, path, "salt", (_BYTES,), "uint8").numpy().tobytes()
-        if "salt" in file
-        else b""
-    )
+    if "salt" not in file:
+        return b""
+    return read_array(file, path, "salt", (_BYTES,), "uint8").numpy().tobytes()
 
 
 def _hashes(table: SampleTable, salts: np.ndarray) -> np.ndarray:

@@ -1,7 +1,5 @@
 """What a run is made with: packages, code, seeds, hardware, settings."""
 
-from __future__ import annotations
-
 import math
 import os
 import platform
@@ -36,11 +34,8 @@ _MOST_BYTES = 2**20
 def code() -> dict[str, Any]:
     """Versions of Python and of the packages that matter, and the git commit of the working folder,
     if it is in a repository."""
-    return {
-        "python": platform.python_version(),
-        "packages": _packages(),
-        "git": git_state(Path.cwd()),
-    }
+    git = git_state(Path.cwd())
+    return {"python": platform.python_version(), "packages": _packages(), "git": git}
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -1,25 +1,23 @@
 """Consent withdrawn: takes samples out of a store, as if they had never been traced."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
-import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
-
-from ctrak_lightning.errors import CorruptStoreError, StoreError
-from ctrak_lightning.provenance.commitments import Commitments, edition_salt, salted
-from ctrak_lightning.provenance.environment import json_value
+from ctrak_lightning.errors import CorruptStoreError, StoreError, listed, shorten
+from ctrak_lightning.provenance.commitments import Commitments
 from ctrak_lightning.provenance.history import replay
 from ctrak_lightning.provenance.ledger import Ledger
-from ctrak_lightning.provenance.recording import complete, remove_old_commitments, require_agreement
+from ctrak_lightning.provenance.recording import (
+    LedgerWarning,
+    complete,
+    remove_old_commitments,
+    require_agreement,
+)
 from ctrak_lightning.provenance.run_facts import put_commitments, stored_commitments, stored_table
 from ctrak_lightning.store.integrity import altered_files, rewrite_without
 from ctrak_lightning.store.lock import hold_for
@@ -27,10 +25,6 @@ from ctrak_lightning.store.manifest import read_manifest, write_manifest
 from ctrak_lightning.store.records import remove_unrecorded
 from ctrak_lightning.store.samples import SampleTable
 from ctrak_lightning.store.schema import Manifest
-
-_SHOWN = 5
-_NEAR = 3
-_VALUES = 10
 
 
 def positions_of(table: SampleTable, sample_ids: Sequence[str], root: Path) -> list[int]:
@@ -45,9 +39,8 @@ def positions_of(table: SampleTable, sample_ids: Sequence[str], root: Path) -> l
     where = {sample_id: i for i, sample_id in enumerate(table.sample_ids)}
     if unknown := [sample_id for sample_id in wanted if sample_id not in where]:
         raise StoreError(
-            f"{root} has no sample "
-            f"{', '.join(_short(name) for name in unknown[:_SHOWN])}{f' and {len(unknown) - _SHOWN} more' if len(unknown) > _SHOWN else ''}; "
-            f"nothing was forgotten. {_near(unknown[0], table.sample_ids)}HINT: ids are those of "
+            f"{root} has no sample {listed(unknown, show=_short)}; nothing was forgotten. "
+            f"{_near(unknown[0], table.sample_ids)}HINT: ids are those of "
             "the data set, as Attribution.top() names them; a sample that was forgotten before is "
             "unknown too."
         )
@@ -120,132 +113,23 @@ def _meeting(table: SampleTable, condition: str) -> set[int]:
     value = condition[len(column) + 1 :]
     places = {i for i, given in enumerate(table.metadata[column]) if given == value}
     if not places:
+        counts = Counter(table.metadata[column]).most_common()
+        values = [f"{_short(known)} ({count})" for known, count in counts]
         raise StoreError(
             f"--where {_short(condition)}: no sample has that value; nothing was forgotten. "
             f"{_near(value, set(table.metadata[column]))}The values of {column!r}: "
-            f"{_listed(table.metadata[column])}."
+            f"{listed(values, 10, str)}."
         )
     return places
 
 
-def _listed(values: Sequence[str]) -> str:
-    counts = Counter(values).most_common()
-    shown = ", ".join(f"{_short(value)} ({count})" for value, count in counts[:_VALUES])
-    return shown if len(counts) <= _VALUES else f"{shown} and {len(counts) - _VALUES} more"
-
-
 def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name[:200], list(known), n=_NEAR, cutoff=0.6)
+    near = difflib.get_close_matches(name[:200], list(known), n=3, cutoff=0.6)
     return f"Near: {', '.join(_short(one) for one in near)}. " if near else ""
 
 
 def _short(name: object) -> str:
-    shown = repr(name)
-    return shown if len(shown) <= 120 else f"{shown[:117]}..."
-
-
-class LedgerWarning(UserWarning):
-    """Something could not be recorded in a store's ledger, or an old ledger says more of what was
-    forgotten than it should.
-
-    Why: answers are right without it, but the record has a gap, or a hint in it.
-
-    What to do: make the folder writable, or ask without recording: ``Attributor(...,
-    record=False)``. Keep an old ledger from others.
-    """
-
-
-class QueryLog:
-    """Notes questions and the digests of their answers; nothing, where the store has no ledger.
-
-    Args:
-        root: folder of the store.
-        edition: of its files, as they are read.
-        asker: who asks, or None.
-    """
-
-    def __init__(self, root: Path, edition: int, asker: str | None) -> None:
-        self._ledger = Ledger(root)
-        self._edition = edition
-        self._asker = asker
-        self._has_warned = False
-
-    def note(
-        self,
-        concepts: Sequence[dict[str, Any]],
-        seeds: Sequence[int],
-        answers: Iterable[tuple[Sequence[str], Sequence[float]]],
-        *,
-        dampings: Sequence[float | None],
-        methods: Sequence[dict[str, Any]],
-        steps: Sequence[int],
-        samples: Literal["all", "top"],
-    ) -> None:
-        """One entry for each question.
-
-        Args:
-            concepts: what was asked.
-            seeds: of the generated images.
-            answers: sample ids and scores of each; not looked at without a ledger.
-            dampings: as used for each.
-            methods: by which each was asked.
-            steps: of the checkpoints.
-            samples: whether an answer has all of them, in the order of the sample table, or the
-                best, in that of the ranking.
-
-        Warns:
-            LedgerWarning: they cannot be recorded (once; the folder is read-only, say).
-        """
-        if not self._ledger.exists:
-            return
-        shared = {"steps": list(steps), "samples": samples, "asker": self._asker}
-        asked = list(zip(concepts, seeds, methods, dampings, answers, strict=True))
-        try:
-            salt = edition_salt(self._ledger.root, self._edition)
-            each = [
-                shared
-                | {
-                    "method": method,
-                    "concept": _salted_images(json_value(concept), salt),
-                    "seed": seed,
-                    "damping": damping,
-                    "count": len(answer[0]),
-                    "result_sha256": salted(result_digest(*answer), salt),
-                }
-                for concept, seed, method, damping, answer in asked
-            ]
-            self._ledger.append_all([("query", facts) for facts in each])
-        except StoreError as error:
-            self._warn(error)
-
-    def _warn(self, error: StoreError) -> None:
-        if not self._has_warned:
-            warnings.warn(
-                f"Questions are not recorded: {error} The answers are not affected. HINT: "
-                "Attributor(..., record=False) asks without recording.",
-                LedgerWarning,
-                stacklevel=5,
-            )
-        self._has_warned = True
-
-
-def _salted_images(concept: dict[str, Any], salt: bytes) -> dict[str, Any]:
-    """A question may be about a sample's own picture, which the ledger must not remember once the
-    sample is forgotten."""
-    given = {
-        name: concept[name] for name in ("image", "mask") if isinstance(concept.get(name), dict)
-    }
-    return concept | {
-        name: value | {"sha256": salted(value["sha256"], salt)} for name, value in given.items()
-    }
-
-
-def result_digest(sample_ids: Sequence[str], scores: Sequence[float]) -> str:
-    """sha256 (hex) of an answer: the ids, each ended by NUL, then the scores as little-endian
-    float32."""
-    found = hashlib.sha256("".join(f"{sample_id}\0" for sample_id in sample_ids).encode())
-    found.update(np.asarray(scores, dtype="<f4").tobytes())
-    return found.hexdigest()
+    return shorten(name, 120)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,8 +141,8 @@ class Forgotten:
     remaining: int
     """How many samples the store has now."""
     tombstones: list[str]
-    """What the ledger keeps in their stead: hashes from which nothing can be told. Empty where the
-    store has no ledger."""
+    """What the ledger keeps in their place: hashes that say nothing of them. Empty where the store
+    has no ledger."""
     unsealed: list[int]
     """Steps of checkpoints that were not sealed and were removed whole."""
 
@@ -345,7 +229,7 @@ def finish(path: str | Path) -> None:
 
 
 def _finish(root: Path) -> Manifest:
-    """First the tombstone, which is told from the old edition's files; then these go."""
+    """First the tombstone, which is read from the old edition's files; then these go."""
     manifest = read_manifest(root)
     if Ledger(root).exists:
         complete(root, manifest)
@@ -356,7 +240,7 @@ def _finish(root: Path) -> Manifest:
 
 def _checked(root: Path, manifest: Manifest) -> Commitments | None:
     """The commitments, if there is a ledger. A store that was tampered with is not written anew:
-    nobody could tell later."""
+    nobody could see it later."""
     if altered := altered_files(root, manifest):
         raise CorruptStoreError(
             f"{root} is damaged: {'; '.join(altered[:3])}. Nothing was forgotten. HINT: restore it "

@@ -1,7 +1,5 @@
 """What a ledger's entries add up to."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any

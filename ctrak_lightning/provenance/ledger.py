@@ -1,15 +1,12 @@
 """The ledger of a store: what happened to it, as a chain of entries of which none can be changed
 without a trace."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,6 +15,7 @@ from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.store.files import fsync_folder, is_there, open_file, reading
 from ctrak_lightning.store.lock import ledger_lock
 from ctrak_lightning.store.schema import LEDGER, is_integer
+from ctrak_lightning.utilities.naming import utc_now
 
 
 def canonical(value: Any) -> bytes:
@@ -100,9 +98,6 @@ class Ledger:
     Adding is durable when it returns (fsync), one process at a time
     (:func:`~ctrak_lightning.store.lock.ledger_lock`), and all or nothing: what a kill cuts off is
     no entry, and the next one that is added takes its place.
-
-    Args:
-        root: folder of the store.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -134,10 +129,12 @@ class Ledger:
             with BufferedReader(reading(self.path)) as file:
                 while line := file.readline(LONGEST_LINE):
                     if not line.endswith(b"\n"):
-                        damage = _damage_of_torn(line, entries, whole=len(line) < LONGEST_LINE)
+                        damage = _damage_of_torn(line)
                         return Chain(entries=entries, torn=b"" if damage else line, damage=damage)
                     try:
-                        entries.append(_following(_parse(line), entries[-1] if entries else None))
+                        entry = _parse(line)
+                        _require_following(entry, entries[-1] if entries else None)
+                        entries.append(entry)
                     except ValueError as error:
                         return Chain(entries=entries, torn=b"", damage=str(error))
         except OSError as error:
@@ -163,9 +160,6 @@ class Ledger:
 
     def append_all(self, news: Sequence[tuple[Kind, dict[str, Any]]]) -> list[Entry]:
         """Adds entries, durably.
-
-        Args:
-            news: kind and facts (JSON values) of each.
 
         Raises:
             StoreError: the ledger cannot be written, another process keeps it, or an entry is
@@ -219,7 +213,7 @@ class Ledger:
 def _follow(last: Entry | None, kind: Kind, facts: dict[str, Any]) -> Entry:
     content: dict[str, Any] = {
         "sequence": 0 if last is None else last.sequence + 1,
-        "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "time": utc_now(),
         "kind": kind,
         "facts": facts,
         "previous": NOTHING if last is None else last.sha256,
@@ -301,20 +295,19 @@ def _parse(line: bytes) -> Entry:
     return entry
 
 
-def _following(entry: Entry, last: Entry | None) -> Entry:
-    """``entry``, which must be the one after ``last``, the first where that is None. Raises a
-    ValueError."""
+def _require_following(entry: Entry, last: Entry | None) -> None:
+    """Raises a ValueError where ``entry`` is not the one after ``last``, the first where that is
+    None."""
     expected = (0, NOTHING) if last is None else (last.sequence + 1, last.sha256)
     if (entry.sequence, entry.previous) != expected:
         raise ValueError(
             "does not follow from the entry before: entries were removed, added or put in another "
             "order"
         )
-    return entry
 
 
-def _damage_of_torn(line: bytes, entries: list[Entry], *, whole: bool) -> str | None:
-    if not whole:
+def _damage_of_torn(line: bytes) -> str | None:
+    if len(line) >= LONGEST_LINE:
         return f"is longer than {LONGEST_LINE} bytes"
     if _is_json(line) or not _begins_with_json(line):
         return None

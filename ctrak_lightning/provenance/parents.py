@@ -1,7 +1,5 @@
 """Runs that go on from one another."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,19 +17,14 @@ from ctrak_lightning.store.store import read_weights
 
 
 def parent_facts(path: str | Path, child: Path, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the first entry of a run says of the run that it goes on from.
-
-    Args:
-        path: the parent's store.
-        child: the store of the run itself.
-        parameters: all of the child's, by name, before it trains.
+    """What the first entry of a run says of the run that it goes on from, whose store is at
+    ``path``; ``parameters`` are all of the ``child``'s, before it trains.
 
     Returns:
         The parent's ``path`` as given and ``relative`` to the child's store, ``run_id``,
         ``entries``, ``head`` (the hash of its ledger's last entry), the ``step`` of its last
-        checkpoint, and ``weights``: ``"equal"`` or ``"different"`` to that checkpoint's, or ``"not
-            comparable"`` where it stored
-        none or the child lacks a parameter of that name.
+        checkpoint, and ``weights``: ``"equal"`` or ``"different"`` to that checkpoint's, or
+        ``"not comparable"`` where it stored none or the child lacks a parameter of that name.
 
     Raises:
         StoreError: it has no ledger.
@@ -91,19 +84,17 @@ def lineage(path: str | Path) -> list[Link]:
 
     Raises:
         StoreError: the store has no ledger.
-        CorruptStoreError: its ledger is damaged. (That of a parent is told in its ``problems``.)
+        CorruptStoreError: its ledger is damaged. (A parent's is among its ``problems``.)
     """
     root = Path(path)
     entries = Ledger(root).entries()
-    found = [_link(root, entries, [])]
+    found = [_link(root, entries)]
     while (parent := _parent_of(found[-1].entries)) is not None:
         link = _followed(found[-1].path, parent)
         looped = any(link.entries and known.run_id == link.run_id for known in found)
-        found.append(
-            replace(link, entries=[], problems=["is a run that comes before: a circle"])
-            if looped
-            else link
-        )
+        if looped:
+            link = replace(link, entries=[], problems=["is a run that comes before: a circle"])
+        found.append(link)
     return found
 
 
@@ -116,15 +107,12 @@ def _followed(child: Path, parent: dict[str, Any]) -> Link:
         return replace(missing, problems=["its store is not there, or has no ledger"])
     try:
         entries = Ledger(root).entries()
-        link = _link(root, entries, [])
+        link = _link(root, entries)
     except StoreError as error:
         return replace(missing, path=root, problems=[str(error)])
     if link.run_id != run_id:
-        return replace(
-            missing,
-            path=root,
-            problems=[f"the store that is there is of another run, {link.run_id}"],
-        )
+        problem = f"the store that is there is of another run, {link.run_id}"
+        return replace(missing, path=root, problems=[problem])
     if len(entries) < count:
         link.problems.append(
             f"its ledger has {len(entries)} entries, {count} were there when its child began"
@@ -136,14 +124,14 @@ def _followed(child: Path, parent: dict[str, Any]) -> Link:
     return link
 
 
-def _link(root: Path, entries: list[Entry], problems: list[str]) -> Link:
+def _link(root: Path, entries: list[Entry]) -> Link:
     parent = _parent_of(entries)
     return Link(
         path=root,
         run_id=replay(entries).run_id or "",
         entries=entries,
         weights=None if parent is None else parent["weights"],
-        problems=problems,
+        problems=[],
     )
 
 

@@ -1,16 +1,13 @@
 """The facts of a run as they stand in its ledger, and whether a store still agrees with them."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ctrak_lightning.errors import CorruptStoreError
+from ctrak_lightning.errors import CorruptStoreError, listed
 from ctrak_lightning.model.fingerprint import weights_digest
 from ctrak_lightning.provenance.commitments import (
     Commitments,
-    named,
     read_commitments,
     salted,
     write_commitments,
@@ -40,8 +37,8 @@ def header_facts(header: StoreHeader) -> dict[str, Any]:
 def dataset_facts(
     manifest: Manifest, table: SampleTable, commitments: dict[str, Any], salt: bytes = b""
 ) -> dict[str, Any]:
-    """What is said of the samples: nothing from which one could be told, once its salt and the
-    edition's ``salt`` are gone."""
+    """What is said of the samples: nothing from which one could be recognised, once its salt and
+    the edition's ``salt`` are gone."""
     return {
         "edition": manifest.edition,
         "size": len(table),
@@ -78,11 +75,7 @@ def checkpoint_facts(
 
 def forget_facts(root: Path, manifest: Manifest, history: History) -> dict[str, Any]:
     """What is said of the forgetting that made the manifest's edition of what ``history`` ends
-    with.
-
-    Raises:
-        CorruptStoreError: the files of either edition that it is told from are damaged.
-    """
+    with."""
     assert history.dataset is not None
     before = stored_commitments(root, history.dataset)
     table = stored_table(root, manifest)
@@ -98,7 +91,8 @@ def forget_facts(root: Path, manifest: Manifest, history: History) -> dict[str, 
     if changed := after.differing(table):
         raise CorruptStoreError(
             f"{root / manifest.samples} has {len(changed)} samples that are not those of the "
-            f"edition before: {named(table, changed)}. HINT: restore the store from a copy."
+            f"edition before: {listed(table.sample_ids[i] for i in changed)}. HINT: restore the "
+            "store from a copy."
         )
     known = history.checkpoints
     return {
@@ -133,11 +127,7 @@ def commitment_facts(path: Path, commitments: Commitments) -> dict[str, Any]:
 
 
 def stored_commitments(root: Path, dataset: dict[str, Any]) -> Commitments:
-    """The commitments of the dataset that an entry describes.
-
-    Raises:
-        CorruptStoreError: the file is not the one that was recorded.
-    """
+    """The commitments of the dataset that an entry describes."""
     known = dataset["commitments"]
     path = root / edition_name(COMMITMENTS, int(dataset["edition"]))
     try:
@@ -150,11 +140,7 @@ def stored_commitments(root: Path, dataset: dict[str, Any]) -> Commitments:
 
 
 def stored_table(root: Path, manifest: Manifest) -> SampleTable:
-    """The sample table that a manifest records.
-
-    Raises:
-        CorruptStoreError: the file is not the one that was recorded.
-    """
+    """The sample table that a manifest records."""
     check_digest(root / manifest.samples, manifest.files[manifest.samples])
     return read_samples(root / manifest.samples)
 
@@ -191,7 +177,7 @@ def disagreements(manifest: Manifest, history: History, salt: bytes | None) -> l
         )
     if history.runs:
         stored = history.runs[-1].facts["header"]
-        found += _told("manifest.json: header", stored, header_facts(manifest.header))
+        found += _differing("manifest.json: header", stored, header_facts(manifest.header))
     if history.dataset is None or is_pending(manifest, history):
         return found
     if manifest.edition != history.edition:
@@ -200,18 +186,18 @@ def disagreements(manifest: Manifest, history: History, salt: bytes | None) -> l
             f"manifest.json: edition is {manifest.edition}, the ledger records {history.edition}: "
             "samples were forgotten, or brought back, without an entry",
         ]
-    found += _told(
+    found += _differing(
         "manifest.json: header.dataset", history.dataset["header"], other_facts(manifest.header)
     )
     if salt is None:
         return found
     mine = samples_facts(manifest, salt) if manifest.samples in manifest.files else None
-    found += _told("manifest.json: samples", history.dataset["samples"], mine)
+    found += _differing("manifest.json: samples", history.dataset["samples"], mine)
     for record in _sealed(manifest):
         if record.step in history.checkpoints:
             recorded = history.checkpoints[record.step]
             now = checkpoint_facts(manifest, record, recorded["weights"], salt)
-            found += _told(f"manifest.json: checkpoint {record.step}", recorded, now)
+            found += _differing(f"manifest.json: checkpoint {record.step}", recorded, now)
     return found
 
 
@@ -236,7 +222,7 @@ def _sealed(manifest: Manifest) -> list[CheckpointRecord]:
     return [record for record in manifest.checkpoints if record.sealed]
 
 
-def _told(where: str, recorded: Any, now: Any) -> list[str]:
+def _differing(where: str, recorded: Any, now: Any) -> list[str]:
     return [
         f"{name} is {mine!r}, the ledger records {theirs!r}"
         for name, theirs, mine in differences(recorded, now, where)

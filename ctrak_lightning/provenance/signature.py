@@ -1,14 +1,11 @@
 """An Ed25519 signature of a ledger's head: what no one without the key can make for another
 ledger."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ctrak_lightning.errors import StoreError
 from ctrak_lightning.provenance.history import replay
@@ -16,6 +13,7 @@ from ctrak_lightning.provenance.ledger import Entry, Ledger, canonical
 from ctrak_lightning.store.files import is_there, reading, write_atomically
 from ctrak_lightning.store.lock import hold_for
 from ctrak_lightning.store.schema import LEDGER, LEDGER_SIGNATURE, is_integer
+from ctrak_lightning.utilities.naming import utc_now
 
 _LONGEST = 2**14
 _HEX = re.compile("([0-9a-f]{2})+")
@@ -45,7 +43,7 @@ def sign(path: str | Path, key: str | Path) -> dict[str, Any]:
         CorruptStoreError: the chain is damaged.
     """
     root = Path(path)
-    private = _private_key(Path(key))
+    private = _key(Path(key), "private")
     ledger = Ledger(root)
     ledger.require()
     with hold_for(root, "signs its ledger") as lock:
@@ -60,13 +58,12 @@ def sign(path: str | Path, key: str | Path) -> dict[str, Any]:
             "head": entries[-1].sha256,
             "public_key": private.public_key().public_bytes_raw().hex(),
             "run_id": replay(entries).run_id,
-            "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "time": utc_now(),
         }
         document = signed | {"signature": private.sign(canonical(signed)).hex()}
         lock.require()
-        write_atomically(
-            root / LEDGER_SIGNATURE, lambda file: _write(file, canonical(document) + b"\n")
-        )
+        content = canonical(document) + b"\n"
+        write_atomically(root / LEDGER_SIGNATURE, lambda file: file.write_bytes(content))
     return document
 
 
@@ -86,16 +83,13 @@ def signature_problems(
     Raises:
         StoreError: ``public_key`` cannot be used, or the ``sign`` extra is not installed.
     """
-    expected = (
-        None if public_key is None else _public_key(Path(public_key)).public_bytes_raw().hex()
-    )
+    expected = None
+    if public_key is not None:
+        expected = _key(Path(public_key), "public").public_bytes_raw().hex()
     document = read_signature(root)
     if document is None:
-        return (
-            []
-            if expected is None
-            else [f"{LEDGER_SIGNATURE}: is missing, the ledger is not signed"]
-        )
+        missing = f"{LEDGER_SIGNATURE}: is missing, the ledger is not signed"
+        return [] if expected is None else [missing]
     if "problem" in document:
         return [f"{LEDGER_SIGNATURE}: {document['problem']}"]
     problems = []
@@ -147,11 +141,8 @@ def read_signature(root: Path) -> dict[str, Any] | None:
         return {"problem": "is not written as the library writes it"}
     texts = [document[name] for name in ("head", "public_key", "signature")]
     # Lower case only: the same bytes in other letters are not what was written.
-    if (
-        not all(isinstance(text, str) and _HEX.fullmatch(text) for text in texts)
-        or not is_integer(document["entries"])
-        or document["entries"] < 1
-    ):
+    are_hex = all(isinstance(text, str) and _HEX.fullmatch(text) for text in texts)
+    if not are_hex or not is_integer(document["entries"]) or document["entries"] < 1:
         return {"problem": "does not have the facts of a signature"}
     return document
 
@@ -169,31 +160,22 @@ def _is_valid(document: dict[str, Any]) -> bool:
     return bool(document["algorithm"] == "Ed25519")
 
 
-def _private_key(path: Path) -> Any:
+def _key(path: Path, kind: Literal["private", "public"]) -> Any:
     ed25519 = _ed25519()
     from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    from cryptography.hazmat.primitives import serialization
 
     try:
-        key = load_pem_private_key(path.read_bytes(), password=None)
+        content = path.read_bytes()
+        key: Any = (
+            serialization.load_pem_private_key(content, password=None)
+            if kind == "private"
+            else serialization.load_pem_public_key(content)
+        )
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise _unusable(path, "private", error) from error
-    if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise _unusable(path, "private", f"it is a {type(key).__name__}")
-    return key
-
-
-def _public_key(path: Path) -> Any:
-    ed25519 = _ed25519()
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-    try:
-        key = load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise _unusable(path, "public", error) from error
-    if not isinstance(key, ed25519.Ed25519PublicKey):
-        raise _unusable(path, "public", f"it is a {type(key).__name__}")
+        raise _unusable(path, kind, error) from error
+    if not isinstance(key, getattr(ed25519, f"Ed25519{kind.capitalize()}Key")):
+        raise _unusable(path, kind, f"it is a {type(key).__name__}")
     return key
 
 
@@ -216,7 +198,3 @@ def _ed25519() -> Any:
             "install 'ctrak-lightning[sign]'"
         ) from error
     return ed25519
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)

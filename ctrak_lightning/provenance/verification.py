@@ -1,13 +1,11 @@
 """Recomputes everything that a store and its ledger say, and names what differs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
-from ctrak_lightning.errors import StoreError
+from ctrak_lightning.errors import StoreError, listed
 from ctrak_lightning.model.fingerprint import weights_digest
-from ctrak_lightning.provenance.commitments import edition_salt, is_commitments, named, salted
+from ctrak_lightning.provenance.commitments import edition_salt, is_commitments, salted
 from ctrak_lightning.provenance.history import History, replay
 from ctrak_lightning.provenance.ledger import Chain, Ledger
 from ctrak_lightning.provenance.run_facts import (
@@ -124,7 +122,7 @@ def _checked_manifest(root: Path, schemas: Sequence[int]) -> tuple[Manifest | No
 
 def _checked_history(root: Path, chain: Chain | None) -> tuple[History, list[str]]:
     problems = []
-    lock = root / LEDGER_LOCK  # of a link, unrecorded_files tells
+    lock = root / LEDGER_LOCK  # a link is among unrecorded_files
     if is_there(lock) and lock.lstat().st_size and not lock.is_symlink():
         problems.append(f"{LEDGER_LOCK}: is not empty")
     if chain is None:
@@ -160,9 +158,9 @@ def _files_of_ledger(root: Path, history: History) -> list[str]:
     for name, known in sorted(history.files().items()):
         try:
             found = sha256_of(root / name)
-            if known.sha256 != (
-                found if is_commitments(name) or salt is None else salted(found, salt)
-            ):
+            if not is_commitments(name) and salt is not None:
+                found = salted(found, salt)
+            if known.sha256 != found:
                 problems.append(f"{name}: is not the file that the ledger records")
         except OSError as error:
             problems.append(f"{name}: cannot be read ({error})")
@@ -235,7 +233,7 @@ def _samples(root: Path, manifest: Manifest, history: History) -> list[str]:
     elif changed := commitments.differing(table):
         problems.append(
             f"{manifest.samples}: {len(changed)} samples are not those that the ledger records: "
-            f"{named(table, changed)}"
+            f"{listed(table.sample_ids[i] for i in changed)}"
         )
     return problems
 

@@ -1,7 +1,5 @@
 """Rows of features in an HDF5 file, laid out so that they are read at the speed of the disk and
-still checked."""
-
-from __future__ import annotations
+still checked. Whatever is not what was written raises a CorruptStoreError."""
 
 import math
 from collections.abc import Iterator
@@ -79,8 +77,8 @@ def read_array(
 
 
 def read_strings(group: h5py.Group, path: Path, name: str, n: int, rows: Any = ...) -> list[str]:
-    """Read n texts, or the ``rows`` of them, refusing any other shape, and texts that are longer
-    than the file together."""
+    """Read n texts, or the ``rows`` of them, refusing any other shape, and texts whose sum is
+    longer than the file."""
     dataset = find_dataset(group, path, name)
     info = h5py.check_string_dtype(dataset.dtype)
     if dataset.shape != (n,) or info is None or info.length is not None:
@@ -99,7 +97,7 @@ def _check_lengths(dataset: h5py.Dataset, path: Path, name: str) -> None:
         file.seek(offset)
         pointers = np.frombuffer(file.read(size), _POINTER)
     if int(pointers["length"].sum(dtype=np.int64)) > path.lstat().st_size:
-        raise corrupt(path, f"the texts of {name} are longer together than the file")
+        raise corrupt(path, f"the texts of {name} are longer than the file")
 
 
 def find_dataset(group: h5py.Group, path: Path, name: str) -> h5py.Dataset:
@@ -184,20 +182,11 @@ class RowArray:
     sums: np.ndarray
 
     def read(self, start: int, stop: int, into: Tensor | None = None) -> Tensor:
-        """Rows ``start`` to ``stop`` [stop - start, k], in the dtype of the store.
-
-        Args:
-            into: where to put them, one-dimensional and at least as long; a new tensor by default.
-
-        Raises:
-            CorruptStoreError: The rows cannot be read, or are not those that were written.
-        """
+        """Rows ``start`` to ``stop`` [stop - start, k], in the dtype of the store; in the memory of
+        ``into`` if given, one-dimensional and at least as long."""
         k = self.shape[1]
-        values = (
-            np.empty((stop - start) * k, self.dtype)
-            if into is None
-            else into.numpy()[: (stop - start) * k]
-        )
+        size = (stop - start) * k
+        values = np.empty(size, self.dtype) if into is None else into.numpy()[:size]
         start_byte = self.offset + start * k * self.dtype.itemsize
         try:
             with reading(self.path) as file:
@@ -218,11 +207,7 @@ class RowArray:
 
     def read_columns(self, start: int, stop: int) -> Tensor:
         """Columns ``start`` to ``stop`` of all rows, [n, stop - start]; their sums are for the
-        caller to :meth:`check`.
-
-        Raises:
-            CorruptStoreError: They cannot be read.
-        """
+        caller to :meth:`check`."""
         try:
             with reading(self.path) as file:
                 mapped = np.memmap(file, self.dtype, "r", self.offset, self.shape)
@@ -231,11 +216,7 @@ class RowArray:
             raise corrupt(self.path, f"cannot be read ({error})") from error
 
     def check(self, start: int, sums: np.ndarray) -> None:
-        """Compare the :func:`row_sums` of the rows from ``start`` on with those that were stored.
-
-        Raises:
-            CorruptStoreError: They differ.
-        """
+        """Compare the :func:`row_sums` of the rows from ``start`` on with the stored ones."""
         if bad := np.flatnonzero(sums != self.sums[start : start + len(sums)]).tolist():
             raise corrupt(
                 self.path,
@@ -246,11 +227,7 @@ class RowArray:
 def find_rows(
     file: h5py.File, path: Path, name: str, shape: tuple[int, int], dtype: str
 ) -> RowArray:
-    """The rows that :func:`write_rows` wrote, of this shape and dtype and no other.
-
-    Raises:
-        CorruptStoreError: They are something else.
-    """
+    """The rows that :func:`write_rows` wrote, of this shape and dtype and no other."""
     dataset = find_dataset(file, path, name)
     if dataset.shape != shape or dataset.dtype != np.dtype(dtype):
         raise corrupt(path, f"{name} is {dataset.dtype} {dataset.shape}, expected {dtype} {shape}")

@@ -1,10 +1,6 @@
 """Writes the traces of one checkpoint."""
 
-from __future__ import annotations
-
 import contextlib
-import threading
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,143 +10,40 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreError
+from ctrak_lightning.errors import CorruptStoreError, GradientError, StoreError, listed
+from ctrak_lightning.store.background import InBackground
 from ctrak_lightning.store.files import make_folder
+from ctrak_lightning.store.formats import stored_unit
 from ctrak_lightning.store.kernel import Kernel, gram_of_rows, kernel_of_columns, write_kernel
 from ctrak_lightning.store.records import Records
 from ctrak_lightning.store.schema import CheckpointRecord, StoreHeader
 from ctrak_lightning.store.sections import Function, Visits, write_function, write_visits
-from ctrak_lightning.store.shards import Rows, read_column, stored_unit, write_shard
+from ctrak_lightning.store.shards import Rows, read_index, write_shard
 from ctrak_lightning.store.stored_rows import StoredRows
 from ctrak_lightning.utilities.processes import Processes
 
-_LOOK_S = 1.0
+
+class ClosesOnExit:
+    """A context manager that closes on leaving. Where an error ends it, that one is raised, and not
+    one of what it leaves undone."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(StoreError):
+            self.close()
 
 
-class InBackground:
-    """Runs jobs one after the other in a thread that lives only while there are some.
-
-    A job that fails stays first in the queue and stops it; its error is raised by the next
-    :meth:`raise_error` or :meth:`wait`, in the caller's thread, and the job is tried again with the
-    next :meth:`submit` or :meth:`wait`.
-
-    Args:
-        limit: jobs that may wait, the one being done included; one more waits for room.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._jobs: deque[Callable[[], None]] = deque()
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._working = False
-        self._error: BaseException | None = None
-        self._failed = False
-
-    def submit(self, job: Callable[[], None]) -> None:
-        """Queue ``job``; waits while the queue is full, and never raises what went wrong with an
-        earlier job."""
-        with self._changed:
-            self._jobs.append(job)
-            self._start()
-            while len(self._jobs) > self._limit and not self._stopped():
-                self._changed.wait(_LOOK_S)
-
-    def raise_error(self) -> None:
-        """Raise what a job ended with since the last call.
-
-        Raises:
-            StoreError: The job's own, or one that names what it raised.
-        """
-        with self._changed:
-            self._stopped()
-            error, self._error = self._error, None
-        if isinstance(error, StoreError):
-            raise error
-        if error is not None:
-            raise StoreError(
-                f"The thread that writes traces ended with {type(error).__name__}: {error}. HINT: "
-                "everything recorded earlier is intact; try again to continue."
-            ) from error
-
-    def wait(self) -> None:
-        """Wait until all jobs are done and the thread has ended.
-
-        Raises:
-            StoreError: As :meth:`raise_error`; the jobs from the one that failed on are still
-                queued.
-        """
-        with self._changed:
-            if self._error is None:
-                self._start()
-            while self._jobs and not self._stopped():
-                self._changed.wait(_LOOK_S)
-            thread = self._thread
-        if thread is not None:
-            thread.join()
-        self.raise_error()
-
-    def end(self) -> None:
-        """:meth:`wait`, unless the last attempt failed; then drop what is left.
-
-        Raises:
-            StoreError: As :meth:`raise_error`, of a job that has failed since.
-        """
-        try:
-            if self._failed:
-                self.raise_error()
-            else:
-                self.wait()
-        finally:
-            with self._changed:
-                self._jobs.clear()
-
-    def _start(self) -> None:
-        """Start the thread if there is work and none is at it; the lock is held."""
-        if not self._jobs or self._error is not None or self._working:
-            return
-        # Not a daemon: a process that ends while a shard is being written finishes it.
-        self._thread = threading.Thread(target=self._run, name="ctrak-write")
-        try:
-            self._thread.start()
-        except RuntimeError as error:
-            self._thread, self._error, self._failed = None, error, True
-            return
-        self._working = True
-
-    def _stopped(self) -> bool:
-        """Whether nobody works on the queue any more; a thread that died without a word is noticed
-        here. The lock is held."""
-        if self._working and self._thread is not None and not self._thread.is_alive():
-            self._working = False
-            self._error, self._failed = RuntimeError("it died with jobs left to do"), True
-        return self._error is not None
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                if not self._jobs:
-                    self._working = False
-                    return
-                job = self._jobs[0]
-            try:
-                job()
-            except BaseException as error:
-                with self._changed:
-                    self._working = False
-                    self._error, self._failed = error, True
-                    self._changed.notify_all()
-                return
-            with self._changed:
-                self._failed = False
-                self._jobs.popleft()
-                self._changed.notify_all()
-
-
-_SHOWN = 5
-
-
-class CheckpointWriter:
+class CheckpointWriter(ClosesOnExit):
     """Takes the traces of one checkpoint in batches and seals them in shards.
 
     Made by ``TraceWriter.begin_checkpoint``. A shard is made whenever ``shard_rows`` rows have
@@ -175,22 +68,17 @@ class CheckpointWriter:
         processes: Processes,
         untrained: Tensor | None = None,
     ) -> None:
-        self._untrained = (
-            torch.zeros(len(sample_ids), dtype=torch.bool) if untrained is None else untrained
-        )
-        self._root = root
-        self._record = record
-        self._header = header
-        self._sample_ids = sample_ids
-        self._shard_rows = shard_rows
-        self._records = records
-        self._processes = processes
+        nobody = torch.zeros(len(sample_ids), dtype=torch.bool)
+        self._untrained = nobody if untrained is None else untrained
+        self._root, self._record, self._header = root, record, header
+        self._sample_ids, self._shard_rows = sample_ids, shard_rows
+        self._records, self._processes = records, processes
         self._buffer: list[Rows] = []
         self._jobs = InBackground(queue_shards)
         self._open = True
-        self._seen = torch.zeros(len(sample_ids), dtype=torch.bool)
+        self._seen = nobody.clone()
         for name in record.shards:
-            index = read_column(root / name, "index", "int64", max_rows=record.rows)
+            index = read_index(root / name, record.rows)
             if bool(((index < 0) | (index >= len(sample_ids))).any()):
                 raise CorruptStoreError(
                     f"{root / name}: index has values outside the {len(sample_ids)} samples."
@@ -281,11 +169,7 @@ class CheckpointWriter:
                 "begin_checkpoint(exposures=None) where it is not known how often each was "
                 "trained on."
             )
-        name = self._record.visits
-        self._records.commit(
-            self._record,
-            {name: self._records.write(name, lambda path: write_visits(path, visits))},
-        )
+        self._store(self._record.visits, lambda path: write_visits(path, visits))
 
     def write_function(self, function: Function) -> None:
         """Store what the network answers to a fixed input with the checkpoint's weights; the
@@ -296,9 +180,7 @@ class CheckpointWriter:
         """
         self._require_open("write_function")
         self.flush()
-        name = self._record.function
-        known = self._records.write(name, lambda path: write_function(path, function))
-        self._records.commit(self._record, {name: known})
+        self._store(self._record.function, lambda path: write_function(path, function))
 
     def seal(self) -> None:
         """Write the rows that are left and the kernel, then mark the checkpoint sealed.
@@ -332,25 +214,15 @@ class CheckpointWriter:
         calls; idempotent.
 
         Raises:
-            StoreError: A shard that no earlier call told of cannot be written. The checkpoint is
-                closed all the same.
+            StoreError: A shard cannot be written, and no earlier call has raised it. The checkpoint
+                is closed all the same.
         """
         self._open = False
         self._buffer = []
         self._jobs.end()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        # What ends the capture is told, not what it leaves undone.
-        with contextlib.nullcontext() if kind is None else contextlib.suppress(StoreError):
-            self.close()
+    def _store(self, name: str, fill: Callable[[Path], object]) -> None:
+        self._records.commit(self._record, {name: self._records.write(name, fill)})
 
     def _require_open(self, call: str) -> None:
         if not self._open:
@@ -379,7 +251,7 @@ class CheckpointWriter:
         outside = indices[(indices < 0) | (indices >= len(self._seen))]
         if len(outside):
             raise ValueError(
-                f"CheckpointWriter.append(indices): {outside[:_SHOWN].tolist()} lie outside the "
+                f"CheckpointWriter.append(indices): {outside[:5].tolist()} lie outside the "
                 f"sample table, which has positions 0 to {len(self._seen) - 1}."
             )
         values, counts = torch.unique(indices, return_counts=True)
@@ -459,5 +331,4 @@ class CheckpointWriter:
         return sums.over(self._processes).kernel
 
     def _names(self, indices: Tensor) -> str:
-        shown = ", ".join(repr(self._sample_ids[i]) for i in indices[:_SHOWN].tolist())
-        return shown if len(indices) <= _SHOWN else f"{shown} and {len(indices) - _SHOWN} more"
+        return listed(self._sample_ids[i] for i in indices.tolist())

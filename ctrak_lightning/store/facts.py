@@ -1,7 +1,5 @@
 """What a store says of its origin, for a reader: names and hashes."""
 
-from __future__ import annotations
-
 import json
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -34,11 +32,8 @@ def provenance_facts(store: TraceStore) -> dict[str, str]:
         "projection": _text(header.projection),
         "traces": f"{len(store)} samples, {header.dim} numbers each, {header.dtype}",
     }
-    facts |= {
-        f"model: {name}": _text(value)
-        for name, value in header.model.items()
-        if name != "frozen_sketch"
-    }
+    facts |= {f"model: {name}": _text(value) for name, value in header.model.items()}
+    facts.pop("model: frozen_sketch", None)
     facts |= {f"data set: {name}": _text(value) for name, value in header.dataset.items()}
     for record in manifest.checkpoints:
         if not record.sealed:
@@ -46,14 +41,9 @@ def provenance_facts(store: TraceStore) -> dict[str, str]:
         rate = "not recorded" if record.learning_rate is None else f"{record.learning_rate:g}"
         where = f"checkpoint at step {record.step}"
         facts[where] = f"epoch {record.epoch}, learning rate {rate}"
-        files = {
-            name: known
-            for name, known in manifest.files.items()
-            if name.startswith(f"{record.folder}/")
-        }
-        facts |= {
-            f"{where}: sha256 of {name}": known.sha256 for name, known in sorted(files.items())
-        }
+        for name, known in sorted(manifest.files.items()):
+            if name.startswith(f"{record.folder}/"):
+                facts[f"{where}: sha256 of {name}"] = known.sha256
     return facts | {f"version of {name}": _version(name) for name in PACKAGES}
 
 

@@ -1,4 +1,5 @@
-"""How files reach the disk, and how they are read: whole or not at all, hashed, under names that stay inside."""
+"""How files reach the disk, and how they are read: whole or not at all, hashed, under names that
+stay inside."""
 
 from __future__ import annotations
 
@@ -46,9 +47,7 @@ def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
             link.
     """
     refuse_linked_folder(path.parent)
-    if (
-        path.is_symlink()
-    ):  # told in these words; O_NOFOLLOW holds also for one that appears right now
+    if path.is_symlink():  # in plain words; O_NOFOLLOW holds also for one that appears right now
         raise _is_link(path)
     descriptor = os.open(path, flags | _FLAGS, mode)
     try:
@@ -110,7 +109,7 @@ class FileRecord:
         return cls(sha256=sha256_of(path), bytes=path.lstat().st_size)
 
 
-def write_atomically(path: Path, fill: Callable[[Path], None]) -> FileRecord:
+def write_atomically(path: Path, fill: Callable[[Path], object]) -> FileRecord:
     """Let ``fill`` write a temporary file beside ``path``, then put it in place durably.
 
     Args:

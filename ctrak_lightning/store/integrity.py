@@ -1,9 +1,7 @@
 """A store held against its hashes, and its files written anew."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,16 +38,20 @@ from ctrak_lightning.store.stored_rows import StoredRows
 
 def altered_files(root: Path, manifest: Manifest) -> list[str]:
     """One line per recorded file that is missing or does not have the recorded content."""
-    problems = (_problem(root, name, known) for name, known in sorted(manifest.files.items()))
-    return [line for line in problems if line]
+    problems = []
+    for name, known in sorted(manifest.files.items()):
+        try:
+            found = sha256_of(root / name)
+        except OSError as error:
+            problems.append(f"{name}: cannot be read ({error})")
+            continue
+        if found != known.sha256:
+            problems.append(f"{name}: sha256 is {found}, the manifest records {known.sha256}")
+    return problems
 
 
 def unrecorded_files(root: Path, manifest: Manifest) -> list[str]:
-    """One line per file that is in no record, and per link, be it to a folder.
-
-    Raises:
-        CorruptStoreError: A journal of an interrupted capture is damaged.
-    """
+    """One line per file that is in no record, and per link, be it to a folder."""
     ledger = {LEDGER, LEDGER_LOCK, LEDGER_SIGNATURE, edition_name(COMMITMENTS, manifest.edition)}
     recorded = {MANIFEST, WRITER_LOCK, *ledger, *recorded_files(root, manifest)}
     present = [
@@ -58,25 +60,13 @@ def unrecorded_files(root: Path, manifest: Manifest) -> list[str]:
     problems = []
     for entry in present:
         name = entry.relative_to(root).as_posix()
-        if entry.is_symlink() and name not in manifest.files:  # of those, altered_files tells
+        if entry.is_symlink() and name not in manifest.files:  # those are in altered_files
             problems.append(
                 f"{name}: is a link, and nothing of a store is read or written through one"
             )
         elif name not in recorded:
             problems.append(f"{name}: not recorded in the manifest")
     return problems
-
-
-def _problem(root: Path, name: str, known: FileRecord) -> str | None:
-    try:
-        found = sha256_of(root / name)
-    except OSError as error:
-        return f"{name}: cannot be read ({error})"
-    return (
-        None
-        if found == known.sha256
-        else f"{name}: sha256 is {found}, the manifest records {known.sha256}"
-    )
 
 
 _EDITION = re.compile(r"-e[0-9]+(?=\.h5$)")
@@ -86,19 +76,13 @@ def rewrite_without(
     root: Path, manifest: Manifest, table: SampleTable, gone: Collection[int]
 ) -> Manifest:
     """Write the next edition of a store's files, under names of their own, without the samples at
-    positions ``gone``.
+    positions ``gone`` of its ``table``, of which at least one stays.
 
     Nothing that is there is touched, and the manifest that is returned is not written: until it is,
     the files are in no record. Checkpoints that are not sealed are left out. The rows that stay are
     copied as they are stored. Kernels are made anew from them rather than down-dated: the stored
     eigenvectors are float32, whose rounding a down-date would keep and add to, and fewer samples
     than features are decomposed on the other side.
-
-    Args:
-        root: folder of the store.
-        manifest: of the store as it is.
-        table: its sample table.
-        gone: at least one of its samples stays.
 
     Raises:
         StoreError: a file cannot be written.
@@ -108,10 +92,9 @@ def rewrite_without(
     stays = torch.ones(len(table), dtype=torch.bool)
     stays[list(gone)] = False
     remaining = table.take(stays.nonzero().flatten().tolist())
-    facts = {
-        name: value for name, value in remaining.facts().items() if name in manifest.header.dataset
-    }
-    header = replace(manifest.header, dataset=manifest.header.dataset | facts)
+    before = manifest.header.dataset
+    facts = {name: value for name, value in remaining.facts().items() if name in before}
+    header = replace(manifest.header, dataset=before | facts)
     after = Manifest(header=header, run_id=manifest.run_id, edition=edition)
     known = write_atomically(root / after.samples, lambda path: write_samples(path, remaining))
     after = after.with_files({after.samples: known})
@@ -133,24 +116,20 @@ def _rewrite_checkpoint(
     root: Path, manifest: Manifest, record: CheckpointRecord, stays: Tensor, edition: int
 ) -> tuple[CheckpointRecord, dict[str, FileRecord]]:
     n = int(stays.sum())
-    shards = _rewrite_shards(root, manifest.header, record, stays, edition)
-    written = replace(record, rows=n, shards=tuple(shards), edition=edition)
-    files = dict(shards)
+    files = _rewrite_shards(root, manifest.header, record, stays, edition)
+    written = replace(record, rows=n, shards=tuple(files), edition=edition)
+
+    def put(name: str, fill: Callable[[Path], object]) -> None:
+        files[name] = write_atomically(root / name, fill)
+
     stored = StoredRows(root, record.folder, written.shards, manifest.header, n, rows=n)
-    kernel = kernel_of(stored, n, manifest.header.dim)
-    files[written.kernel] = write_atomically(
-        root / written.kernel, lambda path: write_kernel(path, kernel)
-    )
+    put(written.kernel, partial(write_kernel, kernel=kernel_of(stored, n, manifest.header.dim)))
     if record.visits in manifest.files:
         visits = _visits_of(read_visits(root / record.visits, len(stays)), stays)
-        files[written.visits] = write_atomically(
-            root / written.visits, lambda path: write_visits(path, visits)
-        )
+        put(written.visits, partial(write_visits, visits=visits))
     if record.exposures in manifest.files:
         exposures = read_exposures(root / record.exposures, len(stays))[stays]
-        files[written.exposures] = write_atomically(
-            root / written.exposures, lambda path: write_exposures(path, exposures)
-        )
+        put(written.exposures, partial(write_exposures, counts=exposures))
     # A companion that has the same name in every edition has nothing of the samples in it: weights,
     # buffers, outputs.
     kept = record.companions & written.companions & manifest.files.keys()

@@ -1,5 +1,5 @@
 """The Gram matrix of a checkpoint's traces, on whichever side is smaller, as its
-eigendecomposition."""
+eigendecomposition. A damaged file, or that of another kernel, raises a CorruptStoreError."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Kernel:
     them."""
 
     def gram(self) -> Tensor:
-        """The Gram matrix, float64 [m, m], put together again."""
+        """The Gram matrix, float64 [m, m], made again from its decomposition."""
         vectors = self.eigenvectors.double()
         matrix = (vectors * self.eigenvalues) @ vectors.T
         return (matrix + matrix.T) / 2
@@ -66,13 +66,14 @@ class Kernel:
         The damping is relative to the mean eigenvalue ``trace / m`` of the kernel of the samples
         that had been trained on.
         """
-        vectors, values = self.eigenvectors.double(), self.eigenvalues.clamp(min=0)
-        along, mean = rows.double() @ vectors, self.trace / min(self.exposed or self.n, self.k)
+        wide, vectors = rows.double(), self.eigenvectors.double()
+        values, mean = (
+            self.eigenvalues.clamp(min=0),
+            self.trace / min(self.exposed or self.n, self.k),
+        )
+        along = wide @ vectors  # [q, m]
         return torch.stack(
-            [
-                rows.double() if d is None else along / (values + d * mean) @ vectors.T
-                for d in dampings
-            ]
+            [wide if d is None else along / (values + d * mean) @ vectors.T for d in dampings]
         )
 
     def score_moments(self, directions: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +101,7 @@ class GramSums:
     """How many traces."""
 
     def over(self, processes: Processes) -> GramSums:
-        """The sums over the traces of all processes, which call it together."""
+        """The sums over the traces of all processes; all call it."""
         return GramSums(
             products=processes.sum(self.products),
             features=processes.sum(self.features),
@@ -114,11 +115,7 @@ class GramSums:
 
 
 def gram_of_rows(blocks: Iterable[Tensor], k: int) -> GramSums:
-    """The sums over traces that come in blocks [n_i, k] in any order, each looked at once.
-
-    Raises:
-        ValueError: A block has other than k features.
-    """
+    """The sums over traces that come in blocks [n_i, k] in any order, each looked at once."""
     products = torch.zeros(k, k, dtype=torch.float64)
     features = torch.zeros(k, dtype=torch.float64)
     rows = 0
@@ -140,11 +137,7 @@ def gram_of_rows(blocks: Iterable[Tensor], k: int) -> GramSums:
 
 
 def kernel_of_columns(panels: Iterable[Tensor], n: int, k: int) -> Kernel:
-    """The dual kernel of n < k traces, from columns of them [n, k_i] in order, each looked at once.
-
-    Raises:
-        ValueError: The panels do not have n rows and k columns.
-    """
+    """The dual kernel of n < k traces, from columns [n, k_i] in order, each looked at once."""
     total = torch.zeros(n, n, dtype=torch.float64)
     means = []
     for panel in panels:
@@ -176,11 +169,7 @@ def write_kernel(path: Path, kernel: Kernel) -> None:
 
 
 def read_kernel(path: Path, n: int, k: int) -> Kernel:
-    """Read the kernel of n traces of k features.
-
-    Raises:
-        CorruptStoreError: The file is damaged, or it is another kernel.
-    """
+    """Read the kernel of n traces of k features."""
     side: Literal["primal", "dual"] = "primal" if k <= n else "dual"
     size = min(n, k)
     with open_for_reading(path) as file:
@@ -203,12 +192,5 @@ def _decomposed(
 ) -> Kernel:
     trace = float(upper.trace())
     values, vectors = torch.linalg.eigh(upper, UPLO="U")
-    return Kernel(
-        side=side,
-        n=n,
-        k=k,
-        eigenvalues=values,
-        eigenvectors=vectors.float(),
-        trace=trace,
-        mean=mean,
-    )
+    decomposition = {"eigenvalues": values, "eigenvectors": vectors.float()}
+    return Kernel(side=side, n=n, k=k, trace=trace, mean=mean, **decomposition)

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -19,6 +18,7 @@ from filelock import FileLock, Timeout
 from ctrak_lightning.errors import StoreError, StoreLockedError
 from ctrak_lightning.store.files import TEMPORARY_SUFFIX, make_folder, open_file, reading
 from ctrak_lightning.store.schema import LEDGER_LOCK, MANIFEST, WRITER_LOCK
+from ctrak_lightning.utilities.naming import utc_now
 from ctrak_lightning.utilities.processes import ALONE, Processes
 
 _GRACE_S = 0.5
@@ -30,7 +30,7 @@ _LONGEST_NOTE = 4096
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a store, by its own account."""
+    """Who holds a store, as the lock file says."""
 
     host: str
     pid: int
@@ -42,12 +42,7 @@ class Holder:
     @classmethod
     def myself(cls, work: str) -> Holder:
         """This process."""
-        return cls(
-            socket.gethostname(),
-            os.getpid(),
-            datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            work,
-        )
+        return cls(socket.gethostname(), os.getpid(), utc_now(), work)
 
     @property
     def is_here(self) -> bool:
@@ -58,23 +53,20 @@ class Holder:
     def has_ended(self) -> bool:
         """Whether it is known not to run any more: it left its note behind, and another holds the
         lock."""
-        if not self.is_here:
-            return False
         try:
-            os.kill(self.pid, 0)
+            if self.is_here:
+                os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except OSError:  # somebody else's
+        except OSError:  # of another user
             return False
         return False
 
     def __str__(self) -> str:
+        where = f"process {self.pid} on {self.host}"
         if self.is_here and self.pid == os.getpid():
-            return (
-                f"this very process ({self.pid} on {self.host}), which {self.work} since "
-                f"{self.since}"
-            )
-        return f"process {self.pid} on {self.host}, which {self.work} since {self.since}"
+            where = f"this very process ({self.pid} on {self.host})"
+        return f"{where}, which {self.work} since {self.since}"
 
 
 class WriterLock:
@@ -83,11 +75,8 @@ class WriterLock:
 
     Held from here on until :meth:`release`, until nothing refers to it any more, or until the
     process ends, however it ends: ``flock``, which processes that are forked off do not keep alive.
-    The file that it is taken on stays in the store; while it is held it says by whom.
-
-    Args:
-        root: folder of the store.
-        work: what the holder does, for those who are refused.
+    The file that it is taken on stays in the store; while it is held it says by whom, and what
+    ``work`` that does.
 
     Raises:
         StoreLockedError: another has it; the message names host and process.
@@ -107,7 +96,7 @@ class WriterLock:
                 raise _held(root)
         self._descriptor: int | None = descriptors[-1]
         self._free = weakref.finalize(self, _release, self._lock, descriptors[-1], self._pid)
-        with contextlib.suppress(OSError):  # of a full disk; who is refused is told less then
+        with contextlib.suppress(OSError):  # of a full disk; the next writer's error says less then
             os.ftruncate(descriptors[-1], 0)
             os.pwrite(descriptors[-1], note, 0)
 
@@ -143,8 +132,8 @@ class WriterLock:
 
 
 class NoLock(WriterLock):
-    """Of the processes that write together but for the first: that one has the lock for all, once
-    these are made."""
+    """What the other processes of a capture have: the first one holds the lock for all, once these
+    are made."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -170,8 +159,8 @@ class NoLock(WriterLock):
 def hold_folder(
     root: Path, processes: Processes = ALONE, work: str = "traces into it"
 ) -> WriterLock:
-    """Makes the folder of a store if it is not there, and takes its lock; all ``processes`` call it
-    together, the first has it.
+    """Makes the folder of a store if it is not there, and takes its lock; all ``processes`` call
+    it, the first has it.
 
     Raises:
         StoreLockedError: another holds it; nothing was changed.
@@ -206,10 +195,7 @@ def hold_for(root: Path, work: str) -> Iterator[WriterLock]:
 @contextmanager
 def ledger_lock(root: Path, wait_s: float = 30.0) -> Iterator[None]:
     """Holds the ledger of the store at ``root``; entries are added while a writer holds the store.
-
-    Args:
-        root: folder of the store.
-        wait_s: how long to wait for another process.
+    Another process is waited for.
 
     Raises:
         StoreError: another process holds it all that time, or the folder cannot be written.

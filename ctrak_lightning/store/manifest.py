@@ -1,7 +1,5 @@
 """``manifest.json``: strict when read, deterministic when written."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -16,8 +14,8 @@ from ctrak_lightning.store.files import (
     size_of,
     write_atomically,
 )
+from ctrak_lightning.store.formats import BYTES_PER_VALUE
 from ctrak_lightning.store.schema import (
-    BYTES_PER_VALUE,
     MANIFEST,
     READABLE_SCHEMAS,
     SCHEMA_VERSION,
@@ -41,8 +39,8 @@ LONGEST_MANIFEST = 2**30
 def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> None:
     """Replace the manifest ``name`` of the store at ``folder`` durably; the same content gives the
     same bytes."""
-    text = manifest_text(manifest)
-    write_atomically(folder / name, lambda path: _write_text(path, text))
+    content = manifest_text(manifest).encode("ascii")
+    write_atomically(folder / name, lambda path: path.write_bytes(content))
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
@@ -65,8 +63,17 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
     Raises:
         CorruptStoreError: One is missing, truncated, or a link.
     """
-    for file, known in manifest.files.items():
-        _check_size(folder / file, known)
+    for name, known in manifest.files.items():
+        path = folder / name
+        try:
+            found: int | None = size_of(path)
+        except FileNotFoundError:
+            found = None
+        except OSError as error:
+            raise _corrupt(f"{path} cannot be read ({error})") from error
+        if found != known.bytes:
+            state = "is missing" if found is None else f"has {found} bytes"
+            raise _corrupt(f"{path} {state}, the manifest records {known.bytes} bytes")
 
 
 def read_text(path: Path) -> str:
@@ -87,8 +94,8 @@ def read_text(path: Path) -> str:
     except FileNotFoundError as error:
         what = f"has no {name}" if folder.is_dir() else "does not exist"
         raise StoreError(
-            f"{folder} {what}, so it is not a trace store. HINT: give the folder that the tracer "
-            "was told to write to."
+            f"{folder} {what}, so it is not a trace store. HINT: give the `dirpath` of the "
+            "ConceptTracer."
         ) from error
     except UnicodeDecodeError as error:
         raise _corrupt(f"{path}: not UTF-8 ({error})") from error
@@ -212,11 +219,13 @@ def _checkpoint(value: Any, where: str, files: dict[str, FileRecord]) -> Checkpo
         _relative_path(name, f"{where}.shards", _SHARD_PATTERN)
         for name in _list(fields["shards"], f"{where}.shards")
     ]
+    is_boolean = isinstance(fields["sealed"], bool)
+    _expect(is_boolean, fields["sealed"], f"{where}.sealed", "true or false")
     record = CheckpointRecord(
         step=_integer(fields["step"], f"{where}.step"),
         epoch=_integer(fields["epoch"], f"{where}.epoch"),
         learning_rate=_optional_float(fields["learning_rate"], f"{where}.learning_rate"),
-        sealed=_boolean(fields["sealed"], f"{where}.sealed"),
+        sealed=fields["sealed"],
         rows=_integer(fields["rows"], f"{where}.rows"),
         shards=tuple(shards),
         processes=_integer(fields["processes"], f"{where}.processes"),
@@ -255,58 +264,41 @@ def _check_rows_fit(record: CheckpointRecord, manifest: Manifest, where: str) ->
         )
 
 
-def _check_size(path: Path, known: FileRecord) -> None:
-    try:
-        found: int | None = size_of(path)
-    except FileNotFoundError:
-        found = None
-    except OSError as error:
-        raise _corrupt(f"{path} cannot be read ({error})") from error
-    if found != known.bytes:
-        state = "is missing" if found is None else f"has {found} bytes"
-        raise _corrupt(f"{path} {state}, the manifest records {known.bytes} bytes")
+def _expect(is_right: bool, value: Any, where: str, what: str) -> None:
+    if not is_right:
+        raise _corrupt(f"{where} is {_short(value)}, expected {what}")
 
 
 def _object(value: Any, where: str, keys: tuple[str, ...] | None = None) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _corrupt(f"{where} is {_short(value)}, expected an object")
+    _expect(isinstance(value, dict), value, where, "an object")
     if keys is not None and value.keys() != set(keys):
         missing, unknown = sorted(set(keys) - value.keys()), sorted(value.keys() - set(keys))
         raise _corrupt(f"{where}: missing keys {missing}, unknown keys {_short(unknown)}")
-    return value
+    found: dict[str, Any] = value
+    return found
 
 
 def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise _corrupt(f"{where} is {_short(value)}, expected a list")
-    return value
+    _expect(isinstance(value, list), value, where, "a list")
+    return list(value)
 
 
 def _integer(value: Any, where: str) -> int:
-    if not is_integer(value) or value < 0:
-        raise _corrupt(f"{where} is {_short(value)}, expected an integer of at least 0")
+    _expect(is_integer(value) and value >= 0, value, where, "an integer of at least 0")
     return int(value)
 
 
 def _string(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise _corrupt(f"{where} is {_short(value)}, expected a string that is not empty")
-    return value
-
-
-def _boolean(value: Any, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise _corrupt(f"{where} is {_short(value)}, expected true or false")
-    return value
+    _expect(isinstance(value, str) and value != "", value, where, "a string that is not empty")
+    return str(value)
 
 
 def _optional_float(value: Any, where: str) -> float | None:
     if value is None:
         return None
-    if not (is_integer(value) and abs(value) < 2**53) and not (
-        isinstance(value, float) and math.isfinite(value)
-    ):
-        raise _corrupt(f"{where} is {_short(value)}, expected a finite number or null")
+    is_exact = is_integer(value) and abs(value) < 2**53
+    is_finite = isinstance(value, float) and math.isfinite(value)
+    _expect(is_exact or is_finite, value, where, "a finite number or null")
     return float(value)
 
 
@@ -322,10 +314,6 @@ def _relative_path(value: Any, where: str, pattern: re.Pattern[str]) -> str:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_bytes(text.encode("ascii"))
 
 
 def _corrupt(problem: str) -> CorruptStoreError:

@@ -1,8 +1,6 @@
 """What is recorded of a store: in its manifest, and, while several processes capture a checkpoint,
 in their journals."""
 
-from __future__ import annotations
-
 import os
 import re
 import uuid
@@ -43,19 +41,12 @@ _JOURNAL_PATTERN = re.compile(r"rank[0-9]{1,9}\.json")
 
 
 class Records:
-    """The record of the store at ``root``, which processes that capture together keep together.
+    """The record of the store at ``root``, which the processes of a capture share.
 
     The process of rank 0 writes the manifest. What another has written of the checkpoint in
     progress stands in a journal of its own, which is a manifest of that checkpoint alone, until the
     checkpoint is sealed. All processes call the constructor, :meth:`share`, :meth:`join` and
-    :meth:`seal` together.
-
-    Args:
-        root: folder of the store.
-        header: what all traces of the store have in common.
-        lock: of the store; see :func:`~ctrak_lightning.store.lock.hold_folder`.
-        run_id: name of a new store's run, a random one by default.
-        processes: those that capture together.
+    :meth:`seal`, at the same time.
 
     Raises:
         StoreMismatchError, DatasetChangedError, StoreError, CorruptStoreError: as of
@@ -103,7 +94,7 @@ class Records:
         self._text, self._seen = manifest_text(manifest), None
         self.manifest = manifest
 
-    def write(self, name: str, fill: Callable[[Path], None]) -> FileRecord:
+    def write(self, name: str, fill: Callable[[Path], object]) -> FileRecord:
         """Write the file ``name`` of the store, as :func:`write_atomically`; :meth:`commit` and
         :meth:`seal` record it.
 
@@ -118,9 +109,8 @@ class Records:
         """
         self._require_writable(name)
         path = self.root / name
-        if (
-            not path.parent.is_dir()
-        ):  # or the store's own folder would be made durable again with every file
+        # Or the store's own folder would be made durable again with every file.
+        if not path.parent.is_dir():
             make_folder(path.parent)
 
         def fill_and_check(temporary: Path) -> None:
@@ -139,9 +129,8 @@ class Records:
         path = self.root / MANIFEST
         if manifest is not None:
             self._require_unchanged()
-        elif is_there(
-            self.root / name
-        ):  # the first process's changes; what stands in its way is looked up there
+        elif is_there(self.root / name):
+            # Only the first process's manifest is up to date; what this file belongs to is read.
             manifest = parse_manifest(read_text(path), str(path))
         if manifest is not None and _is_sealed(manifest, name):
             raise StoreError(
@@ -272,11 +261,7 @@ def _remove_unrecorded_in(folder: Path, manifest: Manifest, recorded: set[str]) 
 
 def recorded_files(root: Path, manifest: Manifest) -> set[str]:
     """The files that the manifest names, and those of the journals of checkpoints that are not
-    sealed.
-
-    Raises:
-        CorruptStoreError: a journal is damaged, or a file that it names is.
-    """
+    sealed."""
     found = set(manifest.files)
     for record in manifest.checkpoints:
         if not record.sealed:
@@ -328,7 +313,7 @@ def _signature(path: Path) -> tuple[int, ...] | None:
     than that."""
     try:
         found = os.lstat(path)
-    except OSError:  # told by those who read it
+    except OSError:  # whoever reads the file says so
         return None
     return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 from urllib.parse import unquote
 
@@ -15,7 +17,7 @@ import h5py
 import torch
 from torch import Tensor
 
-from ctrak_lightning.errors import DatasetChangedError, StoreError
+from ctrak_lightning.errors import DatasetChangedError, StoreError, listed
 from ctrak_lightning.store.arrays import (
     corrupt,
     find_dataset,
@@ -27,7 +29,6 @@ from ctrak_lightning.store.arrays import (
 
 SAMPLE_FACTS = ("size", "sample_ids", "content")
 """What a store's header says of its sample table (:meth:`SampleTable.facts`)."""
-_SHOWN = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class SampleTable:
 
     Args:
         sample_ids: One id per sample, each once: any text without NUL. Ids never become file names.
-        content_sha256: Digest of each sample's content: tells that an image was replaced under its
+        content_sha256: Digest of each sample's content: shows that an image was replaced under its
             old id.
         metadata: Columns of text, such as owner, licence or caption, each with one value per
             sample.
@@ -61,8 +62,9 @@ class SampleTable:
             self._check_column(name, column)
         if repeated := [name for name, count in Counter(self.sample_ids).items() if count > 1]:
             raise StoreError(
-                f"SampleTable: {len(repeated)} sample ids occur more than once: {_some(repeated)}. "
-                "HINT: give every sample an id of its own, such as its dataset index."
+                f"SampleTable: {len(repeated)} sample ids occur more than once: "
+                f"{listed(repeated)}. HINT: give every sample an id of its own, such as its "
+                "dataset index."
             )
         for name in self.metadata:
             if not isinstance(name, str) or not name:
@@ -171,7 +173,7 @@ def check_unchanged(stored: SampleTable, given: SampleTable, path: Path) -> None
         "removed": [name for name in before if name not in now],
         "changed content": [name for name in now if name in before and now[name] != before[name]],
     }
-    found = [f"{len(names)} {kind}: {_some(names)}" for kind, names in changes.items() if names]
+    found = [f"{len(names)} {kind}: {listed(names)}" for kind, names in changes.items() if names]
     if not found and stored.sample_ids != given.sample_ids:
         found = ["the same samples in another order"]
     if found:
@@ -179,6 +181,55 @@ def check_unchanged(stored: SampleTable, given: SampleTable, path: Path) -> None
             f"the samples differ from those that {path} describes ({'; '.join(found)}). "
             "HINT: restore the dataset as it was, or write the traces to a new folder."
         )
+
+
+class ChangedMetadataWarning(UserWarning):
+    """The metadata of the samples is not what the store recorded, and the store keeps that.
+
+    Why: a record that changes its owners on resuming would be none.
+
+    What to do: trace into a new folder, if the new metadata is the right one.
+    """
+
+
+def warn_of_changed_metadata(stored: SampleTable, given: SampleTable, path: Path) -> None:
+    """Compare the metadata of two tables of the same samples in the same order.
+
+    Warns:
+        ChangedMetadataWarning: Columns were added, are gone or have other values; names them, with
+            one sample of each.
+    """
+    changes = _changes(stored, given)
+    if not changes:
+        return
+    more = f"; and {len(changes) - 5} more columns" if len(changes) > 5 else ""
+    warnings.warn(
+        f"{path}: the metadata of the samples is not what this store recorded "
+        f"({'; '.join(changes[:5])}{more}). The store keeps what it recorded, and answers, "
+        "shares and `ctrak forget` go by that. HINT: to have the metadata as it is now, trace "
+        "into a new folder.",
+        ChangedMetadataWarning,
+        stacklevel=4,  # the caller of TraceWriter.write_samples
+    )
+
+
+def _changes(stored: SampleTable, given: SampleTable) -> list[str]:
+    found = []
+    for name in sorted(stored.metadata.keys() | given.metadata.keys()):
+        if name not in stored.metadata:
+            found.append(f"column {name!r} is new")
+        elif name not in given.metadata:
+            found.append(f"column {name!r} is not given any more")
+        elif other := [
+            i for i, value in enumerate(stored.metadata[name]) if value != given.metadata[name][i]
+        ]:
+            i = other[0]
+            found.append(
+                f"column {name!r} differs for {len(other)} of {len(stored)} samples, such as "
+                f"{stored.sample_ids[i]!r}: recorded {shortened(stored.metadata[name][i])}, now "
+                f"{shortened(given.metadata[name][i])}"
+            )
+    return found
 
 
 def write_samples(path: Path, table: SampleTable) -> None:
@@ -194,11 +245,8 @@ def write_samples(path: Path, table: SampleTable) -> None:
 
 
 def read_samples(path: Path, positions: Sequence[int] | None = None) -> SampleTable:
-    """Read a sample table; metadata columns come sorted by name.
-
-    Args:
-        path: Of the file.
-        positions: Read these samples only, ascending; all by default.
+    """Read a sample table, or the samples at some ascending ``positions``; metadata columns come
+    sorted by name.
 
     Raises:
         CorruptStoreError: The file is damaged.
@@ -218,11 +266,7 @@ def read_samples(path: Path, positions: Sequence[int] | None = None) -> SampleTa
 
 
 def column_names(path: Path) -> list[str]:
-    """Names of the metadata columns of the table at ``path``, sorted, without reading them.
-
-    Raises:
-        CorruptStoreError: The file is damaged.
-    """
+    """Names of the metadata columns of the table at ``path``, sorted, without reading them."""
     with open_for_reading(path) as file:
         return sorted(unquote(name) for name in _metadata(file, path))
 
@@ -279,8 +323,3 @@ def _check_text(text: str, where: str) -> None:
         raise StoreError(
             f"SampleTable: {where} is {text!r}; HDF5 strings end at NUL, so remove that character."
         )
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

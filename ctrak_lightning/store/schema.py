@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from ctrak_lightning.errors import StoreError
 from ctrak_lightning.store.files import FileRecord
+from ctrak_lightning.store.formats import BYTES_PER_VALUE, RowDtype
 
 SCHEMA_VERSION = 5
 READABLE_SCHEMAS = (4, SCHEMA_VERSION)
@@ -27,7 +28,6 @@ LEDGER = "ledger.jsonl"
 LEDGER_LOCK = "ledger.lock"
 LEDGER_SIGNATURE = "ledger.signature.json"
 COMMITMENTS = "commitments.h5"
-BYTES_PER_VALUE = {"float32": 4, "float16": 2, "int8": 1}
 
 
 class _Absent:
@@ -64,7 +64,7 @@ class StoreHeader:
     """What identifies the dataset, as JSON values: ``{"size": n, "sample_ids": sha256hex}``."""
     dim: int
     """Features per sample, k."""
-    dtype: Literal["float32", "float16", "int8"]
+    dtype: RowDtype
     """How the unit-norm rows are stored (int8 with one scale per row); scales, norms and losses are
     float32 always."""
 
@@ -72,28 +72,22 @@ class StoreHeader:
         for name in ("method", "projection", "model", "dataset"):
             value = getattr(self, name)
             if not isinstance(value, dict):
-                raise StoreError(
-                    f"StoreHeader({name}={value!r}) is not a dict. HINT: give a dict of JSON "
-                    "values."
-                )
+                raise StoreError(f"StoreHeader({name}={value!r}): expected a dict of JSON values.")
             # Tuples become lists here, so that a header equals itself after a round trip through
             # JSON.
             object.__setattr__(self, name, _json_value(value, name))
         for name, fingerprint in self.model.items():
             if not isinstance(fingerprint, str):
                 raise StoreError(
-                    f"StoreHeader(model={{{name!r}: {fingerprint!r}}}): a fingerprint must be a "
-                    "str."
+                    f"StoreHeader(model={{{name!r}: {fingerprint!r}}}): expected a str."
                 )
         if not is_integer(self.dim) or self.dim < 1:
             raise StoreError(
-                f"StoreHeader(dim={self.dim!r}): dim must be an int of at least 1, the features "
-                "per sample."
+                f"StoreHeader(dim={self.dim!r}): expected an int of at least 1, a trace's length."
             )
         if not isinstance(self.dtype, str) or self.dtype not in BYTES_PER_VALUE:
             raise StoreError(
-                f"StoreHeader(dtype={self.dtype!r}): dtype must be one of "
-                f"{sorted(BYTES_PER_VALUE)}."
+                f"StoreHeader(dtype={self.dtype!r}): expected one of {sorted(BYTES_PER_VALUE)}."
             )
 
     def differences(self, other: StoreHeader) -> list[tuple[str, Any, Any]]:
@@ -108,7 +102,7 @@ class StoreHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecord:
-    """What the manifest says of one checkpoint."""
+    """What the manifest says of one checkpoint; its paths are relative to the store."""
 
     step: int
     """Optimizer steps taken when the traces were captured."""
@@ -135,47 +129,42 @@ class CheckpointRecord:
 
     @property
     def kernel(self) -> str:
-        """Path of the kernel relative to the store."""
+        """Path of the kernel."""
         return f"{self.folder}/{edition_name(KERNEL, self.edition)}"
 
     @property
     def weights(self) -> str:
-        """Path of the weights relative to the store; the manifest lists it only if they were
-        stored."""
+        """Path of the weights."""
         return f"{self.folder}/{WEIGHTS}"
 
     @property
     def visits(self) -> str:
-        """Path of the visits relative to the store; the manifest lists it only if training itself
-        left the traces."""
+        """Path of the visits, there where training itself left the traces."""
         return f"{self.folder}/{edition_name(VISITS, self.edition)}"
 
     @property
     def exposures(self) -> str:
-        """Path of the samples' exposures relative to the store; the manifest lists it only if they
-        are known."""
+        """Path of the samples' exposures, there where they are known."""
         return f"{self.folder}/{edition_name(EXPOSURES, self.edition)}"
 
     @property
     def buffers(self) -> str:
-        """Path of the buffers that training changes, relative to the store; the manifest lists it
-        only if there are any."""
+        """Path of the buffers that training changes, if there are any."""
         return f"{self.folder}/{BUFFERS}"
 
     @property
     def function(self) -> str:
-        """Path of the network's outputs on a fixed input, relative to the store; the manifest lists
-        it only if they were stored."""
+        """Path of the network's outputs on a fixed input."""
         return f"{self.folder}/{FUNCTION}"
 
     @property
     def companions(self) -> set[str]:
-        """Paths of the files that a checkpoint may have beside its shards and kernel, relative to
-        the store."""
+        """Paths of the files that a checkpoint may have beside its shards and kernel: the manifest
+        lists those that it has."""
         return {self.weights, self.visits, self.exposures, self.buffers, self.function}
 
     def shard(self, rank: int) -> str:
-        """Path of the shard to write next, relative to the store."""
+        """Path of the shard to write next."""
         return f"{self.folder}/rank{rank}-{len(self.shards):05d}.h5"
 
 
@@ -252,7 +241,7 @@ def differences(mine: Any, theirs: Any, where: str) -> list[tuple[str, Any, Any]
 
 
 def is_integer(value: object) -> bool:
-    """Whether ``value`` is an int proper; JSON tells ``true`` from ``1``."""
+    """Whether ``value`` is an int and no bool: in JSON ``true`` is not ``1``."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -267,11 +256,8 @@ def _json_value(value: Any, where: str) -> Any:
         return {key: _json_value(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_json_value(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if (
-        value is None
-        or isinstance(value, str | int)
-        or (isinstance(value, float) and math.isfinite(value))
-    ):
+    is_finite = isinstance(value, float) and math.isfinite(value)
+    if value is None or isinstance(value, str | int) or is_finite:
         return value
     raise StoreError(
         f"StoreHeader: {where} is {value!r}, which JSON cannot hold. HINT: give str, int, bool, "

@@ -1,4 +1,5 @@
-"""What a checkpoint holds beside its rows: visits, exposures, the network's function."""
+"""What a checkpoint holds beside its rows: visits, exposures, the network's function. What is read
+from a damaged file raises a CorruptStoreError."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ class Visits:
     counts: Tensor
     """How often each sample was seen, int64 [N]."""
     timesteps: Tensor
-    """What the denoiser was told each time, float32 [V]."""
+    """The denoiser's timestep each time, float32 [V]."""
     steps: Tensor
     """Optimizer steps that had been taken each time, int64 [V]."""
 
@@ -63,11 +64,7 @@ def write_visits(path: Path, visits: Visits) -> None:
 
 
 def read_visits(path: Path, n: int) -> Visits:
-    """Read the visits of n samples.
-
-    Raises:
-        CorruptStoreError: The file is damaged.
-    """
+    """Read the visits of n samples."""
     with open_for_reading(path) as file:
         counts = read_array(file, path, "counts", (n,), "int64")
         total = int(counts.sum())
@@ -95,11 +92,7 @@ def write_exposures(path: Path, counts: Tensor) -> None:
 
 
 def read_exposures(path: Path, n: int) -> Tensor:
-    """Read the counts of n samples, int64 [n].
-
-    Raises:
-        CorruptStoreError: The file is damaged.
-    """
+    """Read the counts of n samples, int64 [n]."""
     with open_for_reading(path) as file:
         counts = read_array(file, path, "counts", (n,), "int64")
     if bool((counts < 0).any()):
@@ -120,7 +113,7 @@ class Function:
     """
 
     timesteps: Tensor
-    """What the network was told, float64 [S]."""
+    """The network's timesteps, float64 [S]."""
     outputs: Tensor
     """Float32 [S, M], each flattened."""
     dtype: str
@@ -174,11 +167,7 @@ def write_function(path: Path, function: Function) -> None:
 
 
 def read_function(path: Path) -> Function:
-    """Read what :func:`write_function` wrote.
-
-    Raises:
-        CorruptStoreError: The file is damaged.
-    """
+    """Read what :func:`write_function` wrote."""
     with open_for_reading(path) as file:
         outputs = _table(file, path, "outputs")
         known = "conditions" in file

@@ -1,4 +1,8 @@
-"""One shard: consecutive traces of a checkpoint, as unit-norm rows and their norms."""
+"""One shard: consecutive traces of a checkpoint, as unit-norm rows and their norms. A damaged one,
+or one of other shapes or with impossible values, raises a CorruptStoreError.
+
+A new layout is made here: the store writes by :func:`write_shard` and reads by :func:`open_shard`.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,6 @@ from ctrak_lightning.store.arrays import (
     write_array,
     write_rows,
 )
-
-_INT8_MAX = 127
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,22 +75,6 @@ class Rows:
 _FIELDS = ("index", "unit", "scale", "norm", "loss")
 
 
-def stored_unit(unit: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    """Unit-norm rows [n, k] as a store of ``dtype`` keeps them [n, k], and the scale of each row,
-    float32 [n].
-
-    float16 overflows at 65504, which a unit-norm row never reaches. int8 rows are symmetric: the
-    entry of the largest magnitude becomes 127 or -127, so that no entry is off by more than half of
-    ``scale``.
-    """
-    if dtype != "int8":
-        return unit.to(getattr(torch, dtype)), torch.ones(len(unit))
-    scale = (unit.abs().amax(1) / _INT8_MAX).float()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # of rows of zeros
-    rounded = (unit / scale.to(unit.dtype)[:, None]).round().clamp(-_INT8_MAX, _INT8_MAX)
-    return rounded.to(torch.int8), scale
-
-
 def write_shard(path: Path, rows: Rows) -> None:
     """Write ``rows`` to a new HDF5 file; equal rows give equal bytes."""
     with open_for_writing(path) as file:
@@ -126,21 +112,17 @@ class Shard:
         return self.columns["scale"] * self.columns["norm"]
 
 
-def open_shard(path: Path, *, dim: int, dtype: str, max_rows: int, samples: int) -> Shard:
-    """The shard at ``path``: at most ``max_rows`` rows of ``dim`` features, of a table of
-    ``samples`` samples.
-
-    Raises:
-        CorruptStoreError: The file is damaged, or holds other shapes or impossible values.
-    """
+def open_shard(path: Path, *, dim: int, dtype: str, samples: int) -> Shard:
+    """The shard at ``path``: rows of ``dim`` features, of a table of ``samples`` samples."""
     with open_for_reading(path) as file:
-        n = _row_count(file, path, max_rows)
+        n = _row_count(file, path, samples)
         columns = {
             name: read_array(file, path, name, (n,), "int64" if name == "index" else "float32")
             for name in ("index", "scale", "norm", "loss")
         }
         array = find_rows(file, path, "features", (n, dim), dtype)
-    _check_index(columns["index"], path, samples)
+    if int(columns["index"].min()) < 0 or int(columns["index"].max()) >= samples:
+        raise corrupt(path, f"index has values outside the {samples} samples of the store")
     for name in ("norm", "scale"):
         # HDF5 reads a chunk that was never written as zeros, and the writer refuses zero rows.
         if not bool((columns[name].isfinite() & (columns[name] > 0)).all()):
@@ -148,10 +130,10 @@ def open_shard(path: Path, *, dim: int, dtype: str, max_rows: int, samples: int)
     return Shard(columns=columns, array=array)
 
 
-def read_column(path: Path, name: str, dtype: str, *, max_rows: int) -> Tensor:
-    """Read one dataset [n] of a shard, without its features."""
+def read_index(path: Path, max_rows: int) -> Tensor:
+    """The positions of a shard's samples in the sample table, int64 [n], without its features."""
     with open_for_reading(path) as file:
-        return read_array(file, path, name, (_row_count(file, path, max_rows),), dtype)
+        return read_array(file, path, "index", (_row_count(file, path, max_rows),), "int64")
 
 
 def _row_count(file: h5py.File, path: Path, max_rows: int) -> int:
@@ -159,8 +141,3 @@ def _row_count(file: h5py.File, path: Path, max_rows: int) -> int:
     if len(shape) != 1 or not 1 <= shape[0] <= max_rows:
         raise corrupt(path, f"index has shape {shape}, expected 1 to {max_rows} rows")
     return int(shape[0])
-
-
-def _check_index(index: Tensor, path: Path, samples: int) -> None:
-    if int(index.min()) < 0 or int(index.max()) >= samples:
-        raise corrupt(path, f"index has values outside the {samples} samples of the store")

@@ -1,7 +1,5 @@
 """Reads a store of traces."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -44,13 +42,11 @@ class IncompleteStoreWarning(UserWarning):
 
 
 class TraceStore:
-    """The traces at ``path``, to read; files are opened within calls only.
+    """The traces in a folder that a :class:`TraceWriter` wrote, to read; files are opened within
+    calls only.
 
     Opening compares every recorded file's size with the manifest; :meth:`verify` compares every
     byte.
-
-    Args:
-        path: Folder that a :class:`TraceWriter` wrote.
 
     Raises:
         StoreError: There is no store, it is another version's, or no checkpoint is sealed.
@@ -110,20 +106,13 @@ class TraceStore:
 
     @cached_property
     def samples(self) -> SampleTable:
-        """The sample table, read at first use.
-
-        Raises:
-            CorruptStoreError: Its file is not the one that was sealed.
-        """
+        """The sample table, read at first use; a CorruptStoreError where its file is not the one
+        that was sealed."""
         return read_samples(self._sample_file())
 
     def samples_of(self, positions: Tensor) -> SampleTable:
         """The samples at positions [n] only, each once, ascending; for stores whose sample table is
-        larger than memory.
-
-        Raises:
-            CorruptStoreError: The table's file is not the one that was sealed.
-        """
+        larger than memory. Raises as :attr:`samples`."""
         return read_samples(self._sample_file(), torch.unique(positions).tolist())
 
     def __len__(self) -> int:
@@ -136,9 +125,8 @@ class TraceStore:
         Returns:
             One line per file that is missing, altered or not recorded; empty when all is well.
         """
-        return altered_files(self.path, self._manifest) + unrecorded_files(
-            self.path, self._manifest
-        )
+        altered = altered_files(self.path, self._manifest)
+        return altered + unrecorded_files(self.path, self._manifest)
 
     def _sample_file(self) -> Path:
         """The file of the sample table, which is the one that was sealed."""
@@ -148,7 +136,11 @@ class TraceStore:
 
 
 class Checkpoint:
-    """The traces of one sealed checkpoint; one of ``TraceStore.checkpoints``."""
+    """The traces of one sealed checkpoint; one of ``TraceStore.checkpoints``.
+
+    Whatever reads a file raises a CorruptStoreError where that is damaged, or is not the one that
+    was sealed, or where the shards do not hold every sample once.
+    """
 
     def __init__(self, root: Path, record: CheckpointRecord, manifest: Manifest, size: int) -> None:
         self.step = record.step
@@ -159,10 +151,7 @@ class Checkpoint:
         """Learning rate at the capture, or None."""
         self.rows = record.rows
         """Number of samples, N."""
-        self._root = root
-        self._record = record
-        self._manifest = manifest
-        self._size = size
+        self._root, self._record, self._manifest, self._size = root, record, manifest, size
         self._exposures: Tensor | None = None
         self._stored = StoredRows(
             root, record.folder, record.shards, manifest.header, size, rows=size
@@ -170,41 +159,23 @@ class Checkpoint:
 
     def shards(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The traces in the order of capture, a shard at a time: index int64 [n] and features
-        float32 [n, k].
-
-        Raises:
-            CorruptStoreError: A shard is damaged, or the shards do not hold every sample once.
-        """
+        float32 [n, k]."""
         for shard in self._stored.shards():
             rows = shard.read(0, len(shard))
             yield rows.index, rows.features()
 
     def blocks(self, processes: Processes = ALONE) -> Iterator[Rows]:
         """The stored rows, a few MiB at a time whatever the size of the store; see
-        :meth:`StoredRows.blocks`.
-
-        Args:
-            processes: of several, each gets the rows of its share of the shards.
-
-        Raises:
-            CorruptStoreError: As :meth:`shards`.
-        """
+        :meth:`StoredRows.blocks`. Of several ``processes`` each gets the rows of its share of the
+        shards."""
         return self._stored.share(processes).blocks()
 
     def rows_of(self, samples: Tensor) -> Rows:
-        """The stored rows of some samples, positions in the sample table [n], in that order.
-
-        Raises:
-            CorruptStoreError: As :meth:`shards`.
-        """
+        """The stored rows of some samples, positions in the sample table [n], in that order."""
         return self._stored.at(samples)
 
     def features(self) -> Tensor:
-        """Features of all samples, float32 [N, k], in the order of the sample table.
-
-        Raises:
-            CorruptStoreError: As :meth:`shards`.
-        """
+        """Features of all samples, float32 [N, k], in the order of the sample table."""
         # The manifest's row count was compared with the files' sizes: this allocates no more than
         # they hold.
         features = torch.empty(self._size, self._manifest.header.dim)
@@ -213,20 +184,12 @@ class Checkpoint:
         return features
 
     def losses(self) -> Tensor:
-        """Loss of each sample at the capture, float32 [N], in the order of the sample table.
-
-        Raises:
-            CorruptStoreError: As :meth:`shards`.
-        """
+        """Loss of each sample at the capture, float32 [N], in the order of the sample table."""
         return self._column("loss")
 
     def norms(self) -> Tensor:
         """Norm of each sample's features, float32 [N], in the order of the sample table; 0 if it
-        had not been trained on.
-
-        Raises:
-            CorruptStoreError: As :meth:`shards`.
-        """
+        had not been trained on."""
         norms, exposed = self._column("norm"), self.exposed()
         return norms if exposed is None else norms * exposed
 
@@ -240,45 +203,28 @@ class Checkpoint:
 
         Raises:
             StoreError: They were not stored.
-            CorruptStoreError: The file is not the one that was sealed.
         """
-        if not self.has_weights:
+        known = self._manifest.files.get(self._record.weights)
+        if known is None:
             raise StoreError(
                 f"checkpoint {self.step} was sealed without weights. HINT: load the training "
                 "checkpoint of this step instead."
             )
-        return read_weights(
-            self._root / self._record.weights, self._manifest.files[self._record.weights]
-        )
+        return read_weights(self._root / self._record.weights, known)
 
     def buffers(self) -> dict[str, Tensor]:
         """What else of the model training had changed, by name, such as running means; empty where
-        nothing was stored.
-
-        Raises:
-            CorruptStoreError: The file is not the one that was sealed.
-        """
+        nothing was stored."""
         known = self._manifest.files.get(self._record.buffers)
         return {} if known is None else read_weights(self._root / self._record.buffers, known)
 
     def function(self) -> Function | None:
-        """What the network answered to a fixed input, or None where that was not recorded.
-
-        Raises:
-            CorruptStoreError: The file is damaged.
-        """
-        name = self._record.function
-        if name not in self._manifest.files:
-            return None
-        check_digest(self._root / name, self._manifest.files[name])
-        return read_function(self._root / name)
+        """What the network answered to a fixed input, or None where that was not recorded."""
+        path = self._companion(self._record.function)
+        return None if path is None else read_function(path)
 
     def kernel(self) -> Kernel:
-        """The eigendecomposition of the Gram matrix of :meth:`features`.
-
-        Raises:
-            CorruptStoreError: The file is damaged.
-        """
+        """The eigendecomposition of the Gram matrix of :meth:`features`."""
         kernel = read_kernel(
             self._root / self._record.kernel, self._size, self._manifest.header.dim
         )
@@ -287,38 +233,31 @@ class Checkpoint:
 
     def exposures(self) -> Tensor | None:
         """How often each sample had entered an optimizer step, int64 [N], in the order of the
-        sample table; None where that is not known. The traces of samples with 0 are zeros.
-
-        Raises:
-            CorruptStoreError: The file is damaged.
-        """
-        if self._exposures is None and (name := self._record.exposures) in self._manifest.files:
-            check_digest(self._root / name, self._manifest.files[name])
-            self._exposures = read_exposures(self._root / name, self._size)
+        sample table; None where that is not known. The traces of samples with 0 are zeros."""
+        if self._exposures is None:
+            path = self._companion(self._record.exposures)
+            self._exposures = None if path is None else read_exposures(path, self._size)
         return self._exposures
 
     def exposed(self) -> Tensor | None:
         """Which samples had entered an optimizer step, bool [N]; None where all had, or that is not
-        known.
-
-        Raises:
-            CorruptStoreError: As :meth:`exposures`.
-        """
+        known."""
         exposures = self.exposures()
         return None if exposures is None or bool(exposures.all()) else exposures > 0
 
     def visits(self) -> Visits | None:
         """In which training steps each sample was seen, where those steps left the traces; else
-        None.
+        None."""
+        path = self._companion(self._record.visits)
+        return None if path is None else read_visits(path, self._size)
 
-        Raises:
-            CorruptStoreError: The file is damaged.
-        """
-        name = self._record.visits
-        if name not in self._manifest.files:
+    def _companion(self, name: str) -> Path | None:
+        """The file, which is the one that was sealed; None where there is none of this name."""
+        known = self._manifest.files.get(name)
+        if known is None:
             return None
-        check_digest(self._root / name, self._manifest.files[name])
-        return read_visits(self._root / name, self._size)
+        check_digest(self._root / name, known)
+        return self._root / name
 
     def _column(self, column: str) -> Tensor:
         values = torch.empty(self._size)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ctrak_lightning.store.arrays import corrupt, row_sums
 from ctrak_lightning.store.schema import StoreHeader
-from ctrak_lightning.store.shards import Rows, Shard, open_shard, read_column
+from ctrak_lightning.store.shards import Rows, Shard, open_shard, read_index
 from ctrak_lightning.utilities.processes import Processes
 
 BLOCK_BYTES = 2**22
@@ -30,7 +30,8 @@ T = TypeVar("T")
 
 class StoredRows:
     """Reads the shards of a checkpoint; no handle is kept open and no more than a few blocks are
-    held.
+    held. A damaged shard, or shards that do not hold every sample once, raise a CorruptStoreError,
+    the latter after the last of them.
 
     Args:
         root: folder of the store.
@@ -51,20 +52,12 @@ class StoredRows:
         *,
         rows: int | None,
     ) -> None:
-        self._root = root
-        self._folder = folder
-        self._names = shards
-        self._header = header
-        self._samples = samples
-        self._rows = rows
+        self._root, self._folder, self._names = root, folder, shards
+        self._header, self._samples, self._rows = header, samples, rows
 
     def shards(self) -> Iterator[Shard]:
         """The shards in the order of capture, opened one at a time, with their features not read
-        yet.
-
-        Raises:
-            CorruptStoreError: A shard is damaged, or they do not hold every sample once.
-        """
+        yet."""
         seen = torch.zeros(self._samples, dtype=torch.bool)
         for name in self._names:
             shard = self._open(name)
@@ -77,11 +70,7 @@ class StoredRows:
         is used.
 
         The features of a block are overwritten once the one after it is asked for: clone what is to
-        stay.
-
-        Raises:
-            CorruptStoreError: As :meth:`shards`; or rows are not those that were written.
-        """
+        stay."""
         dtype = getattr(torch, self._header.dtype)
         rows = max(1, BLOCK_BYTES // (self._header.dim * dtype.itemsize))
         buffers = [torch.empty(rows * self._header.dim, dtype=dtype) for _ in range(_AHEAD)]
@@ -99,11 +88,7 @@ class StoredRows:
         """The features, some columns of all samples at a time: float32 [N, c], in the order of the
         sample table.
 
-        Every byte is read once.
-
-        Raises:
-            CorruptStoreError: As :meth:`blocks`, after the last columns.
-        """
+        Every byte is read once."""
         k = self._header.dim
         # Whole words, so that the checksums of parts of a row add up to that of the row.
         width = max(8, _COLUMNS_BYTES // (4 * self._samples) // 8 * 8)
@@ -120,11 +105,7 @@ class StoredRows:
             shard.array.check(0, so_far)
 
     def at(self, samples: Tensor) -> Rows:
-        """The rows of ``samples``, positions in the sample table [n], in that order.
-
-        Raises:
-            CorruptStoreError: As :meth:`blocks`.
-        """
+        """The rows of ``samples``, positions in the sample table [n], in that order."""
         wanted, inverse = torch.unique(samples, return_inverse=True)
         shard_of, row_of = self._places
         parts = []
@@ -156,7 +137,7 @@ class StoredRows:
         row_of = torch.zeros(self._samples, dtype=torch.int32)
         seen = torch.zeros(self._samples, dtype=torch.bool)
         for number, name in enumerate(self._names):
-            index = read_column(self._root / name, "index", "int64", max_rows=self._samples)
+            index = read_index(self._root / name, self._samples)
             self._note(seen, index, self._root / name)
             shard_of[index] = number
             row_of[index] = torch.arange(len(index), dtype=torch.int32)
@@ -164,12 +145,9 @@ class StoredRows:
         return shard_of, row_of
 
     def _open(self, name: str) -> Shard:
+        header = self._header
         return open_shard(
-            self._root / name,
-            dim=self._header.dim,
-            dtype=self._header.dtype,
-            max_rows=self._samples,
-            samples=self._samples,
+            self._root / name, dim=header.dim, dtype=header.dtype, samples=self._samples
         )
 
     def _note(self, seen: Tensor, index: Tensor, path: Path) -> None:

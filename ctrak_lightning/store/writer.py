@@ -1,93 +1,37 @@
 """Creates a store of traces, or continues one."""
 
-from __future__ import annotations
-
 import contextlib
 import math
-import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from reprlib import repr as shortened
-from types import TracebackType
-from typing import Self
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ctrak_lightning.errors import StoreError
 from ctrak_lightning.store.arrays import check_digest
-from ctrak_lightning.store.checkpoint_writer import CheckpointWriter
+from ctrak_lightning.store.checkpoint_writer import CheckpointWriter, ClosesOnExit
+from ctrak_lightning.store.formats import BYTES_PER_VALUE
 from ctrak_lightning.store.lock import WriterLock, hold_folder
 from ctrak_lightning.store.records import Records
-from ctrak_lightning.store.samples import SampleTable, check_unchanged, read_samples, write_samples
-from ctrak_lightning.store.schema import BYTES_PER_VALUE, CheckpointRecord, StoreHeader, is_integer
+from ctrak_lightning.store.samples import (
+    SampleTable,
+    check_unchanged,
+    read_samples,
+    warn_of_changed_metadata,
+    write_samples,
+)
+from ctrak_lightning.store.schema import CheckpointRecord, StoreHeader, is_integer
 from ctrak_lightning.store.sections import write_exposures
 from ctrak_lightning.utilities.processes import ALONE, Processes
-
-_SHOWN = 5
-
-
-class ChangedMetadataWarning(UserWarning):
-    """The metadata of the samples is not what the store recorded, and the store keeps that.
-
-    Why: a record that changes its owners on resuming would be none.
-
-    What to do: trace into a new folder, if the new metadata is the right one.
-    """
-
-
-def warn_of_changed_metadata(stored: SampleTable, given: SampleTable, path: Path) -> None:
-    """Compare the metadata of two tables of the same samples in the same order.
-
-    Args:
-        stored: of the store at ``path``.
-        given: of the run that goes on with it.
-        path: folder of the store.
-
-    Warns:
-        ChangedMetadataWarning: Columns were added, are gone or have other values; names them, with
-            one sample of each.
-    """
-    changes = _changes(stored, given)
-    if not changes:
-        return
-    more = f"; and {len(changes) - _SHOWN} more columns" if len(changes) > _SHOWN else ""
-    warnings.warn(
-        f"{path}: the metadata of the samples is not what this store recorded "
-        f"({'; '.join(changes[:_SHOWN])}{more}). The store keeps what it recorded, and answers, "
-        "shares and `ctrak forget` go by that. HINT: to have the metadata as it is now, trace "
-        "into a new folder.",
-        ChangedMetadataWarning,
-        stacklevel=4,  # the caller of TraceWriter.write_samples
-    )
-
-
-def _changes(stored: SampleTable, given: SampleTable) -> list[str]:
-    found = []
-    for name in sorted(stored.metadata.keys() | given.metadata.keys()):
-        if name not in stored.metadata:
-            found.append(f"column {name!r} is new")
-        elif name not in given.metadata:
-            found.append(f"column {name!r} is not given any more")
-        elif other := [
-            i for i, value in enumerate(stored.metadata[name]) if value != given.metadata[name][i]
-        ]:
-            i = other[0]
-            found.append(
-                f"column {name!r} differs for {len(other)} of {len(stored)} samples, such as "
-                f"{stored.sample_ids[i]!r}: recorded {shortened(stored.metadata[name][i])}, now "
-                f"{shortened(given.metadata[name][i])}"
-            )
-    return found
-
 
 _SHARD_ROWS = 1024
 _SHARDS = 64
 _SHARD_BYTES = 2**25
 
 
-class TraceWriter:
+class TraceWriter(ClosesOnExit):
     """Creates the store at ``path``, or continues the one that is there.
 
     A store has one writer at a time, which holds it until :meth:`close`, until it is no longer
@@ -103,8 +47,8 @@ class TraceWriter:
         shard_rows: Samples per shard; by default 1,024, in large stores up to a 64th of the samples
             or 32 MiB. Continue with the same number to get the bytes of an uninterrupted run.
         queue_shards: Shards that may wait to be written, before a capture waits for the disk.
-        processes: Those that capture together, each a share of the samples, into one folder that
-            all of them see. They make their writers, and call its methods, together.
+        processes: Those that capture, each a share of the samples, into one folder that all of
+            them see. All make their writers, and call its methods, at the same time.
         lock: of :func:`~ctrak_lightning.store.lock.hold_folder`, where it is held already; the
             writer releases it. By default it is taken here.
 
@@ -123,7 +67,8 @@ class TraceWriter:
         >>> facts = {"method": {}, "projection": {}, "model": {}, "dataset": {"size": 2}}
         >>> header = StoreHeader(**facts, dim=3, dtype="float32")
         >>> writer = TraceWriter(folder.name, header)
-        >>> writer.write_samples(SampleTable(["cat.png", "dog.png"], ["", ""], {"owner": ["ann", "bo"]}))
+        >>> owners = {"owner": ["ann", "bo"]}
+        >>> writer.write_samples(SampleTable(["cat.png", "dog.png"], ["", ""], owners))
         >>> with writer.begin_checkpoint(300, epoch=2) as checkpoint:
         ...     checkpoint.append(torch.arange(2), torch.ones(2, 3), torch.zeros(2))
         ...     checkpoint.seal()
@@ -151,8 +96,7 @@ class TraceWriter:
                 f"TraceWriter(run_id={run_id!r}): expected a str that is not empty, or None."
             )
         self.path = Path(path)
-        self._shard_rows = shard_rows
-        self._queue_shards = queue_shards
+        self._shard_rows, self._queue_shards = shard_rows, queue_shards
         self._processes = processes
         self._table: SampleTable | None = None
         self._current: CheckpointWriter | None = None
@@ -263,14 +207,16 @@ class TraceWriter:
                     given, {given.weights: weights, given.buffers: buffers or None}, exposures
                 )
         self._records.share()
+        begun = self._records.manifest.find(given.step)
+        assert begun is not None  # by the first process
         with self._processes.sharing_errors():
+            ids = self._stored_table().sample_ids
             self._current = CheckpointWriter(
                 self.path,
-                self._records.begin(self._begun(given.step)),
+                self._records.begin(begun),
                 self.header,
-                self._stored_table().sample_ids,
-                shard_rows=self._shard_rows
-                or default_shard_rows(self.header, len(self._stored_table())),
+                ids,
+                shard_rows=self._shard_rows or default_shard_rows(self.header, len(ids)),
                 queue_shards=self._queue_shards,
                 records=self._records,
                 processes=self._processes,
@@ -314,19 +260,6 @@ class TraceWriter:
         finally:
             self._lock.release()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        # What ends the capture is told, not what it leaves undone.
-        with contextlib.nullcontext() if kind is None else contextlib.suppress(StoreError):
-            self.close()
-
     def _write_samples(self, table: SampleTable) -> None:
         name = self._records.manifest.samples
         if name in self._records.manifest.files:
@@ -366,11 +299,6 @@ class TraceWriter:
             if same and record.processes == given.processes:
                 return
         self._records.restart(given, files)
-
-    def _begun(self, step: int) -> CheckpointRecord:
-        record = self._records.manifest.find(step)
-        assert record is not None
-        return record
 
     def _stored_table(self) -> SampleTable:
         if self._table is None:

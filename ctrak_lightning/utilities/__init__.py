@@ -1,1 +1,1 @@
-"""What any room may need: random numbers, memory, processes, names."""
+"""What any part of the package may need: random numbers, memory, processes, names."""

@@ -34,7 +34,7 @@ class RowLimit:
 
     def __init__(self, rows: int | None = None) -> None:
         self.rows = rows
-        self._is_told = False
+        self._has_warned = False
 
     def run(self, size: int, work: Callable[[int, int], Part]) -> list[Part]:
         """The results of ``work(start, stop)`` for consecutive parts of ``size`` samples, in order.
@@ -43,7 +43,7 @@ class RowLimit:
             GradientError: there is no memory for a single sample.
 
         Warns:
-            UserWarning: passes were made smaller; told once.
+            UserWarning: passes were made smaller; once.
         """
         parts: list[Part] = []
         start, failed = 0, 0
@@ -62,8 +62,8 @@ class RowLimit:
                 self._halve(stop - start, symptom)
             else:
                 start = stop
-        if failed and not self._is_told:
-            self._is_told = True
+        if failed and not self._has_warned:
+            self._has_warned = True
             warnings.warn(
                 f"Memory ran out in a pass over {failed} samples; from here on {self.rows} at a "
                 "time are used. The results are the same. HINT: a smaller `batch_size` saves the "

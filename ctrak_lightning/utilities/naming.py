@@ -1,8 +1,10 @@
-"""Names by which a store knows things again: of classes, and of what is in a module, whether or not
-``torch.compile`` has wrapped it."""
+"""Names by which a store knows things again: of classes, of what is in a module, whether or not
+``torch.compile`` has wrapped it, and of a moment."""
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
+import torch
 from torch import Tensor, nn
 
 _COMPILED = "_orig_mod"
@@ -13,6 +15,16 @@ def place_of(cls: type) -> str:
     """Where a class is: of the library's own the name alone, of others ``package.module.Name``."""
     is_own = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
     return cls.__name__ if is_own else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def bytes_of(value: Tensor) -> memoryview:
+    """The bytes of a tensor's numbers, in order, to be hashed."""
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def utc_now() -> str:
+    """The present moment in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def plain(name: str) -> str:

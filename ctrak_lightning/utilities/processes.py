@@ -1,7 +1,5 @@
-"""The processes of one run, and what they tell each other: one alone, or those that a Trainer or
+"""The processes of one run, and what they send each other: one alone, or those that a Trainer or
 Fabric has launched."""
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +38,7 @@ class Processes:
         return self.rank == 0
 
     def from_first(self, value: T) -> T:
-        """What the process of rank 0 gave, in all."""
+        """What the process of rank 0 gave; all call it."""
         return self.gather(value)[0]
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
@@ -64,10 +62,10 @@ class Processes:
             yield
         except Exception as error:
             own = error
-        told = self.gather(None if own is None else (type(own).__name__, str(own)))
+        every = self.gather(None if own is None else (type(own).__name__, str(own)))
         if own is not None:
             raise own
-        for rank, other in enumerate(told):
+        for rank, other in enumerate(every):
             if other is not None:
                 kind, message = other
                 raise getattr(errors, kind, RuntimeError)(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ctrak_lightning import Attributor, Projection, methods
 from ctrak_lightning.metrics import spearman
-from ctrak_lightning.store.shards import stored_unit
+from ctrak_lightning.store.formats import stored_unit
 
 from ..emoji_artists.data import EmojiArtists
 from ..emoji_artists.evaluate import questions

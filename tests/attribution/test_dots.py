@@ -7,7 +7,8 @@ import torch
 
 from ctrak_lightning.attribution import scoring as dots
 from ctrak_lightning.attribution.scoring import Dots, has_integer_products
-from ctrak_lightning.store.shards import Rows, stored_unit
+from ctrak_lightning.store.formats import stored_unit
+from ctrak_lightning.store.shards import Rows
 
 
 def rows_of(features: torch.Tensor, dtype: str) -> Rows:

@@ -435,9 +435,7 @@ def test_without_tensorboard_training_goes_on_and_it_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
     if not installed:
-        monkeypatch.setattr(
-            "ctrak_lightning.callbacks.concept_monitor.find_spec", lambda name: None
-        )
+        monkeypatch.setattr("ctrak_lightning.callbacks.monitored_run.find_spec", lambda name: None)
     states = []
     for attached in (False, True):
         L.seed_everything(1, verbose=False)
@@ -614,9 +612,8 @@ def test_a_concept_without_any_gradient_does_not_cost_the_others(tmp_path: Path)
 
 def test_a_task_without_decode_shows_ids(tmp_path: Path) -> None:
     class Latent(Logging):
-        @property
-        def decode(self) -> Any:  # type: ignore[override]
-            raise AttributeError("decode")
+        def decode(self, latents: Any) -> Any:
+            return None
 
     fit(tmp_path, [tracer(tmp_path), monitor()], Latent(), max_epochs=1)
     found = events(tmp_path)

@@ -17,8 +17,8 @@ from ctrak_lightning.callbacks import ProvenanceRecorder
 from ctrak_lightning.errors import CorruptStoreError, DatasetChangedError, StoreError
 from ctrak_lightning.model.fingerprint import weights_digest
 from ctrak_lightning.provenance import Ledger, LedgerWarning, forget, verify
-from ctrak_lightning.provenance.forgetting import result_digest
 from ctrak_lightning.provenance.history import replay
+from ctrak_lightning.provenance.recording import result_digest
 
 from ..toy import QuickDiffusion, ToyData
 from .test_concept_tracer import files_of, fit, tracer

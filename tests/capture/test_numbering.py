@@ -74,6 +74,6 @@ def test_samples_that_a_collate_function_leaves_out_do_not_shift_the_numbers() -
     assert batches[0]["x"].tolist() == [0.0, 3.0]
     with pytest.raises(
         BatchError,
-        match=r"\[2\] rows of the 3 samples at positions \['0', '1', '2'\].*HINT: let the data set return None",
+        match=r"\[2\] rows of the 3 samples at positions '0', '1', '2' of.*HINT: let the data set return None",
     ):
         list(numbered(DataLoader(ROWS, 3, collate_fn=some), "sample_id"))  # type: ignore[arg-type]

@@ -221,7 +221,7 @@ def test_buffers_that_every_pass_changes_are_named_where_rows_are_not_a_samples_
         if is_used:
             with pytest.raises(
                 TrialError,
-                match=r"differ.*A likely cause.*buffers \['denoiser\.estimate'\], .*HINT.*training",
+                match=r"differ.*A likely cause.*buffers 'denoiser\.estimate', .*HINT.*training",
             ) as found:
                 capture(tmp_path, task)
             assert isinstance(found.value.__cause__, GradientError)

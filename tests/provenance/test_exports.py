@@ -22,8 +22,8 @@ from ctrak_lightning.provenance import (
     model_card,
     prov_json,
 )
-from ctrak_lightning.provenance.exports import escape
 from ctrak_lightning.provenance.recording import record_run
+from ctrak_lightning.provenance.summary import escape
 from ctrak_lightning.store import SampleTable
 
 from ..store.store_builder import Capture

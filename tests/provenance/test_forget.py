@@ -32,8 +32,8 @@ from ctrak_lightning.provenance import (
     verify,
 )
 from ctrak_lightning.provenance.commitments import commit
-from ctrak_lightning.provenance.forgetting import QueryLog, finish, result_digest
-from ctrak_lightning.provenance.recording import record_run, sync
+from ctrak_lightning.provenance.forgetting import finish
+from ctrak_lightning.provenance.recording import QueryLog, record_run, result_digest, sync
 from ctrak_lightning.provenance.signature import sign
 from ctrak_lightning.store import SampleTable, TraceWriter, Visits
 from ctrak_lightning.store.files import FileRecord, write_atomically

@@ -16,7 +16,7 @@ import pytest
 from ctrak_lightning.errors import CorruptStoreError, StoreError
 from ctrak_lightning.provenance import Ledger, LedgerWarning, forget, verify
 from ctrak_lightning.provenance.commitments import read_commitments
-from ctrak_lightning.provenance.forgetting import QueryLog
+from ctrak_lightning.provenance.recording import QueryLog
 from ctrak_lightning.provenance.signature import sign
 from ctrak_lightning.store import TraceStore
 from ctrak_lightning.store.files import FileRecord
@@ -217,7 +217,7 @@ def test_many_texts_do_not_share_a_long_one(store: Path) -> None:
     assert read_samples(path).metadata["x"][0] == "x" * 200_000
     pointers[:] = pointers[0]
     pointers.flush()
-    with pytest.raises(CorruptStoreError, match="longer together than the file"):
+    with pytest.raises(CorruptStoreError, match="longer than the file"):
         read_samples(path)
 
 

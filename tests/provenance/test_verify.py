@@ -135,7 +135,7 @@ def edit_samples(path: Path) -> None:
 
 
 def edit_shard(path: Path) -> None:
-    shard = open_shard(path / SHARD, dim=6, dtype="float32", max_rows=10, samples=10)
+    shard = open_shard(path / SHARD, dim=6, dtype="float32", samples=10)
     rows = shard.read(0, len(shard))
     rows.norm[0] *= 2
     write_shard(path / SHARD, rows)

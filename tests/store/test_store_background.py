@@ -20,7 +20,7 @@ from store_builder import Capture, make_table, read_bytes
 
 from ctrak_lightning.errors import StoreError
 from ctrak_lightning.store import CheckpointWriter, TraceStore, TraceWriter, checkpoint_writer
-from ctrak_lightning.store.checkpoint_writer import InBackground
+from ctrak_lightning.store.background import InBackground
 
 WRITE = checkpoint_writer.write_shard
 

@@ -250,7 +250,7 @@ RECORD = {"sha256": "0" * 64, "bytes": 1}
         (("schema",), True, "schema"),
         (("extra",), 1, r"unknown keys \['extra'\]"),
         (("run_id",), 5, "run_id is 5, expected a string"),
-        (("header", "dim"), "6", "dim must be an int"),
+        (("header", "dim"), "6", "expected an int of at least 1"),
         (("header", "dim"), 10**9, "need 40000000000 bytes"),
         (("header", "method"), None, "method"),
         (("files",), [], r"files is \[\], expected an object"),

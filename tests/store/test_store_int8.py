@@ -12,7 +12,7 @@ from store_builder import Capture, make_header, make_table, read_bytes
 
 from ctrak_lightning.attribution.scoring import checkpoint_scores
 from ctrak_lightning.store import TraceStore, TraceWriter
-from ctrak_lightning.store.shards import stored_unit
+from ctrak_lightning.store.formats import stored_unit
 
 
 def write(path: Path, features: torch.Tensor, dtype: str) -> TraceStore:

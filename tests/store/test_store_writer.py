@@ -16,9 +16,9 @@ from ctrak_lightning.errors import (
     StoreMismatchError,
 )
 from ctrak_lightning.store import TraceStore, TraceWriter
-from ctrak_lightning.store.samples import read_samples
+from ctrak_lightning.store.samples import ChangedMetadataWarning, read_samples
 from ctrak_lightning.store.schema import ABSENT
-from ctrak_lightning.store.writer import ChangedMetadataWarning, default_shard_rows
+from ctrak_lightning.store.writer import default_shard_rows
 
 NAN, INF = float("nan"), float("inf")
 

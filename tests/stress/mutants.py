@@ -36,6 +36,7 @@ TARGETS: dict[str, list[str]] = {
     "ctrak_lightning/store/kernel.py": ["tests/attribution/test_solve.py", "tests/attribution/test_top.py", "tests/store/test_store_roundtrip.py", "tests/store/test_store_damage.py"],
     "ctrak_lightning/store/writer.py": _WRITING,
     "ctrak_lightning/store/checkpoint_writer.py": _WRITING,
+    "ctrak_lightning/store/background.py": _WRITING,
     "ctrak_lightning/gradients/kinds/convolution.py": ["tests/gradients"],
     "ctrak_lightning/gradients/kinds/linear.py": ["tests/gradients"],
     "ctrak_lightning/gradients/kinds/norm.py": ["tests/gradients"],
