@@ -41,14 +41,7 @@ STEPS = (96, 192, 288)
 TIMESTEPS = 3
 SAMPLER = Sampler(steps=20, guidance=2.5)
 DEFAULT = "concept_trak"
-METHODS = (
-    DEFAULT,
-    "concept_trak_norm",
-    "concept_trak_paper",
-    "trak",
-    "d_trak",
-    f"{DEFAULT}_given",
-)
+METHODS = (DEFAULT, "concept_trak_norm", "concept_trak_paper", "trak", "d_trak", f"{DEFAULT}_given")
 SHEET = ("christmas-tree", "twemoji")
 REWORDED = "object in other words"
 OTHER_WORDS = {

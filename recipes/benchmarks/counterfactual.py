@@ -164,9 +164,7 @@ def drops(
     return {key: torch.stack(values) for key, values in result.items()}
 
 
-def figures_of(
-    found: Mapping[str, Mapping[str, Tensor]],
-) -> dict[str, dict[str, dict[str, Any]]]:
+def figures_of(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Every mean drop with its interval, and its difference to label search's on the same
     concepts."""
     rows: dict[str, dict[str, dict[str, Any]]] = {}
@@ -190,7 +188,7 @@ def page(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     lines = [
         "How much of a concept is lost when the images that a method blames for it are left out of "
         "the fine-tune: mean over concepts [95 % bootstrap interval over concepts]; higher = the "
-        "method blamed the right images.",
+        "method blamed the right images."
     ]
     first = next(iter(rows.values()))
     for measure, title in TITLES.items():

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ctrak_lightning import Attribution, Attributor, Concept, Sampler, methods
+from ctrak_lightning import Attributor, Concept, Sampler, methods
 from ctrak_lightning.attribution.diagnostics import (
     BLIND,
     INDISTINCT,
@@ -38,7 +38,7 @@ from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.capture.survey import thumbnails_of
 from ctrak_lightning.capture.trace import FAINT
 from ctrak_lightning.methods.trajectories import Noised, State
-from ctrak_lightning.metrics.functional import auroc, r_precision, spearman
+from ctrak_lightning.metrics.functional import auroc, r_precision
 
 from ..emoji_artists.data import KINDS, EmojiArtists
 from ..emoji_artists.demo import ARTISTS
@@ -53,7 +53,6 @@ TIMESTEPS, LOSS_TIMESTEPS, DRAWS = 2, 6, 2
 CHECKPOINTS = 2
 CARRIERS = 8
 """Real images of a concept that its worth is measured on, at most."""
-TOP = 10
 METHOD = methods.concept_trak(timesteps=TIMESTEPS)
 WORTH, SURE = 0.01, 2.0
 """A concept counts as learnt where its name lowers the loss of real images by this share, and by
@@ -62,15 +61,9 @@ SIGNALS = (
     "strength",
     "self_check",
     "stability",
-    "seeds_agree",
-    "top_z",
-    "contributors",
     "loss",
     "moved",
-    "top_gain",
     "gain",
-    "calibration",
-    "image_loss_rank",
 )
 Row = Mapping[str, Any]
 CHECKS: dict[str, Callable[[Row], bool]] = {
@@ -178,43 +171,34 @@ def trained(subject: Subject, length: int, store: Path) -> None:
 
 
 def measured(subject: Subject, store: Path, seed: int) -> list[dict[str, Any]]:
-    """A row of signals and truths for every question, asked twice with two seeds of the image."""
+    """A row of signals and truths for every question, each of an image of its own."""
     asked = subject.concepts()
     concepts = [concept for _, concept in asked]
     attributor = Attributor(store, subject.module, sampler=subject.sampler, record=False)
-    answers = []
-    for draw in range(2):
-        seeds = [1000 * seed + draw] * len(concepts)
-        generation = attributor.generate([concept.present for concept in concepts], seeds)
-        found = attributor.attribute_many(concepts, seeds, generation=generation)
-        answers.append((found, generation.latents))
-    smooth = smoothness(subject, answers[0][1])
+    seeds = [1000 * seed] * len(concepts)
+    generation = attributor.generate([concept.present for concept in concepts], seeds)
+    found = attributor.attribute_many(concepts, seeds, generation=generation)
+    smooth = smoothness(subject, generation.latents)
     checkpoints = attributor.store.checkpoints
     losses = torch.stack([checkpoint.losses() for checkpoint in checkpoints])  # [M, N]
     check = cache(lambda damping: self_check(checkpoints, damping))
     worth_of = cache(lambda factor, value: worth(subject, factor, value))
     rows = []
     for i, (factor, concept) in enumerate(asked):
-        first, second = (found[i] for found, _ in answers)
-        own, image = check(first.damping), answers[0][1][i]
+        answer, own = found[i], check(found[i].damping)
         value = concept.present[factor]  # type: ignore[index]
-        labels = torch.tensor([name == value for name in first.samples.metadata[factor]])
+        labels = torch.tensor([name == value for name in answer.samples.metadata[factor]])
         rows.append(
             {
                 "factor": factor,
                 "value": value,
-                "strength": first.strength,
+                "strength": answer.strength,
                 "self_check": own.first / own.asked,
-                "stability": stability(first.checkpoint_scores, first.weights),
-                "seeds_agree": float(spearman(first.scores.double(), second.scores.double())),
-                "top_z": float(first.timeline().mean(0).max()),
-                "contributors": first.effective_contributors() / len(labels),
+                "stability": stability(answer.checkpoint_scores, answer.weights),
                 "loss": float(losses[-1].mean()),
                 "moved": float(((losses[-1] - losses[0]).abs() / losses[0]).median()),
-                "top_gain": top_gain(first, losses),
-                **at_the_image(subject.module, concept, image),
-                "image_loss_rank": loss_rank(subject.module, concept, image, losses[-1]),
-                "r_precision": float(r_precision(first.scores, labels)),
+                "gain": gain(subject.module, concept, generation.latents[i]),
+                "r_precision": float(r_precision(answer.scores, labels)),
                 **smooth[i],
                 **worth_of(factor, value),
             }
@@ -233,48 +217,27 @@ def smoothness(subject: Subject, latents: Tensor) -> list[dict[str, float]]:
     return [{"neighbours": own, "neighbours_of_training": lowest} for own, lowest in found]
 
 
-def top_gain(answer: Attribution, losses: Tensor) -> float:
-    """How much the best-ranked samples' loss fell from the first checkpoint to the last, beyond
-    what all samples' did, as a share."""
-    gain = 1 - losses[-1] / losses[0]
-    return float(gain[answer.order()[:TOP]].mean() - gain.mean())
-
-
 @torch.no_grad()
-def errors(
-    module: Any, state: State, latents: Tensor, specs: Sequence[Any]
-) -> tuple[Tensor, Tensor]:
-    """``mean((e - eps)^2)`` [B], and the noise prediction."""
+def errors(module: Any, state: State, latents: Tensor, specs: Sequence[Any]) -> Tensor:
+    """``mean((e - eps)^2)`` [B]."""
     schedule = module.noise_schedule
     output = module.predict(state.x_t, state.t, conditions(module, specs))
     e = schedule.epsilon(output, state.x_t, state.t)
     a, s = schedule.levels(state.t, latents)
-    return (e - (state.x_t - a * latents) / s).square().flatten(1).mean(1), e
+    error: Tensor = (e - (state.x_t - a * latents) / s).square().flatten(1).mean(1)
+    return error
 
 
-def at_the_image(module: Any, concept: Concept, latents: Tensor) -> dict[str, float]:
-    """Of the generated image, noised anew: how much lower its loss is with the concept than without
-    (``gain``, a share), and the same in units of ``||e(c) - e(c_minus)||^2`` (``calibration``), 1
-    where the direction points where the image lies."""
+def gain(module: Any, concept: Concept, latents: Tensor) -> float:
+    """Of the generated image, noised anew: how much lower its loss is with the concept than
+    without, a share."""
     draws = latents.expand(DRAWS, *latents.shape)
-    with_it = without_it = apart = 0.0
-    noised, names = Noised(timesteps=LOSS_TIMESTEPS, shared_noise=False), ["draw-0", "draw-1"]
-    for state in noised.states(module, draws, {}, names, 0):
-        present, e = errors(module, state, draws, [concept.present] * DRAWS)
-        absent, e_minus = errors(module, state, draws, [concept.absent] * DRAWS)
-        with_it += float(present.mean())
-        without_it += float(absent.mean())
-        apart += float((e - e_minus).square().mean())
-    return {"gain": 1 - with_it / without_it, "calibration": (without_it - with_it) / apart}
-
-
-def loss_rank(module: Any, concept: Concept, latents: Tensor, losses: Tensor) -> float:
-    """The share of the traced samples whose loss, at the states they were traced at, is below the
-    generated image's."""
-    one = latents.unsqueeze(0)
-    states = list(METHOD.training_trajectory.states(module, one, {}, ["query"], 0))
-    each = [float(errors(module, state, one, [concept.present])[0]) for state in states]
-    return float((losses < sum(each) / len(each)).float().mean())
+    with_it = without_it = 0.0
+    noised = Noised(timesteps=LOSS_TIMESTEPS, shared_noise=False)
+    for state in noised.states(module, draws, {}, [f"draw-{i}" for i in range(DRAWS)], 0):
+        with_it += float(errors(module, state, draws, [concept.present] * DRAWS).mean())
+        without_it += float(errors(module, state, draws, [concept.absent] * DRAWS).mean())
+    return 1 - with_it / without_it
 
 
 def worth(subject: Subject, factor: str, value: str) -> dict[str, float | None]:
@@ -292,8 +255,8 @@ def worth(subject: Subject, factor: str, value: str) -> dict[str, float | None]:
     noised = Noised(timesteps=LOSS_TIMESTEPS, shared_noise=False)
     for state in noised.states(subject.module, latents, {}, [str(i) for i in carriers], 1):
         others = [without(spec, factor) for spec in specs]
-        present += errors(subject.module, state, latents, specs)[0]
-        absent += errors(subject.module, state, latents, others)[0]
+        present += errors(subject.module, state, latents, specs)
+        absent += errors(subject.module, state, latents, others)
     share = (absent - present) / absent
     mean = float(share.mean())
     if len(carriers) < 2:

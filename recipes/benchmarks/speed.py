@@ -21,7 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,6 @@ CHUNK = 8  # samples at a time in torch.func, which holds every sample's whole g
 POSTERIOR = replace(methods.concept_trak_paper(1), training_trajectory=Noised(timesteps=1))
 CAPTURED = (methods.concept_trak(1), methods.concept_trak_norm(1))
 HALF = "half a batch at a time"
-DEFAULT = Projection()
 PEERS = {"traker": "trak", "dattri": "dattri"}
 Work = Callable[[], Any]
 
@@ -112,9 +111,16 @@ def unet() -> Subject:
         attention_head_dim=8,
         norm_num_groups=8,
     )
-    return Subject(
-        "unet", network, (4, 16, 16), {"encoder_hidden_states": torch.randn(BATCH, 8, 64)}
-    )
+    condition = {"encoder_hidden_states": torch.randn(BATCH, 8, 64)}
+    return Subject("unet", network, (4, 16, 16), condition)
+
+
+def sd15() -> Subject:
+    """LoRA on a network of Stable Diffusion 1.5's size, with random weights; for a GPU."""
+    network = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    add_lora(network, 8, init=False)
+    condition = {"encoder_hidden_states": torch.randn(BATCH, 77, 768)}
+    return Subject("Stable Diffusion 1.5, LoRA", network, (4, 64, 64), condition)
 
 
 def lora() -> Subject:
@@ -139,27 +145,12 @@ def dit() -> Subject:
     return Subject("DiT", network, (4, 16, 16), {"class_labels": torch.arange(BATCH)})
 
 
-SUBJECTS: dict[str, Callable[[], Subject]] = {"unet": unet, "lora": lora, "dit": dit}
+SUBJECTS = {"unet": unet, "lora": lora, "dit": dit, "sd15": sd15}
+DEFAULT_SUBJECTS = ["unet", "lora", "dit"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """What is measured.
-
-    Args:
-        name: in the tables.
-        layers: whose gradients are traced, as a pattern; None takes Linear and convolutions, or
-            what the adapter has.
-        projection: of the gradients.
-    """
-
-    name: str
-    layers: list[str] | None
-    projection: Projection
-
-
-def rows(subject: Subject) -> list[Row]:
-    """Layers, ranks and sketches."""
+def rows(subject: Subject) -> dict[str, tuple[list[str], Projection]]:
+    """Layers, by their names, and projections: by rank, with and without a sketch."""
     wide = [
         name
         for name, module in subject.denoiser.named_modules()
@@ -169,16 +160,15 @@ def rows(subject: Subject) -> list[Row]:
     groups = {"LoRA" if "LoRA" in subject.name else "all Linear and Conv": wide}
     if any("attn2" in name for name in wide) and "LoRA" not in subject.name:
         groups["cross-attention"] = [name for name in wide if "attn2" in name]
-    return [
-        Row(
-            name=f"{title}, {rank}x{rank}, " + ("no sketch" if dim is None else f"to {dim}"),
-            layers=layers,
-            projection=Projection(rank=rank, dim=dim),
+    return {
+        f"{title}, {rank}x{rank}, {'no sketch' if dim is None else f'to {dim}'}": (
+            layers,
+            Projection(rank=rank, dim=dim),
         )
         for title, layers in groups.items()
         for rank in RANKS
         for dim in (DIM, None)
-    ]
+    }
 
 
 def forward(subject: Subject) -> None:
@@ -280,15 +270,13 @@ def work_of(subject: Subject) -> dict[str, Work]:
         "floor": partial(floor, subject),
         "training step": partial(training_step, subject),
     }
-    for row in rows(subject):
-        tracer = GradientTracer(subject.denoiser, row.projection, layers=row.layers)
-        work[row.name] = partial(traced, subject, tracer)
-        if row.projection.rank == DEFAULT.rank and row.projection.dim == DEFAULT.dim:
-            for method in CAPTURED:
-                # As ConceptTracer captures.
-                work[f"{row.name}; {method.name}, {HALF}"] = partial(
-                    traced, subject, tracer, method, BATCH // 2
-                )
+    for name, (layers, projection) in rows(subject).items():
+        tracer = GradientTracer(subject.denoiser, projection, layers=layers)
+        work[name] = partial(traced, subject, tracer)
+        for method in CAPTURED if projection == Projection() else ():
+            # As ConceptTracer captures.
+            halved = partial(traced, subject, tracer, method, BATCH // 2)
+            work[f"{name}; {method.name}, {HALF}"] = halved
     work["torch.func, whole gradients"] = partial(functional, subject)
     if "LoRA" in subject.name:  # their matrices for a whole network would not fit into memory
         width = sum(p.numel() for p in subject.denoiser.parameters() if p.requires_grad)
@@ -312,6 +300,8 @@ def measured(work: dict[str, Work], repeats: int) -> dict[str, list[tuple[float,
 def elapsed(work: Work) -> float:
     started = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
@@ -322,7 +312,6 @@ def summary(pairs: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, 
     ratios = {name: statistics.median(each) for name, each in floors.items()}
     return {
         name: {
-            "seconds": statistics.median(spent for spent, _ in pairs[name]),
             "floor": ratio,
             "floor_quartiles": statistics.quantiles(floors[name], n=4)[::2],
             "forward pass": ratio / ratios["forward pass"],
@@ -389,7 +378,8 @@ def section(name: str, sizes: tuple[int, int], rows: dict[str, dict[str, Any]]) 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of("recipes.benchmarks.speed", __doc__)
-    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=DEFAULT_SUBJECTS)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "WORK"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -399,14 +389,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = [
         f"`{command_of(parser, args)}`; {machine()}, {torch.get_num_threads()} threads; batch of "
         f"{BATCH}, one timestep, medians of {args.repeats} runs (the middle half of the ratios in "
-        "brackets), each directly after one of the floor.",
+        "brackets), each directly after one of the floor."
     ]
     for model in args.models:
         torch.manual_seed(0)
-        subject = SUBJECTS[model]()
+        subject = SUBJECTS[model]().on(torch.device(args.device))
         found = summary(measured(work_of(subject), args.repeats))
         for name, row in found.items():
-            row["peak_mib"] = None if "projection alone" in name else peak(model, name)
+            known = args.device == "cpu" and "projection alone" not in name
+            row["peak_mib"] = peak(model, name) if known else None
         parameters = list(subject.denoiser.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         sizes = sum(p.numel() for p in parameters), trained

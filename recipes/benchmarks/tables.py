@@ -107,10 +107,7 @@ def markdown(
     return grid(
         ["method", *keys],
         (
-            [
-                name,
-                *(interval(row[key]) + f" ({row[key]['oracle']:.2f})" * oracle for key in keys),
-            ]
+            [name, *(interval(row[key]) + f" ({row[key]['oracle']:.2f})" * oracle for key in keys)]
             for name, row in rows.items()
         ),
     )

@@ -36,15 +36,7 @@ from ..emoji_artists.network import patchify
 from ..emoji_artists.pretrain import draw
 from ..pixels import clean_image_loss
 from ..text import read_text
-from .captions import (
-    BOTH,
-    DROP_ALL,
-    DROP_ARTIST,
-    DROP_OBJECT,
-    all_wordings,
-    caption,
-    wordings,
-)
+from .captions import BOTH, DROP_ALL, DROP_ARTIST, DROP_OBJECT, all_wordings, caption, wordings
 from .pipeline import BASE, MAX_TOKENS, build_task, build_text_unet, load_base, reads_text
 
 WARMUP = 50
