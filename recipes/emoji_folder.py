@@ -1,8 +1,8 @@
-"""Writes EmojiArtists as a folder of images with metadata.jsonl, real data for the tiny runs.
+"""Writes EmojiArtists as a folder of images with metadata.jsonl, real data for the tiny runs: 64
+objects by 8 artists, one drawing each held out.
 
-python -m recipes.emoji_folder --out runs/emoji_folder                  # 64 objects by 8 artists,
-one drawing each held out python -m recipes.emoji_folder --out runs/emoji_small --objects 6
---artists noto twemoji
+python -m recipes.emoji_folder --out runs/emoji_folder
+python -m recipes.emoji_folder --out runs/emoji_small --objects 6 --artists noto twemoji
 """
 
 import argparse

@@ -12,8 +12,7 @@ from ctrak_lightning import Encoded, PipelineTask
 from ctrak_lightning.tasks import Condition
 
 OF_THE_IMAGE = ("time_ids",)
-"""Conditions that tell of the image and not of what it shows; they stay when the caption is
-dropped."""
+"""Conditions that tell of the image, not of what it shows; they stay when the caption goes."""
 
 
 class FineTune(L.LightningModule):
@@ -26,8 +25,7 @@ class FineTune(L.LightningModule):
         warmup_steps: over which the learning rate rises from zero.
         dropout: the share of the images that are trained on without their condition, as
             classifier-free guidance needs.
-        gradient_checkpointing: less memory for more time: activations are computed again in the
-            backward pass.
+        gradient_checkpointing: less memory for more time: activations are computed twice.
 
     Raises:
         ValueError: a share outside [0, 1), or dropout of a model without a null condition.
@@ -108,8 +106,7 @@ class FineTune(L.LightningModule):
 
     @override
     def on_train_end(self) -> None:
-        # After the callbacks' hook of that name, so of averaged weights if there is such a
-        # callback.
+        # After the callbacks' hook of that name, so of averaged weights where there are any.
         if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
             self.save(Path(self.trainer.default_root_dir))
 

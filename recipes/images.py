@@ -57,16 +57,14 @@ def read_rows(
 
     Args:
         root: the folder.
-        caption_column: the column of captions, if there are any; ``"text"`` by Hugging Face's
-            convention.
+        caption_column: the column of captions, if there are any; Hugging Face's is ``"text"``.
         class_column: the column of classes, if there are any.
         id_column: the column of ids; None takes ``file_name``.
 
     Raises:
         ImageFolderError: there is no such file; or a line is no JSON object, lacks ``file_name`` or
             a column asked for, names a file that is not there or lies outside the folder, repeats
-            an id, or has a column by a name that a batch has of its own. The message names the
-            line.
+            an id, or has a column by one of a batch's own names. The message names the line.
     """
     path = root / FILE
     if not path.is_file():
@@ -78,9 +76,8 @@ def read_rows(
     asked = {"caption": caption_column, "class": class_column, "id": id_column}
     rows: list[Row] = []
     seen: dict[str, int] = {}
-    for line, text in enumerate(
-        _text_of(path).split("\n"), 1
-    ):  # a caption may hold other breaks, such as U+2028
+    # A caption may hold other breaks, such as U+2028.
+    for line, text in enumerate(_text_of(path).split("\n"), 1):
         if text.strip():
             row = _row(root, line, _parsed(path, line, text), asked)
             if row.sample_id in seen:
@@ -218,8 +215,7 @@ class ImageFolder(L.LightningDataModule):
         batch_size: images per batch.
         resolution: height and width of the images in pixels; None takes those of the model.
         caption_column, class_column, id_column: see :func:`~recipes.images.read_rows`.
-        random_crop, random_flip: see :class:`Images`; of training alone, traces are of the images
-            as they are.
+        random_crop, random_flip: see :class:`Images`; of training alone, not of traces.
         workers: processes that read images.
 
     Raises:

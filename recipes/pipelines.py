@@ -17,11 +17,9 @@ def load(
 
     Args:
         pretrained: a folder or a name on the Hub, as ``from_pretrained`` takes it; or ``"tiny-"``
-            and a name among ``recipes.tiny.PIPELINES``, which needs no download and has learnt
-            nothing.
+            and a name among ``recipes.tiny.PIPELINES``, with random weights.
         dtype: of the weights, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        without: parts to leave out, such as Stable Diffusion 3's ``text_encoder_3`` and
-            ``tokenizer_3``.
+        without: parts to leave out, such as Stable Diffusion 3's ``text_encoder_3``.
         tiny: what a tiny pipeline's function takes beside.
 
     Raises:

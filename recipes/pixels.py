@@ -1,5 +1,4 @@
-"""What the small models of the recipes share: they see pixel patches and predict the clean
-image."""
+"""What the small models share: they see pixel patches and predict the clean image."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,8 +35,7 @@ def clean_image_loss(schedule: Any, predicted: Tensor, latents: Tensor, t: Tenso
 
 def falling_rate(module: Any, step: int) -> float:
     """The share of a fine-tune's learning rate at a step: a linear warm-up over its
-    ``warmup_steps``; in the last third it falls linearly to zero, and so does the noise of the last
-    batches."""
+    ``warmup_steps``; in the last third it falls linearly to zero."""
     warm: float = min(1.0, (step + 1) / module.warmup_steps)
     if module._trainer is None:
         return warm

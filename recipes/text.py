@@ -1,5 +1,4 @@
-"""What the recipes that read prompts share: MiniLM, and a Stable Diffusion pipeline around a small
-network."""
+"""What the recipes that read prompts share: MiniLM, and a pipeline around a small network."""
 
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -19,8 +18,7 @@ TEXT_DIM = 384
 
 
 class Patches(nn.Module):
-    """Stands where a VAE does, without loss: pixel patches as channels, a permutation of the
-    values.
+    """Stands where a VAE does, without loss: pixel patches as channels.
 
     Args:
         patch: their side in pixels, a power of two.
@@ -66,8 +64,7 @@ def read_text(max_tokens: int) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.model_max_length = max_tokens
     encoder = AutoModel.from_pretrained(folder)
-    # MiniLM never saw padding without a mask; diffusers passes the mask to encoders whose config
-    # says so.
+    # MiniLM never saw padding without a mask; diffusers passes it where the config says so.
     encoder.config.use_attention_mask = True
     return tokenizer, encoder.eval()
 

@@ -26,8 +26,7 @@ WORDS = 2 * len(CHARACTERS)
 
 
 def build(name: str, seed: int = 0, **tiny: Any) -> Any:
-    """A tiny pipeline by name, the same one every time, with weights off their initial zeros and
-    ones."""
+    """A tiny pipeline by name, the same every time, weights off their initial zeros and ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = PIPELINES[name](**tiny)

@@ -1,5 +1,4 @@
-"""What each part of the default method is worth: one part changed at a time, asked about the real
-drawings.
+"""What each part of the default method is worth: one changed at a time, asked of real drawings.
 
 python -m recipes.benchmarks.ablations            # after `emoji`, whose fine-tune it traces
 python -m recipes.benchmarks.ablations --seeds 0 1 2 --rows concept_trak_norm_given
@@ -172,8 +171,7 @@ def effective_damping(traces: Tensor, share: float) -> float:
 
 
 def without_the_other(queries: Tensor) -> Tensor:
-    """Queries [M, 2 P, k], the two concepts of an image in turn, each without its component along
-    the other."""
+    """Queries [M, 2 P, k], two concepts of an image in turn, each without the other's component."""
     pairs = queries.double().view(len(queries), -1, len(KINDS), queries.shape[-1])
     others = pairs.flip(2)
     along = (pairs * others).sum(-1, keepdim=True) / others.square().sum(-1, keepdim=True)

@@ -26,7 +26,7 @@ from ctrak_lightning.metrics import functional
 
 from ..pictures import image_grid, read_square, to_float
 from ..text_to_image_lora.module import TextToImageLoRA
-from .compare import Case, answers_folder, compare
+from .compare import Case, Variant, answers_folder, compare
 from .replay import SaveTrained, evenly, finished, fitted, load_trained, record
 from .tables import RETRIEVAL, Figures, Table, command_of, machine, parser_of, publish
 from .variants import table_variants
@@ -47,8 +47,7 @@ class Customisation:
     Args:
         folder: a folder name of its own.
         name: the published ``class_id``.
-        exemplars: the images it is tuned on, paths under the root.
-        train_prompt: their caption.
+        exemplars: the images it is tuned on, paths under the root; ``train_prompt`` captions them.
         prompts: of the queries.
     """
 
@@ -106,10 +105,6 @@ def without_token(prompt: str) -> str:
 
     Raises:
         ValueError: the token is not in it.
-
-    Example:
-        >>> without_token("A school of <new1> fish")
-        'A school of fish'
     """
     words = prompt.split()
     if TOKEN not in words:
@@ -178,37 +173,34 @@ class AbC(L.LightningDataModule):
 
 
 def figures(scores: Tensor, relevant: Tensor) -> dict[str, Tensor]:
-    """The figures of one customised model, one value per query [Q].
+    """The figures of scores [Q, N] of one customised model, one value per query [Q]; which images
+    are exemplars: bool [N].
 
     ``recall@10`` is hits over min(10, exemplars), so that 1 can be reached; the published
     evaluation divides by all exemplars, which is the figure ``recall@10 of all``.
-
-    Args:
-        scores: [Q, N].
-        relevant: which of the images are exemplars, bool [N].
     """
     expanded, exemplars = relevant.expand(scores.shape), int(relevant.sum())
     recall = functional.recall_at_k(scores, expanded, K)
-    rest = {name: metric(scores, expanded) for name, metric in RETRIEVAL.items() if name != "P@10"}
+    rest = {name: RETRIEVAL[name](scores, expanded) for name in ("mAP", "R-precision")}
     return {"recall@10": recall, "recall@10 of all": recall * min(K, exemplars) / exemplars} | rest
 
 
 def ask(
-    folder: Path, task: Customisation, data: AbC, arguments: dict[str, Any], args: Any
-) -> dict[str, tuple[dict[str, Figures], str]]:
-    """One customised model: its rows' figures by damping, and the honest damping."""
+    folder: Path, task: Customisation, data: AbC, rows: Sequence[Variant], args: Any
+) -> dict[str, dict[str, Figures]]:
+    """The rows of one customised model: their figures by damping."""
+    names = ("model", "size", "rank", "steps", "batch_size", "seed")
+    arguments = {name: getattr(args, name) for name in names}
+    arguments |= {"exemplars": task.exemplars, "train_prompt": task.train_prompt}
     L.seed_everything(args.seed, verbose=False)
     module = TextToImageLoRA(args.model, rank=args.rank, resolution=args.size)
-    steps, device = evenly(args.steps, CHECKPOINTS), torch.device(args.device)
+    steps = evenly(args.steps, CHECKPOINTS)
     if not finished(folder, arguments):
         folder.mkdir(parents=True, exist_ok=True)
-        where = {"accelerator": "cpu" if device.type == "cpu" else "gpu", "devices": 1}
-        fitted(
-            module, data, steps[-1], SaveTrained(folder, steps), default_root_dir=folder, **where
-        )
+        options = {"accelerator": args.device, "devices": 1, "default_root_dir": folder}
+        fitted(module, data, steps[-1], SaveTrained(folder, steps), **options)
         record(folder, {"arguments": arguments})
-    load_trained(module.eval().to(device), folder, steps[-1])
-    rows = table_variants(TIMESTEPS, steps, args.methods, scopes=("local", "global"))
+    load_trained(module.eval().to(args.device), folder, steps[-1])
     concepts = [
         Concept(task.name, prompt, without_token(prompt), alone=task.train_prompt)
         for prompt in task.prompts[: args.queries]
@@ -233,12 +225,8 @@ def ask(
         "chance": torch.zeros_like(told),
     }
     every = found | {name: {"None": scores} for name, scores in plain.items()}
-    honest = {row.name: row.damping for row in rows}
     return {
-        name: (
-            {damping: figures(scores, data.relevant) for damping, scores in grid.items()},
-            honest.get(name, "None"),
-        )
+        name: {damping: figures(scores, data.relevant) for damping, scores in grid.items()}
         for name, grid in every.items()
     }
 
@@ -249,9 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", type=Path, required=True, help="file of the queries' prompts")
     parser.add_argument("--model", required=True, help="as recipes.pipelines.load takes it")
     parser.add_argument("--pool", type=int, default=1000, help="pool images; 0 for all")
-    parser.add_argument(
-        "--models", type=int, default=None, help="the first so many; all by default"
-    )
+    parser.add_argument("--models", type=int, default=None, help="the first; all by default")
     parser.add_argument("--queries", type=int, default=None, help="of each model; all by default")
     parser.add_argument("--size", type=int, default=512, help="pixels")
     parser.add_argument("--rank", type=int, default=8, help="of the LoRA")
@@ -261,28 +247,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--guidance", type=float, default=6.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="+", default=None, help="rows; all by default")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--runs", type=Path, default=Path("runs/by_customization"))
     args = parser.parse_args(argv)
     tasks = read_tasks(args.root, args.tasks)[: args.models]
     pool = read_pool(args.root, args.pool, args.seed)
-    names = ("model", "size", "rank", "steps", "batch_size", "seed")
-    parts: list[dict[str, tuple[dict[str, Figures], str]]] = []
+    steps = evenly(args.steps, CHECKPOINTS)
+    rows = table_variants(TIMESTEPS, steps, args.methods, scopes=("local", "global"))
+    honest = {row.name: row.damping for row in rows}
+    parts = []
     for task in tasks:
         data = AbC(args.root, task, pool, args.size, args.batch_size)
-        arguments = {name: getattr(args, name) for name in names}
-        arguments |= {"exemplars": task.exemplars, "train_prompt": task.train_prompt}
-        parts.append(ask(args.runs / task.folder, task, data, arguments, args))
-    table = Table(["recall@10", "recall@10 of all", "mAP", "R-precision"])
-    for name, (first, honest) in parts[0].items():
-        grids = [part[name][0] for part in parts]
+        parts.append(ask(args.runs / task.folder, task, data, rows, args))
+    table = Table()
+    for name, grid in parts[0].items():
         joined = {
-            damping: {
-                key: torch.cat([grid[damping][key] for grid in grids]) for key in first[damping]
-            }
-            for damping in first
+            damping: {key: torch.cat([each[name][damping][key] for each in parts]) for key in first}
+            for damping, first in grid.items()
         }
-        table.add(name, joined, honest)
+        table.add(name, joined, honest.get(name, "None"))
     head = (
         f"`{command_of(parser, args)}`; {machine()}. {len(tasks)} customised models, {len(pool)} "
         "pool images with the empty prompt. Whether a generated image shows its concept is judged "

@@ -168,8 +168,7 @@ def fine_tune(
 
 
 def baselines(asked: Sequence[Question], data: EmojiCaptions, images: Tensor) -> dict[str, Tensor]:
-    """Rankings [Q, N] by the captions' words, by their embeddings, and by what the generated image
-    looks like."""
+    """Rankings [Q, N] by the captions' words, by their embeddings, and by the image's looks."""
     names = [q.asked if q.kind == "object" else f"by {q.asked}" for q in asked]
     shown, captions = (data.train_set.images + 1) / 2, data.train_set.captions
     similar = text_search(names, captions, sentence_vectors)
@@ -238,11 +237,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = answers_folder(folder, *facts)
         found, images = compare(case, chosen, out)
         counts.append(EmojiJudge.trained().recognised(images, asked))
-        for name, scores in baselines(asked, data, images).items():
-            table.add(name, {"None": retrieval(asked, scores, shown)}, "None")
-        for row in chosen:
-            grid = {d: retrieval(asked, each, shown) for d, each in found[row.name].items()}
-            table.add(row.name, grid, row.damping)
+        plain = {name: {"None": row} for name, row in baselines(asked, data, images).items()}
+        honest = {row.name: row.damping for row in chosen}
+        table.fill(plain | found, lambda scores: retrieval(asked, scores, shown), honest)
         default = next(row for row in chosen if row.name == DEFAULT)
         ((_, attributor, query),) = answers(case, [default], out)
         results = attributor.score(query)

@@ -13,6 +13,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from .compare import Case, answers_folder, compare
 from .replay import SaveTrained, evenly, finished, fitted, load_trained, record
 from .synthetic.model import FactorDiffusion
 from .synthetic.verifier import Verifier, fit
-from .tables import RETRIEVAL, Table, command_of, machine, parser_of, publish
+from .tables import Table, command_of, machine, parser_of, publish, retrieval
 from .variants import table_variants
 
 ANNOTATIONS, IMAGES = "CelebAMask-HQ-attribute-anno.txt", "CelebA-HQ-img"
@@ -41,8 +42,7 @@ VALUES = ("no", "yes")
 TIMESTEPS = 5
 MOST_TRIES = 4
 KEPT_BACK, LEAST_ACCURACY = 0.1, 0.8
-"""The share of the images that the judge is measured on, and the least that it has to reach
-there."""
+"""The share of the images that the judge is measured on, and the least it has to reach."""
 SAMPLER = Sampler(steps=25, guidance=2.0)
 WHERE = ("held out", "in distribution")
 Combo = dict[str, str]
@@ -54,8 +54,7 @@ def read_annotations(path: Path) -> tuple[list[str], list[str], Tensor]:
     """An attribute list: names of the A attributes, files of the N images, values bool [N, A].
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not of the published form.
+        FileNotFoundError, ValueError: there is no such file; it is not of the published form.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {LAYOUT}. HINT: --root is its folder.")
@@ -79,8 +78,7 @@ def caption(combo: Combo) -> str:
 
 
 class Faces(Dataset[dict[str, Any]]):
-    """Images uint8 [N, 3, H, W] with the values of their attributes; the files' names are the
-    ids."""
+    """Images uint8 [N, 3, H, W] with the values of their attributes, by their files' names."""
 
     def __init__(self, pixels: Tensor, combos: list[Combo], files: list[str]) -> None:
         self.pixels, self.combos, self.files = pixels, combos, files
@@ -94,20 +92,12 @@ class Faces(Dataset[dict[str, Any]]):
 
 
 class CelebAHQ(L.LightningDataModule):
-    """CelebA-HQ without the images that show the held-out triple.
-
-    Args:
-        root: the folder of the attribute list and of the images.
-        held_out: three attributes and the values that training never sees together.
-        size: height and width in pixels.
-        batch_size: images per batch.
-        traced: how many training images to trace, chosen by ``seed``.
-        seed: of that choice.
+    """CelebA-HQ without the images that show the held-out triple: three attributes and the values
+    that training never sees together. ``traced`` training images, chosen by ``seed``, are traced.
 
     Raises:
-        FileNotFoundError: a file is missing; the message says what is expected.
-        ValueError: an unknown attribute; a triple that no image shows, or without which an
-            attribute has one value only.
+        FileNotFoundError, ValueError: a file is missing; an attribute is unknown; no image shows
+            the triple, or none but those one of its values.
     """
 
     def __init__(
@@ -165,14 +155,8 @@ class CelebAHQ(L.LightningDataModule):
 
     def figures(self, asked: Sequence[Question], scores: Tensor) -> dict[str, Tensor]:
         """Every retrieval metric per attribute and kind of triple, one value per question."""
-        relevant = self.relevance(asked)
-        kinds = [(WHERE[combo != self.held_out], name) for combo, name, _ in asked]
-        return {
-            f"{title}, {', '.join(kind)}": values[torch.tensor([each == kind for each in kinds])]
-            for title, metric in RETRIEVAL.items()
-            for values in [metric(scores, relevant)]
-            for kind in itertools.product(WHERE, self.factors)
-        }
+        kinds = [f"{WHERE[combo != self.held_out]}, {name}" for combo, name, _ in asked]
+        return retrieval(scores, self.relevance(asked), kinds)
 
 
 def train_verifier(data: CelebAHQ, seed: int, steps: int) -> tuple[Verifier, dict[str, float]]:
@@ -181,8 +165,7 @@ def train_verifier(data: CelebAHQ, seed: int, steps: int) -> tuple[Verifier, dic
     counts as wrong).
 
     Raises:
-        ValueError: it tells an attribute apart no better than 80 %; nothing that it accepts could
-            be believed.
+        ValueError: it tells an attribute apart no better than 80 %, so it is not to be believed.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -212,13 +195,8 @@ def train_verifier(data: CelebAHQ, seed: int, steps: int) -> tuple[Verifier, dic
 class Run:
     """A model and its judge, trained unless ``folder`` already holds them.
 
-    Args:
-        folder: of the run.
-        data: the images.
-        settings: ``seed``, ``patch``, ``channels``, ``steps`` and ``verifier_steps``.
-
     Raises:
-        ValueError: the folder holds a run with other arguments, or the judge cannot be trusted.
+        ValueError: the folder holds a run with other settings, or the judge cannot be trusted.
     """
 
     def __init__(self, folder: Path, data: CelebAHQ, settings: dict[str, Any]) -> None:
@@ -248,13 +226,11 @@ class Run:
 
     def questions(self, wanted: int) -> tuple[list[Question], dict[str, int]]:
         """For the first ``wanted`` accepted images of every triple, the attributes in which it has
-        the held-out triple's value (of a rare attribute almost all images have the other one: to
-        find ten without glasses is no achievement); and how many of four times as many were
-        accepted.
+        the held-out triple's value (ten images without a rare attribute are
+        no achievement); and how many of four times as many were accepted.
 
         Raises:
-            ValueError: too few images of a triple show it; the message has the count of every
-                triple.
+            ValueError: too few images of a triple show it; the message has all counts.
         """
         seeds, accepted = list(range(MOST_TRIES * wanted)), {}
         for combo in self.data.triples:
@@ -299,14 +275,11 @@ class Run:
         found |= {"label_search": {"None": relevant}, "chance": {"None": chance}}
         found["pixel_similarity"] = {"None": similar}
         honest = {row.name: row.damping for row in rows}
-        for name, grid in found.items():
-            figures = {d: self.data.figures(asked, scores) for d, scores in grid.items()}
-            table.add(name, figures, honest.get(name, "None"))
+        table.fill(found, partial(self.data.figures, asked), honest)
 
 
 def concept(question: Question, counter: str) -> Concept:
-    """The triple against the same without the attribute's token, or with its other value
-    instead."""
+    """The triple against the same without the attribute's token, or with its other value."""
     combo, attribute, _ = question
     absent = {name: value for name, value in combo.items() if name != attribute}
     if counter == "swapped":

@@ -79,8 +79,7 @@ def ask(store: Path, module: ClassConditional, classes: list[str], seeds: int) -
 
 
 def misname(folder: Path, share: float, seed: int) -> None:
-    """Adds a column ``told`` to a folder's list: the artist, but for a ``share`` of the images
-    another one."""
+    """Adds a column ``told`` to a folder's list: the artist, but a ``share`` under another."""
     path = folder / FILE
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     artists = sorted({line["artist"] for line in lines})

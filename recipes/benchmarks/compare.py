@@ -33,8 +33,7 @@ class Variant:
         layers: name patterns of the layers to trace; None traces all that train.
         steps: which of the saved checkpoints.
         projection: of the gradients.
-        scope: ask of the generated image, of images generated from the concept alone, or of images
-            that are given.
+        scope: ask of the generated image, of some of the concept alone, or of given ones.
         counters: names of the case's other counter-conditions to ask against, the queries averaged;
             none asks against the concepts' own.
     """

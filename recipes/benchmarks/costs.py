@@ -1,11 +1,9 @@
-"""What a traced fine-tune of the published models needs in memory and on disk, counted from their
-configurations.
+"""What a traced fine-tune of the published models needs in memory and on disk: counted.
 
 python -m recipes.benchmarks.costs                  # --rank 16 for another LoRA than of rank 8
 
-The networks are built on the meta device, without weights: nothing is downloaded and nothing is
-timed. Activations are not counted: they depend on the batch, the image size and gradient
-checkpointing.
+The networks are built from their configurations on the meta device, without weights: nothing is
+downloaded and nothing is timed. Activations, which depend on the batch, are not counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,10 +25,10 @@ from ..lora import ATTENTION, add_lora
 from .tables import command_of, grid, machine, parser_of, publish
 
 PROJECTION = Projection()  # the callback's default
+DIM = PROJECTION.dim or 0
 IMAGES = 1000
 FROZEN, TRAINED = 2, 4 * 4
-"""Bytes per parameter: bfloat16; and float32 for the weight, its gradient and AdamW's two
-moments."""
+"""Bytes per parameter: bfloat16; and float32 with its gradient and AdamW's two moments."""
 FACTS = 8 + 3 * 4
 """Bytes per trace beside its row: the sample's index, norm, scale and loss."""
 GB, MB = 1e9, 1e6
@@ -46,14 +44,12 @@ class Architecture:
         denoiser: builds the network that is fine-tuned.
         frozen: build the VAE and the text encoders, those that stay in memory.
         targets: of the recipe's LoRA; None where the recipe trains all.
-        latents: shape of what the network denoises.
     """
 
     name: str
     denoiser: Build
     frozen: tuple[Build, ...] = ()
     targets: tuple[str, ...] | None = ATTENTION
-    latents: tuple[int, int, int]
 
 
 def on_meta(build: Build) -> Any:
@@ -164,37 +160,19 @@ def t5_xxl() -> Any:
 vae16 = partial(vae, 16)
 JOINT = ATTENTION + TEXT
 ARCHITECTURES = (
-    Architecture(
-        name="Stable Diffusion 1.5", denoiser=sd15, frozen=(vae, clip_l), latents=(4, 64, 64)
-    ),
-    Architecture(
-        name="Stable Diffusion 2.1", denoiser=sd21, frozen=(vae, openclip_h), latents=(4, 96, 96)
-    ),
-    Architecture(
-        name="Stable Diffusion XL",
-        denoiser=sdxl,
-        frozen=(vae, clip_l, openclip_g),
-        latents=(4, 128, 128),
-    ),
+    Architecture(name="Stable Diffusion 1.5", denoiser=sd15, frozen=(vae, clip_l)),
+    Architecture(name="Stable Diffusion 2.1", denoiser=sd21, frozen=(vae, openclip_h)),
+    Architecture(name="Stable Diffusion XL", denoiser=sdxl, frozen=(vae, clip_l, openclip_g)),
     Architecture(
         name="Stable Diffusion 3 medium",
         denoiser=sd3,
         frozen=(vae16, clip_l_projected, openclip_g, t5_xxl),
         targets=JOINT,
-        latents=(16, 128, 128),
     ),
-    Architecture(
-        name="FLUX.1-dev",
-        denoiser=flux,
-        frozen=(vae16, clip_l, t5_xxl),
-        targets=JOINT,
-        latents=(16, 128, 128),
-    ),
-    Architecture(
-        name="PixArt-alpha XL/2", denoiser=pixart, frozen=(vae, t5_xxl), latents=(4, 128, 128)
-    ),
-    Architecture(name="DiT-XL/2", denoiser=dit, frozen=(vae,), targets=None, latents=(4, 32, 32)),
-    Architecture(name="DDPM, 256 pixels", denoiser=ddpm, targets=None, latents=(3, 256, 256)),
+    Architecture(name="FLUX.1-dev", denoiser=flux, frozen=(vae16, clip_l, t5_xxl), targets=JOINT),
+    Architecture(name="PixArt-alpha XL/2", denoiser=pixart, frozen=(vae, t5_xxl)),
+    Architecture(name="DiT-XL/2", denoiser=dit, frozen=(vae,), targets=None),
+    Architecture(name="DDPM, 256 pixels", denoiser=ddpm, targets=None),
 )
 
 
@@ -208,12 +186,9 @@ class Cost:
         denoiser, frozen, trained: parameters: of the denoiser without LoRA; of all that is frozen,
             the VAE and the text encoders included; of what is trained.
         layers: how many are traced (two for each layer with LoRA).
-        without_hook: parameters that are traced by a pass per sample.
         width: numbers of one trace before they are sketched.
         memory: bytes of weights, gradients and AdamW's moments.
-        checkpoint: bytes of a checkpoint of the store, without traces: the trained weights and the
-            kernel.
-        row, row_int8: bytes of one trace, stored as float32 and as int8.
+        checkpoint: bytes of a stored checkpoint without traces: the trained weights and the kernel.
     """
 
     name: str
@@ -222,12 +197,9 @@ class Cost:
     frozen: int
     trained: int
     layers: int
-    without_hook: int
     width: int
     memory: int
     checkpoint: int
-    row: int
-    row_int8: int
 
 
 def cost_of(architecture: Architecture, rank: int) -> Cost:
@@ -243,8 +215,7 @@ def cost_of(architecture: Architecture, rank: int) -> Cost:
     blocks = [*plan.layers, *(block for block, _ in plan.bare)]
     side_of = PROJECTION.rank
     width = sum(min(block.rows, side_of) * min(block.cols, side_of) for block in blocks)
-    assert PROJECTION.dim is not None
-    dim, side = PROJECTION.dim, min(PROJECTION.dim, IMAGES)
+    side = min(DIM, IMAGES)
     frozen = beside if architecture.targets is None else whole + beside
     return Cost(
         name=architecture.name,
@@ -253,12 +224,9 @@ def cost_of(architecture: Architecture, rank: int) -> Cost:
         frozen=frozen,
         trained=trained,
         layers=len(plan.layers),
-        without_hook=len(plan.bare),
         width=width,
         memory=FROZEN * frozen + TRAINED * trained,
-        checkpoint=4 * trained + 4 * side**2 + 8 * (side + dim),
-        row=4 * dim + FACTS,
-        row_int8=dim + FACTS,
+        checkpoint=4 * trained + 4 * side**2 + 8 * (side + DIM),
     )
 
 
@@ -287,7 +255,7 @@ def table(costs: Sequence[Cost]) -> list[str]:
                 f"{cost.memory / GB:.1f}",
                 f"{4 * cost.width / 1e3:,.0f}",
                 f"{cost.checkpoint / MB:,.1f}",
-                f"{IMAGES * cost.row / MB:.1f} / {IMAGES * cost.row_int8 / MB:.1f}",
+                f"{IMAGES * (4 * DIM + FACTS) / MB:.1f} / {IMAGES * (DIM + FACTS) / MB:.1f}",
             )
         )
     return grid(heads, rows)

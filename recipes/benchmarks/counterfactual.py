@@ -51,8 +51,7 @@ SCALES = {"judge": 1.0, "loss": 1000.0, "likeness": 1.0}
 
 @dataclass(frozen=True)
 class Part:
-    """One fine-tune per method: the concepts whose best-ranked images it leaves out, and how many
-    of each.
+    """One fine-tune per method: the concepts whose best-ranked images it leaves out, and how many.
 
     Args:
         kind: of the concepts.
@@ -87,8 +86,7 @@ def parts(data: EmojiArtists) -> list[Part]:
 
 def blamed(scores: Tensor, asked: Sequence[Question], part: Part) -> set[int]:
     """The positions a part leaves out: the best-ranked images of each of its concepts. An artist's
-    scores are the mean of the standardised scores of its questions; equal scores are in a random
-    order.
+    scores are the mean standardised scores of its questions; ties are in a random order.
 
     Args:
         scores: of all questions [Q, N].
@@ -165,8 +163,7 @@ def drops(
 
 
 def figures_of(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Every mean drop with its interval, and its difference to label search's on the same
-    concepts."""
+    """Every mean drop with its interval, and how it differs from label search's."""
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     reference = found.get(REFERENCE, {})
     for name, figures in found.items():

@@ -24,14 +24,13 @@ from ..emoji_artists.data import KINDS, NEW_ARTISTS, SETTINGS, EmojiArtists
 from ..emoji_artists.evaluate import Question, questions
 from ..emoji_artists.module import EmojiDiffusion
 from ..emoji_artists.network import patchify
-from . import retrain
+from . import retrain, tables
 from .compare import Case, Variant, compare
 from .groups import effects, lines_of
 from .judge import SAMPLER, EmojiJudge
 from .outcomes import STRENGTHS, Outcomes, judged
 from .tables import (
     NOTE,
-    RETRIEVAL,
     Figures,
     Table,
     command_of,
@@ -49,8 +48,7 @@ STEPS = (100, 200, 300)
 PLANS = {"half": KINDS, "artist-half": ("artist",)}
 LEAST_SUBSETS = 8
 CEILING_SEEDS = (0, 1)
-# A retraining seed on which nothing was chosen: the differences to label search are shown on it
-# too.
+# A retraining seed on which nothing was chosen: differences to label search are shown on it too.
 SECOND = 1
 # Rows that are also shown with the runs of all seeds joined: the mean of their standardised scores.
 JOINED = ("concept_trak", "concept_trak_norm", "d_trak")
@@ -87,8 +85,7 @@ def case(folder: Path, data: EmojiArtists, asked: list[Question]) -> Case:
 
 def baselines(asked: list[Question], data: EmojiArtists, images: Tensor) -> dict[str, Tensor]:
     """Rankings without gradients [Q, N]: by the tokens that training showed, by pixels, by the
-    judge's features; ``_given`` compares with the real drawing of the pair instead of the generated
-    one.
+    judge's features; ``_given`` compares with the pair's real drawing instead of the generated one.
 
     Args:
         asked: the questions.
@@ -114,16 +111,8 @@ def relevance(asked: Sequence[Question], pairs: Sequence[tuple[str, str]]) -> Te
 def retrieval(
     asked: Sequence[Question], scores: Tensor, pairs: Sequence[tuple[str, str]]
 ) -> dict[str, Tensor]:
-    """Every retrieval metric per kind of concept, one value per question. What counts is what an
-    image shows."""
-    relevant = relevance(asked, pairs)
-    groups = dict.fromkeys(q.group for q in asked)
-    return {
-        f"{name}, {group}": values[torch.tensor([q.group == group for q in asked])]
-        for name, metric in RETRIEVAL.items()
-        for values in [metric(scores, relevant)]
-        for group in groups
-    }
+    """Every retrieval metric per kind of concept by what images show, one value per question."""
+    return tables.retrieval(scores, relevance(asked, pairs), [q.group for q in asked])
 
 
 def datamodeling(
@@ -159,8 +148,7 @@ def odd_recall(
 ) -> dict[str, dict[str, Tensor]]:
     """Among the ``2 R`` best-ranked (R images show the concept): the share of the images that show
     it without its token (``hidden``), and of those that carry its token and show another
-    (``wrong``), by kind and value of the concept [its questions]; values without such images left
-    out."""
+    (``wrong``), by kind and value of the concept, where there are such images [its questions]."""
     result: dict[str, dict[str, list[Tensor]]] = {}
     shows = relevance(asked, data.train_set.pairs)
     told = relevance(asked, data.train_set.told)
@@ -180,8 +168,7 @@ def odd_recall(
 def measured(
     asked: list[Question], scores: Tensor, data: EmojiArtists, outcomes: Outcomes, seeds: list[int]
 ) -> dict[str, Tensor]:
-    """Every figure of one ranking, one value per question (artists' datamodeling: per artist), by a
-    flat name."""
+    """Every figure of a ranking, one value per question (artists' datamodeling: per artist)."""
     figures = retrieval(asked, scores, data.train_set.pairs)
     odd = odd_recall(asked, scores, data)
     left_out = effects(outcomes, data.held_out) if odd else []
@@ -242,8 +229,7 @@ def ceilings(asked: list[Question], outcomes: Outcomes) -> dict[str, float]:
 
 
 def _grouped(rows: Tensor, values: list[str]) -> Tensor:
-    """Rows [64, ...] averaged over equal values [groups, ...], in the order of the sorted
-    values."""
+    """Rows [64, ...] averaged over equal values, which are sorted [groups, ...]."""
     names = sorted(set(values))
     groups = torch.tensor([[value == name for value in values] for name in names]).double()
     return (groups / groups.sum(1, keepdim=True)) @ rows
@@ -268,8 +254,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     outcomes = judged(folder, Outcomes.load(args.setting, args.results))
     outcomes.save(args.setting, args.results)
 
-    def every(scores: Mapping[str, Tensor]) -> dict[str, Figures]:
-        return {d: measured(asked, row, data, outcomes, seeds) for d, row in scores.items()}
+    def figures(scores: Tensor) -> Figures:
+        return measured(asked, scores, data, outcomes, seeds)
 
     chosen = variants(args.methods)
     fixed = {variant.name: variant.damping for variant in chosen}
@@ -287,14 +273,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 each = runs.setdefault(name, {}).setdefault(damping, [])
                 each.append(standardised(row.double()))
         plain = {name: {"None": row} for name, row in baselines(asked, data, images).items()}
+        table.fill(plain | found, figures, fixed)
         for name, scores in (plain | found).items():
-            used = fixed.get(name, "None")
-            table.add(name, every(scores), used)
-            second = measured(asked, scores[used], data, outcomes, [SECOND])
+            used = scores[fixed.get(name, "None")]
+            second = measured(asked, used, data, outcomes, [SECOND])
             again.setdefault(name, []).append(second)
     for name, by_damping in runs.items() if len(args.seeds) > 1 else []:
         joined = {damping: torch.stack(rows).mean(0) for damping, rows in by_damping.items()}
-        table.add(f"{name}, {len(args.seeds)} runs joined", every(joined), fixed[name])
+        title = f"{name}, {len(args.seeds)} runs joined"
+        table.fill({title: joined}, figures, {title: fixed[name]})
     subsets = len(outcomes.of("half-", [SECOND]).names)
     counts = {kind: ", ".join(map(str, each)) for kind, each in recognised.items()}
     lines = [
@@ -304,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Of the 64 images generated for the questions the judge recognises the object in "
         f"{counts['object']}, the artist in {counts['artist']} (one number per traced run). All "
         "are asked about.",
-        *tables(table.rows(), fixed),
+        *sections(table.rows(), fixed),
         *_section("Noise ceilings (from two training seeds)", _listed(ceilings(asked, outcomes))),
     ]
     if left_out := effects(outcomes, data.held_out):
@@ -316,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     publish(args.results / f"emoji_{args.setting}.md", "\n".join(lines) + "\n")
 
 
-def tables(rows: dict[str, dict[str, Any]], fixed: Mapping[str, str]) -> list[str]:
+def sections(rows: dict[str, dict[str, Any]], fixed: Mapping[str, str]) -> list[str]:
     """Retrieval; what scores and contributions predict of retrained models; and R-precision at
     every damping."""
     titles = {

@@ -53,8 +53,7 @@ class Effect:
 def effects(outcomes: Outcomes, pairs: Sequence[tuple[str, str]]) -> list[Effect]:
     """The effect of every group left out on its own concept, by every measure of strength.
 
-    It is compared with every run that saw the whole group: the full ones and those without some
-    other group.
+    Compared with every run that saw the whole group: full ones and those without some other group.
 
     Args:
         outcomes: of all runs of a setting.

@@ -4,8 +4,7 @@ inverted or noised?
 python -m recipes.benchmarks.inversion --demo demo      # after `ctrak demo`
 
 Two answers. How far the inverted states of images of our own generation are from the generation's;
-and the R-precision of questions about the real drawings of the held-out pairs, which the model did
-not generate.
+and the R-precision of questions about the real drawings of the held-out pairs.
 """
 
 from collections.abc import Sequence

@@ -91,8 +91,7 @@ class EmojiJudge(nn.Module):
 def denoising_losses(
     module: EmojiDiffusion, images: Tensor, pairs: list[tuple[str, str]]
 ) -> Tensor:
-    """The loss of clean-image prediction, mean over timesteps and fixed noise, under four
-    conditions.
+    """Clean-image prediction's loss, mean over timesteps and fixed noise, under four conditions.
 
     Args:
         module: the model.

@@ -5,8 +5,7 @@ python -m recipes.benchmarks.learnt --seeds 0 1 --runs runs/learnt      # resuma
 The same training at several lengths, down to none at all (two steps at a learning rate of zero),
 two checkpoints each. Of every question the signals that an answer has at hand, and two truths that
 use labels: *worth*, by how much the concept's name lowers the denoising loss of real images that
-carry it, and the ranking's R-precision. The page also counts what the library's own thresholds get
-wrong.
+carry it, and the ranking's R-precision. The page also counts what the library's checks get wrong.
 """
 
 import json
@@ -325,8 +324,7 @@ def median(rows: Sequence[Row], name: str) -> str:
 
 
 def separations(rows: Sequence[Row]) -> dict[str, float]:
-    """AUROC of every signal, larger taken for learnt; 0.5 is chance, below it smaller would be the
-    better guess."""
+    """AUROC of every signal, larger taken for learnt; 0.5 is chance."""
     truth = torch.tensor([learnt(row) for row in rows])
 
     def column(name: str) -> Tensor:

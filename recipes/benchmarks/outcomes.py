@@ -61,8 +61,7 @@ class Outcomes:
         return cls(json.loads(names[setting]), **own)
 
     def save(self, setting: str, results: Path = RESULTS) -> None:
-        """Writes them beside those of the other settings; which samples were seen as single
-        bits."""
+        """Writes them beside those of the other settings; what was seen as single bits."""
         names, tensors = _read(results / FILE)
         own = {name: getattr(self, name).contiguous() for name in TENSORS}
         own["kept"] = torch.from_numpy(np.packbits(self.kept.numpy(), axis=1))

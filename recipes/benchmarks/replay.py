@@ -57,14 +57,9 @@ class SaveTrained(L.Callback):
 def fitted(
     module: Any, data: Any, max_steps: int, *callbacks: L.Callback, **options: Any
 ) -> L.Trainer:
-    """The trainer that has trained a module for so many steps, quietly, on the CPU unless told
-    otherwise."""
-    quiet: dict[str, Any] = {
-        "logger": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": False,
-    }
-    quiet |= {"enable_checkpointing": False, "accelerator": "cpu"}
+    """The trainer that has trained a module for so many steps, on the CPU unless told otherwise."""
+    named = ("logger", "enable_model_summary", "enable_progress_bar", "enable_checkpointing")
+    quiet: dict[str, Any] = dict.fromkeys(named, False) | {"accelerator": "cpu"}
     trainer = L.Trainer(max_steps=max_steps, callbacks=list(callbacks), **(quiet | options))
     trainer.fit(module, datamodule=data)
     return trainer

@@ -1,5 +1,4 @@
-"""Fine-tunes from the base on chosen parts of the training set, and keeps the evidence of what each
-model can do.
+"""Fine-tunes the base on parts of the training set, and keeps evidence of what each model can do.
 
 python -m recipes.benchmarks.retrain runs/emoji/labelled --plan full --seeds 0 1 2
 python -m recipes.benchmarks.retrain runs/emoji/hidden --setting hidden --plan full half
@@ -144,8 +143,7 @@ def evidence(module: EmojiDiffusion, data: EmojiArtists) -> dict[str, Tensor]:
 
 
 def finish(out: Path, setting: Setting, jobs: Sequence[tuple[Run, int]]) -> None:
-    """Fine-tunes every (run, seed) that is neither finished in ``out`` nor among the committed
-    outcomes."""
+    """Fine-tunes every (run, seed) that is not finished in ``out`` or committed as an outcome."""
     data = EmojiArtists("new", setting=setting)
     # Weights are needed of the full runs only; of the others the committed outcomes will do.
     known = {name for name in Outcomes.load(setting).names if not name.startswith("full")}

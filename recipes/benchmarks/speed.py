@@ -1,5 +1,4 @@
-"""What a trace costs, as multiples of a forward pass and of the floor, measured in pairs in one
-process.
+"""What a trace costs, as multiples of the floor, measured in pairs in one process.
 
 python -m recipes.benchmarks.speed --repeats 15
 python -m recipes.benchmarks.speed --repeats 3 --models dit
@@ -9,8 +8,7 @@ and two vector-Jacobian products with respect to the input (the direction, and t
 the network), without any per-sample work. Every measurement stands directly after one of the floor,
 so that a machine whose speed drifts does not shift the ratio. Peak memory is that of a process of
 its own that does nothing else, beyond what the process held after building the network. traker and
-dattri (extra `bench`) project gradients that are there already; left out with a note where they are
-missing.
+dattri (extra `bench`), where installed, project gradients that are there already.
 """
 
 import argparse
@@ -244,8 +242,7 @@ def functional(subject: Subject) -> Tensor:
 
 
 def peers(width: int) -> dict[str, Work]:
-    """The peers' own projections of gradients [B, P] on the CPU, by name; those that are
-    installed."""
+    """The installed peers' own projections of gradients [B, P] on the CPU, by name."""
     gradients = torch.randn(BATCH, width)
     found: dict[str, Work] = {}
     with warnings.catch_warnings():
@@ -306,8 +303,7 @@ def elapsed(work: Work) -> float:
 
 
 def summary(pairs: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, Any]]:
-    """Median seconds and ratios of every piece of work; the middle half of its ratios to the floor
-    beside them."""
+    """Median ratios of every piece of work, and the middle half of its ratios to the floor."""
     floors = {name: [spent / floor for spent, floor in each] for name, each in pairs.items()}
     ratios = {name: statistics.median(each) for name, each in floors.items()}
     return {

@@ -1,8 +1,7 @@
 """What traces cost beside a training step, on EmojiArtists, measured in turn in one process.
 
 python -m recipes.benchmarks.step_cost              # a capture's trace of a batch
-python -m recipes.benchmarks.step_cost --inline     # what `ConceptTracer(mode="inline")` adds to a
-step
+python -m recipes.benchmarks.step_cost --inline     # what tracing inside the steps adds to them
 """
 
 import os
@@ -56,8 +55,7 @@ def model(adaptation: Any) -> tuple[EmojiDiffusion, torch.optim.Optimizer]:
 
 
 def capture(repeats: int) -> list[str]:
-    """Seconds of a forward pass, a training step and the traces of a batch of 32, as a table of
-    ratios."""
+    """A forward pass, a training step and the traces of a batch of 32, as a table."""
     module, optimizer = model("lora")
     batch = next(iter(EmojiArtists("new").trace_dataloader()))
     encoded = encode(module, batch)

@@ -26,6 +26,21 @@ RETRIEVAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 _SECTION = re.compile(r"^(?=`python -m )", re.MULTILINE)
 
 
+def retrieval(scores: Tensor, relevant: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
+    """Every retrieval metric per kind of question, one value per question: ``"mAP, object"``.
+
+    Args:
+        scores, relevant: [Q, N].
+        kinds: of the questions, Q.
+    """
+    return {
+        f"{title}, {kind}": values[torch.tensor([each == kind for each in kinds])]
+        for title, metric in RETRIEVAL.items()
+        for values in [metric(scores, relevant)]
+        for kind in dict.fromkeys(kinds)
+    }
+
+
 def parser_of(module: str, doc: str | None, results: Path = RESULTS) -> argparse.ArgumentParser:
     """The parser of ``python -m <module>``, with the folder of the page that it writes."""
     layout = argparse.RawDescriptionHelpFormatter
@@ -122,8 +137,7 @@ def interval(figure: Mapping[str, Any], scale: float = 1.0) -> str:
 
 
 class Table:
-    """The rows of a benchmark, as they come in: each method's figures at its own damping and at
-    all.
+    """The rows of a benchmark as they come in: each method's figures at its own and all dampings.
 
     Args:
         columns: the figures to show; all of the first row by default.
@@ -145,6 +159,18 @@ class Table:
         """
         self.honest.setdefault(name, []).append(grid[damping])
         self._grids.setdefault(name, []).append(grid)
+
+    def fill(
+        self,
+        found: Mapping[str, Mapping[str, Tensor]],
+        figures: Callable[[Tensor], Figures],
+        dampings: Mapping[str, str],
+    ) -> None:
+        """Adds a training seed of every row, from its scores [Q, N] by damping; of those without an
+        honest damping from their only scores."""
+        for name, scores in found.items():
+            grid = {damping: figures(each) for damping, each in scores.items()}
+            self.add(name, grid, dampings.get(name, next(iter(grid))))
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """:func:`summarised` for every row."""

@@ -15,8 +15,7 @@ class ClassConditional(FineTune):
     Args:
         classes: names of the labels 0, 1, ...: the values of the data's class column.
         pretrained: a folder or a name on the Hub, or ``"tiny-ddpm-classes"``, ``"tiny-dit"``.
-        unet: instead of it, the arguments of a new ``UNet2DModel``; its ``num_class_embeds`` is set
-            here.
+        unet: instead of it, the arguments of a new ``UNet2DModel`` but for ``num_class_embeds``.
         null_class: the label that stands for no class; None takes DiT's own, or for a UNet that is
             made here the one after the last.
         class_dropout: the share of the images that are trained on without class. DiT drops a tenth

@@ -21,8 +21,7 @@ from selenium.common.exceptions import (
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
-# Text of the page as it is shown, through the shadow roots of its components and the frame of a
-# plugin.
+# Text of the page as shown, through the shadow roots of its components and a plugin's frame.
 _TEXT = """
 const parts = [];
 const walk = node => {
@@ -58,8 +57,7 @@ def is_available() -> bool:
 
 @contextmanager
 def serving(logdir: Path, timeout: float = 60.0) -> Iterator[str]:
-    """The address of a TensorBoard that shows ``logdir`` on a free loopback port; it ends with the
-    block.
+    """The address of a TensorBoard that shows ``logdir`` on a free loopback port in the block.
 
     Raises:
         RuntimeError: it does not answer in time.
@@ -91,8 +89,7 @@ def serving(logdir: Path, timeout: float = 60.0) -> Iterator[str]:
 
 @contextmanager
 def chromium(width: int = 1500, height: int = 1000, scale: float = 1.0) -> Iterator["Page"]:
-    """A headless Chromium with a window of this size in CSS pixels, ``scale`` picture pixels
-    each."""
+    """A headless Chromium; its window in CSS pixels, ``scale`` picture pixels each."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or "chromium"
     for argument in (

@@ -1,8 +1,8 @@
-"""A run with a ledger, then every command that reads or changes it, as docs/ledger.md shows them.
+"""A run with a ledger, then every command that reads or changes it, as docs/ledger.md shows them:
+writes ledger_session.md.
 
-python -m recipes.documentation.ledger_session           # writes ledger_session.md; replaces
-runs/ledger python -m recipes.documentation.ledger_session --keep    # with the run that is in
-runs/ledger
+python -m recipes.documentation.ledger_session           # replaces runs/ledger
+python -m recipes.documentation.ledger_session --keep    # with the run that is in runs/ledger
 """
 
 import argparse
@@ -31,13 +31,8 @@ def main(keep: bool) -> None:
     key, public = str(FOLDER / "key.pem"), str(FOLDER / "public.pem")
     run("openssl", "genpkey", "-algorithm", "ed25519", "-out", key)
     run("openssl", "pkey", "-in", key, "-pubout", "-out", public)
-    question = [
-        "--present",
-        "object=christmas-tree",
-        "artist=twemoji",
-        "--absent",
-        "artist=twemoji",
-    ]
+    question = ["--present", "object=christmas-tree", "artist=twemoji"]
+    question += ["--absent", "artist=twemoji"]
     sample = TraceStore(STORE).samples.sample_ids[0]
     flip(FOLDER / "copy")
     sections = [
@@ -61,22 +56,13 @@ def main(keep: bool) -> None:
 def train() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
-    fit = [
-        "fit",
-        "--config",
-        CONFIG,
-        "--config",
-        str(write_callbacks()),
-        "--trainer.max_epochs",
-        "1",
-    ]
-    fit += ["--trainer.default_root_dir", str(FOLDER)]
+    fit = ["fit", "--config", CONFIG, "--config", str(write_callbacks())]
+    fit += ["--trainer.max_epochs", "1", "--trainer.default_root_dir", str(FOLDER)]
     run(sys.executable, "-m", "ctrak_lightning.cli", *fit, "--trainer.enable_progress_bar", "false")
 
 
 def write_callbacks() -> Path:
-    """The two committed YAML files as one; traces from the training steps themselves, which cost
-    least."""
+    """The two committed YAML files as one; traces from the training steps, which cost least."""
     names = ("concept_tracer_inline", "provenance_recorder")
     facts = [yaml.safe_load(Path(f"callbacks/{name}.yaml").read_text()) for name in names]
     [tracer], [recorder] = (one["trainer"]["callbacks+"] for one in facts)

@@ -35,24 +35,9 @@ def concepts() -> list[Concept]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m recipes.documentation.monitor", description=__doc__)
-    parser.add_argument(
-        "--out",
-        type=str,
-        default="runs/emoji_monitor",
-        help="folder for traces and logs; must be new",
-    )
-    parser.add_argument(
-        "--epochs",
-        type=int,
-        default=48,
-        help="of the fine-tune; an eighth of them between two traces",
-    )
-    parser.add_argument(
-        "--pictures",
-        type=str,
-        default=str(PICTURES),
-        help="folder for the screenshots; '' for none",
-    )
+    parser.add_argument("--out", type=str, default="runs/emoji_monitor", help="a new folder")
+    parser.add_argument("--epochs", type=int, default=48, help="an eighth between two traces")
+    parser.add_argument("--pictures", type=str, default=str(PICTURES), help="folder; '' for none")
     parser.add_argument("--only_pictures", action="store_true", help="of a run that is there")
     args = parser.parse_args(None if argv is None else list(argv))
     out = Path(args.out)

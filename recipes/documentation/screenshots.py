@@ -1,6 +1,5 @@
 """The pictures of docs/tensorboard.md: what TensorBoard shows of a run of
-``recipes.documentation.monitor``; and the one of docs/report.md, of the page that ``make demo``
-writes.
+``recipes.documentation.monitor``; and docs/report.md's, of the page that ``make demo`` writes.
 
 python -m recipes.documentation.screenshots     # after `make demo`: demo/report.html as
 docs/images/report.png

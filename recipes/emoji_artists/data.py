@@ -15,17 +15,8 @@ NEW_ARTISTS = ("twemoji", "openmoji")
 BASE_OBJECTS = 400
 NEW_OBJECTS = 64
 SPLIT_SEED = 20251
-METADATA = (
-    "object",
-    "artist",
-    "object_token",
-    "artist_token",
-    "owner",
-    "licence",
-    "category",
-    "caption",
-)
 KINDS = ("object", "artist")
+METADATA = (*KINDS, "object_token", "artist_token", "owner", "licence", "category", "caption")
 Setting = Literal["labelled", "hidden", "mislabelled"]
 SETTINGS = ("labelled", "hidden", "mislabelled")
 HIDDEN_SHARE, WRONG_SHARE = 1 / 3, 0.1
@@ -56,41 +47,32 @@ class Emoji:
     @classmethod
     def load(cls, path: Path = DATA) -> "Emoji":
         with np.load(path) as file:
-            return cls(
-                file["images"],
-                file["objects"].tolist(),
-                file["categories"].tolist(),
-                file["artists"].tolist(),
-            )
+            names = (file[name].tolist() for name in ("objects", "categories", "artists"))
+            return cls(file["images"], *names)
 
     def split_objects(self) -> tuple[list[str], list[str]]:
-        """The 400 objects the base model knows and the 64 that only the fine-tune sees; 36 stay
-        untouched."""
+        """The 400 objects the base model knows and the 64 that only the fine-tune sees."""
         order = np.random.default_rng(SPLIT_SEED).permutation(len(self.objects))
         names = [self.objects[i] for i in order]
-        return sorted(names[:BASE_OBJECTS]), sorted(
-            names[BASE_OBJECTS : BASE_OBJECTS + NEW_OBJECTS]
-        )
+        new = names[BASE_OBJECTS : BASE_OBJECTS + NEW_OBJECTS]
+        return sorted(names[:BASE_OBJECTS]), sorted(new)
 
     def base_artists(self) -> list[str]:
         return [artist for artist in self.artists if artist not in NEW_ARTISTS]
 
 
 def held_out_artist(index: int, artists: list[str]) -> str:
-    """The artist whose drawing of the ``index``-th new object is never shown: each artist in
-    turn."""
+    """The artist, each in turn, whose drawing of the ``index``-th new object is never shown."""
     return artists[index % len(artists)]
 
 
 def tokens(pairs: list[tuple[str, str]], setting: Setting) -> list[tuple[str, str]]:
-    """What the network is told of each image, as (object, artist); :data:`NO_TOKEN` where it is
-    told nothing.
+    """What the network is told of each image, as (object, artist); :data:`NO_TOKEN` for nothing.
 
     - ``labelled``: the truth;
     - ``hidden``: a third of the images of every object never carry its token, and a third of every
       artist's neither;
-    - ``mislabelled``: a tenth of all images carry another object's token, and another tenth another
-      artist's.
+    - ``mislabelled``: a tenth of all images carry another object's token, a tenth another artist's.
 
     Raises:
         ValueError: an unknown setting.
@@ -116,8 +98,7 @@ def tokens(pairs: list[tuple[str, str]], setting: Setting) -> list[tuple[str, st
 
 
 class EmojiPairs(Dataset[dict[str, Any]]):
-    """One item per (object, artist) pair: image float [3, 32, 32] in [-1, 1], its names, and
-    ``sample_id``.
+    """One item per (object, artist) pair: image float [3, 32, 32] in [-1, 1], names, ``sample_id``.
 
     Args:
         emoji: the data.
@@ -165,8 +146,7 @@ class EmojiArtists(L.LightningDataModule):
         artists: of the fine-tune; all eight by default.
         batch_size: images per training batch.
         setting: what the network is told of the training images (see :func:`tokens`).
-        kept: positions in the training set to train on; all by default. What is traced stays the
-            whole set.
+        kept: positions in the training set to train on; all by default. All are traced.
     """
 
     def __init__(

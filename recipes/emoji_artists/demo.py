@@ -1,8 +1,4 @@
-"""The main job: fine-tune on new emoji, trace, generate pairs that were held out, and ask who
-taught them.
-
-python -m recipes.emoji_artists.demo --help
-"""
+"""The main job: fine-tune on new emoji, trace, and ask who taught pairs that were held out."""
 
 import json
 import platform

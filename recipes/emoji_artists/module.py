@@ -1,4 +1,4 @@
-"""The LightningModule of the EmojiArtists recipe."""
+"""A small model of emoji by artist and object: pre-trained, fine-tuned whole, or by LoRA."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -111,8 +111,7 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
     def condition(self, spec: Mapping[str, str] | str, n: int) -> dict[str, Tensor]:
         if isinstance(spec, str):
             raise TypeError(
-                f"EmojiDiffusion.condition({spec!r}): expected attributes such as {{'object': "
-                f"'owl'}}."
+                f"EmojiDiffusion.condition({spec!r}): expected attributes: {{'object': 'owl'}}."
             )
         return self._names([spec.get("artist")] * n, [spec.get("object")] * n)
 
@@ -132,19 +131,13 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         vocabularies = [*self.denoiser.artist.parameters(), *self.denoiser.object.parameters()]
-        # A token is seen in few batches: at the network's rate it would hardly leave its random
-        # start.
+        # A token is in few batches: at the network's rate it would hardly leave its random start.
         groups: list[dict[str, Any]] = [
-            {
-                "params": _trainable(self.denoiser.unet.parameters()),
-                "lr": self.learning_rate,
-                "weight_decay": 0.01,
-            },
-            {
-                "params": _trainable(vocabularies),
-                "lr": self.token_learning_rate,
-                "weight_decay": 0.0,
-            },
+            {"params": _trainable(parameters), "lr": rate, "weight_decay": decay}
+            for parameters, rate, decay in (
+                (self.denoiser.unet.parameters(), self.learning_rate, 0.01),
+                (vocabularies, self.token_learning_rate, 0.0),
+            )
         ]
         optimizer = torch.optim.AdamW(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
@@ -157,28 +150,23 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
     def _names(
         self, artists: Sequence[str | None], objects: Sequence[str | None], drop: float = 0.0
     ) -> dict[str, Tensor]:
-        """The condition: name indices [B] of both kinds; a name that is dropped gives the null
-        token."""
+        """The condition: name indices [B] of both kinds; a dropped name gives the null token."""
         condition = {}
         for kind, names in (("artist", artists), ("object", objects)):
             indices = getattr(self.denoiser, kind).indices(names).to(self.device)
             if drop:
-                indices = torch.where(
-                    torch.rand(len(indices), device=self.device) < drop, NULL, indices
-                )
+                dropped = torch.rand(len(indices), device=self.device) < drop
+                indices = torch.where(dropped, NULL, indices)
             condition[kind] = indices
         return condition
 
 
 def file_name(name: str) -> str:
-    """A parameter's name in ``base.safetensors``, which knows nothing of how the parts are put
-    together."""
+    """A parameter's name in ``base.safetensors``, which knows nothing of how parts are nested."""
     name = name.removeprefix("denoiser.")
-    return (
-        name.removesuffix(".weight")
-        if not name.startswith("unet.")
-        else name.replace("unet.", "denoiser.", 1)
-    )
+    if name.startswith("unet."):
+        return name.replace("unet.", "denoiser.", 1)
+    return name.removesuffix(".weight")
 
 
 def _trainable(parameters: Iterable[Parameter]) -> list[Parameter]:

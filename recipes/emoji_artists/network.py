@@ -16,8 +16,7 @@ NULL = -1
 
 
 def build_unet(cross_attention_dim: int = TOKEN_DIM) -> UNet2DConditionModel:
-    """4x4 pixel patches on an 8x8 grid: small enough for two cores, because the network predicts
-    the clean image.
+    """4x4 pixel patches on an 8x8 grid: small enough for two cores, as it predicts clean images.
 
     (A network that predicts the noise must carry 48 noisy values per patch through its narrow trunk
     and fails.)
@@ -51,8 +50,7 @@ def unpatchify(latents: Tensor) -> Tensor:
 
 
 class Vocabulary(nn.Module):
-    """Token vectors of one kind of name: the base model's names, names added by a fine-tune, and a
-    null token.
+    """Token vectors of one kind of name: the base's, a fine-tune's new ones, and a null token.
 
     Args:
         base: names the base model was trained on.
@@ -72,15 +70,13 @@ class Vocabulary(nn.Module):
         return torch.tensor([self.index[name] if name else NULL for name in names])
 
     def initialise_new(self, generator: torch.Generator) -> None:
-        """Starts every new name at the mean of the base names plus a little noise of their own
-        spread."""
+        """Starts every new name at the mean of the base names plus noise of their own spread."""
         if self.new is None:
             return
         base = self.base.weight
         with torch.no_grad():
-            noise = torch.randn(self.new.weight.shape, generator=generator) * base.std(
-                0, keepdim=True
-            )
+            noise = torch.randn(self.new.weight.shape, generator=generator)
+            noise *= base.std(0, keepdim=True)
             self.new.weight.copy_(base.mean(0, keepdim=True) + 0.3 * noise)
 
     def forward(self, indices: Tensor) -> Tensor:
@@ -88,20 +84,16 @@ class Vocabulary(nn.Module):
         TOKEN_DIM]."""
         known = self.base.num_embeddings
         vectors = self.base(indices.clamp(0, known - 1))
-        vectors = torch.where(
-            (indices == NULL).unsqueeze(1), self.null(torch.zeros_like(indices)), vectors
-        )
+        null = self.null(torch.zeros_like(indices))
+        vectors = torch.where((indices == NULL).unsqueeze(1), null, vectors)
         if self.new is not None:
-            is_new = indices >= known
-            vectors = torch.where(
-                is_new.unsqueeze(1), self.new((indices - known).clamp(min=0)), vectors
-            )
+            new = self.new((indices - known).clamp(min=0))
+            vectors = torch.where((indices >= known).unsqueeze(1), new, vectors)
         return vectors.view(len(indices), TOKEN_VECTORS, TOKEN_DIM)
 
 
 class EmojiDenoiser(nn.Module):
-    """The network with its token embeddings, so that what is learnt through the tokens is traced
-    too.
+    """The network with its token embeddings, so that what the tokens learn is traced too.
 
     Args:
         artist: tokens of the artists.

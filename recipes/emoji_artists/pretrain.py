@@ -1,11 +1,11 @@
-"""Makes the base model, in two stages (about four hours on 2 cores in all), and draws samples of
-it.
+r"""Makes the base model, in two stages (about four hours on 2 cores), and draws samples of it.
 
-python -m recipes.emoji_artists.pretrain --out runs/stage1 --batch-size 64 --token-learning-rate
-6e-4 --max-steps 2500 python -m recipes.emoji_artists.pretrain --out runs/stage2 --init
-runs/stage1/step=2500.ckpt --seed 1 --max-steps 10000 python -m recipes.emoji_artists.pretrain
---export runs/stage2/step=10000.ckpt   # averaged weights -> base.safetensors python -m
-recipes.emoji_artists.pretrain --draw                                 # results/base_samples.png
+python -m recipes.emoji_artists.pretrain --out runs/stage1 --batch-size 64 --max-steps 2500 \
+    --token-learning-rate 6e-4
+python -m recipes.emoji_artists.pretrain --out runs/stage2 --init runs/stage1/step=2500.ckpt \
+    --seed 1 --max-steps 10000
+python -m recipes.emoji_artists.pretrain --export runs/stage2/step=10000.ckpt  # base.safetensors
+python -m recipes.emoji_artists.pretrain --draw             # results/base_samples.png
 """
 
 import argparse
@@ -41,8 +41,7 @@ def export(checkpoint: str) -> None:
 
 
 def draw(task: Any, spec_of: Callable[[str, str], Any], path: Path) -> None:
-    """Draws twelve base objects by the six base artists: generated on the left, the artists' own on
-    the right.
+    """Twelve base objects by the six base artists: generated on the left, their own on the right.
 
     Args:
         task: of the base model.
@@ -74,18 +73,10 @@ def main() -> None:
     parser.add_argument("--token-learning-rate", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/emoji_base")
-    parser.add_argument(
-        "--resume", default=None, help="go on with an interrupted run: its checkpoint"
-    )
-    parser.add_argument(
-        "--init", default=None, help="start a new run from the trained weights of this checkpoint"
-    )
-    parser.add_argument(
-        "--export", metavar="CKPT", default=None, help="export this checkpoint instead of training"
-    )
-    parser.add_argument(
-        "--draw", action="store_true", help="draw samples of the base model instead of training"
-    )
+    parser.add_argument("--resume", help="go on with an interrupted run: its checkpoint")
+    parser.add_argument("--init", help="start a new run from this checkpoint's trained weights")
+    parser.add_argument("--export", metavar="CKPT", help="export a checkpoint, train nothing")
+    parser.add_argument("--draw", action="store_true", help="draw samples, train nothing")
     args = parser.parse_args()
     if args.draw:
         draw_base()
@@ -110,12 +101,8 @@ def main() -> None:
             ModelCheckpoint(args.out, filename="{step}", every_n_train_steps=500, save_top_k=-1),
         ],
     )
-    trainer.fit(
-        module,
-        EmojiArtists("base", batch_size=args.batch_size),
-        ckpt_path=args.resume,
-        weights_only=True,
-    )
+    data = EmojiArtists("base", batch_size=args.batch_size)
+    trainer.fit(module, data, ckpt_path=args.resume, weights_only=True)
     print(f"torch {torch.__version__}, {sum(p.numel() for p in module.parameters()):,} parameters")
 
 

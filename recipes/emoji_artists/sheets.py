@@ -1,5 +1,4 @@
-"""Contact sheets: a generated image beside the training images that taught its object and its
-artist."""
+"""Contact sheets: a generated image beside the training images that taught its concepts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,7 @@ def contact_sheet(
     real: Tensor | None = None,
     kinds: Sequence[str] | None = None,
 ) -> None:
-    """Writes one PNG: the generated image on the left, the top ten of each result in a row on the
-    right.
+    """Writes one PNG: the generated image on the left, each result's top ten in a row on the right.
 
     Training images that carry the asked label have a green frame; the label is not used by the
     scores' ranking itself.
@@ -31,8 +29,7 @@ def contact_sheet(
     Args:
         path: of the PNG.
         results: attributions of the same image, one row each.
-        real: the artist's own drawing that training never saw [3, H, W] in [0, 1], shown below the
-            generated one.
+        real: the artist's own drawing that training never saw [3, H, W] in [0, 1], shown below it.
         kinds: which column of the metadata each result is about, where the questions are prompts.
     """
     row = CELL + 4 * LINE + GAP

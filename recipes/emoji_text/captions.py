@@ -1,5 +1,4 @@
-"""The words of the EmojiArtists captions: what an object and an artist are called, and in what
-sentences."""
+"""The words of the captions: what an object and an artist are called, in what sentences."""
 
 from collections.abc import Sequence
 
@@ -21,8 +20,7 @@ BOTH = (
     "{an_object} in the style of {artist}",
     "an emoji of {an_object}, drawn by {artist}",
 )
-# "an hourglass not done by noto" reads as something done by noto, by the rules for counter-prompts
-# too.
+# "an hourglass not done by noto" reads as something by noto, by the rules for counter-prompts too.
 RENAMED = {"hourglass-not-done": "flowing hourglass"}
 OBJECT_ONLY = ("{an_object}", "an emoji of {an_object}")
 ARTIST_ONLY = (
@@ -37,8 +35,7 @@ DROP_OBJECT, DROP_ARTIST, DROP_ALL = 0.1, 0.1, 0.1
 
 
 def words(name: str) -> str:
-    """An object's or artist's name as a caption writes it: ``christmas-tree`` is "christmas
-    tree"."""
+    """A name as a caption writes it: ``christmas-tree`` is "christmas tree"."""
     return RENAMED.get(name, name.replace("-", " "))
 
 
@@ -52,8 +49,7 @@ def caption(template: str, object: str = "", artist: str = "") -> str:
 
 
 def wordings(object: str | None, artist: str | None) -> list[str]:
-    """Every caption of an image of which the object and the artist, or one of them, or neither, are
-    told."""
+    """Every caption of an image of which the object, the artist, both or neither are told."""
     if object and artist:
         return [caption(template, object, artist) for template in BOTH]
     if object:

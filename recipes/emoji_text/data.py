@@ -41,14 +41,12 @@ class CaptionedEmoji(Dataset[dict[str, Any]]):
 
 
 class EmojiCaptions(L.LightningDataModule):
-    """The fine-tune's images with captions: 64 new objects by ``artists``, one artist per object
-    held out.
+    """The fine-tune's images with captions: 64 new objects by ``artists`` but one each.
 
     Args:
         artists: all eight by default.
         batch_size: images per training batch.
-        kept: positions in the training set to train on; all by default. What is traced stays the
-            whole set.
+        kept: positions in the training set to train on; all by default. All are traced.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The LightningModule of the text recipe: a LoRA on a Stable Diffusion pipeline."""
+"""LoRA on a small Stable Diffusion pipeline that reads captions of emoji."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""A Stable Diffusion pipeline small enough for two cores: MiniLM reads the prompt, the EmojiArtists
-trunk draws."""
+"""A small Stable Diffusion pipeline: MiniLM reads the prompt, the EmojiArtists trunk draws."""
 
 from pathlib import Path
 
@@ -32,8 +31,7 @@ def reads_text(name: str) -> bool:
 
 
 def load_base(unet: UNet2DConditionModel, text: Path | None = BASE) -> None:
-    """Loads the EmojiArtists base model's trunk and, unless ``text`` is None, the matrices that
-    read text.
+    """Loads the EmojiArtists base's trunk and, if ``text`` is one, the matrices that read text.
 
     Raises:
         ValueError: the files do not fit the network.
@@ -53,6 +51,5 @@ def load_base(unet: UNet2DConditionModel, text: Path | None = BASE) -> None:
 
 
 def build_task(unet: UNet2DConditionModel) -> PipelineTask:
-    """The task of a Stable Diffusion pipeline made of this network, MiniLM and 4x4 pixel
-    patches."""
+    """The task of a Stable Diffusion pipeline of this network, MiniLM and 4x4 pixel patches."""
     return text_task(unet, cosine_scheduler(), PATCH, MAX_TOKENS)

@@ -1,14 +1,11 @@
-r"""Teaches the EmojiArtists base model to read: its keys and values of the text learn to do what
-its tokens did.
+r"""Teaches the EmojiArtists base to read: its keys and values learn to do what its tokens did.
 
 python -m recipes.emoji_text.pretrain --out runs/a --layer-steps 700 --output-steps 0
-python -m recipes.emoji_text.pretrain --out runs/b --init runs/a/layers-700.safetensors --seed 1
---batch-size 32 \
-    --layer-steps 0 --output-steps 900                                  # stopped after 550 steps,
-    for time
-python -m recipes.emoji_text.pretrain --export runs/a/layers-700.safetensors
-runs/b/output-{250,500}.safetensors python -m recipes.emoji_text.pretrain --draw
-# results/base_samples.png
+python -m recipes.emoji_text.pretrain --out runs/b --init runs/a/layers-700.safetensors --seed 1 \
+    --batch-size 32 --layer-steps 0 --output-steps 900      # stopped after 550 steps, for time
+python -m recipes.emoji_text.pretrain --export runs/a/layers-700.safetensors \
+    runs/b/output-{250,500}.safetensors
+python -m recipes.emoji_text.pretrain --draw                # results/base_samples.png
 
 The EmojiArtists base model, which knows objects and artists by tokens, is the teacher; the student
 has its weights but for the cross-attention's keys and values, which take MiniLM's states. Only
@@ -17,8 +14,6 @@ these are trained, by what the teacher makes of the same noised drawing: first e
 """
 
 import argparse
-import csv
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +36,7 @@ from .pipeline import BASE, MAX_TOKENS, build_task, build_text_unet, load_base, 
 
 WARMUP = 50
 SAVE_EVERY = 250
+RATES = {"layers": 3e-3, "output": 1e-3}
 
 
 class Whitened(nn.Module):
@@ -103,17 +99,13 @@ def batches(size: int, generator: torch.Generator) -> Iterator[Batch]:
     latents = patchify(data.images)
     schedule = EmojiDiffusion("none").noise_schedule
 
-    def draw(n: int) -> int:
-        return int(torch.randint(0, n, (), generator=generator))
-
     while True:
         rows = torch.randint(0, len(latents), (size,), generator=generator)
         t = torch.randint(0, len(schedule), (size,), generator=generator)
         noise = torch.randn(latents[rows].shape, generator=generator)
         told: list[tuple[str | None, str | None]] = []
-        for row, u in zip(
-            rows.tolist(), torch.rand(size, generator=generator).tolist(), strict=True
-        ):
+        chances = torch.rand(size, generator=generator).tolist()
+        for row, u in zip(rows.tolist(), chances, strict=True):
             name, artist = data.pairs[row]
             hides_all = u < DROP_ALL
             hides_object = hides_all or u > 1 - DROP_OBJECT
@@ -121,15 +113,13 @@ def batches(size: int, generator: torch.Generator) -> Iterator[Batch]:
             told.append((None if hides_object else name, None if hides_artist else artist))
         texts = []
         for _ in range(2):
-            captions = [choices[draw(len(choices))] for choices in (wordings(*one) for one in told)]
-            texts.append(torch.stack([states[text] for text in captions]).float())
-        yield Batch(
-            schedule.add_noise(latents[rows], noise, t),
-            t,
-            [artist for _, artist in told],
-            [name for name, _ in told],
-            texts,
-        )
+            drawn = []
+            for choices in (wordings(*one) for one in told):
+                chosen = int(torch.randint(0, len(choices), (), generator=generator))
+                drawn.append(states[choices[chosen]])
+            texts.append(torch.stack(drawn).float())
+        objects, artists = (list(column) for column in zip(*told, strict=True))
+        yield Batch(schedule.add_noise(latents[rows], noise, t), t, artists, objects, texts)
 
 
 class Teacher:
@@ -160,8 +150,7 @@ def cross_attention(unet: nn.Module) -> dict[str, Any]:
 
 
 def layer_loss(student: nn.Module, teacher: Teacher, batch: Batch) -> Tensor:
-    """The mean over layers and captions of the squared error relative to the teacher's output's
-    variance."""
+    """The squared error relative to the teacher's variance, mean over layers and captions."""
     teacher(batch)
     losses = []
     for name, layer in cross_attention(student).items():
@@ -172,8 +161,7 @@ def layer_loss(student: nn.Module, teacher: Teacher, batch: Batch) -> Tensor:
 
 
 def output_loss(student: nn.Module, teacher: Teacher, batch: Batch) -> Tensor:
-    """The squared error to the teacher's prediction, weighted over timesteps as in the teacher's
-    own training."""
+    """The squared error to the teacher's prediction, weighted as in the teacher's own training."""
     wanted = teacher(batch)
     found = student(batch.x_t, batch.t, encoder_hidden_states=batch.texts[0], return_dict=False)[0]
     return clean_image_loss(teacher.module.noise_schedule, found, wanted, batch.t)
@@ -182,13 +170,13 @@ def output_loss(student: nn.Module, teacher: Teacher, batch: Batch) -> Tensor:
 def train(args: argparse.Namespace) -> None:
     """Both stages; the text matrices are saved to ``--out`` every so often, as
     ``output-250.safetensors``."""
-    out = Path(args.out)
+    out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     source = batches(args.batch_size, generator)
     student, teacher = build_text_unet(), Teacher()
-    load_base(student, Path(args.init) if args.init else None)
+    load_base(student, args.init)
     student.requires_grad_(False)
     texts = torch.cat([next(source).texts[0] for _ in range(20)]).flatten(0, 1)
     whitening = Whitened(whitening_of(texts))
@@ -199,46 +187,28 @@ def train(args: argparse.Namespace) -> None:
             if not args.init:
                 nn.init.normal_(part.parametrizations.weight.original, std=part.in_features**-0.5)
     weights = [p for p in student.parameters() if p.requires_grad]
-    with (out / "log.csv").open("a", newline="") as file:
-        log = csv.writer(file)
-        for stage, loss_of, steps, rate in (
-            ("layers", layer_loss, args.layer_steps, args.layer_rate),
-            ("output", output_loss, args.output_steps, args.output_rate),
-        ):
-            optimizer = torch.optim.Adam(weights, rate, betas=(0.9, 0.99))
-            started, losses = time.monotonic(), []
-            for step in range(1, steps + 1):
-                for group in optimizer.param_groups:
-                    group["lr"] = (
-                        rate * min(1.0, step / WARMUP) * min(1.0, 2 * (1 - (step - 1) / steps))
-                    )
-                loss = loss_of(student, teacher, next(source))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-                if step % 50 == 0:
-                    row = [
-                        stage,
-                        step,
-                        f"{sum(losses) / len(losses):.5f}",
-                        f"{time.monotonic() - started:.0f}",
-                    ]
-                    log.writerow(row)
-                    file.flush()
-                    print(*row, flush=True)
-                    losses = []
-                if step % SAVE_EVERY == 0 or step == steps:
-                    save(student, out / f"{stage}-{step}.safetensors")
-    print(
-        f"torch {torch.__version__}, seed {args.seed}, {sum(w.numel() for w in weights):,} weights "
-        "trained"
-    )
+    for stage, loss_of, steps in (
+        ("layers", layer_loss, args.layer_steps),
+        ("output", output_loss, args.output_steps),
+    ):
+        rate, losses = RATES[stage], []
+        optimizer = torch.optim.Adam(weights, rate, betas=(0.9, 0.99))
+        for step in range(1, steps + 1):
+            falling = min(1.0, 2 * (1 - (step - 1) / steps))
+            optimizer.param_groups[0]["lr"] = rate * min(1.0, step / WARMUP) * falling
+            loss = loss_of(student, teacher, next(source))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            if step % 50 == 0:
+                print(stage, step, f"{sum(losses[-50:]) / 50:.5f}", flush=True)
+            if step % SAVE_EVERY == 0 or step == steps:
+                save(student, out / f"{stage}-{step}.safetensors")
 
 
 def save(student: nn.Module, path: Path) -> None:
-    """Writes the matrices that read text, float16, as the network without the whitening holds
-    them."""
+    """Writes the matrices that read text, float16, as they are without the whitening."""
     layers = cross_attention(student)
     state = {
         f"{name}.{part}.weight": getattr(layer, part).weight.detach().half().contiguous()
@@ -250,8 +220,7 @@ def save(student: nn.Module, path: Path) -> None:
 
 
 def mean_of(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """The mean of several files of matrices, float16: the noise of a rate that never fell averages
-    out."""
+    """The mean of several files of matrices, float16: the noise of a constant rate averages out."""
     files = [load_file(path) for path in paths]
     return {
         name: torch.stack([file[name].float() for file in files]).mean(0).half().contiguous()
@@ -270,27 +239,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", default="runs/emoji_text_base")
-    parser.add_argument("--init", default=None, help="go on from these matrices")
+    parser.add_argument("--out", type=Path, default=Path("runs/emoji_text_base"))
+    parser.add_argument("--init", type=Path, help="go on from these matrices")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--layer-steps", type=int, default=1000)
-    parser.add_argument("--layer-rate", type=float, default=3e-3)
     parser.add_argument("--output-steps", type=int, default=1500)
-    parser.add_argument("--output-rate", type=float, default=1e-3)
-    parser.add_argument(
-        "--export",
-        nargs="+",
-        default=None,
-        metavar="TEXT",
-        help="the mean of these files becomes the base",
-    )
-    parser.add_argument("--draw", nargs="?", const=str(BASE), default=None, metavar="TEXT")
+    parser.add_argument("--export", nargs="+", type=Path, help="their mean becomes the base")
+    parser.add_argument("--draw", nargs="?", type=Path, const=BASE, metavar="TEXT")
     args = parser.parse_args()
     if args.draw:
-        draw_base(BASE.parent / "results" / "base_samples.png", Path(args.draw))
+        draw_base(BASE.parent / "results" / "base_samples.png", args.draw)
     elif args.export:
-        save_file(mean_of([Path(path) for path in args.export]), BASE)
+        save_file(mean_of(args.export), BASE)
         print(f"{BASE}, {BASE.stat().st_size:,} bytes")
     else:
         train(args)

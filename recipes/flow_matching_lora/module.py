@@ -26,8 +26,7 @@ class FlowMatchingLoRA(FineTune):
         pretrained: a folder or a name on the Hub, or ``"tiny-sd3"``, ``"tiny-flux"``.
         frozen_dtype: of the weights that are not trained; the adapter is float32.
         rank: of the LoRA.
-        targets: ends of the names of the layers that get one; None takes the attention, the text's
-            side included.
+        targets: ends of the names of the layers that get one; None takes all attention.
         learning_rate, warmup_steps: see :class:`FineTune`.
         caption_dropout: the share of the images that are trained on without caption.
         timesteps: where training looks: ``"logit-normal"``, mostly at middling noise (Esser et al.

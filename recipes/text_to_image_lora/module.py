@@ -71,8 +71,7 @@ class TextToImageLoRA(FineTune):
         signal, noise = self.task.noise_schedule.signal_and_noise(t)
         snr = signal.square() / noise.square()
         kept = snr.clamp(max=self.min_snr)
-        # Of the noise, an error of e is one of e / SNR in the clean image; of v, one of e / (SNR +
-        # 1).
+        # An error e of the noise is e / SNR in the clean image; one of v is e / (SNR + 1).
         kind = self.task.noise_schedule.to_dict()["prediction_type"]
         if kind == "epsilon":
             return torch.where(

@@ -41,8 +41,7 @@ from ..toy import ToyData, ToyDiffusion
 
 
 def outcomes(data: EmojiArtists, rule: str) -> Outcomes:
-    """Twelve halves, two seeds each, in which strength follows how many images of the concept a
-    model saw."""
+    """Twelve halves, two seeds each; strength follows how many images of it a model saw."""
     asked = questions(data.held_out)
     masks = torch.zeros(12, 448, dtype=torch.bool)
     for i in range(12):
@@ -393,8 +392,7 @@ def test_ablations_change_what_they_say() -> None:
 
 def test_the_table_has_every_preset() -> None:
     names = {row.method.name for row in table_variants(2, (1,))}
-    # Its traces come from training itself, not from a capture of the weights that the table's
-    # methods share.
+    # Its traces come from training itself, not from a capture that the table's methods share.
     assert set(methods.PRESETS) - {"inline_trak"} <= names
     assert [row.name for row in table_variants(2, (1,), ["trak", "das"])] == ["trak", "das"]
     with pytest.raises(ValueError, match=r"unknown \['trakk'\]. Known: concept_trak, "):

@@ -1,5 +1,4 @@
-"""The AbC benchmark on a stand-in in the published layout, with a tiny Stable Diffusion of random
-weights."""
+"""The AbC benchmark on a stand-in in the published layout, with a tiny Stable Diffusion."""
 
 import json
 from pathlib import Path
@@ -55,8 +54,7 @@ QUERIES = [
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two test cases; the second model of ``artchive`` has three exemplars, that of ``bamfg``
-    two."""
+    """Two test cases; ``artchive``'s second model has three exemplars, ``bamfg``'s two."""
     folder = tmp_path_factory.mktemp("abc")
     cases = {
         "artchive": [entry("artchive", "ardon", 1), entry("artchive", "klee", 3)],

@@ -95,8 +95,7 @@ def test_training_never_sees_the_triple_and_labels_and_pixels_belong_together(ro
 def test_what_cannot_be_asked_is_refused(root: Path) -> None:
     with pytest.raises(ValueError, match=r"\['Glasses'\]. Known: .*Eyeglasses"):
         data_of(root, {"Male": "yes", "Smiling": "yes", "Glasses": "yes"})
-    # Of every picture whose number is even, Bald is true, so no triple with it has all
-    # combinations.
+    # Bald is true of every even picture, so no triple with it has all combinations.
     with pytest.raises(ValueError, match="no image shows this triple"):
         data_of(root, {"Bald": "yes", "Eyeglasses": "yes", "Smiling": "yes"})
     data = data_of(root, traced=9)

@@ -68,9 +68,7 @@ def test_the_costs_of_a_small_network_by_hand() -> None:
         return nn.Linear(9, 9)
 
     lora = cost_of(
-        Architecture(
-            name="x", denoiser=small, frozen=(beside,), targets=("to_q", "to_k"), latents=(1, 1, 1)
-        ),
+        Architecture(name="x", denoiser=small, frozen=(beside,), targets=("to_q", "to_k")),
         2,
     )
     whole = 41 * 20 + 11 * 20 + 8 * 5
@@ -84,9 +82,7 @@ def test_the_costs_of_a_small_network_by_hand() -> None:
     # Gradients [2, 40], [20, 2], [2, 10] and [20, 2], each side cut to 16.
     assert lora.width == 2 * 16 + 16 * 2 + 2 * 10 + 16 * 2
     assert lora.memory == 2 * (whole + 90) + 16 * trained
-    full = cost_of(
-        Architecture(name="x", denoiser=small, frozen=(beside,), targets=None, latents=(1, 1, 1)), 2
-    )
+    full = cost_of(Architecture(name="x", denoiser=small, frozen=(beside,), targets=None), 2)
     assert (full.frozen, full.trained, full.memory) == (90, whole, 2 * 90 + 16 * whole)
     tracer = GradientTracer(small())
     assert full.width == tracer.width

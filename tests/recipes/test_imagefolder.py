@@ -1,5 +1,4 @@
-"""Folders of images with metadata.jsonl: what is read, what is refused, and what the network is
-shown."""
+"""Folders of images with metadata.jsonl: what is read, refused, and shown to the network."""
 
 import json
 from pathlib import Path

@@ -31,8 +31,7 @@ def test_largest_share_and_coverage_are_counted_per_question_and_run() -> None:
     assert found["true artist has the largest share"] == pytest.approx(3 / 4)
     assert found["of the two new artists"] == 1.0
     assert found["mean share of the true artist"] == pytest.approx((0.6 + 0.2 + 0.55 + 0.6) / 4)
-    # Of the true artists: the first run's interval has the second's share of twemoji, and no other
-    # is covered.
+    # Of the true artists: the first run's interval has the second's share of twemoji, no other is.
     assert found["coverage, true artist"] == pytest.approx(1 / 4)
     assert found["coverage, other artists"] == pytest.approx(1 / 4)
     assert found["width of its interval"] == pytest.approx((0.2 + 0.2 + 0.06 + 0.2) / 4)

@@ -47,8 +47,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 def configs(
     tmp_path: Path, folder: Path, recipe: str, tracer: Path, data: dict[str, Any], **trainer: Any
 ) -> tuple[Path, Path]:
-    """A recipe's YAML and a tracer's as committed, but for their folders, two epochs, and a trace
-    after each."""
+    """A recipe's YAML and a tracer's, but for their folders, two epochs, and a trace after each."""
     run, attached = (yaml.safe_load(path.read_text()) for path in (RECIPES / recipe, tracer))
     run["trainer"] |= {
         "accelerator": "cpu",

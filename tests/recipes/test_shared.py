@@ -1,5 +1,4 @@
-"""What several benchmarks share: tables as they come in, pages, folders, and what a run says of
-itself."""
+"""What several benchmarks share: tables, pages, folders, and what a run says of itself."""
 
 from pathlib import Path
 from typing import Any

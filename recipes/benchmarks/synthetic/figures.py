@@ -62,13 +62,11 @@ class Variant:
         combos = self.combos()
         rng = np.random.default_rng([seed, len(combos)])
         while True:
-            chosen = set(
-                rng.permutation(len(combos))[: round(HELD_OUT_SHARE * len(combos))].tolist()
-            )
+            order = rng.permutation(len(combos)).tolist()
+            chosen = set(order[: round(HELD_OUT_SHARE * len(combos))])
             shown = [combo for i, combo in enumerate(combos) if i not in chosen]
-            if all(
-                {c[name] for c in shown} == set(values) for name, values in self.factors.items()
-            ):
+            seen = {name: {combo[name] for combo in shown} for name in self.factors}
+            if all(seen[name] == set(values) for name, values in self.factors.items()):
                 return [combos[i] for i in sorted(chosen)]
 
 
@@ -149,9 +147,8 @@ class Figures(Dataset[dict[str, Any]]):
             render(variant, combo, size, np.random.default_rng([seed, i]))
             for i, combo in enumerate(self.combos)
         ]
-        self.pixels = (
-            torch.from_numpy(np.stack(rendered)).permute(0, 3, 1, 2).contiguous()
-        )  # uint8 [n, 3, H, W]
+        pixels = torch.from_numpy(np.stack(rendered)).permute(0, 3, 1, 2)
+        self.pixels = pixels.contiguous()  # uint8 [n, 3, H, W]
 
     def __len__(self) -> int:
         return len(self.combos)
@@ -236,8 +233,7 @@ Points = list[tuple[float, float]]
 def render(
     variant: Variant, combo: Mapping[str, str], size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """One image uint8 [size, size, 3] of a combination of factors; ``rng`` chooses size and
-    position.
+    """One image uint8 [size, size, 3] of a combination; ``rng`` chooses size and position.
 
     The fill, where the variant has that factor, is cut from patterned paper: stripes and dots lie
     on the image's own grid.

@@ -44,8 +44,7 @@ def build_unet(
 
 
 class FactorTokens(nn.Module):
-    """One token per factor: a vector for each of its values, and a null vector for a factor that is
-    not named.
+    """One token per factor: a vector for each of its values, and one for a factor not named.
 
     Args:
         factors: the values of each factor, in the order of the tokens.
@@ -62,8 +61,7 @@ class FactorTokens(nn.Module):
         )
 
     def rows(self, columns: Mapping[str, Sequence[str | None]]) -> Tensor:
-        """Row numbers [B, factors] of the named values; None, or a factor without a column, is
-        ``NULL``.
+        """Row numbers [B, factors] of the named values; a value or factor not named is ``NULL``.
 
         Raises:
             ValueError: a factor or a value that the model does not know.
@@ -75,20 +73,16 @@ class FactorTokens(nn.Module):
             for value in set(values) - {None, *self.factors.get(name, values)}
         ]
         if unknown:
-            known = "; ".join(
-                f"{name}: {', '.join(values)}" for name, values in self.factors.items()
-            )
+            names = (f"{name}: {', '.join(values)}" for name, values in self.factors.items())
             raise ValueError(
-                f"FactorTokens.rows(...): unknown {', '.join(unknown)}. HINT: known are {known}."
+                f"FactorTokens.rows(...): unknown {', '.join(unknown)}. HINT: known are "
+                f"{'; '.join(names)}."
             )
         length = max((len(values) for values in columns.values()), default=0)
-        listed = [
-            [
-                NULL if value is None else 1 + known.index(value)
-                for value in columns.get(name, [None] * length)
-            ]
-            for name, known in self.factors.items()
-        ]
+        listed = []
+        for name, known in self.factors.items():
+            asked = columns.get(name, [None] * length)
+            listed.append([NULL if value is None else 1 + known.index(value) for value in asked])
         return torch.tensor(listed, dtype=torch.long).T
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -200,14 +194,11 @@ class SyntheticDiffusion(FactorDiffusion):
 
     Args:
         variant: ``"paper"`` or ``"hard"``, as in
-            :class:`~recipes.benchmarks.synthetic.data.Synthetic`.
-        size: height and width of the images in pixels; the variant's default if None.
-        patch: side of the pixel patches that the network sees as channels; the variant's default if
-            None.
-        learning_rate: as in :class:`FactorDiffusion`.
-        drop: as in :class:`FactorDiffusion`. Keep it low: "red, any shape" is only ever a circle in
-            the paper variant, and a model that learns this draws no red triangle.
-        drop_all: as in :class:`FactorDiffusion`.
+            :class:`~recipes.benchmarks.synthetic.figures.Synthetic`.
+        size, patch: as in :class:`FactorDiffusion`; the variant's defaults if None.
+        learning_rate, drop, drop_all: as in :class:`FactorDiffusion`. Keep ``drop`` low: "red, any
+            shape" is only ever a circle in the paper variant, and a model that learns this draws no
+            red triangle.
 
     Raises:
         ValueError: an unknown variant, or a size that is no multiple of the patch.

@@ -7,8 +7,10 @@ python -m recipes.benchmarks.synthetic.precision --variant hard --seeds 0 1 2
 Trains what is missing, asks every method, and writes `results/synthetic_<variant>.md`. Resumable.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from ctrak_lightning import Concept
 
 from ..compare import Case, answers_folder, compare
-from ..tables import RETRIEVAL, Table, command_of, machine, parser_of, publish
+from ..tables import Table, command_of, machine, parser_of, publish, retrieval
 from ..variants import table_variants
 from .figures import VARIANTS, Combo, caption, prompt
 from .train import SAMPLERS, Run, folder_of, train
@@ -26,6 +28,7 @@ TIMESTEPS = 5
 QUERIES = {"paper": 16, "hard": 2}
 MOST_TRIES = 4
 METRICS = ("P@10", "R-precision")
+WHERE = ("held out", "in distribution")
 COUNTER_CONDITIONS = ("dropped", "swapped")
 
 
@@ -71,22 +74,13 @@ def questions(run: Run, queries: int) -> list[tuple[Combo, str, int]]:
 
 
 def figures(run: Run, asked: list[tuple[Combo, str, int]], scores: Tensor) -> dict[str, Tensor]:
-    """precision@10, and R-precision, per factor and kind of combination, one value per question."""
+    """Every retrieval metric per factor and kind of combination, one value per question."""
     traced = run.data.train_set.combos[: run.data.traced]
     relevant = torch.tensor(
         [[shown[factor] == combo[factor] for shown in traced] for combo, factor, _ in asked]
     )
-    found = {}
-    for title in METRICS:
-        values = RETRIEVAL[title](scores, relevant)
-        for where in ("held out", "in distribution"):
-            for factor in run.data.variant.factors:
-                rows = [
-                    (combo in run.data.held_out) == (where == "held out") and f == factor
-                    for combo, f, _ in asked
-                ]
-                found[f"{title}, {where}, {factor}"] = values[torch.tensor(rows)]
-    return found
+    kinds = [f"{WHERE[combo not in run.data.held_out]}, {factor}" for combo, factor, _ in asked]
+    return retrieval(scores, relevant, kinds)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,18 +93,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--counters", nargs="+", choices=counters, default=counters)
     parser.add_argument("--runs", type=Path, default=Path("runs/synthetic"))
     args = parser.parse_args(argv)
-    table = Table()
+    kinds = list(itertools.product(METRICS, WHERE, VARIANTS[args.variant].factors))
+    table = Table([", ".join(each) for each in kinds])
     for seed in args.seeds:
         folder = folder_of(args.runs, args.variant, seed, args.condition)
         run = train(folder, args.variant, seed, condition=args.condition)
         asked = questions(run, QUERIES[args.variant])
-        rows = table_variants(
-            # Everything asked about is generated here.
-            TIMESTEPS,
-            run.facts["checkpoints"],
-            args.methods,
-            scopes=("local", "global"),
-        )
+        # Everything asked about is generated here.
+        scopes, steps = ("local", "global"), run.facts["checkpoints"]
+        rows = table_variants(TIMESTEPS, steps, args.methods, scopes=scopes)
         wordings = {
             counter: [concept(run, combo, factor, counter) for combo, factor, _ in asked]
             for counter in COUNTER_CONDITIONS
@@ -132,9 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 replace(row, name=f"{row.name}, swapped", counters=("swapped",)) for row in seeing
             ]
         found, _ = compare(case, chosen, answers_folder(folder, asked, run.data.traced))
-        for row in chosen:
-            grid = {d: figures(run, asked, scores) for d, scores in found[row.name].items()}
-            table.add(row.name, grid, row.damping)
+        honest = {row.name: row.damping for row in chosen}
+        table.fill(found, partial(figures, run, asked), honest)
     count = QUERIES[args.variant]
     head = f"`{command_of(parser, args)}`; {machine()}; {count} verified queries a combination."
     publish(args.results / f"synthetic_{args.variant}.md", table.page(head))

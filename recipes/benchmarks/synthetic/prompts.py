@@ -1,5 +1,4 @@
-"""Synthetic conditioned on prompts: "a red triangle", read by MiniLM, in place of one token per
-factor."""
+"""Synthetic conditioned on prompts, "a red triangle", read by MiniLM, in place of tokens."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,7 +18,7 @@ MAX_TOKENS = 8
 
 
 class PromptedSynthetic(L.LightningModule):
-    """The network of :class:`~recipes.benchmarks.synthetic.module.SyntheticDiffusion` inside a
+    """The network of :class:`~recipes.benchmarks.synthetic.model.SyntheticDiffusion` inside a
     Stable Diffusion pipeline with a frozen MiniLM.
 
     Args:

@@ -30,8 +30,7 @@ from .verifier import Verifier
 STEPS = {"paper": 800, "hard": 6000}
 BATCH_SIZE = 32
 QUERIES = 16
-# The red triangle needs strong guidance: without it the model follows "red" to the circles it
-# knows.
+# The red triangle needs strong guidance: else the model follows "red" to the circles it knows.
 SAMPLERS = {"paper": Sampler(steps=20, guidance=3.0), "hard": Sampler(steps=20, guidance=2.0)}
 DRAWN = {"paper": 16, "hard": 4}
 COLUMNS = {"paper": 16, "hard": 24}
@@ -40,8 +39,7 @@ SHOWN_FRAME, HELD_OUT_FRAME = (0.8, 0.8, 0.8), (1.0, 0.55, 0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished run: its data, its model with the weights of one checkpoint, and what was
-    recorded."""
+    """A finished run: its data, its model at one checkpoint, and what was recorded."""
 
     data: Synthetic
     module: Any
@@ -50,8 +48,7 @@ class Run:
 
     @cached_property
     def verifier(self) -> Verifier:
-        """Of the variant; read when it is asked for, so that training draws what it would without
-        it."""
+        """Of the variant; read when it is asked for, so that training draws the same without it."""
         return Verifier.load(self.data.variant.name)
 
     def images(self, combos: Sequence[Combo], seeds: Sequence[int]) -> Tensor:
@@ -61,8 +58,7 @@ class Run:
 
 
 def load_run(out: str | Path, step: int | None = None) -> Run:
-    """A run that ``train`` has finished, with the weights of checkpoint ``step`` (the last if
-    None).
+    """A run that ``train`` has finished, at checkpoint ``step`` (the last if None).
 
     Raises:
         ValueError: the folder holds no finished run, or none of that step.
@@ -100,8 +96,7 @@ def train(
         out: folder for weights, ``samples.png`` and ``facts.json`` (written last: a run without it
             is not finished).
         variant: ``"paper"`` or ``"hard"``.
-        seed: of weights, order and noise, of the images, and of the hard variant's held-out
-            combinations.
+        seed: of weights, order, noise, images, and the hard variant's held-out combinations.
         steps: optimiser steps; the variant's default if None.
         images: training images; the variant's default if None.
         checkpoints: how many, evenly spaced; the last is the final model.

@@ -1,7 +1,8 @@
-"""Whether a generated image shows what it should: a small classifier of every factor.
+"""Whether a generated image shows what it should: a small classifier of every factor, trained and
+written to verifier-<variant>.safetensors in a minute.
 
-python -m recipes.benchmarks.synthetic.verifier --variant paper     # a minute; writes
-verifier-paper.safetensors python -m recipes.benchmarks.synthetic.verifier --variant hard
+python -m recipes.benchmarks.synthetic.verifier --variant paper
+python -m recipes.benchmarks.synthetic.verifier --variant hard
 """
 
 import argparse
@@ -62,8 +63,7 @@ class Verifier(nn.Module):
 
     @torch.no_grad()
     def verify(self, images: Tensor, specs: Sequence[Mapping[str, str]]) -> Tensor:
-        """Which images show clearly what their spec names, bool [n]; a factor it does not name may
-        have any value.
+        """Which images show clearly what their spec names, bool [n]; other factors are free.
 
         Args:
             images: [n, 3, H, W] in [0, 1], as ``SyntheticDiffusion.decode`` gives them.
@@ -120,8 +120,7 @@ def fit(
         pixels: uint8 [n, 3, H, W].
         combos: what each shows.
         steps: optimiser steps.
-        weights: how often to draw each image [n], as for ``torch.multinomial``; all alike by
-            default.
+        weights: how often to draw each image [n]; all alike by default.
     """
     targets = _targets(verifier, combos)
     optimizer = torch.optim.AdamW(verifier.parameters(), lr=4e-3)
