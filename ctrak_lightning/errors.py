@@ -93,6 +93,15 @@ class ReportError(ValueError):
     """
 
 
+class RecipeError(ValueError):
+    """A recipe is not there, or cannot be copied to where it was asked for.
+
+    Why: a copy is there to be changed, and one command must not undo that.
+
+    What to do: ``ctrak recipe list`` says what there is; name a new folder, or ``--force``.
+    """
+
+
 class StoreError(ValueError):
     """A trace store cannot be used as it is: it is not there, cannot be read or written, or what is
     asked of it does not fit it.

@@ -23,6 +23,7 @@ COMMANDS = {
     "lineage": "the runs that a store's run goes on from",
     "export": "a store's record as PROV, Croissant or for a model card",
     "demo": "fine-tune, trace, generate and attribute on emoji",
+    "recipe": "list the fine-tunes that come along, and copy one to change it",
     "completion": "print a script that completes these commands in a shell",
 }
 OWN_PARSERS = ("fit", "demo")

@@ -36,7 +36,7 @@ class Parts:
 def everything() -> list[ModuleType]:
     """The package and all its modules, but for what runs when it is imported."""
     found = pkgutil.walk_packages(ctrak_lightning.__path__, "ctrak_lightning.")
-    skipped = re.compile(r"__main__$|\.demo_files")
+    skipped = re.compile(r"__main__$|\.recipes\b")
     wanted = [one.name for one in found if not skipped.search(one.name)]
     return [ctrak_lightning, *map(import_module, wanted)]
 

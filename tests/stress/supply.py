@@ -4,10 +4,11 @@ installed file against its hash.
 python -m tests.stress.supply              # minutes: it runs the demo
 python -m tests.stress.supply --no-demo
 
-- The wheel is built twice, and must be the same file; it holds the library, the demo's files and
+- The wheel is built twice, and must be the same file; it holds the library, the recipes and
   licences, and nothing else.
 - It is installed with nothing but what it and the demo ask for, in an environment of its own;
-  imported from an empty folder; every command answers; ``ctrak demo`` runs.
+  imported from an empty folder; every command answers; every recipe is copied, one is trained;
+  ``ctrak demo`` runs.
 - Every file of every distribution in that environment is what its RECORD says (sha256).
 - The versions there are those of .ci/requirements.lock, and none is a known malicious release.
   (Advisories that are published later need the network: run ``pip-audit -r .ci/requirements.lock``
@@ -32,8 +33,12 @@ from tests.stress.figures import RESULTS, keep
 ROOT = Path(__file__).parent.parent.parent
 LOCK = ROOT / ".ci" / "requirements.lock"
 MALICIOUS = {"lightning": {"2.6.2", "2.6.3"}, "pytorch-lightning": {"2.6.2", "2.6.3"}}
-SHIPPED = re.compile(r"ctrak_lightning/|ctrak_lightning-[^/]+\.dist-info/")
+SHIPPED = re.compile(
+    r"ctrak_lightning/(?!recipes/(benchmarks|documentation)/)|ctrak_lightning-[^/]+\.dist-info/"
+)
+STRANGE = re.compile(r"/(tests|results)/|README")
 
+NAMES = "from ctrak_lightning.cli import recipe; print(*recipe.names())"
 RECORDS = """
 import base64, hashlib, importlib.metadata as m, json
 found = {"distributions": 0, "files": 0, "without_hash": 0, "changed": [], "versions": {}}
@@ -84,7 +89,7 @@ def shipped(wheel: Path) -> dict[str, Any]:
     return {
         "bytes": wheel.stat().st_size,
         "files": len(names),
-        "strangers": [name for name in names if not SHIPPED.match(name) or "/tests/" in name],
+        "strangers": [name for name in names if not SHIPPED.match(name) or STRANGE.search(name)],
         "licences": sorted(name for name in names if name.endswith(("LICENSE", "NOTICE"))),
     }
 
@@ -114,6 +119,12 @@ def supply(root: Path, demo: bool) -> dict[str, Any]:
     found["commands"] = [
         name for name in COMMANDS if "usage: ctrak" in run([ctrak, name, "--help"], empty)
     ]
+    for name in run([python, "-c", NAMES], empty).split():
+        run([ctrak, "recipe", "copy", name, "copied"], empty)
+    config = ["--config", "recipes/emoji_artists/finetune.yaml"]
+    config += ["--config", "callbacks/concept_tracer.yaml", "--trainer.max_epochs", "1"]
+    run([ctrak, "fit", *config], empty / "copied")
+    found["trained"] = (empty / "copied" / "runs" / "traces" / "manifest.json").exists()
     if demo:
         began = time.monotonic()
         said = run([ctrak, "demo", "--out", "demo"], empty)
