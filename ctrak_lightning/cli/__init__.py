@@ -1,8 +1,9 @@
 """``ctrak``: one module per command, which says its arguments (``parser``) and does its work (``run``)."""
 
 import importlib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -11,21 +12,19 @@ from jsonargparse import ArgumentParser
 from ctrak_lightning import __version__
 from ctrak_lightning.errors import nearest, visible
 
-COMMANDS = {
-    "fit": "train with any LightningCLI YAML",
-    "attribute": "ask a store which samples taught a concept",
-    "report": "the same as a page to read and show",
-    "selfcheck": "are traces right on your own model?",
-    "info": "what a store holds",
-    "verify": "is a store what was recorded?",
-    "sign": "sign a store's ledger",
-    "forget": "take samples out whose owners have withdrawn their consent",
-    "lineage": "the runs that a store's run goes on from",
-    "export": "a store's record as PROV, Croissant or for a model card",
-    "demo": "fine-tune, trace, generate and attribute on emoji",
-    "recipe": "list the fine-tunes that come along, and copy one to change it",
-    "completion": "print a script that completes these commands in a shell",
-}
+_TITLE = re.compile(r'"""``ctrak (\w+)``: (.+?)\.?(""")?$')
+
+
+def _found() -> Iterator[tuple[str, str]]:
+    """The commands: the modules here whose first line names one, and says what it does."""
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        with path.open(encoding="utf-8") as file:
+            title = _TITLE.match(file.readline().rstrip())
+        if title:
+            yield title[1], title[2]
+
+
+COMMANDS = dict(_found())
 OWN_PARSERS = ("fit", "demo")
 """They take their arguments as they are typed: ``fit`` is LightningCLI, ``demo`` a recipe."""
 

@@ -1,4 +1,4 @@
-"""``ctrak completion``: a script that completes the commands and their options in a shell."""
+"""``ctrak completion``: a script that completes these commands in a shell."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""``ctrak demo``: the demonstration, of a checkout of the repository or of an installed wheel."""
+"""``ctrak demo``: fine-tunes, traces, generates and attributes, on emoji."""
 
 import importlib
 from collections.abc import Sequence

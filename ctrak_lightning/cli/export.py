@@ -1,4 +1,4 @@
-"""``ctrak export``: a store's record in the forms that others read."""
+"""``ctrak export``: a store's record as PROV or Croissant, or for a model card."""
 
 import json
 from pathlib import Path

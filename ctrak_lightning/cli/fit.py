@@ -1,4 +1,4 @@
-"""``ctrak fit``: LightningCLI's own."""
+"""``ctrak fit``: trains with any LightningCLI YAML."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""``ctrak forget``: takes samples out of a store whose owners have withdrawn their consent."""
+"""``ctrak forget``: takes samples out whose owners have withdrawn their consent."""
 
 import sys
 from collections.abc import Sequence

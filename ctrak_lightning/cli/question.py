@@ -253,9 +253,10 @@ def opened_store(args: Namespace) -> TraceStore:
     """
     store = TraceStore(args.store)
     known = store.samples.metadata
-    if args.group is not None and args.group not in known:
+    group = getattr(args, "group", None)  # not every command has groups
+    if group is not None and group not in known:
         raise ReportError(
-            f"--group {args.group!r}: no such metadata column. The store has: "
+            f"--group {group!r}: no such metadata column. The store has: "
             f"{', '.join(sorted(known)) or 'none'}. HINT: `encode` gives the columns, for example "
             'Encoded(..., metadata={"owner": batch["owner"]}).'
         )
@@ -284,7 +285,13 @@ def method_at(place: str) -> Method:
         ValueError: there is none.
     """
     if "." not in place:
-        return methods.by_name(place)
+        try:
+            return methods.by_name(place)
+        except ValueError as error:
+            raise ValueError(
+                f"--method {place}: {error} HINT: a method of your own is named "
+                "package.module.name."
+            ) from error
     module, _, name = place.rpartition(".")
     try:
         found = getattr(import_module(module), name)
@@ -293,11 +300,18 @@ def method_at(place: str) -> Method:
             f"--method {place}: {error}. HINT: package.module.name, from the folder that you stand "
             "in."
         ) from error
-    method = found if isinstance(found, Method) or not callable(found) else found()
+    try:
+        method = found if isinstance(found, Method) or not callable(found) else found()
+    except TypeError as error:
+        raise ValueError(
+            f"--method {place}: {error}. HINT: name a Method, or a function that makes one without "
+            "arguments."
+        ) from error
     if not isinstance(method, Method):
         raise ValueError(
             f"--method {place}: it is {type(method).__name__}, expected a Method, or a function "
-            "that makes one."
+            "that makes one. HINT: Method(..., training=MyObjective(), ...) puts your parts "
+            "together."
         )
     return method
 

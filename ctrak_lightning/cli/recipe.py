@@ -1,4 +1,4 @@
-"""``ctrak recipe``: the fine-tunes that come with the library, to be copied and changed."""
+"""``ctrak recipe``: lists the fine-tunes that come along, and copies one to change it."""
 
 import ast
 import importlib.util

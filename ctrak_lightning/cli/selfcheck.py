@@ -1,4 +1,4 @@
-"""``ctrak selfcheck``: are traces right on this model?"""
+"""``ctrak selfcheck``: are traces right on your own model?"""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""``ctrak sign``: puts an Ed25519 signature beside a ledger."""
+"""``ctrak sign``: signs a store's ledger."""
 
 from jsonargparse import ArgumentParser, Namespace
 

@@ -1,4 +1,4 @@
-"""``ctrak verify``: is a store what its manifest and its ledger say?"""
+"""``ctrak verify``: is a store what was recorded?"""
 
 from jsonargparse import ArgumentParser, Namespace
 

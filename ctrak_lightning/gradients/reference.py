@@ -140,9 +140,24 @@ def _project(
             for own, name in zip(block.own_names, block.parameters, strict=True)
         }
         matrix = block.matrix(own)
+        _refuse_incomplete(block, matrix, own)
         with full_precision(matrix.device):
             projected[block.name] = projector.project(block.name, matrix)
     return projected
+
+
+def _refuse_incomplete(block: Block, matrix: Tensor, own: Mapping[str, Tensor]) -> None:
+    """The loop reads gradients through the kind's own ``matrix``, so a kind that leaves some out, or
+    scales them, would agree with itself."""
+    found = matrix.flatten(1).double().square().sum(1)
+    expected = torch.stack([g.flatten(1).double().square().sum(1) for g in own.values()]).sum(0)
+    if not torch.allclose(found, expected, rtol=1e-3, atol=0.0):
+        raise GradientError(
+            f"{type(block).__name__}.matrix, of layer {block.name!r}: the squares of its entries add "
+            f"up to {found.tolist()[0]:.4g}, those of the gradients of {list(own)} to "
+            f"{expected.tolist()[0]:.4g}. HINT: the matrix has every entry of these gradients "
+            "once, in any order."
+        )
 
 
 @contextmanager

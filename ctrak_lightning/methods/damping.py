@@ -120,11 +120,15 @@ def grid_of(rule: DampingRule, checkpoints: "Sequence[Checkpoint]") -> Sequence[
     Raises:
         MethodError: there is none, or one is no number above 0.
     """
-    grid = tuple(rule.grid(checkpoints))
+    given = rule.grid(checkpoints)
+    try:
+        grid = tuple(None if d is None else float(d) for d in given)  # a tensor's are tensors
+    except (TypeError, ValueError):
+        grid = ()
     if not grid or any(d is not None and not 0 < d < math.inf for d in grid):
         raise MethodError(
-            f"{rule}: its dampings are {grid}; expected at least one, each a number > 0, or None "
-            "for no kernel."
+            f"{rule}: its dampings are {given!r}; expected a sequence of at least one, each a "
+            "number > 0, or None for no kernel. HINT: a rule of the whole run gives (number,)."
         )
     return grid
 
@@ -136,10 +140,17 @@ def choice(rule: DampingRule, moments: Moments) -> Tensor:
         MethodError: the rule gives no place in its grid for each question.
     """
     dampings, questions, _ = moments.mean().shape
-    found = rule.choose(moments)
-    if list(found.shape) != [questions] or not torch.isin(found, torch.arange(dampings)).all():
+    given = rule.choose(moments)
+    found = torch.as_tensor(given)
+    integers = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if (
+        not integers
+        or list(found.shape) != [questions]
+        or not set(found.tolist()) <= {*range(dampings)}
+    ):
         raise MethodError(
-            f"{rule}: choose() gave {found.tolist()} for {questions} questions and {dampings} "
-            f"dampings; expected {questions} integers from 0 to {dampings - 1}."
+            f"{rule}: choose() gave {given!r} for {questions} questions and {dampings} "
+            f"dampings; expected {questions} integers from 0 to {dampings - 1}. HINT: argmax(0) of "
+            "what is [D, Q]."
         )
-    return found
+    return found.long()

@@ -66,7 +66,7 @@ def refuse_unrecorded(method: str, base: type[Recorded], part: Any) -> None:
     if not isinstance(part, base):
         problem = f"it is no {base.__name__}: expected a subclass of {base.__module__}."
         problem += f"{base.__name__}, and an instance rather than the class"
-    elif type(part).to_dict is Recorded.to_dict and not is_dataclass(part):
+    elif type(part).to_dict is Recorded.to_dict and not _has_fields_alone(type(part)):
         problem = f"{type(part).__name__} is no dataclass: expected @dataclass(frozen=True)"
     else:
         try:
@@ -82,6 +82,13 @@ def refuse_unrecorded(method: str, base: type[Recorded], part: Any) -> None:
             "and its fields are numbers, texts, booleans or None; make tensors from those where "
             "they are needed."
         )
+
+
+def _has_fields_alone(kind: type) -> bool:
+    """Whether a dataclass made the initialiser: a subclass with one of its own has what is in no
+    field."""
+    maker = next(one for one in kind.__mro__ if "__init__" in vars(one))
+    return is_dataclass(kind) and "__dataclass_fields__" in vars(maker)
 
 
 def _changed(base: type[Recorded], part: Any, facts: dict[str, Any]) -> str | None:

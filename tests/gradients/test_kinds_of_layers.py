@@ -109,6 +109,22 @@ def test_a_wrong_formula_is_refused_by_the_comparison_with_the_loop() -> None:
         GradientTracer(given.module).check(given.forward, [weighted], SAMPLES)
 
 
+@pytest.mark.parametrize("factor", [0.0, 2.0])
+def test_a_matrix_without_every_gradient_is_refused(factor: float) -> None:
+    """Its contraction agrees with it, and the loop reads gradients through it."""
+
+    @register_layer(Gain)
+    class Scaled(WrongLayer):
+        def matrix(self, gradients: Mapping[str, Tensor]) -> Tensor:
+            return factor * super().matrix(gradients)
+
+    given = case()
+    with pytest.raises(
+        GradientError, match=r"Scaled\.matrix, of layer '1': .*HINT: the matrix has"
+    ):
+        GradientTracer(given.module).check(given.forward, [weighted], SAMPLES)
+
+
 def test_what_cannot_be_registered() -> None:
     class Half(Layer):
         def event_dims(self, x: Tensor) -> int:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,19 +187,24 @@ def test_what_a_store_says_is_no_reason_to_import_or_run_anything() -> None:
 
 @dataclass(frozen=True)
 class Wrong(DampingRule):
-    dampings: list[float | None]
-    chosen: list[int] | None = None
+    dampings: Any
+    chosen: Any = None
 
-    def grid(self, checkpoints: Sequence[Checkpoint]) -> Sequence[float | None]:
+    def grid(self, checkpoints: Sequence[Checkpoint]) -> Any:
         return self.dampings
 
     def choose(self, moments: Moments) -> Tensor:
         return super().choose(moments) if self.chosen is None else torch.tensor(self.chosen)
 
 
-@pytest.mark.parametrize("grid", [[], [0.0], [-1.0, None], [float("inf")], [float("nan")]])
-def test_a_grid_without_dampings_is_refused(grid: list[float | None]) -> None:
-    with pytest.raises(MethodError, match="Wrong.*its dampings are .*expected at least one"):
+@pytest.mark.parametrize(
+    "grid",
+    [[], [0.0], [-1.0, None], [float("inf")], [float("nan")], 1.0, None, "1.0,x"],
+)
+def test_a_grid_without_dampings_is_refused(grid: Any) -> None:
+    with pytest.raises(
+        MethodError, match="Wrong.*its dampings are .*expected a sequence of at least one"
+    ):
         grid_of(Wrong(grid), [])
 
 
@@ -209,8 +215,16 @@ def test_a_choice_that_is_none_is_refused() -> None:
     for chosen in ([0, 1], [0, 1, 2], [0, 1, -1]):
         with pytest.raises(MethodError, match="for 3 questions and 2 dampings.*from 0 to 1"):
             choice(Wrong([1.0, 2.0], chosen), moments)
+    for chosen in ([0.0, 1.0, 1.0], [True, False, True], 1):
+        with pytest.raises(MethodError, match="for 3 questions and 2 dampings.*HINT"):
+            choice(Wrong([1.0, 2.0], chosen), moments)
     with pytest.raises(MethodError, match=r"Wrong has no choose\(\)"):
         choice(Wrong([1.0, 2.0]), moments)
+
+
+def test_dampings_of_a_tensor_are_numbers() -> None:
+    grid = grid_of(Wrong(torch.tensor([1.0, 2.0])), [])
+    assert [type(d) for d in grid] == [float, float]
 
 
 def test_agreement_with_one_checkpoint_takes_one_damping() -> None:

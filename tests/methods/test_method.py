@@ -160,9 +160,18 @@ class Shifted(Plain):
         object.__setattr__(self, "shift", self.shift + 1)
 
 
+class Initialised(Shifted):
+    """What its initialiser takes is in no field."""
+
+    def __init__(self, shift: float, other: float = 2.0) -> None:
+        super().__init__(shift)
+        object.__setattr__(self, "other", other)
+
+
 @pytest.mark.parametrize(
     ("objective", "told"),
     [
+        (Initialised(1.0, 5.0), "Initialised is no dataclass"),
         (Plain(), r"Plain is no dataclass: expected @dataclass\(frozen=True\)"),
         (
             Weighted(torch.ones(3)),
@@ -176,7 +185,7 @@ class Shifted(Plain):
         (Shifted(1.0), r"read back it would be Shifted\(shift=3.0\)"),
         (SquaredNorm, "it is no Objective: .*an instance rather than the class"),
     ],
-    ids=["no dataclass", "tensor", "nan", "tuple", "changed", "class"],
+    ids=["own initialiser", "no dataclass", "tensor", "nan", "tuple", "changed", "class"],
 )
 def test_an_objective_that_a_store_cannot_describe_is_refused_where_the_method_is_made(
     objective: Any, told: str

@@ -144,9 +144,9 @@ def test_a_hash_is_of_the_frozen_parts_alone() -> None:
 
 def test_each_weight_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     module, hashed = Nested(), []
-    plain = frozen._bytes
+    plain = frozen.bytes_of
     monkeypatch.setattr(
-        frozen, "_bytes", lambda value: hashed.append(value.numel()) or plain(value)
+        frozen, "bytes_of", lambda value: hashed.append(value.numel()) or plain(value)
     )
     Frozen(module, [""], [])
     assert max(hashed) > BUFFER_LIMIT
