@@ -151,7 +151,7 @@ def _refuse_incomplete(block: Block, matrix: Tensor, own: Mapping[str, Tensor]) 
     scales them, would agree with itself."""
     found = matrix.flatten(1).double().square().sum(1)
     expected = torch.stack([g.flatten(1).double().square().sum(1) for g in own.values()]).sum(0)
-    if not torch.allclose(found, expected, rtol=1e-3, atol=0.0):
+    if not torch.allclose(found, expected, rtol=1e-3, atol=0.0, equal_nan=True):
         raise GradientError(
             f"{type(block).__name__}.matrix, of layer {block.name!r}: the squares of its entries add "
             f"up to {found.tolist()[0]:.4g}, those of the gradients of {list(own)} to "
