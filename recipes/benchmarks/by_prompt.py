@@ -148,14 +148,7 @@ def fine_tune(
     folder: Path, seed: int, data: EmojiCaptions, steps: Sequence[int] = STEPS
 ) -> EmojiText:
     """The base fine-tuned on the captions for ``steps[-1]`` steps, with the weights of the last; a
-    finished run is loaded.
-
-    Args:
-        folder: for the weights at each of ``steps``, and ``facts.json``, which is written last.
-        seed: of the adapter, the order and the noise.
-        data: the captioned drawings.
-        steps: when weights are kept.
-    """
+    finished run is loaded. ``folder`` gets the weights at each of ``steps``."""
     L.seed_everything(seed, verbose=False)
     module = EmojiText()
     arguments = {"seed": seed, "steps": list(steps), "images": len(data.train_set)}

@@ -12,7 +12,6 @@ repository; celeba_hq.md says where to put it.
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,15 +31,15 @@ from ..pixels import generate
 from .compare import Case, answers_folder, compare
 from .replay import SaveTrained, evenly, finished, fitted, load_trained, record
 from .synthetic.model import FactorDiffusion
+from .synthetic.precision import MOST_TRIES, verified_seeds
 from .synthetic.verifier import Verifier, fit
 from .tables import Table, command_of, machine, parser_of, publish, retrieval
-from .variants import table_variants
+from .variants import swapped, table_variants
 
 ANNOTATIONS, IMAGES = "CelebAMask-HQ-attribute-anno.txt", "CelebA-HQ-img"
 LAYOUT = f"expected <root>/{ANNOTATIONS} and <root>/{IMAGES}/0.jpg, 1.jpg, ..."
 VALUES = ("no", "yes")
 TIMESTEPS = 5
-MOST_TRIES = 4
 KEPT_BACK, LEAST_ACCURACY = 0.1, 0.8
 """The share of the images that the judge is measured on, and the least it has to reach."""
 SAMPLER = Sampler(steps=25, guidance=2.0)
@@ -219,45 +218,28 @@ class Run:
         self.verifier.eval()
         load_trained(self.module.eval(), folder, steps[-1])
 
-    def images(self, combo: Combo, seeds: Sequence[int]) -> Tensor:
-        """Generated images [n, 3, H, W] in [0, 1] of a triple."""
-        specs = [combo] * len(seeds)
-        return generate(self.module, SAMPLER, specs, seeds, self.module.latent_shape)
+    def images(self, combos: Sequence[Combo], seeds: Sequence[int]) -> Tensor:
+        """One generated image per (triple, seed) [n, 3, H, W] in [0, 1]."""
+        return generate(self.module, SAMPLER, combos, seeds, self.module.latent_shape)
 
     def questions(self, wanted: int) -> tuple[list[Question], dict[str, int]]:
         """For the first ``wanted`` accepted images of every triple, the attributes in which it has
-        the held-out triple's value (ten images without a rare attribute are
-        no achievement); and how many of four times as many were accepted.
-
-        Raises:
-            ValueError: too few images of a triple show it; the message has all counts.
-        """
-        seeds, accepted = list(range(MOST_TRIES * wanted)), {}
-        for combo in self.data.triples:
-            fine = self.verifier.verify(self.images(combo, seeds), [combo] * len(seeds))
-            accepted[caption(combo)] = fine.nonzero()[:, 0].tolist()
-        counts = {name: len(found) for name, found in accepted.items()}
-        if min(counts.values()) < wanted:
-            raise ValueError(
-                f"questions({wanted}): of {len(seeds)} generated images of each triple these show "
-                f"it: {counts}. HINT: train longer, ask fewer queries, or look at samples.png."
-            )
-        held_out = self.data.held_out.items()
+        the held-out triple's value (ten images without a rare attribute are no achievement); and
+        how many of four times as many were accepted."""
+        accepted = {caption(c): verified_seeds(self, c, wanted) for c in self.data.triples}
         asked = [
             (combo, name, seed)
             for combo in self.data.triples
             for seed in accepted[caption(combo)][:wanted]
-            for name, value in held_out
+            for name, value in self.data.held_out.items()
             if combo[name] == value
         ]
-        return asked, counts
+        return asked, {name: len(found) for name, found in accepted.items()}
 
     def fill(self, table: Table, asked: list[Question], only: Sequence[str] | None) -> None:
         """The rows: every method against both counter-conditions, and the baselines."""
         rows = table_variants(TIMESTEPS, self.steps, only, scopes=("local", "global"))
-        # A whole-image method does not see the counter-condition.
-        seeing = [row for row in rows if row.method.sees_absent]
-        rows += [replace(row, name=f"{row.name}_swapped", counters=("swapped",)) for row in seeing]
+        rows += swapped(rows)
         case = Case(
             folder=self.folder,
             module=self.module,
@@ -311,7 +293,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = CelebAHQ(args.root, held_out, args.size, args.batch_size, args.traced, seed)
         settings = {name: getattr(args, name) for name in names} | {"seed": seed}
         run = Run(args.runs / f"seed-{seed}", data, settings)
-        samples = torch.cat([run.images(combo, range(8)) for combo in data.triples])
+        drawn = [combo for combo in data.triples for _ in range(8)]
+        samples = run.images(drawn, [*range(8)] * len(data.triples))
         image_grid(run.folder / "samples.png", samples, columns=8)
         asked, counts = run.questions(args.queries)
         run.fill(table, asked, args.methods)

@@ -92,15 +92,9 @@ class Case:
 
 
 def answers_folder(folder: Path, *facts: Any) -> Path:
-    """A folder within ``folder`` for the answers to one set of questions about one set of samples.
-
-    Finished traces and queries are taken as they are found, so other samples, questions or samplers
-    need another folder.
-
-    Args:
-        folder: of the run.
-        facts: JSON values that say what is traced and asked.
-    """
+    """A folder within that of a run for the answers to one set of questions about one set of
+    samples, said by JSON values: finished traces and queries are taken as they are found, so other
+    samples, questions or samplers need another folder."""
     return folder / f"answers-{_digest(*facts)}"
 
 

@@ -51,13 +51,8 @@ SCALES = {"judge": 1.0, "loss": 1000.0, "likeness": 1.0}
 
 @dataclass(frozen=True)
 class Part:
-    """One fine-tune per method: the concepts whose best-ranked images it leaves out, and how many.
-
-    Args:
-        kind: of the concepts.
-        percent: of the training set, left out for each concept.
-        values: the concepts.
-    """
+    """One fine-tune per method: the concepts (``values``) whose best-ranked images it leaves out,
+    and how many of each, in per cent of the training set."""
 
     kind: str
     percent: int
@@ -86,13 +81,7 @@ def parts(data: EmojiArtists) -> list[Part]:
 
 def blamed(scores: Tensor, asked: Sequence[Question], part: Part) -> set[int]:
     """The positions a part leaves out: the best-ranked images of each of its concepts. An artist's
-    scores are the mean standardised scores of its questions; ties are in a random order.
-
-    Args:
-        scores: of all questions [Q, N].
-        asked: the questions.
-        part: of which concepts, and how many images.
-    """
+    scores [N] are the mean standardised scores of its questions; ties are in a random order."""
     found: set[int] = set()
     for value in part.values:
         rows = [i for i, q in enumerate(asked) if (q.kind, q.value) == (part.kind, value)]

@@ -55,14 +55,9 @@ JOINED = ("concept_trak", "concept_trak_norm", "d_trak")
 # The images whose token does not say what they show, by setting.
 ODD: dict[str, str | None] = {"labelled": None, "hidden": "hidden", "mislabelled": "wrong"}
 THRESHOLD = 2.0
-BASELINES = (
-    "label_search",
-    "pixel_similarity",
-    "judge_features",
-    "pixel_similarity_given",
-    "judge_features_given",
-)
-REFERENCE = BASELINES[0]
+REFERENCE = "label_search"
+LIKENESS = ("pixel_similarity", "judge_features")
+BASELINES = (REFERENCE, *LIKENESS, *(f"{name}_given" for name in LIKENESS))
 
 
 def variants(only: Sequence[str] | None = None) -> list[Variant]:
@@ -85,13 +80,8 @@ def case(folder: Path, data: EmojiArtists, asked: list[Question]) -> Case:
 
 def baselines(asked: list[Question], data: EmojiArtists, images: Tensor) -> dict[str, Tensor]:
     """Rankings without gradients [Q, N]: by the tokens that training showed, by pixels, by the
-    judge's features; ``_given`` compares with the pair's real drawing instead of the generated one.
-
-    Args:
-        asked: the questions.
-        data: the data.
-        images: what was generated for them [Q, 3, 32, 32] in [0, 1].
-    """
+    judge's features; ``_given`` compares with the pair's real drawing instead of the generated one,
+    ``images`` [Q, 3, 32, 32] in [0, 1]."""
     told = dict(zip(KINDS, zip(*data.train_set.told, strict=True), strict=True))
     shown = (data.train_set.images + 1) / 2
     given = ((data.held_out_set.images + 1) / 2).repeat_interleave(len(KINDS), 0)

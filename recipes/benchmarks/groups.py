@@ -23,18 +23,9 @@ REAL = 2.0
 
 @dataclass(frozen=True)
 class Effect:
-    """What leaving out one group did to its concept.
-
-    Args:
-        plan: of the group.
-        kind: of the concept.
-        value: the concept.
-        images: how many were left out.
-        measure: of strength.
-        effect: the strength with the group less the strength without it; positive = the group
-            taught the concept.
-        noise: the standard deviation of the strength over the runs that saw the whole group.
-    """
+    """What leaving out so many images, one group, did to the strength of its concept: ``effect``,
+    with the group less without it, so that what taught it is positive; ``noise``, the strength's
+    standard deviation over the runs that saw the whole group."""
 
     plan: str
     kind: str
@@ -51,13 +42,10 @@ class Effect:
 
 
 def effects(outcomes: Outcomes, pairs: Sequence[tuple[str, str]]) -> list[Effect]:
-    """The effect of every group left out on its own concept, by every measure of strength.
+    """The effect of every group left out on its own concept, by every measure of strength, of all
+    runs of a setting; the held-out (object, artist) pairs are in the order of the outcomes.
 
     Compared with every run that saw the whole group: full ones and those without some other group.
-
-    Args:
-        outcomes: of all runs of a setting.
-        pairs: the held-out (object, artist) pairs, in the order of the outcomes.
     """
     runs = [name.rpartition("-seed")[0] for name in outcomes.names]
     comparable = torch.tensor([run == "full" or run.startswith("without-") for run in runs])

@@ -91,16 +91,8 @@ class EmojiJudge(nn.Module):
 def denoising_losses(
     module: EmojiDiffusion, images: Tensor, pairs: list[tuple[str, str]]
 ) -> Tensor:
-    """Clean-image prediction's loss, mean over timesteps and fixed noise, under four conditions.
-
-    Args:
-        module: the model.
-        images: real images [B, 3, 32, 32] in [-1, 1].
-        pairs: what they show.
-
-    Returns:
-        [B, 4]: told both names, the artist only, the object only, nothing.
-    """
+    """Clean-image prediction's loss on real images [B, 3, 32, 32] in [-1, 1] of these pairs, mean
+    over timesteps and fixed noise [B, 4]: told both names, the artist, the object, nothing."""
     module.eval()
     losses = torch.zeros(len(images), 4)
     for rows in torch.arange(len(images)).split(64):

@@ -56,14 +56,7 @@ METHOD = methods.concept_trak(timesteps=TIMESTEPS)
 WORTH, SURE = 0.01, 2.0
 """A concept counts as learnt where its name lowers the loss of real images by this share, and by
 this many standard errors over images, where there are several."""
-SIGNALS = (
-    "strength",
-    "self_check",
-    "stability",
-    "loss",
-    "moved",
-    "gain",
-)
+SIGNALS = ("strength", "self_check", "stability", "loss", "moved", "gain")
 Row = Mapping[str, Any]
 CHECKS: dict[str, Callable[[Row], bool]] = {
     f"strength < {FAINT:g}": lambda row: row["strength"] < FAINT,
@@ -80,16 +73,9 @@ CHECKS: dict[str, Callable[[Row], bool]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A training that can be cut short.
-
-    Args:
-        lengths: in optimizer steps; 0 is the model before training.
-        factors: the metadata columns that are asked about.
-        combinations: of factor values that are generated and asked about, one question per factor.
-        sampler: how images are generated.
-        module: the model.
-        data: its images, ``data.train_set``.
-    """
+    """A training that can be cut short: its lengths in optimizer steps (0 is the model before
+    training), the metadata columns asked about, and the combinations of their values that are
+    generated and asked about, one question per factor."""
 
     lengths: tuple[int, ...]
     factors: tuple[str, ...]

@@ -38,12 +38,7 @@ def figures(
     per_run: Sequence[Sequence[dict[str, Share]]], asked: Sequence[Question]
 ) -> dict[str, float]:
     """How often the true artist has the largest share, that share's mean, and the intervals'
-    coverage and width.
-
-    Args:
-        per_run: the shares of every question, for each of at least two runs.
-        asked: the questions.
-    """
+    coverage and width, from the shares of every question in at least two runs."""
     every = [(found, q) for run in per_run for found, q in zip(run, asked, strict=True)]
     largest = [
         (max(found.values(), key=lambda share: share.share).group == q.value, q.value)

@@ -30,12 +30,7 @@ def save_trained(module: nn.Module, folder: Path, step: int) -> None:
 
 
 class SaveTrained(L.Callback):
-    """Saves the trained weights after chosen optimizer steps.
-
-    Args:
-        folder: where to.
-        steps: after which steps.
-    """
+    """Saves the trained weights after chosen optimizer steps."""
 
     def __init__(self, folder: Path, steps: Sequence[int]) -> None:
         self.folder = folder

@@ -126,13 +126,9 @@ def fine_tune(
 
 
 def evidence(module: EmojiDiffusion, data: EmojiArtists) -> dict[str, Tensor]:
-    """From what the strength of every concept in a model is judged afterwards.
-
-    Returns:
-        ``images`` uint8 [64 * seeds, 32, 32, 3]: generated for the held-out pairs, seeds running
-        fastest; ``losses`` [64, 4]: see :func:`~recipes.benchmarks.judge.denoising_losses`, on the
-        real held-out images.
-    """
+    """From what the strength of every concept in a model is judged afterwards: ``images`` uint8
+    [64 * seeds, 32, 32, 3], generated for the held-out pairs, seeds running fastest; and ``losses``
+    [64, 4] on the real ones (:func:`~recipes.benchmarks.judge.denoising_losses`)."""
     module.eval()
     specs = [dict(zip(KINDS, pair, strict=True)) for pair in data.held_out for _ in IMAGE_SEEDS]
     images = generate(module, SAMPLER, specs, IMAGE_SEEDS * len(data.held_out), LATENT)
@@ -156,15 +152,9 @@ def finish(out: Path, setting: Setting, jobs: Sequence[tuple[Run, int]]) -> None
         started = time.monotonic()
         module = fine_tune(folder, run, seed, setting, every_step=run.name == "full")
         save_file(evidence(module, data), folder / "evidence.safetensors")
-        facts = {
-            "run": run.name,
-            "seed": seed,
-            "setting": setting,
-            "steps": STEPS,
-            "kept": run.kept,
-            "seconds": round(time.monotonic() - started, 1),
-            "torch": torch.__version__,
-        }
+        facts = {"run": run.name, "seed": seed, "setting": setting, "steps": STEPS}
+        seconds = round(time.monotonic() - started, 1)
+        facts |= {"kept": run.kept, "seconds": seconds, "torch": torch.__version__}
         record(folder, facts)
 
 

@@ -59,14 +59,8 @@ Work = Callable[[], Any]
 
 
 class Subject(DiffusionTask, nn.Module):
-    """A network, and a batch for it.
-
-    Args:
-        name: in the tables.
-        denoiser: the network; what is to be traced requires a gradient.
-        latent: shape of a latent.
-        condition: the network's other arguments, each [B, ...].
-    """
+    """A network, of which what requires a gradient is traced, and a batch for it: latents of a
+    shape, and the network's other arguments, each [B, ...]."""
 
     def __init__(
         self, name: str, denoiser: nn.Module, latent: tuple[int, ...], condition: dict[str, Tensor]
@@ -357,13 +351,8 @@ def section(name: str, sizes: tuple[int, int], rows: dict[str, dict[str, Any]]) 
                 *((f"{memory:,.0f}", f"{memory / own:.2f}") if memory else ("", "")),
             ]
         )
-    heads = (
-        "/ floor",
-        "/ forward pass",
-        "/ training step",
-        "peak memory, MiB",
-        "/ training step's",
-    )
+    heads = ["/ floor", "/ forward pass", "/ training step"]
+    heads += ["peak memory, MiB", "/ training step's"]
     return [
         "",
         f"### {name} ({sizes[0]:,} parameters, {sizes[1]:,} trained)",

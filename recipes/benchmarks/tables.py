@@ -27,12 +27,8 @@ _SECTION = re.compile(r"^(?=`python -m )", re.MULTILINE)
 
 
 def retrieval(scores: Tensor, relevant: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
-    """Every retrieval metric per kind of question, one value per question: ``"mAP, object"``.
-
-    Args:
-        scores, relevant: [Q, N].
-        kinds: of the questions, Q.
-    """
+    """Every retrieval metric of scores [Q, N] per kind of question, one value per question, named
+    ``"mAP, object"``."""
     return {
         f"{title}, {kind}": values[torch.tensor([each == kind for each in kinds])]
         for title, metric in RETRIEVAL.items()
@@ -88,13 +84,9 @@ def grid(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
 def summarised(
     per_seed: Sequence[Figures], grids: Sequence[Mapping[str, Figures]]
 ) -> dict[str, dict[str, Any]]:
-    """Each figure's mean, interval, mean at its best damping, and mean at each damping.
-
-    Args:
-        per_seed: one value per question [Q] for each figure, for each training seed. The interval
-            is over questions, each averaged over the seeds first.
-        grids: for each training seed the same figures at every damping.
-    """
+    """Each figure's mean, interval, mean at its best damping, and mean at each damping, of one
+    value per question [Q] for every training seed, and of the same at every damping (``grids``).
+    The interval is over questions, each averaged over the seeds first."""
     summary = {}
     for key in per_seed[0]:
         values = torch.stack([figures[key].double() for figures in per_seed])  # [seeds, Q]
@@ -150,13 +142,8 @@ class Table:
         self._grids: dict[str, list[Mapping[str, Figures]]] = {}
 
     def add(self, name: str, grid: Mapping[str, Figures], damping: str) -> None:
-        """Adds the next training seed of a row: its figures, one value per question [Q] each.
-
-        Args:
-            name: of the row.
-            grid: the figures at every damping.
-            damping: the honest one, fixed beforehand.
-        """
+        """Adds the next training seed of a row: its figures, one value per question [Q] each, at
+        every damping, and the honest damping, fixed beforehand."""
         self.honest.setdefault(name, []).append(grid[damping])
         self._grids.setdefault(name, []).append(grid)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from ctrak_lightning import Method, methods
 from ctrak_lightning.methods.objectives import Denoising, MeanOutput, contrast
@@ -9,11 +10,10 @@ from ctrak_lightning.methods.trajectories import Noised
 
 from .compare import Variant
 
-WITHOUT_KEYS_AND_VALUES = ("*attn1*", "*attn2.to_q*", "*attn2.to_out*")
 CROSS_ATTENTION = ("*attn2*",)
 LAYERS = {
     "without_keys_and_values": (
-        WITHOUT_KEYS_AND_VALUES,
+        ("*attn1*", "*attn2.to_q*", "*attn2.to_out*"),
         ("concept_trak_norm", "contrastive_trak", "mean_output"),
     ),
     "cross_attention": (CROSS_ATTENTION, ("concept_trak", "concept_trak_norm", "mean_output")),
@@ -45,7 +45,8 @@ def table_variants(
     paper = methods.concept_trak_paper(timesteps, 2 * timesteps)
     ours, norm = methods.concept_trak(timesteps), methods.concept_trak_norm(timesteps)
     output, denoising = MeanOutput(), Denoising()
-    noised = Noised(timesteps=timesteps)
+    asked: dict[str, Any] = {"query": contrast(denoising)}
+    asked["query_trajectory"] = Noised(timesteps=timesteps)
     chosen: dict[str, Method] = {
         "concept_trak": ours,
         "concept_trak_norm": norm,
@@ -53,20 +54,9 @@ def table_variants(
         "mean_output": replace(ours, name="mean_output", training=output, query=contrast(output)),
         "concept_trak_paper": paper,
         "contrastive_trak": replace(
-            ours,
-            name="contrastive_trak",
-            normalisation="sample",
-            training=denoising,
-            query=contrast(denoising),
-            query_trajectory=noised,
+            ours, name="contrastive_trak", normalisation="sample", training=denoising, **asked
         ),
-        "contrastive_dps": replace(
-            paper,
-            name="contrastive_dps",
-            query=contrast(denoising),
-            query_trajectory=noised,
-            damping="agreement",
-        ),
+        "contrastive_dps": replace(paper, name="contrastive_dps", damping="agreement", **asked),
         "trak": methods.trak(timesteps),
         "d_trak": methods.d_trak(timesteps),
         "das": methods.das(timesteps),
@@ -99,3 +89,9 @@ def table_variants(
         shown = ", ".join(known)
         raise ValueError(f"table_variants(only={only}): unknown {unknown}. Known: {shown}.")
     return [row for row in everything if only is None or row.name in only]
+
+
+def swapped(rows: Sequence[Variant]) -> list[Variant]:
+    """The rows that look at the counter-condition, asked against a case's ``"swapped"`` one."""
+    seeing = [row for row in rows if row.method.sees_absent]
+    return [replace(row, name=f"{row.name}, swapped", counters=("swapped",)) for row in seeing]

@@ -273,7 +273,6 @@ def test_a_run_keeps_its_weights_and_is_not_repeated(
     assert torch.equal(run.images(spec, [0, 1]), same.images(spec, [0, 1]))
     early = load_run(tmp_path, step=1).module.tokens.vectors["shape"]
     assert not torch.equal(early, run.module.tokens.vectors["shape"])
-    assert facts["queries_per_combo"] == 2
     with pytest.raises(ValueError, match="'steps': 3.*'steps': 4.*HINT"):
         train(tmp_path, "paper", steps=4, images=96, checkpoints=3)
     with pytest.raises(ValueError, match=r"step=7.*\[1, 2, 3\]"):

@@ -126,17 +126,8 @@ def prompt(combo: Combo) -> str:
 
 
 class Figures(Dataset[dict[str, Any]]):
-    """Rendered images of ``combos`` in turn, so that every prefix is balanced.
-
-    Image ``i`` depends on (seed, i) alone: a larger set begins with the smaller one.
-
-    Args:
-        variant: the construction.
-        combos: the combinations to show.
-        images: how many images.
-        size: their height and width in pixels.
-        seed: of sizes and positions.
-    """
+    """So many rendered images of ``combos`` in turn, so that every prefix is balanced. Image ``i``
+    depends on (seed, i) alone: a larger set begins with the smaller one."""
 
     def __init__(
         self, variant: Variant, combos: Sequence[Combo], images: int, size: int, seed: int
@@ -278,14 +269,9 @@ def _regular(corners: int, turn: float = 0.0, inner: float = 1.0) -> Points:
 
 def _heart() -> Points:
     turns = [2 * math.pi * i / 64 for i in range(64)]
-    curve = [
-        (
-            16 * math.sin(t) ** 3,
-            13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t),
-        )
-        for t in turns
-    ]
-    return [(u / 16, -(v + 2.5) / 15) for u, v in curve]
+    waves = {1: 13, 2: -5, 3: -2, 4: -1}
+    heights = [sum(size * math.cos(n * t) for n, size in waves.items()) for t in turns]
+    return [(math.sin(t) ** 3, -(v + 2.5) / 15) for t, v in zip(turns, heights, strict=True)]
 
 
 ARM = 0.36

@@ -197,8 +197,7 @@ class SyntheticDiffusion(FactorDiffusion):
             :class:`~recipes.benchmarks.synthetic.figures.Synthetic`.
         size, patch: as in :class:`FactorDiffusion`; the variant's defaults if None.
         learning_rate, drop, drop_all: as in :class:`FactorDiffusion`. Keep ``drop`` low: "red, any
-            shape" is only ever a circle in the paper variant, and a model that learns this draws no
-            red triangle.
+            shape" is only ever a circle in the paper variant; who learns it draws no red triangle.
 
     Raises:
         ValueError: an unknown variant, or a size that is no multiple of the patch.

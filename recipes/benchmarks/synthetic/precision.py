@@ -9,9 +9,9 @@ Trains what is missing, asks every method, and writes `results/synthetic_<varian
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from ctrak_lightning import Concept
 
 from ..compare import Case, answers_folder, compare
 from ..tables import Table, command_of, machine, parser_of, publish, retrieval
-from ..variants import table_variants
-from .figures import VARIANTS, Combo, caption, prompt
+from ..variants import swapped, table_variants
+from .figures import VARIANTS, Combo, prompt
 from .train import SAMPLERS, Run, folder_of, train
 
 TIMESTEPS = 5
@@ -32,35 +32,35 @@ WHERE = ("held out", "in distribution")
 COUNTER_CONDITIONS = ("dropped", "swapped")
 
 
-def verified_seeds(run: Run, combo: Combo, wanted: int) -> list[int]:
-    """The first ``wanted`` seeds whose image shows the combination.
+def verified_seeds(run: Any, combo: Combo, wanted: int) -> list[int]:
+    """The seeds whose image shows the combination, among four times as many as are wanted.
 
     Raises:
-        ValueError: among four times as many seeds too few show it; the message has the count.
+        ValueError: too few show it; the message has the count.
     """
     seeds = list(range(MOST_TRIES * wanted))
     accepted = run.verifier.verify(run.images([combo] * len(seeds), seeds), [combo] * len(seeds))
     shown: list[int] = accepted.nonzero()[:, 0].tolist()
     if len(shown) < wanted:
         raise ValueError(
-            f"verified_seeds({caption(combo)!r}): {len(shown)} of {len(seeds)} generated images "
+            f"verified_seeds({combo}): {len(shown)} of {len(seeds)} generated images "
             f"show it, expected {wanted}. HINT: train longer, or ask fewer queries."
         )
-    return shown[:wanted]
+    return shown
 
 
 def concept(run: Run, combo: Combo, factor: str, counter: str) -> Concept:
     """A combination against the same without the factor's token, or with its next value instead; of
     a model that reads prompts, one of the two concepts of its prompt."""
     values = run.data.variant.factors[factor]
-    swapped = combo | {factor: values[(values.index(combo[factor]) + 1) % len(values)]}
+    other = combo | {factor: values[(values.index(combo[factor]) + 1) % len(values)]}
     if run.facts["arguments"].get("condition") == "prompt":
         if counter == "swapped":
-            return Concept(combo[factor], prompt(combo), prompt(swapped))
+            return Concept(combo[factor], prompt(combo), prompt(other))
         parts = Concept.split(prompt(combo), list(combo.values()))
         return parts[list(combo).index(factor)]
     dropped = {name: value for name, value in combo.items() if name != factor}
-    return Concept(combo[factor], dict(combo), swapped if counter == "swapped" else dropped)
+    return Concept(combo[factor], dict(combo), other if counter == "swapped" else dropped)
 
 
 def questions(run: Run, queries: int) -> list[tuple[Combo, str, int]]:
@@ -68,7 +68,7 @@ def questions(run: Run, queries: int) -> list[tuple[Combo, str, int]]:
     return [
         (combo, factor, seed)
         for combo in run.data.variant.combos()
-        for seed in verified_seeds(run, combo, queries)
+        for seed in verified_seeds(run, combo, queries)[:queries]
         for factor in combo
     ]
 
@@ -117,11 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         chosen = list(rows) if "dropped" in args.counters else []
         if "swapped" in args.counters:
-            # A whole-image method does not see the counter-condition. Traces do not either.
-            seeing = [row for row in rows if row.method.sees_absent]
-            chosen += [
-                replace(row, name=f"{row.name}, swapped", counters=("swapped",)) for row in seeing
-            ]
+            chosen += swapped(rows)
         found, _ = compare(case, chosen, answers_folder(folder, asked, run.data.traced))
         honest = {row.name: row.damping for row in chosen}
         table.fill(found, partial(figures, run, asked), honest)

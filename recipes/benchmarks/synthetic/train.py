@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,11 +141,9 @@ def train(
         "checkpoints": saver.steps,
         "held_out": run.data.held_out,
         "accepted": accepted,
-        "queries_per_combo": QUERIES,
         "sampler": asdict(SAMPLERS[variant]),
         "loss": float(trainer.callback_metrics["loss"]),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "versions": {name: version(name) for name in ("torch", "lightning", "diffusers", "pillow")},
     }
     record(out, facts)
     return load_run(out)

@@ -113,15 +113,8 @@ def fit(
     steps: int,
     weights: Tensor | None = None,
 ) -> Verifier:
-    """Trains a verifier on images, a third of each batch spoiled; it comes back frozen.
-
-    Args:
-        verifier: with random weights.
-        pixels: uint8 [n, 3, H, W].
-        combos: what each shows.
-        steps: optimiser steps.
-        weights: how often to draw each image [n]; all alike by default.
-    """
+    """Trains a verifier on images uint8 [n, 3, H, W], a third of each batch spoiled; it comes back
+    frozen. ``weights`` [n]: how often to draw each image; all alike by default."""
     targets = _targets(verifier, combos)
     optimizer = torch.optim.AdamW(verifier.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
