@@ -41,7 +41,7 @@ def run(args: Namespace) -> None:
     if args.action == "list":
         for name in names():
             files = ", ".join(path.name for path in _yaml_files(name))
-            say(f"{name:20}  {files:30}  {_summary(name)}")
+            say(f"{name:20}  {files:31}  {_summary(name)}")
         return
     if args.folder is None:
         raise RecipeError(
