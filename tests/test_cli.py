@@ -523,7 +523,7 @@ def test_info_shows_and_verifies(
 def test_mistakes_end_with_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(
         SystemExit,
-        match=r"unknown command 'atribute'\. Nearest: attribute, .*HINT: ctrak --help",
+        match=r"unknown command 'atribute'\. The known ones, the nearest first: attribute, ",
     ):
         main(["atribute"])
     with pytest.raises(SystemExit, match="ctrak info: .*nowhere"):
@@ -550,21 +550,22 @@ def test_a_method_is_named_by_its_place() -> None:
             method_at(place)
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["help"], ["--version"]])
+@pytest.mark.parametrize("words", [[], ["--help"], ["help"], ["--version"], ["-V"]])
 def test_help_and_version_wait_for_nothing(words: list[str]) -> None:
     code = (
         "import sys; from ctrak_lightning.cli import main\n"
-        f"try: main({words})\n"
-        "except SystemExit as end: print(end.code, sorted({'torch', 'lightning', 'numpy', 'h5py', "
+        f"try: print(main({words}), end='')\n"
+        "except SystemExit as end: print(end.code, end='')\n"
+        "print('', sorted({'torch', 'lightning', 'numpy', 'h5py', "
         "'diffusers'} & set(sys.modules)))"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    assert printed.endswith("0 []\n")
-    if words == ["--version"]:
-        assert printed.startswith(f"ctrak {ctrak_lightning.__version__}\n")
+    if words in (["--version"], ["-V"]):
+        assert printed == f"ctrak-lightning {ctrak_lightning.__version__}\nNone []\n"
     else:
+        assert printed.endswith("0 []\n")
         assert all(f"\n    {command} " in printed for command in COMMANDS)
 
 
@@ -575,6 +576,18 @@ def test_each_command_says_its_options(capsys: pytest.CaptureFixture[str]) -> No
         printed = capsys.readouterr().out
         assert "--help" in printed
         assert "lambda" not in printed
+
+
+def test_what_a_command_lacks_is_named_as_the_command_has_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["info"])
+    told = capsys.readouterr().err
+    assert "usage: ctrak info " in told
+    assert "required: store" in told
+    assert "info.store" not in told
+    assert "ctrak info --help" in told
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

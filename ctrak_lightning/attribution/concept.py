@@ -11,7 +11,7 @@ from torch import Tensor
 from ctrak_lightning.attribution.counter_prompt import counter_prompt, near_words, occurrences
 from ctrak_lightning.attribution.counter_prompt import words as words_of
 from ctrak_lightning.errors import ConceptError, nearest
-from ctrak_lightning.tasks import DiffusionTask, Spec
+from ctrak_lightning.tasks import DiffusionTask, Spec, whole
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -296,6 +296,7 @@ def check_known(concept: Concept, task: DiffusionTask) -> None:
         ConceptError: an attribute or a value is unknown; the message lists the known ones, nearest
             first.
     """
+    task = whole(task)
     task.check_concept(concept.name, concept.present, concept.absent)
     known = task.known_attributes()
     if known is None:

@@ -47,7 +47,7 @@ from ctrak_lightning.store.formats import RowDtype
 from ctrak_lightning.store.lock import WriterLock
 from ctrak_lightning.store.manifest import read_manifest
 from ctrak_lightning.store.schema import Manifest
-from ctrak_lightning.tasks import DiffusionTask, Encoded, task_modules
+from ctrak_lightning.tasks import DiffusionTask, Encoded, task_modules, whole
 from ctrak_lightning.utilities.memory import RowLimit
 from ctrak_lightning.utilities.processes import ALONE, Processes
 from ctrak_lightning.utilities.rng import isolated_rng
@@ -122,6 +122,7 @@ class Capture:
         questions: Sequence[Question] = (),
         lock: WriterLock | None = None,
     ) -> None:
+        task = whole(task)
         self.owner, self.task, self.method, self.tracer = owner, task, method, tracer
         self.seed = seed
         self._progress = progress and processes.is_first

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.errors import BatchError
-from ctrak_lightning.tasks import DiffusionTask, named_samples
+from ctrak_lightning.tasks import DiffusionTask, named_samples, whole
 from ctrak_lightning.tasks.base import plain_ids
 from ctrak_lightning.utilities.processes import ALONE, Processes
 
@@ -169,7 +169,7 @@ class BatchIds:
     """
 
     def __init__(self, task: DiffusionTask) -> None:
-        self._task = task
+        self._task = whole(task)
         self._fields: list[Any] | None = None
 
     def compare(self, batch: Any, sample_ids: Sequence[str]) -> None:

@@ -19,7 +19,14 @@ from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import InTraining, Noised
 from ctrak_lightning.model.fingerprint import weights_digest
 from ctrak_lightning.model.weights import trained_parameters
-from ctrak_lightning.tasks import DiffusionTask, Encoded, encode, resolve_task, task_modules
+from ctrak_lightning.tasks import (
+    DiffusionTask,
+    Encoded,
+    encode,
+    resolve_task,
+    task_modules,
+    unwrapped,
+)
 from ctrak_lightning.utilities.naming import parameters_of
 from ctrak_lightning.utilities.rng import isolated_rng
 
@@ -166,7 +173,8 @@ class _Trial:
             return Check(name, "note", "not tried: the model is on the CPU")
         back = {key: value.to("cpu") for key, value in self.encoded.condition.items()}
         on_cpu = replace(self.encoded, latents=self.encoded.latents.to("cpu"), condition=back)
-        module = self.task if isinstance(self.task, nn.Module) else self.task.denoiser
+        own = unwrapped(self.task)
+        module = own if isinstance(own, nn.Module) else self.task.denoiser
         module.to("cpu")
         try:
             tracer = self._tracer(self.tracer.engine)

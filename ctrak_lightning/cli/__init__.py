@@ -36,13 +36,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:2], "--help"]
     asked = arguments[0] if arguments else "--help"
+    if asked in ("-V", "--version"):
+        print(f"ctrak-lightning {__version__}")
+        return
     if asked.startswith("-"):
         command_line().parse_args([asked])
         return
     if asked not in COMMANDS:
         raise SystemExit(
-            f"ctrak: unknown command {visible(asked)!r}. Nearest: {nearest(asked, COMMANDS, most=3)}. "
-            "HINT: ctrak --help lists them."
+            f"ctrak: unknown command {visible(asked)!r}. The known ones, the nearest first: "
+            f"{nearest(asked, COMMANDS)}."
         )
     # A user's classes are named by import path and live in the folder that the user stands in.
     sys.path.insert(0, str(Path.cwd()))
@@ -51,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if asked in OWN_PARSERS:
             command.run(arguments[1:])
         else:
-            command.run(command_line(asked).parse_args(arguments)[asked])
+            parser = command.parser()  # alone, so that its messages are about its own arguments
+            parser.prog = f"ctrak {asked}"
+            command.run(parser.parse_args(arguments[1:]))
     except (ValueError, TypeError, OSError) as error:
         if asked == "fit" and not type(error).__module__.startswith(__package__.partition(".")[0]):
             raise  # from the training code of a user, who needs to know where

@@ -13,7 +13,7 @@ from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.gradients import tracing_mode
 from ctrak_lightning.methods.trajectories import repeated
 from ctrak_lightning.store.sections import Function
-from ctrak_lightning.tasks import Condition, DiffusionTask, Spec, name_of, task_modules
+from ctrak_lightning.tasks import Condition, DiffusionTask, Spec, name_of, task_modules, whole
 from ctrak_lightning.utilities.rng import isolated_rng, seeded_noise
 
 VALUES, SPECS = 8, 32
@@ -50,7 +50,7 @@ def conditions_of(task: DiffusionTask) -> tuple[Tensor | None, int]:
 def specs_of(task: DiffusionTask) -> tuple[list[Spec], int]:
     """Some specs that a task may take, which may be wrong of prompts, and how many they were chosen
     from."""
-    attributes = task.known_attributes()
+    attributes = whole(task).known_attributes()
     if attributes is None:
         return list(PROMPTS), len(PROMPTS)
     known = {name: sorted(values) for name, values in sorted(attributes.items())}

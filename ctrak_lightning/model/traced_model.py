@@ -29,7 +29,7 @@ from ctrak_lightning.model.function import (
 )
 from ctrak_lightning.model.weights import Trained, loaded
 from ctrak_lightning.store import CheckpointWriter
-from ctrak_lightning.tasks import DiffusionTask, Encoded, name_of, task_modules
+from ctrak_lightning.tasks import DiffusionTask, Encoded, name_of, task_modules, whole
 from ctrak_lightning.utilities.processes import Processes
 
 Weights = Literal["raw", "ema"]
@@ -48,7 +48,8 @@ class TracedModel:
         processes: Processes,
     ) -> None:
         self.trained = Trained(owner, optimizers)
-        self._owner, self._task, self._weights, self._processes = owner, task, weights, processes
+        self._owner, self._task = owner, whole(task)
+        self._weights, self._processes = weights, processes
         self._parts: list[str] = []
         self._frozen: Frozen | None = None
         self._latent_shape: Sequence[int] = ()

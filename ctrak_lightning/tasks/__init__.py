@@ -4,6 +4,7 @@ from ctrak_lightning.tasks.base import (
     Condition,
     DiffusionTask,
     Encoded,
+    OptionalMembers,
     Spec,
     Wrapped,
     encode,
@@ -12,6 +13,8 @@ from ctrak_lightning.tasks.base import (
     resolve_task,
     select,
     task_modules,
+    unwrapped,
+    whole,
 )
 from ctrak_lightning.tasks.classes import ClassTask
 from ctrak_lightning.tasks.diffusers_task import DiffusersTask
@@ -27,6 +30,7 @@ __all__ = [
     "DiffusionTask",
     "Encoded",
     "InPrecision",
+    "OptionalMembers",
     "PipelineTask",
     "PromptTask",
     "Spec",
@@ -39,4 +43,6 @@ __all__ = [
     "resolve_task",
     "select",
     "task_modules",
+    "unwrapped",
+    "whole",
 ]

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -114,43 +114,13 @@ class Encoded:
         )
 
 
-class DiffusionTask:
-    """What a LightningModule must offer to be traced: inherit from it, before ``LightningModule``.
+class OptionalMembers:
+    """What a task may offer beside what it must, and what is taken where it does not: None says
+    that the task cannot do it. Each says who asks for it."""
 
-    ``denoiser``, ``noise_schedule``, :meth:`encode` and :meth:`condition` are yours to define. The
-    other members have defaults: what answers None is something that the task cannot do, and each
-    says who asks for it.
-    """
-
-    denoiser: nn.Module
-    """The network whose trainable parameters are traced."""
-    noise_schedule: Schedule
-    """Its noise levels: ``NoiseSchedule.from_scheduler(scheduler)``."""
     id_column: str | None = None
     """The key of the ids in a batch. Where it is named, samples whose batches lack it are numbered
     by their place in the data set."""
-
-    @abstractmethod
-    def encode(self, batch: Any) -> Encoded:
-        """Clean latents, condition and sample ids of a batch."""
-        raise NotImplementedError(f"{type(self).__name__}.encode(batch) -> Encoded")
-
-    @abstractmethod
-    def condition(self, spec: Spec, n: int) -> Condition:
-        """The network's keyword arguments, each [n, ...], for a concept's ``present`` or ``absent``
-        (a mapping of attributes, or a prompt), ``n`` times. What the spec does not name is dropped,
-        so ``{}`` is the null condition.
-
-        Raises:
-            ConceptError: the spec is none that the network knows.
-        """
-        raise NotImplementedError(f"{type(self).__name__}.condition(spec, n) -> dict[str, Tensor]")
-
-    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's output [B, ...] for states ``x_t`` [B, ...] at timesteps ``t`` [B]. The
-        default calls ``denoiser`` as diffusers' models are called."""
-        output: Tensor = self.denoiser(x_t, t, return_dict=False, **condition)[0]
-        return output
 
     def sample_ids(self, batch: Any) -> list[str] | None:
         """The B ids that ``encode(batch)`` gives, without encoding: tracing inside training steps
@@ -190,27 +160,61 @@ class DiffusionTask:
             ConceptError: it cannot be.
         """
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        # A default hides nothing that the class has from elsewhere: a module that was there before
-        # may be listed after this class, with a `decode` of its own.
-        others = cls.__mro__[cls.__mro__.index(DiffusionTask) + 1 :]
-        for name in _YIELDING:
-            if getattr(cls, name) is vars(DiffusionTask)[name]:
-                found = [vars(other)[name] for other in others if name in vars(other)]
-                if found:
-                    setattr(cls, name, found[0])
+
+# An editor completes these members, and a type checker knows them. While a program runs they stand
+# in :class:`Wrapped` alone: a default in a module's class would hide a submodule, a parameter or a
+# property of the user's own by that name.
+if TYPE_CHECKING:
+    _Base = OptionalMembers
+else:
+    _Base = object
 
 
-_YIELDING = {name for name in vars(DiffusionTask) if not name.startswith("_")} - {"predict"}
-MEMBERS = frozenset(DiffusionTask.__annotations__) | _YIELDING | {"predict"}
-"""The names of a task's members."""
+class DiffusionTask(_Base):
+    """What a LightningModule must offer to be traced: inherit from it, before ``LightningModule``.
+
+    ``denoiser``, ``noise_schedule``, :meth:`encode` and :meth:`condition` are yours to define,
+    :meth:`predict` has a default, and :class:`~ctrak_lightning.tasks.OptionalMembers` lists what
+    else there can be.
+    """
+
+    denoiser: nn.Module
+    """The network whose trainable parameters are traced."""
+    noise_schedule: Schedule
+    """Its noise levels: ``NoiseSchedule.from_scheduler(scheduler)``."""
+
+    @abstractmethod
+    def encode(self, batch: Any) -> Encoded:
+        """Clean latents, condition and sample ids of a batch."""
+        raise NotImplementedError(f"{type(self).__name__}.encode(batch) -> Encoded")
+
+    @abstractmethod
+    def condition(self, spec: Spec, n: int) -> Condition:
+        """The network's keyword arguments, each [n, ...], for a concept's ``present`` or ``absent``
+        (a mapping of attributes, or a prompt), ``n`` times. What the spec does not name is dropped,
+        so ``{}`` is the null condition.
+
+        Raises:
+            ConceptError: the spec is none that the network knows.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.condition(spec, n) -> dict[str, Tensor]")
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The network's output [B, ...] for states ``x_t`` [B, ...] at timesteps ``t`` [B]. The
+        default calls ``denoiser`` as diffusers' models are called."""
+        output: Tensor = self.denoiser(x_t, t, return_dict=False, **condition)[0]
+        return output
+
+
+OPTIONAL = {name for name in vars(OptionalMembers) if not name.startswith("_")}
 _REQUIRED = ("denoiser", "noise_schedule", "encode", "condition")
+MEMBERS = {*OPTIONAL, *_REQUIRED, "predict"}
+"""The names of a task's members."""
 
 
-class Wrapped(DiffusionTask):
-    """A task that is another one, whose ``members`` are called by :meth:`call`. Of a class that
-    offers the members without being a DiffusionTask, it has the defaults of those that are missing.
+class Wrapped(DiffusionTask, OptionalMembers):
+    """A task with all members: those that another one has, ``members`` of them called by
+    :meth:`call`, and the defaults of those that it lacks.
 
     Args:
         task: a DiffusionTask, or what is used as one.
@@ -226,12 +230,13 @@ class Wrapped(DiffusionTask):
     def __getattribute__(self, name: str) -> Any:
         if name not in MEMBERS:
             return super().__getattribute__(name)
-        try:
+        if name in OPTIONAL:
+            value = getattr(self.wrapped, name, None)
+            # A task's own attribute may have such a name and be something else, such as a tensor.
+            if value is None or not (callable(value) or name == "id_column"):
+                return super().__getattribute__(name)
+        else:
             value = getattr(self.wrapped, name)
-        except AttributeError:
-            if isinstance(self.wrapped, DiffusionTask):
-                raise
-            return super().__getattribute__(name)
         return (
             partial(self.call, name, value) if name in self.members and callable(value) else value
         )
@@ -242,6 +247,11 @@ class Wrapped(DiffusionTask):
     def call(self, name: str, member: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the member of this name gives."""
         raise NotImplementedError
+
+
+def whole(task: Any) -> DiffusionTask:
+    """The task with the defaults of the optional members that it lacks."""
+    return task if isinstance(task, Wrapped) else Wrapped(task)
 
 
 def unwrapped(task: Any) -> Any:
@@ -281,7 +291,7 @@ def resolve_task(candidate: object, description: object = None) -> DiffusionTask
     if isinstance(carried, Description):
         carried = carried.bind(candidate)
     found = candidate if carried is None else carried
-    task = found if isinstance(found, DiffusionTask) else Wrapped(found)
+    task = whole(found)
     missing = [name for name in (*_REQUIRED, "predict") if _lacks(found, name)]
     if missing:
         raise TaskError(
@@ -343,7 +353,7 @@ def named_samples(task: DiffusionTask, batch: Any) -> list[str] | None:
         BatchError: a field is missing.
     """
     try:
-        ids = task.sample_ids(batch)
+        ids = whole(task).sample_ids(batch)
     except KeyError as error:
         raise _missing_field(task, "sample_ids", batch, error) from error
     return None if ids is None else plain_ids(ids)

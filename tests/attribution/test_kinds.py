@@ -16,6 +16,7 @@ from ctrak_lightning.methods.objectives import ConceptDirection, SquaredNorm, Te
 from ctrak_lightning.methods.trajectories import Noised, State
 from ctrak_lightning.provenance import Ledger
 from ctrak_lightning.provenance.recording import record_run
+from ctrak_lightning.tasks import whole
 
 from ..provenance.builder import run_facts
 from ..toy import ToyDiffusion, Toys
@@ -238,14 +239,14 @@ def test_masks_become_weights_of_latents() -> None:
     mask[:4, :4] = 1
     mask[4:, 8:10] = 1
     masked = asked(RED, mask=mask)
-    found = weights_of(DiffusionTask(), [masked, RED], like)
+    found = weights_of(whole(DiffusionTask()), [masked, RED], like)
     assert found is not None
     assert found[0].tolist() == [[[1, 0, 0, 0], [0, 0, 0.5, 0]]] * 3
     assert torch.equal(found[1], torch.ones(3, 2, 4))
-    assert weights_of(DiffusionTask(), [RED, BAR], like) is None
+    assert weights_of(whole(DiffusionTask()), [RED, BAR], like) is None
     for wrong in (mask[:, :8], mask.T, mask[::8, ::8]):
         with pytest.raises(ConceptError, match=r"whose latents are \[2, 4\].*HINT"):
-            weights_of(DiffusionTask(), [asked(RED, mask=wrong)], like[:1])
+            weights_of(whole(DiffusionTask()), [asked(RED, mask=wrong)], like[:1])
     packed = torch.zeros(1, 8, 5)  # positions, channels
 
     class Packing(DiffusionTask):
@@ -260,4 +261,4 @@ def test_masks_become_weights_of_latents() -> None:
     ):
         weights_of(Packing(), [masked], packed[:, :6])
     with pytest.raises(TaskError, match=r"DiffusionTask has latents \[8, 5\] and no `latent_mask`"):
-        weights_of(DiffusionTask(), [masked], packed)
+        weights_of(whole(DiffusionTask()), [masked], packed)

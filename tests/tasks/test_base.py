@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from ctrak_lightning import Attributor, Concept, DiffusionTask, Sampler
 from ctrak_lightning.errors import TaskError
-from ctrak_lightning.tasks import InPrecision, name_of, named_samples, resolve_task, task_modules
+from ctrak_lightning.tasks import (
+    InPrecision,
+    OptionalMembers,
+    name_of,
+    named_samples,
+    resolve_task,
+    task_modules,
+    whole,
+)
 from tests.attribution.test_attributor import METHODS, traced
 from tests.toy import QuickDiffusion
 
@@ -83,13 +91,14 @@ def test_what_is_left_undefined_is_named() -> None:
         resolve_task(odd)
 
 
+class Theirs:
+    id_column = "path"
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents + 1
+
+
 def test_a_default_hides_nothing_of_a_module_that_was_there_before() -> None:
-    class Theirs:
-        id_column = "path"
-
-        def decode(self, latents: Tensor) -> Tensor:
-            return latents + 1
-
     class Traced(DiffusionTask, Theirs):
         def latents(self, images: Tensor) -> Tensor:
             return images
@@ -98,7 +107,87 @@ def test_a_default_hides_nothing_of_a_module_that_was_there_before() -> None:
         def decode(self, latents: Tensor) -> Tensor:
             return super().decode(latents) + 1
 
-    assert (Traced().id_column, Traced().decode(torch.zeros(())).item()) == ("path", 1)
-    assert Derived().decode(torch.zeros(())).item() == 2
-    assert Traced().latents(torch.ones(1)).item() == 1
-    assert Traced().pictures({}) is None
+    task = whole(Derived())
+    assert (task.id_column, task.decode(torch.zeros(())).item()) == ("path", 2)  # type: ignore[union-attr]
+    assert Traced().decode(torch.zeros(())).item() == 1  # type: ignore[union-attr]
+    assert task.latents(torch.ones(1)).item() == 1  # type: ignore[union-attr]
+    assert task.pictures({}) is None
+
+
+def test_no_default_is_before_a_later_class() -> None:
+    class Later(Theirs):
+        def decode(self, latents: Tensor) -> Tensor:
+            return latents + 5
+
+    class Traced(DiffusionTask, Theirs):
+        pass
+
+    class Both(Traced, Later):
+        pass
+
+    assert Both().decode(torch.zeros(())).item() == 5  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", [*OPTIONAL, "known_attributes", "check_concept"])
+def test_a_module_keeps_what_it_has_by_the_name_of_a_member(name: str) -> None:
+    """As it had before it inherited: a submodule, a parameter, a buffer, a plain attribute."""
+    module = QuickDiffusion()
+    for kind in (Own, OwnParameter, OwnBuffer, OwnTensor):
+        theirs = kind(name)
+        assert torch.equal(theirs(torch.ones(2)), torch.full((2,), 3.0))
+        task = whole(theirs)
+        if kind is Own:
+            assert getattr(task, name) is getattr(theirs, name)
+        else:
+            assert getattr(task, name).__func__ is getattr(OptionalMembers, name)
+    assert whole(module).id_column is None
+
+
+class Own(DiffusionTask, nn.Module):
+    """A submodule."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        layer = nn.Linear(2, 2)
+        nn.init.ones_(layer.weight)
+        nn.init.ones_(layer.bias)
+        setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = getattr(self, self.name)(x)
+        return found
+
+
+class OwnTensor(DiffusionTask, nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.keep(name, torch.full((2,), 2.0))
+
+    def keep(self, name: str, value: Tensor) -> None:
+        setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = x + getattr(self, self.name)
+        return found
+
+
+class OwnParameter(OwnTensor):
+    def keep(self, name: str, value: Tensor) -> None:
+        self.register_parameter(name, nn.Parameter(value))
+
+
+class OwnBuffer(OwnTensor):
+    def keep(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value)
+
+
+def test_a_property_that_has_nothing_is_no_member() -> None:
+    class Without(DiffusionTask):
+        decode = property()  # type: ignore[assignment]
+        known_attributes = property()  # type: ignore[assignment]
+
+    task = whole(Without())
+    assert task.decode(torch.ones(1)) is None
+    assert task.known_attributes() is None

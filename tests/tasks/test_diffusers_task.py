@@ -14,7 +14,7 @@ from ctrak_lightning import Concept, DiffusersTask, FlowSchedule
 from ctrak_lightning.attribution.concept import check_known
 from ctrak_lightning.errors import ConceptError, TaskError
 from ctrak_lightning.gradients import tracing_mode
-from ctrak_lightning.tasks import encode, resolve_task
+from ctrak_lightning.tasks import encode, resolve_task, unwrapped
 from tests.tasks.tiny import (
     PIPELINES,
     SIZE,
@@ -65,7 +65,7 @@ def test_latents_and_images_use_the_scaling_and_the_shift(name: str, shift: floa
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_pipeline_is_a_task(name: str) -> None:
     task = task_of(name).eval()  # DiT drops labels while it trains
-    assert resolve_task(task) is task
+    assert unwrapped(resolve_task(task)) is task
     encoded = encode(task, batch(3))
     assert encoded.sample_ids == ["image-0", "image-1", "image-2"]
     assert encoded.metadata["owner"] == ["owner 0", "owner 1", "owner 2"]
