@@ -4,6 +4,8 @@ answers afterwards."""
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ctrak_lightning import _moved
+
 if TYPE_CHECKING:
     from ctrak_lightning import methods
     from ctrak_lightning.attribution import Attribution, Attributions, Attributor, Concept
@@ -48,6 +50,8 @@ __all__ = [
     "register_family",
     "register_layer",
 ]
+
+_moved.install()
 
 # What is not asked for is not imported, so that `ctrak --help` need not wait for PyTorch.
 _PLACES = {

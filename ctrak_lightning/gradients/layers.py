@@ -3,10 +3,11 @@ in."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+from ctrak_lightning._moved import names_of
 from ctrak_lightning.errors import GradientError
 from ctrak_lightning.gradients.layouts import Layout
 from ctrak_lightning.utilities.naming import inside
@@ -229,3 +230,7 @@ def _container_group(module: nn.Module) -> str | None:
     if getattr(module, "is_cross_attention", "Cross" in name):
         return "cross-attention"
     return "attention" if isinstance(module, nn.MultiheadAttention) else "self-attention"
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of(__name__)

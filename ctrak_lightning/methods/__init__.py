@@ -3,6 +3,9 @@
 ``methods.concept_trak()`` and its like make the known ones; :class:`Method` puts together one's own.
 """
 
+from typing import TYPE_CHECKING
+
+from ctrak_lightning._moved import names_of
 from ctrak_lightning.methods.damping import DampingRule
 from ctrak_lightning.methods.ensembles import EnsembleRule
 from ctrak_lightning.methods.method import Method
@@ -38,3 +41,6 @@ __all__ = [
     "tracin",
     "trak",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of(__name__)
