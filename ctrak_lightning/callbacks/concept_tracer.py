@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -165,24 +165,19 @@ class ConceptTracer(Callback):
             self.projection = Projection(rank=rank, dim=dim, seed=seed)
         except ValueError as error:
             raise MisconfigurationException(f"`ConceptTracer`: {error}") from error
-        self.dirpath, self.mode, self.task = str(dirpath), mode, task
+        self.dirpath, self.mode, self.task, self.loader = str(dirpath), mode, task, loader
         self.layers = None if layers is None else list(layers)
         self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
-        self.at_end, self.on_error = at_end, on_error
-        self._settings = TraceSettings(
-            dirpath=self.dirpath,
-            method=self.method,
-            projection=self.projection,
-            mode=mode,
-            weights=weights,
-            layers=self.layers,
-            batch_size=batch_size,
-            dtype=dtype,
-            thumbnails=thumbnails,
-            seed=seed,
-            loader=loader,
+        self.at_end, self.on_error, self.weights = at_end, on_error, weights
+        self.batch_size, self.dtype, self.thumbnails, self.seed = (
+            batch_size,
+            dtype,
+            thumbnails,
+            seed,
         )
-        self._questions: tuple[Question, ...] = ()
+        self._settings()  # refuses what does not go together
+        self.questions: tuple[Question, ...] = ()
+        """Those that are taken into the trial, by :meth:`add_to_trial`."""
         self._listeners: list[Callable[[L.Trainer], None]] = []
         self._run: TracedRun | None = None
         self._memory = Memory()
@@ -204,7 +199,7 @@ class ConceptTracer(Callback):
 
     def add_to_trial(self, questions: Sequence[Question]) -> None:
         """Takes questions into the trial when training starts, in place of those named before."""
-        self._questions = tuple(questions)
+        self.questions = tuple(questions)
 
     def should_trace(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Whether to trace now. Called with ``step_idx`` after an optimizer step (the count of
@@ -247,7 +242,7 @@ class ConceptTracer(Callback):
         if is_dry_run(trainer):
             return
         task = self._task_of(pl_module)
-        if self._settings.weights == "ema" and averaging.averaging_of(trainer) is None:
+        if self.weights == "ema" and averaging.averaging_of(trainer) is None:
             raise MisconfigurationException(
                 '`ConceptTracer(weights="ema")`: the Trainer has no weight-averaging callback. '
                 f"HINT: attach one of {[kind.__name__ for kind in averaging.KINDS]}; an average "
@@ -263,13 +258,13 @@ class ConceptTracer(Callback):
         if not is_dry_run(trainer):
             self._untraced, self.untraced_steps = {}, []
             self._run = TracedRun(
-                self._settings,
+                self._settings(),
                 trainer,
                 pl_module,
                 in_precision_of(trainer, self._task_of(pl_module)),
                 self._memory,
                 callback=self,
-                questions=self._questions,
+                questions=self.questions,
                 on_error=self.on_error,
             )
 
@@ -357,6 +352,10 @@ class ConceptTracer(Callback):
         """Keeps what a checkpoint says of the store until the first batch, where it is compared
         with the folder's."""
         self._memory = Memory.from_state(state_dict)
+
+    def _settings(self) -> TraceSettings:
+        """The attributes as they are now, by which the store of a run is written."""
+        return TraceSettings(**{one.name: getattr(self, one.name) for one in fields(TraceSettings)})
 
     def _is_run_of(self, trainer: L.Trainer) -> bool:
         """Whether it is the traced run's Trainer: another one may validate with the same callbacks

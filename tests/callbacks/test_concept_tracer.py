@@ -391,6 +391,34 @@ def test_fast_dev_run_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "traces").exists()
 
 
+def test_what_it_was_made_with_can_be_read(tmp_path: Path) -> None:
+    given = {
+        "method": methods.d_trak(),
+        "mode": "capture",
+        "weights": "ema",
+        "every_n_epochs": 2,
+        "every_n_train_steps": 3,
+        "at_end": False,
+        "layers": ["*attn2*"],
+        "batch_size": 5,
+        "dtype": "float16",
+        "thumbnails": False,
+        "seed": 7,
+        "on_error": "raise",
+        "loader": "images",
+    }
+    callback = tracer(tmp_path, **given)
+    assert {name: getattr(callback, name) for name in given} == given
+    assert callback.questions == ()
+
+
+def test_what_is_set_before_training_counts(tmp_path: Path) -> None:
+    callback = tracer(tmp_path)
+    callback.dtype, callback.thumbnails = "float16", False
+    fit(ToyDiffusion(), [callback], max_epochs=1)
+    assert TraceStore(tmp_path / "traces").header.dtype == "float16"
+
+
 @pytest.mark.parametrize("name", ["every_n_epochs", "every_n_train_steps", "batch_size"])
 def test_zero_is_refused(name: str) -> None:
     with pytest.raises(MisconfigurationException, match=rf"ConceptTracer\({name}=0\).*HINT"):
