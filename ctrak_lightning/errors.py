@@ -72,6 +72,19 @@ class GradientError(ValueError):
     """
 
 
+class ExtensionError(ValueError):
+    """A class of your own that the library calls, such as a layer kind or an objective, raised an
+    error or gave what it should not; the message names the class, the member and the layer.
+
+    Why: it runs inside the network's pass, where its error would look like one of the data or of
+    the network.
+
+    What to do: the error that hangs on it as its cause, if there is one, is the original; the
+    shapes of what a member is given and has to give are in its base class's docstring
+    (``docs/extending.md``).
+    """
+
+
 class TrialError(ValueError):
     """Data, task, network and method do not fit together, as tracing two samples before training
     has shown.

@@ -3,20 +3,23 @@ query side."""
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ctrak_lightning.errors import visible
+from ctrak_lightning.errors import ExtensionError, visible
 from ctrak_lightning.gradients import GradientTracer, tracing_mode
-from ctrak_lightning.gradients.checks import Cotangent, Forward
+from ctrak_lightning.gradients.checks import Cotangent, Forward, naming_extension
 from ctrak_lightning.methods.method import Method, Normalisation
 from ctrak_lightning.methods.objectives import Objective, Prediction, Side, Term, cotangent_of
 from ctrak_lightning.methods.trajectories import State
 from ctrak_lightning.tasks import Condition, DiffusionTask, Encoded, select
 from ctrak_lightning.utilities.memory import RowLimit
+from ctrak_lightning.utilities.naming import place_of
 
 FAINT = 1e-3
 """A concept direction ``||e(c) - e(c_minus)|| / ||e(c)||`` below this is within noise."""
@@ -112,11 +115,24 @@ def _states(
     task: DiffusionTask, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
 ) -> list[State]:
     # In the mode of tracing: an inversion asks the network itself, without dropout.
-    with tracing_mode(tracer.module), torch.no_grad():
-        states = method.training_trajectory.states(
+    trajectory = method.training_trajectory
+    what = f"{place_of(type(trajectory))}.states(task, latents, ...)"
+    is_ours = type(trajectory).__module__.startswith("ctrak_lightning.")
+    # Of the library's own what raises is the task, which they ask for the network's output.
+    naming = nullcontext() if is_ours else naming_extension(what)
+    with tracing_mode(tracer.module), torch.no_grad(), naming:
+        given = trajectory.states(
             task, encoded.latents, encoded.condition, encoded.sample_ids, seed
         )
-        return list(states)
+        states = list(given)
+    odd = next((one for one in states if not isinstance(one, State)), None)
+    if odd is not None or not states:
+        shown = "no states" if odd is None else f"{type(odd).__name__} among its states"
+        raise ExtensionError(
+            f"{what} gave {shown}, expected one or more of trajectories.State(x_t, t). HINT: "
+            "`yield State(x_t, t)` for each noise level."
+        )
+    return states
 
 
 def check_batch(
@@ -264,7 +280,7 @@ class _Evaluation:
         def cotangent(part: Objective, e: Tensor, rows: Tensor) -> Tensor:  # v [b, ...], as e
             assert self.prediction is not None
             self.e[rows] = e.detach().to(self.e)
-            v = cotangent_of(part, self.prediction)
+            v = _cotangent(part, self.prediction)
             return v if self.weights is None else v * self.weights[rows].to(v)
 
         return forward, [partial(cotangent, part) for part in objective.parts]
@@ -275,6 +291,26 @@ class _Evaluation:
         noise = (self.state.x_t - a * self.x0) / s
         loss: Tensor = (self.e - noise).square().flatten(1).mean(1).float().cpu()
         return loss
+
+
+def _cotangent(objective: Objective, prediction: Prediction) -> Tensor:
+    """The objective's cotangent, of the prediction's shape.
+
+    Raises:
+        ExtensionError: it raises something, or returns something else; names it.
+    """
+    what = f"{place_of(type(objective))}.cotangent(prediction)"
+    with naming_extension(what):
+        v: Any = cotangent_of(objective, prediction)
+    e = prediction.e
+    if not isinstance(v, Tensor) or v.shape != e.shape:
+        shown = f"shape {list(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
+        raise ExtensionError(
+            f"{what} returned {shown}, expected the shape {list(e.shape)} of prediction.e. HINT: "
+            "return one number per element of e, the derivative of the scalar; the scalar itself "
+            "is never needed."
+        )
+    return v
 
 
 @torch.no_grad()

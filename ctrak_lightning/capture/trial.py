@@ -11,19 +11,16 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ctrak_lightning import errors
 from ctrak_lightning.capture.trace import Trace, check_batch, trace_query
-from ctrak_lightning.errors import TrialError, listed
+from ctrak_lightning.errors import ExtensionError, GradientError, TrialError, listed
 from ctrak_lightning.gradients import GradientTracer
+from ctrak_lightning.gradients.checks import TYPED
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import InTraining, Noised
 from ctrak_lightning.tasks import Condition, DiffusionTask, Encoded, Spec, Wrapped, name_of
 from ctrak_lightning.utilities.memory import RowLimit, is_out_of_memory
 
 SAMPLES = 2
-_TYPED = tuple(
-    kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +198,8 @@ class Watched(Wrapped):
         try:
             return member(*args, **kwargs)
         except Exception as error:
-            if is_out_of_memory(error):  # for RowLimit
+            # For RowLimit, or of what is called inside the network's pass and not of the member.
+            if is_out_of_memory(error) or isinstance(error, (ExtensionError, GradientError)):
                 raise
             given = ", ".join(map(_shape, args))
             raise _failed(f"{name_of(self)}.{name}({given})", error) from error
@@ -217,9 +215,8 @@ def named(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise _failed(what, error) from (
-            error.__cause__ if isinstance(error, TrialError) else error
-        )
+        is_told = isinstance(error, (TrialError, ExtensionError)) and error.__cause__ is not None
+        raise _failed(what, error) from (error.__cause__ if is_told else error)
 
 
 @contextmanager
@@ -234,7 +231,7 @@ def naming_changed_buffers(changed: Callable[[], list[str]]) -> Iterator[None]:
         yield
     except TrialError as error:
         names = changed()
-        if not names or not isinstance(error.__cause__, errors.GradientError):
+        if not names or not isinstance(error.__cause__, GradientError):
             raise
         raise TrialError(
             f"{error} A likely cause: a pass in evaluation mode changes the buffers "
@@ -245,7 +242,7 @@ def naming_changed_buffers(changed: Callable[[], list[str]]) -> Iterator[None]:
 
 
 def _failed(what: str, error: Exception) -> TrialError:
-    if isinstance(error, _TYPED):
+    if isinstance(error, TYPED):
         return TrialError(f"{what}: {error}")
     return TrialError(
         f"{what}: {type(error).__name__}: {error} HINT: so it would be called at every checkpoint, "

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ctrak_lightning.errors import GradientError
+from ctrak_lightning import errors
+from ctrak_lightning.errors import ExtensionError, GradientError
+from ctrak_lightning.utilities.memory import is_out_of_memory
 
 Forward = Callable[[Tensor], Tensor]
 Cotangent = Callable[[Tensor, Tensor], Tensor]
@@ -81,6 +83,35 @@ def require_contribution(has_any: bool) -> None:
             "to call the traced module. HINT: give the tracer the module that `forward` calls; "
             "avoid `torch.no_grad()` and reentrant checkpointing."
         )
+
+
+TYPED = tuple(
+    kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
+)
+"""The library's own errors, which say what to do."""
+
+
+@contextmanager
+def naming_extension(what: str) -> Iterator[None]:
+    """Says of an error which extension raised it: ``what`` is its place, the member and the layer.
+
+    The library's own errors and those of memory (for RowLimit) pass as they are.
+
+    Raises:
+        ExtensionError: something else was raised inside, which is its cause.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TYPED) or is_out_of_memory(error):
+            raise
+        hint = next(
+            (hint for symptom, hint in _HINTS.items() if symptom in str(error)),
+            "the error is that member's own, and not one of the data or the network.",
+        )
+        raise ExtensionError(
+            f"{what} raised {type(error).__name__}: {error} HINT: {hint}"
+        ) from error
 
 
 @contextmanager

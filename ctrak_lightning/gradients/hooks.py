@@ -1,6 +1,7 @@
 """The hook engine: one forward pass, one vector-Jacobian product per cotangent, for all samples of
 a batch at once."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,16 +17,18 @@ from ctrak_lightning.errors import GradientError
 from ctrak_lightning.gradients.checks import (
     Cotangent,
     Forward,
+    naming_extension,
     pull_back,
     require_contribution,
     run_cotangent,
     run_forward,
 )
-from ctrak_lightning.gradients.layers import Layer
+from ctrak_lightning.gradients.layers import Layer, member_of, require_shape
 from ctrak_lightning.gradients.layouts import Layout, Layouts
 from ctrak_lightning.gradients.modes import full_precision
 from ctrak_lightning.gradients.plan import SHOWN_NAMES
 from ctrak_lightning.gradients.projection import BlockProjector
+from ctrak_lightning.utilities.naming import place_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +69,13 @@ class Call:
                 "operation after it not in-place."
             )
         left, right = projector.matrices(self.name, cotangent.device)
-        with full_precision(cotangent.device):
-            return self.layer.contract(self.kept, cotangent.detach(), left, right, layout).flatten(
-                1
-            )
+        with (
+            full_precision(cotangent.device),
+            naming_extension(member_of(self.layer, "contract")),
+        ):
+            part = self.layer.contract(self.kept, cotangent.detach(), left, right, layout)
+        expected = (layout.batch_size, left.shape[1], right.shape[1])
+        return require_shape(self.layer, "contract", part, *expected).flatten(1)
 
 
 class Recording:
@@ -96,12 +102,15 @@ class Recording:
         self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> Call:
         """The call of a layer that a forward hook was told of."""
-        x: Tensor = (args[0] if args else next(iter(kwargs.values()))).detach()
+        x = _input(args, kwargs).detach()
         _, right = self._projector.matrices(layer.name, x.device)
-        with full_precision(x.device):
+        with naming_extension(member_of(layer, "event_dims")):
+            leading = layer.leading(x)
+        with full_precision(x.device), naming_extension(member_of(layer, "keep")):
             kept = layer.keep(x, output, right)
+        require_shape(layer, "keep", kept, math.prod(leading), None)
         edge, position = get_gradient_edge(anchor(output)), self._counts[layer.name]
-        call = Call(layer, position, edge, layer.leading(x), kept, kept._version)
+        call = Call(layer, position, edge, leading, kept, kept._version)
         self._counts[layer.name] += 1
         self.calls.append(call)
         return call
@@ -137,6 +146,26 @@ class Recording:
                         f"be recorded. {hint}"
                     )
         return reached
+
+
+def require_tensors(
+    layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+) -> None:
+    """Raises a GradientError for a call whose input or output is no tensor: whatever kind it is
+    registered with, such a layer cannot be followed."""
+    x = _input(args, kwargs)
+    if not (isinstance(x, Tensor) and isinstance(output, Tensor)):
+        raise GradientError(
+            f"Layer {layer.name!r} ({type(layer.module).__name__}, traced by "
+            f"{place_of(type(layer))}) was given {type(x).__name__} and returned "
+            f"{type(output).__name__}, expected a tensor as first argument and as output. HINT: "
+            "leave it out with `layers=`, or put what is to be traced into a module of its own "
+            "that takes and gives one tensor."
+        )
+
+
+def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def anchor(output: Tensor) -> Tensor:
@@ -295,6 +324,7 @@ class _Recorder:
         ) -> Tensor | None:
             if self._is_recording and self._recording.is_another_threads():
                 return None
+            require_tensors(layer, args, kwargs, output)
             if not torch.is_grad_enabled():
                 if self._is_recording:
                     self._recording.without_graph.add(layer.name)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from ctrak_lightning._moved import names_of
-from ctrak_lightning.errors import GradientError
+from ctrak_lightning.errors import ExtensionError, GradientError
 from ctrak_lightning.gradients.layouts import Layout
-from ctrak_lightning.utilities.naming import inside
+from ctrak_lightning.utilities.naming import inside, place_of
 
 
 class Block:
@@ -40,6 +40,33 @@ class Block:
     @abstractmethod
     def matrix(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Parameters' gradients ``[B, *shape]`` by own name, laid out as [B, rows, cols]."""
+
+
+def member_of(block: Block, name: str) -> str:
+    """A member of a block's kind and the layer, as messages name them."""
+    return (
+        f"{place_of(type(block))}.{name}, of layer {block.name or type(block.module).__name__!r},"
+    )
+
+
+def require_shape(block: Block, member: str, given: Any, *expected: int | None) -> Tensor:
+    """What a member of a block's kind gave.
+
+    Raises:
+        ExtensionError: it is no tensor of the ``expected`` shape; None as the last size stands for
+            any number of dimensions.
+    """
+    known = expected[:-1] if expected[-1] is None else expected
+    if isinstance(given, Tensor):
+        shape = tuple(given.shape)
+        if shape[: len(known)] == known and (len(shape) == len(known) or known != expected):
+            return given
+    shown = f"shape {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+    wanted = ", ".join("..." if size is None else str(size) for size in expected)
+    raise ExtensionError(
+        f"{member_of(block, member)} returned {shown}, expected a tensor [{wanted}]. HINT: "
+        "ctrak_lightning.Layer describes what each member is given and what it has to return."
+    )
 
 
 class BareParameter(Block):

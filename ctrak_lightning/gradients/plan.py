@@ -6,10 +6,11 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ctrak_lightning.errors import GradientError, listed
+from ctrak_lightning.errors import ExtensionError, GradientError, listed
 from ctrak_lightning.gradients import kinds  # noqa: F401, as each registers itself
+from ctrak_lightning.gradients.checks import naming_extension
 from ctrak_lightning.gradients.layers import BareParameter, Layer, layer_kind
-from ctrak_lightning.utilities.naming import modules_of, parameters_of
+from ctrak_lightning.utilities.naming import modules_of, parameters_of, place_of
 
 
 def refuse_sharded(module: nn.Module) -> None:
@@ -131,10 +132,20 @@ def _layer(
         return None, f"{type(module).__name__}{own} is not a known layer kind"
     known = [own for own in own_names if own in kind.names]
     unknown = f"not the {' or '.join(kind.names)} of its {type(module).__name__}"
+    if not known:
+        return None, unknown
+    made = f"{place_of(kind)}({name!r}, {type(module).__name__}, {known})"
     try:
-        return kind(name, module, known) if known else None, unknown
+        with naming_extension(made):
+            layer = kind(name, module, known)
     except GradientError as error:
         return None, str(error)
+    if not all(isinstance(getattr(layer, side, None), int) for side in ("rows", "cols")):
+        raise ExtensionError(
+            f"{made} has no rows and cols, expected the two sizes of its gradient's matrix. HINT: "
+            "set `self.rows, self.cols` in `__init__`."
+        )
+    return layer, unknown
 
 
 def _require_matches(patterns: Sequence[str], names: list[str]) -> None:

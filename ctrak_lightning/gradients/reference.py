@@ -11,12 +11,13 @@ from ctrak_lightning.errors import GradientError
 from ctrak_lightning.gradients.checks import (
     Cotangent,
     Forward,
+    naming_extension,
     pull_back,
     require_contribution,
     run_cotangent,
     run_forward,
 )
-from ctrak_lightning.gradients.layers import Block
+from ctrak_lightning.gradients.layers import Block, member_of, require_shape
 from ctrak_lightning.gradients.modes import full_precision
 from ctrak_lightning.gradients.projection import BlockProjector
 
@@ -139,7 +140,10 @@ def _project(
             own: gradients[name]
             for own, name in zip(block.own_names, block.parameters, strict=True)
         }
-        matrix = block.matrix(own)
+        with naming_extension(member_of(block, "matrix")):
+            matrix = block.matrix(own)
+        rows = len(next(iter(own.values())))
+        require_shape(block, "matrix", matrix, rows, block.rows, block.cols)
         _refuse_incomplete(block, matrix, own)
         with full_precision(matrix.device):
             projected[block.name] = projector.project(block.name, matrix)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ctrak_lightning.errors import GradientError
-from ctrak_lightning.gradients.hooks import REENTRANT, Call, Recording, walk
+from ctrak_lightning.gradients.hooks import REENTRANT, Call, Recording, require_tensors, walk
 from ctrak_lightning.gradients.layers import Layer
 from ctrak_lightning.gradients.layouts import Layout, Layouts, NotBySampleError
 from ctrak_lightning.gradients.modes import full_precision
@@ -141,11 +141,12 @@ class StepRecorder:
             # been recorded. Nor another thread's calls, which are not the step's.
             if not self._is_recording or self._recording.is_another_threads():
                 return
-            if torch.is_grad_enabled() and output.requires_grad:
-                with self._keeping_problem():
+            with self._keeping_problem():
+                require_tensors(layer, args, kwargs, output)
+                if torch.is_grad_enabled() and output.requires_grad:
                     self._record(layer, args, kwargs, output)
-            else:
-                self._recording.without_graph.add(layer.name)
+                else:
+                    self._recording.without_graph.add(layer.name)
 
         return hook
 

@@ -2,7 +2,7 @@
 been written or moved."""
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,21 @@ from ctrak_lightning import (
     Projection,
     methods,
 )
+from ctrak_lightning.capture.reference_check import selfcheck
 from ctrak_lightning.capture.trial import Question, conditions_of
-from ctrak_lightning.errors import BatchError, GradientError, TrialError
+from ctrak_lightning.errors import BatchError, ExtensionError, GradientError, TrialError
+from ctrak_lightning.gradients import layers
+from ctrak_lightning.gradients.kinds.convolution import ConvLayer
 from ctrak_lightning.gradients.tracer import CHECK_TOLERANCE, HALF_TOLERANCE
 from ctrak_lightning.methods.method import Method
-from ctrak_lightning.methods.trajectories import Inverted
+from ctrak_lightning.methods.objectives import Objective, Prediction
+from ctrak_lightning.methods.trajectories import Inverted, Noised
 from ctrak_lightning.utilities.processes import ALONE, Processes
 
 from ..threads import together
 from ..toy import scheduler
 
+FAULT = RuntimeError("of mine")
 D_TRAK = methods.d_trak(timesteps=2)
 INVERTED = replace(D_TRAK, training_trajectory=Inverted(steps=2, guidance=2.0))
 
@@ -156,6 +161,74 @@ def test_what_a_member_raises_is_told_with_its_name_and_what_it_was_given(
         capture(tmp_path, Task({member: fault}), method=method)
     assert found.value.__cause__ is fault
     assert not (tmp_path / "store").exists()
+
+
+class OddConv(ConvLayer):
+    def keep(self, x: Tensor, output: Tensor, right: Tensor) -> Tensor:
+        raise FAULT
+
+
+@dataclass(frozen=True)
+class OddObjective(Objective):
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        raise FAULT
+
+
+@dataclass(frozen=True)
+class ScalarObjective(Objective):
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        return prediction.e.mean()
+
+
+@dataclass(frozen=True)
+class OddTrajectory(Noised):
+    gives: str = ""
+
+    def states(self, *args: Any) -> Any:
+        if not self.gives:
+            raise FAULT
+        return [self.gives]
+
+
+@pytest.mark.parametrize("mode", ["trial", "selfcheck"])
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        (None, r"OddConv\.keep, of layer 'first', raised RuntimeError: of mine"),
+        (
+            replace(D_TRAK, training=OddObjective()),
+            r"OddObjective\.cotangent\(prediction\) raised RuntimeError: of mine",
+        ),
+        (
+            replace(D_TRAK, training=ScalarObjective()),
+            r"ScalarObjective\.cotangent\(prediction\) returned shape \[\], expected the shape "
+            r"\[2, 3, 6, 6\]",
+        ),
+        (
+            replace(D_TRAK, training_trajectory=OddTrajectory()),
+            r"OddTrajectory\.states\(.*\) raised RuntimeError: of mine",
+        ),
+        (
+            replace(D_TRAK, training_trajectory=OddTrajectory(gives="a state")),
+            r"OddTrajectory\.states\(.*\) gave str among its states, expected",
+        ),
+    ],
+)
+def test_what_an_extension_raises_is_not_said_of_task_and_data(
+    tmp_path: Path, method: Method | None, told: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if method is None:
+        monkeypatch.setitem(layers._KINDS, "torch.nn.modules.conv.Conv2d", OddConv)
+    task = Task()
+    if mode == "selfcheck":
+        with pytest.raises(ExtensionError, match=rf"{told}.*HINT") as found:
+            selfcheck(task, next(iter(DataLoader(Images(), 2))), method=method or D_TRAK)
+    else:
+        with pytest.raises(TrialError, match=rf"{told}.*HINT") as found:
+            capture(tmp_path, task, method=method or D_TRAK)
+        assert "Task.predict" not in str(found.value)
+    if "raised" in told:
+        assert found.value.__cause__ is FAULT
 
 
 def test_a_broken_data_set_and_a_missing_field_are_told(tmp_path: Path) -> None:

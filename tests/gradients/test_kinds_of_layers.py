@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrak_lightning import GradientTracer, Layer, register_layer
-from ctrak_lightning.errors import GradientError
+from ctrak_lightning.errors import ExtensionError, GradientError
 from ctrak_lightning.gradients import Layout, UntracedParameterWarning, layers
 from ctrak_lightning.gradients.kinds.linear import LinearLayer
 from tests.gradients.zoo import SAMPLES, TOLERANCE, Case, features, randomized, row_error, weighted
@@ -123,6 +123,98 @@ def test_a_matrix_without_every_gradient_is_refused(factor: float) -> None:
         GradientError, match=r"Scaled\.matrix, of layer '1': .*HINT: the matrix has"
     ):
         GradientTracer(given.module).check(given.forward, [weighted], SAMPLES)
+
+
+FAULT = RuntimeError("expected input to have 9 channels")
+
+
+def broken(member: str, returned: Any) -> type[Layer]:
+    """A kind of gains one member of which raises, or returns, this."""
+
+    def instead(self: Any, *args: Any) -> Any:
+        if isinstance(returned, Exception):
+            raise returned
+        return returned
+
+    return type("Broken", (GainLayer,), {member: instead, "__module__": "mine"})
+
+
+@pytest.mark.parametrize("member", ["__init__", "event_dims", "keep", "contract", "matrix"])
+def test_what_a_kind_raises_is_told_with_its_place_and_the_layer(member: str) -> None:
+    register_layer(Gain)(broken(member, FAULT))
+    given = case()
+    where = (
+        r"^mine\.Broken\('1', Gain, \['gain'\]\)"
+        if member == "__init__"
+        else rf"^mine\.Broken\.{member}, of layer '1',"
+    )
+    with pytest.raises(
+        ExtensionError, match=rf"{where} raised RuntimeError: expected input to have 9.* HINT"
+    ) as found:
+        GradientTracer(given.module).check(given.forward, [weighted], SAMPLES)
+    assert found.value.__cause__ is FAULT
+
+
+@pytest.mark.parametrize(
+    ("member", "returned", "told"),
+    [
+        ("keep", None, rf"returned NoneType, expected a tensor \[{3 * SAMPLES}, \.\.\.\]"),
+        ("keep", torch.ones(2, 6), rf"returned shape \[2, 6\], expected a tensor \[{3 * SAMPLES}"),
+        ("contract", (torch.ones(1),), rf"returned tuple, expected a tensor \[{SAMPLES}, 1, 6\]"),
+        ("contract", torch.ones(SAMPLES, 6), rf"shape \[{SAMPLES}, 6\], expected a tensor"),
+        ("matrix", torch.ones(1, 6), r"returned shape \[1, 6\], expected a tensor \[1, 1, 6\]"),
+    ],
+)
+def test_what_a_kind_returns_must_have_its_shape(member: str, returned: Any, told: str) -> None:
+    register_layer(Gain)(broken(member, returned))
+    given = case()
+    with pytest.raises(
+        ExtensionError, match=rf"^mine\.Broken\.{member}, of layer '1', .*{told}.*HINT"
+    ):
+        GradientTracer(given.module).check(given.forward, [weighted], SAMPLES)
+
+
+def test_a_kind_says_the_size_of_its_matrix() -> None:
+    @register_layer(Gain)
+    class Sizeless(GainLayer):
+        def __init__(self, name: str, module: Any, own_names: Sequence[str]) -> None:
+            Layer.__init__(self, name, module, own_names)
+
+    with pytest.raises(ExtensionError, match=r"Sizeless\('1', .*no rows and cols.*HINT"):
+        GradientTracer(case().module)
+
+
+def test_memory_that_runs_out_in_a_kind_is_no_error_of_the_kind() -> None:
+    register_layer(Gain)(broken("keep", MemoryError("not enough memory")))
+    given = case()
+    with pytest.raises(MemoryError):
+        GradientTracer(given.module).check(given.forward, [weighted], SAMPLES)
+
+
+def test_a_layer_of_several_tensors_is_refused_by_name() -> None:
+    class Pair(Gain):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), x
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = Pair(7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pair(x)[0]  # type: ignore[no-any-return]
+
+    register_layer(Pair)(GainLayer)
+    given = Case(First(), (torch.randn(SAMPLES, 3, 7),))
+    with pytest.raises(GradientError, match=r"'pair' \(Pair, traced by .*GainLayer.*tuple.*HINT"):
+        features(given)
+    recorder = GradientTracer(given.module).step_recorder()
+    recorder.attach()
+    recorder.begin(SAMPLES)
+    loss = given.module(*given.inputs).sum()  # the training step itself goes on
+    with pytest.raises(GradientError, match="'pair'"):
+        recorder.before_backward(loss)
+    recorder.detach()
 
 
 def test_what_cannot_be_registered() -> None:
