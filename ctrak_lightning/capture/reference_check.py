@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrak_lightning import methods
-from ctrak_lightning.capture.trace import trace_batch
+from ctrak_lightning.capture.trace import reached_blocks, trace_batch
 from ctrak_lightning.errors import BatchError, listed
 from ctrak_lightning.gradients import Engine, GradientTracer, Projection, tracing_mode, undisturbed
 from ctrak_lightning.methods.method import Method
@@ -33,6 +33,7 @@ from ctrak_lightning.utilities.rng import isolated_rng
 Outcome = Literal["pass", "note", "fail"]
 DUPLICATE_TOLERANCE = 1e-6
 TIMESTEPS = 5
+_REACHED = "every layer has a gradient to compare"
 _LOOPED = "gradients equal a plain loop over the samples"
 _ALONE = "a sample alone equals it in a batch"
 _REVERSED = "the order of samples does not matter"
@@ -105,6 +106,7 @@ def selfcheck(
         features = trial.features(range(trial.count))
         checks = [
             _finite(features, encoded.sample_ids),
+            trial.reached(),
             trial.compare(_LOOPED, features, trial.looped(), _LOOP_HINT),
             trial.compare(_ALONE, features, trial.alone(), _BATCH_HINT),
             trial.compare(_REVERSED, features, trial.reversed(), _BATCH_HINT),
@@ -148,6 +150,17 @@ class _Trial:
 
     def looped(self) -> Tensor:
         return self.features(range(self.count), self._tracer("loop"))
+
+    def reached(self) -> Check:
+        """How many layers there was something of to compare."""
+        parts = reached_blocks(self.task, self.tracer, self.method, self.encoded, self.seed)
+        names, found = self.tracer.block_names, set().union(*parts)
+        silent = [name or "the network" for name in names if name not in found]
+        text = f"{len(found)} of {len(names)} layers had gradients"
+        if not silent:
+            return Check(_REACHED, "pass", text)
+        text += f"; nothing is known of those that had none: {listed(silent, show=str)}"
+        return Check(_REACHED, "note" if found else "fail", text, _REACHED_HINT)
 
     def alone(self) -> Tensor:
         return torch.cat([self.features([row]) for row in range(self.count)])
@@ -323,6 +336,10 @@ def _coverage(owner: nn.Module, task: DiffusionTask, tracer: GradientTracer) -> 
     yield Check("all that trains is traced", "note" if outside or left else "pass", found)
 
 
+_REACHED_HINT = (
+    "behind a last layer of zeros, and in LoRA's first matrices, there is none before training: "
+    "try again with trained weights. After training, such a layer learns nothing from the loss."
+)
 _LOOP_HINT = (
     "some layer is not traced as it computes; GradientTracer.check names the layers. Leave them "
     'out with `layers=`, or use engine="loop".'

@@ -14,6 +14,7 @@ from torch import Tensor
 from ctrak_lightning.errors import ExtensionError, visible
 from ctrak_lightning.gradients import GradientTracer, tracing_mode
 from ctrak_lightning.gradients.checks import Cotangent, Forward, naming_extension
+from ctrak_lightning.gradients.tracer import Checked
 from ctrak_lightning.methods.method import Method, Normalisation
 from ctrak_lightning.methods.objectives import Objective, Prediction, Side, Term, cotangent_of
 from ctrak_lightning.methods.trajectories import State
@@ -137,13 +138,13 @@ def _states(
 
 def check_batch(
     task: DiffusionTask, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
-) -> tuple[Trace, set[str]]:
+) -> tuple[Trace, Checked]:
     """The traces of a batch at the middle one of its states, whose rows are held against a pass for
     each sample alone.
 
     Returns:
-        the traces, and the names of the blocks that a gradient reached; nothing was seen of the
-        others.
+        the traces, and the rows that were found right, with the names of the blocks that a gradient
+        reached; nothing was seen of the others.
 
     Raises:
         GradientError: the rows differ; names the layers.
@@ -155,7 +156,39 @@ def check_batch(
     forward, cotangents = evaluation.passes(method.training)
     checked = tracer.check(forward, cotangents, len(encoded.latents))
     features = joined([row.cpu() for row in checked.rows], tracer, method.normalisation)
-    return Trace(features, evaluation.denoising_loss()), checked.reached
+    return Trace(features, evaluation.denoising_loss()), checked
+
+
+def reached_blocks(
+    task: DiffusionTask, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
+) -> list[set[str]]:
+    """For each part of the objective the blocks that a gradient other than zero reaches at any
+    state of a batch."""
+    found: list[set[str]] = [set() for _ in method.training.parts]
+    for state in _states(task, tracer, method, encoded, seed):
+        evaluation = _Evaluation(task, state, encoded.latents, encoded.condition, None)
+        for blocks, rows in zip(found, evaluation.vjps(tracer, method.training), strict=True):
+            blocks.update(tracer.reached(rows))
+    return found
+
+
+def has_cotangents(
+    task: DiffusionTask, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
+) -> list[bool]:
+    """For each part of the objective whether its cotangent is other than zero at any state of a
+    batch, if ``task`` gives the network's output."""
+    found = [False for _ in method.training.parts]
+    rows = torch.arange(len(encoded.latents), device=encoded.latents.device)
+    for state in _states(task, tracer, method, encoded, seed):
+        evaluation = _Evaluation(task, state, encoded.latents, encoded.condition, None)
+        forward, cotangents = evaluation.passes(method.training)
+        with tracing_mode(tracer.module):
+            e = forward(rows)
+            found = [
+                is_other or bool(cotangent(e, rows).any())
+                for is_other, cotangent in zip(found, cotangents, strict=True)
+            ]
+    return found
 
 
 def trace_query(

@@ -2,6 +2,7 @@
 each sample alone."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,16 +12,36 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ctrak_lightning.capture.trace import Trace, check_batch, trace_query
-from ctrak_lightning.errors import ExtensionError, GradientError, TrialError, listed
+from ctrak_lightning.capture.trace import (
+    Trace,
+    check_batch,
+    has_cotangents,
+    reached_blocks,
+    trace_query,
+)
+from ctrak_lightning.errors import ExtensionError, GradientError, MethodError, TrialError, listed
 from ctrak_lightning.gradients import GradientTracer
 from ctrak_lightning.gradients.checks import TYPED
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import InTraining, Noised
 from ctrak_lightning.tasks import Condition, DiffusionTask, Encoded, Spec, Wrapped, name_of
 from ctrak_lightning.utilities.memory import RowLimit, is_out_of_memory
+from ctrak_lightning.utilities.rng import seeded_noise
 
 SAMPLES = 2
+
+
+class ZeroGradientWarning(UserWarning):
+    """Before the first training step all gradients of an objective are exactly zero, in every
+    traced layer.
+
+    Why: rows of zeros say nothing of any sample. With a last layer or an adapter that begins as
+    zero it is right for as long as that stays zero, so training goes on; a checkpoint that still
+    has such rows is refused.
+
+    What to do: see that the layer of zeros trains, that ``layers=`` does not choose what stands
+    behind one that stays zero, and that the objective is what you mean.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +100,11 @@ def try_samples(
 
     Raises:
         TrialError: the method asks of conditions that the model does not have, a member of the task
-            or the network raises, a gradient is not finite, or the rows are not each sample's own;
-            names the member or the layers.
+            or the network raises, a gradient is not finite, an objective is zero whatever the
+            network predicts, or the rows are not each sample's own; names the member or the layers.
+
+    Warns:
+        ZeroGradientWarning: all gradients are zero, with the present weights.
     """
     refuse_without_condition(task, method, samples)
     rows = samples
@@ -90,15 +114,19 @@ def try_samples(
     if isinstance(method.training_trajectory, InTraining):
         method = replace(method, training_trajectory=Noised(timesteps=1))
     reached: set[str] = set()
+    silent = set(range(len(method.training.parts)))
 
     def check(start: int, stop: int) -> Trace:
-        trace, blocks = check_batch(watched, tracer, method, rows.rows(start, stop), seed)
-        reached.update(blocks)
+        trace, checked = check_batch(watched, tracer, method, rows.rows(start, stop), seed)
+        reached.update(checked.reached)
+        silent.difference_update(i for i, each in enumerate(checked.rows) if each.any())
         return trace
 
     with named(f"tracing {_described(samples)}"):
         # Where batches are of one sample, so is the comparison: nothing can be mixed there.
         traces = row_limit.run(len(rows.latents), check)
+        if silent:
+            tell_zeros(watched, tracer, method, samples, seed, row_limit)
     features = torch.cat([trace.features for trace in traces])
     loss = torch.cat([trace.loss for trace in traces])
     for name, values in (("gradient", features), ("denoising loss", loss[:, None])):
@@ -111,6 +139,71 @@ def try_samples(
                 "samples, and at the precision of the weights."
             )
     return Trial(len(samples.latents), len(reached), len(tracer.block_names))
+
+
+def tell_zeros(
+    task: DiffusionTask,
+    tracer: GradientTracer,
+    method: Method,
+    samples: Encoded,
+    seed: int,
+    row_limit: RowLimit,
+) -> None:
+    """Says of the objectives whose gradients are zero in every layer, at every state of the
+    samples, whether they can be anything else.
+
+    Zeros can be right before the first step: the squared norm of an output that begins as zero, the
+    distance from a base model that an adapter of zeros leaves as it is, chosen layers that stand
+    behind a last layer of zeros. None of these is zero for another output of the network, so it is
+    tried with one.
+
+    Raises:
+        MethodError: an objective's cotangent is zero for whatever the network gives.
+
+    Warns:
+        ZeroGradientWarning: it is zero for what the network gives with its present weights, or no
+            chosen layer has a gradient.
+    """
+
+    def over(work: Callable[[Encoded], Sequence[Any]]) -> list[bool]:
+        count = len(samples.latents)
+        found = row_limit.run(count, lambda start, stop: work(samples.rows(start, stop)))
+        return [any(each) for each in zip(*found, strict=True)]
+
+    reached = over(lambda part: reached_blocks(task, tracer, method, part, seed))
+    if all(reached):
+        return
+    noisy = _OtherOutput(task, seed)
+    can_be = over(lambda part: has_cotangents(noisy, tracer, method, part, seed))
+    is_now = over(lambda part: has_cotangents(task, tracer, method, part, seed))
+    for objective, has, can, now in zip(
+        method.training.parts, reached, can_be, is_now, strict=True
+    ):
+        if has:
+            continue
+        if not can:
+            raise MethodError(
+                f"{objective}.cotangent(prediction) is zero everywhere, also where noise is added "
+                "to the network's output: no sample would ever have a gradient. Expected the "
+                "derivative of a scalar with respect to `prediction.e`. HINT: look at what it "
+                "multiplies with zero or detaches before it differentiates; of a scalar s, the "
+                "cotangent is ds/de."
+            )
+        why = (
+            "the cotangent is not zero, and no traced layer has a gradient of it"
+            if now
+            else "the cotangent is zero for what the network predicts now, and not for another "
+            "prediction"
+        )
+        warnings.warn(
+            f"Before the first training step the gradients of {objective} are exactly zero in all "
+            f"{len(tracer.block_names)} traced layers, for {samples.sample_ids}: {why}. Where a "
+            "last layer or an adapter begins as zero that can be so until the first step; a "
+            "checkpoint at which it is still so is refused. HINT: see that such a layer trains, "
+            "that `layers=` is not behind one that stays zero, and that the objective is meant.",
+            ZeroGradientWarning,
+            stacklevel=3,
+        )
 
 
 def refuse_without_condition(task: DiffusionTask, method: Method, samples: Encoded) -> None:
@@ -186,6 +279,22 @@ def try_questions(
         trace_query(watched, tracer, method, states, one.latents, sides)  # type: ignore[arg-type]
         with torch.no_grad():
             watched.decode(one.latents)
+
+
+class _OtherOutput(Wrapped):
+    """A task whose network gives something else: noise is added to its output."""
+
+    members = ("predict",)
+
+    def __init__(self, task: DiffusionTask, seed: int) -> None:
+        super().__init__(task)
+        self._seed = seed
+
+    @override
+    def call(self, name: str, member: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = member(*args, **kwargs)
+        noise = seeded_noise(output.shape[1:], self._seed, 0, "another output").to(output)
+        return output + noise
 
 
 class Watched(Wrapped):

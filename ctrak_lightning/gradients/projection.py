@@ -104,6 +104,10 @@ class BlockProjector:
                 part.copy_(blocks[name])
         return joined
 
+    def reached(self, joined: Tensor) -> set[str]:
+        """The names of the blocks that are not all zero in joined blocks [B, P]."""
+        return {name for name, part in self._parts(joined) if part.any()}
+
     def unit_blocks(self, joined: Tensor) -> Tensor:
         """Joined blocks [B, P] with each block of a row scaled to norm 1; an all-zero block stays
         zero."""

@@ -240,6 +240,11 @@ class GradientTracer:
         that hold each block once, the results and their sketches add up to the whole."""
         return self._projector.only(rows, blocks)
 
+    def reached(self, rows: Tensor) -> set[str]:
+        """The blocks that have a number other than zero in rows [B, P] of ``vjps(...,
+        sketch=False)``."""
+        return self._projector.reached(rows)
+
     def step_recorder(self) -> StepRecorder:
         """A recorder of the same rows [B, P] from training steps, without passes of its own; its
         layers are this tracer's.

@@ -111,6 +111,23 @@ def test_samples_that_depend_on_each_other_are_refused() -> None:
         checked(Mixing())
 
 
+def test_how_many_layers_had_a_gradient_is_told() -> None:
+    name = "every layer has a gradient to compare"
+    check = checked()[name]
+    assert (check.outcome, check.found) == ("pass", "3 of 3 layers had gradients")
+    network = Small()
+    nn.init.zeros_(network.conv_out.weight)
+    check = checked(network)[name]
+    assert check.outcome == "note"
+    assert check.found.startswith("1 of 3 layers had gradients; ")
+    assert check.found.endswith("had none: conv_in, text")
+    assert "behind a last layer of zeros" in check.hint
+    nn.init.zeros_(network.conv_out.bias)
+    every = checked(network, method=methods.d_trak(timesteps=2))
+    assert {name, "every trace is finite and not zero"} <= failed(every)
+    assert every[name].found.startswith("0 of 3 layers had gradients")
+
+
 def test_layers_that_are_left_out_are_told() -> None:
     covered = checked(layers=["text", "conv_out"])["all that trains is traced"]
     assert covered.outcome == "note"

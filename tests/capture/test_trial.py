@@ -1,6 +1,7 @@
 """A trial before the first step: what a capture could not do is refused by name, and nothing has
 been written or moved."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,13 +22,19 @@ from ctrak_lightning import (
     methods,
 )
 from ctrak_lightning.capture.reference_check import selfcheck
-from ctrak_lightning.capture.trial import Question, conditions_of
-from ctrak_lightning.errors import BatchError, ExtensionError, GradientError, TrialError
+from ctrak_lightning.capture.trial import Question, ZeroGradientWarning, conditions_of
+from ctrak_lightning.errors import (
+    BatchError,
+    ExtensionError,
+    GradientError,
+    MethodError,
+    TrialError,
+)
 from ctrak_lightning.gradients import layers
 from ctrak_lightning.gradients.kinds.convolution import ConvLayer
 from ctrak_lightning.gradients.tracer import CHECK_TOLERANCE, HALF_TOLERANCE
 from ctrak_lightning.methods.method import Method
-from ctrak_lightning.methods.objectives import Objective, Prediction
+from ctrak_lightning.methods.objectives import Joint, MeanOutput, Objective, Prediction, contrast
 from ctrak_lightning.methods.trajectories import Inverted, Noised
 from ctrak_lightning.utilities.processes import ALONE, Processes
 
@@ -319,6 +326,85 @@ def test_layers_without_a_gradient_are_not_said_to_be_right(tmp_path: Path) -> N
     found = capture(tmp_path, task).trial
     assert found is not None
     assert (found.blocks, found.all_blocks) == (1, 3)
+
+
+@dataclass(frozen=True)
+class Masked(Objective):
+    """The squared norm, times ``weight``, at the timesteps from ``start`` on."""
+
+    weight: float = 1.0
+    start: int = 0
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        is_on = (prediction.t >= self.start)[:, None, None, None]
+        return self.weight * is_on * prediction.e.detach()
+
+
+@pytest.mark.parametrize("training", [Masked(0.0), Joint(MeanOutput(), Masked(0.0))])
+@pytest.mark.parametrize("samples", [6, 1])
+def test_an_objective_that_is_always_zero_is_refused(
+    tmp_path: Path, training: Objective, samples: int
+) -> None:
+    """Also as one of several, and where the network's output is zero as well."""
+    task = Task()
+    for is_zero in (False, True):
+        if is_zero:
+            nn.init.zeros_(task.denoiser.last.weight)
+            nn.init.zeros_(task.denoiser.last.bias)
+        with pytest.raises(
+            TrialError, match=r"Masked\(weight=0\.0, .*zero everywhere.*HINT"
+        ) as found:
+            capture(
+                tmp_path,
+                task,
+                DataLoader(Images(samples), 3),
+                method=replace(D_TRAK, training=training, query=contrast(training)),
+            )
+        assert isinstance(found.value.__cause__, MethodError)
+        assert not (tmp_path / "store").exists()
+
+
+def test_gradients_that_begin_as_zero_are_warned_of(tmp_path: Path) -> None:
+    """The squared norm of an output that begins as zero; layers behind a last one of zeros."""
+    task = Task()
+    last = task.denoiser.last
+    trained = last.weight.detach().clone()
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    with pytest.warns(
+        ZeroGradientWarning,
+        match=r"SquaredNorm\(\) are exactly zero in all 3 .*\['s0', 's1'\].* for what the "
+        r"network predicts now, and not for another.*HINT",
+    ):
+        made = capture(tmp_path, task)
+    last.weight.data.copy_(trained)
+    made.run(1, epoch=0)
+    made.close()
+    assert made.writer.sealed_steps == [1]
+    nn.init.zeros_(last.weight)
+    with pytest.warns(ZeroGradientWarning, match="all 1 .*no traced layer has a gradient of it"):
+        capture(
+            tmp_path / "behind",
+            task,
+            method=replace(D_TRAK, training=MeanOutput()),
+            tracer=GradientTracer(task.denoiser, Projection(rank=2, dim=16), layers=["first"]),
+        ).close()
+
+
+def test_an_objective_of_some_timesteps_alone_is_none_of_zeros(tmp_path: Path) -> None:
+    """The trial looks at the state in the middle first."""
+    method = replace(
+        D_TRAK,
+        training=Masked(start=90),
+        training_trajectory=Noised(timesteps=5),
+        normalisation="none",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert capture(tmp_path, Task(), method=method).trial is not None
+    method = replace(method, training=Masked(start=101))
+    with pytest.raises(TrialError, match="zero everywhere"):
+        capture(tmp_path / "never", Task(), method=method)
 
 
 def test_layers_without_a_gradient_are_looked_at_by_the_first_capture(tmp_path: Path) -> None:
