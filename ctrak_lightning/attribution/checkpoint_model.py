@@ -17,7 +17,7 @@ from ctrak_lightning.model.weights import copy_into, restored, tensors_of
 from ctrak_lightning.schedules import Schedule
 from ctrak_lightning.store import TraceStore
 from ctrak_lightning.store.schema import differences
-from ctrak_lightning.tasks import Condition, DiffusionTask, Spec, task_modules
+from ctrak_lightning.tasks import Condition, DiffusionTask, Spec, condition_of, task_modules
 from ctrak_lightning.utilities.naming import parameters_of
 
 Built = TypeVar("Built")
@@ -132,7 +132,7 @@ class CheckpointModel:
 
     def condition(self, specs: Sequence[Spec]) -> Condition:
         """Of B specs, a row each."""
-        parts = [self.task.condition(spec, 1) for spec in specs]
+        parts = [condition_of(self.task, spec, 1) for spec in specs]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def decode(self, latents: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ctrak_lightning.attribution.checkpoint_model import CheckpointModel
 from ctrak_lightning.methods.trajectories import Generation, Sampler, State, inverted
-from ctrak_lightning.tasks import Spec
+from ctrak_lightning.tasks import Spec, condition_of
 from ctrak_lightning.utilities.memory import RowLimit
 from ctrak_lightning.utilities.rng import seeded_noise
 
@@ -74,7 +74,7 @@ class Generator:
 
         def sampled(start: int, stop: int) -> Generation:
             condition = self.model.condition(specs[start:stop])
-            null = None if sampler.guidance == 1.0 else task.condition({}, stop - start)
+            null = None if sampler.guidance == 1.0 else condition_of(task, {}, stop - start)
             made = run(task, start_from[start:stop], condition, null)
             bar.update(stop - start)
             return made

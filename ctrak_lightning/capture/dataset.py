@@ -22,10 +22,11 @@ from ctrak_lightning.capture.survey import (
     thumbnails_of,
 )
 from ctrak_lightning.capture.trial import named
-from ctrak_lightning.errors import DatasetChangedError, TrialError
+from ctrak_lightning.errors import DatasetChangedError, TaskError, TrialError
 from ctrak_lightning.model.traced_model import TracedModel
 from ctrak_lightning.store import SampleTable
 from ctrak_lightning.tasks import DiffusionTask, Encoded, encode, name_of
+from ctrak_lightning.tasks.base import described
 from ctrak_lightning.utilities.processes import Processes
 
 _LOADING = "loading the first samples (the data set, its `collate_fn`, or the DataLoader's workers)"
@@ -173,7 +174,22 @@ class TracedData:
         uint8 [B, h, w, 3]."""
         images = self._task.pictures(batch)
         images = self._task.decode(encoded.latents) if images is None else images
-        return None if images is None else thumbnails_of(images)
+        if images is None:
+            return None
+        if not (
+            isinstance(images, Tensor)
+            and images.is_floating_point()
+            and images.ndim == 4
+            and images.shape[:2] == (len(encoded.latents), 3)
+        ):
+            raise TaskError(
+                f"{name_of(self._task)}: `pictures(batch)` or `decode(latents)` returned "
+                f"{described(images)} for {len(encoded.latents)} samples, expected floating-point "
+                f"images [{len(encoded.latents)}, 3, H, W] in [0, 1], or None. HINT: "
+                "`images.expand(-1, 3, -1, -1)` of images with one channel; `images / 255` of "
+                "bytes."
+            )
+        return thumbnails_of(images)
 
     def _position(self, number: int, batch: Any, encoded: Encoded) -> int:
         """Where in the sample table the ``number``-th batch begins, which must be the one that was

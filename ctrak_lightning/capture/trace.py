@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctrak_lightning.errors import ExtensionError, visible
+from ctrak_lightning.errors import ExtensionError, TaskError, visible
 from ctrak_lightning.gradients import GradientTracer, tracing_mode
 from ctrak_lightning.gradients.checks import Cotangent, Forward, naming_extension
 from ctrak_lightning.gradients.tracer import Checked
 from ctrak_lightning.methods.method import Method, Normalisation
 from ctrak_lightning.methods.objectives import Objective, Prediction, Side, Term, cotangent_of
 from ctrak_lightning.methods.trajectories import State
-from ctrak_lightning.tasks import Condition, DiffusionTask, Encoded, select
+from ctrak_lightning.tasks import Condition, DiffusionTask, Encoded, name_of, select
+from ctrak_lightning.tasks.base import described
 from ctrak_lightning.utilities.memory import RowLimit
 from ctrak_lightning.utilities.naming import place_of
 
@@ -303,7 +304,7 @@ class _Evaluation:
 
         def forward(rows: Tensor) -> Tensor:  # positions [b] in the batch -> e [b, ...]
             x, t = x_t[rows], self.state.t[rows]
-            output = self.task.predict(x, t, select(self.condition, rows))
+            output = predicted(self.task, x, t, select(self.condition, rows))
             schedule = self.task.noise_schedule
             e: Tensor = schedule.epsilon(output, x, t)
             reference = None if self.reference is None else self.reference[rows]
@@ -348,10 +349,30 @@ def _cotangent(objective: Objective, prediction: Prediction) -> Tensor:
 
 @torch.no_grad()
 def _noise_prediction(task: DiffusionTask, state: State, condition: Condition) -> Tensor:
-    e: Tensor = task.noise_schedule.epsilon(
-        task.predict(state.x_t, state.t, condition), state.x_t, state.t
-    )
+    output = predicted(task, state.x_t, state.t, condition)
+    e: Tensor = task.noise_schedule.epsilon(output, state.x_t, state.t)
     return e
+
+
+def predicted(task: DiffusionTask, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """The network's output, of its input's shape.
+
+    Raises:
+        TaskError: it is something else.
+    """
+    output: Any = task.predict(x_t, t, condition)
+    if isinstance(output, Tensor) and output.is_floating_point() and output.shape == x_t.shape:
+        return output
+    hint = "return the network's output alone: with diffusers, `model(..., return_dict=False)[0]`"
+    if isinstance(output, Tensor) and output.shape[2:] == x_t.shape[2:]:
+        hint = (
+            "a network that also learns its variance gives twice the channels, of which the "
+            "first half is the prediction: `output.chunk(2, dim=1)[0]`"
+        )
+    raise TaskError(
+        f"{name_of(task)}.predict(x_t {described(x_t)}, t {described(t)}, condition) returned "
+        f"{described(output)}, expected the shape of x_t. HINT: {hint}."
+    )
 
 
 def _relative_difference(predictions: Mapping[Side, Tensor], weights: Tensor | None) -> Tensor:

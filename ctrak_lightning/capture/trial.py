@@ -16,15 +16,27 @@ from ctrak_lightning.capture.trace import (
     Trace,
     check_batch,
     has_cotangents,
+    predicted,
     reached_blocks,
     trace_query,
 )
 from ctrak_lightning.errors import ExtensionError, GradientError, MethodError, TrialError, listed
-from ctrak_lightning.gradients import GradientTracer
+from ctrak_lightning.gradients import GradientTracer, tracing_mode
 from ctrak_lightning.gradients.checks import TYPED
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import InTraining, Noised
-from ctrak_lightning.tasks import Condition, DiffusionTask, Encoded, Spec, Wrapped, name_of
+from ctrak_lightning.model.function import specs_of
+from ctrak_lightning.tasks import (
+    Condition,
+    DiffusionTask,
+    Encoded,
+    Spec,
+    Wrapped,
+    condition_of,
+    name_of,
+    unwrapped,
+)
+from ctrak_lightning.tasks.base import described
 from ctrak_lightning.utilities.memory import RowLimit, is_out_of_memory
 from ctrak_lightning.utilities.rng import seeded_noise
 
@@ -127,6 +139,7 @@ def try_samples(
         traces = row_limit.run(len(rows.latents), check)
         if silent:
             tell_zeros(watched, tracer, method, samples, seed, row_limit)
+    try_condition(task, tracer, samples, seed)
     features = torch.cat([trace.features for trace in traces])
     loss = torch.cat([trace.loss for trace in traces])
     for name, values in (("gradient", features), ("denoising loss", loss[:, None])):
@@ -204,6 +217,46 @@ def tell_zeros(
             ZeroGradientWarning,
             stacklevel=3,
         )
+
+
+def try_condition(task: DiffusionTask, tracer: GradientTracer, samples: Encoded, seed: int) -> None:
+    """Makes the null condition, of which a checkpoint records what the network answers to it, or
+    where there is none that of the first known attributes, and asks the network under it.
+
+    A task that makes neither is passed over: what is lost without them is warned of later.
+
+    Raises:
+        TrialError: it has not as many rows as were asked for, or the network does not take it.
+    """
+    with torch.no_grad():
+        for spec in ({}, *specs_of(task)[0][:1]):
+            try:
+                task.condition(spec, 1)
+            except Exception:
+                continue
+            break
+        else:
+            return
+        # Several, for a row that is not repeated.
+        for n in (SAMPLES, 1):
+            with named(f"the null condition, {name_of(task)}.condition({spec!r}, {n})"):
+                condition = condition_of(task, spec, n)
+        one = samples.rows(0, 1)
+        state = next(iter(Noised(timesteps=1).states(task, one.latents, {}, one.sample_ids, seed)))
+        with tracing_mode(tracer.module):
+            try:
+                predicted(task, state.x_t, state.t, condition)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                raise TrialError(
+                    f"{name_of(task)}.predict() does not take what {name_of(task)}."
+                    f"condition({spec!r}, 1) returned, {described(condition)}: "
+                    f"{type(error).__name__}: {error}; `encode(batch).condition` of "
+                    f"{len(samples.latents)} samples has {described(samples.condition)}. HINT: "
+                    "condition(spec, n) returns the same names, of the same types and shapes, "
+                    "with n rows."
+                ) from error
 
 
 def refuse_without_condition(task: DiffusionTask, method: Method, samples: Encoded) -> None:
@@ -311,7 +364,15 @@ class Watched(Wrapped):
             if is_out_of_memory(error) or isinstance(error, (ExtensionError, GradientError)):
                 raise
             given = ", ".join(map(_shape, args))
-            raise _failed(f"{name_of(self)}.{name}({given})", error) from error
+            told = f"{name_of(self)}.{name}({given})"
+            own = getattr(type(unwrapped(self)), name, None)
+            if isinstance(error, TypeError) and own is DiffusionTask.predict:
+                raise TrialError(
+                    f"{told}: TypeError: {error}. HINT: the default predict() calls the denoiser "
+                    "as diffusers' models are called, `denoiser(x_t, t, return_dict=False, "
+                    "**condition)[0]`; define predict(x_t, t, condition) for another."
+                ) from error
+            raise _failed(told, error) from error
 
 
 @contextmanager
@@ -382,7 +443,7 @@ def _shapes(condition: Mapping[str, Any]) -> str:
 
 def _shape(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        return described(value)
     if isinstance(value, dict) and any(isinstance(v, Tensor) for v in value.values()):
         return "{" + _shapes(value) + "}"
     text = repr(value)

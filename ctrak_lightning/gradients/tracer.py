@@ -4,14 +4,15 @@ cotangent."""
 import hashlib
 import json
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ctrak_lightning.errors import GradientError
+from ctrak_lightning.errors import GradientError, listed
 from ctrak_lightning.gradients.checks import Cotangent, Forward
 from ctrak_lightning.gradients.hooks import hooked_vjps
 from ctrak_lightning.gradients.layers import Block, layer_group
@@ -326,13 +327,26 @@ class GradientTracer:
             tried.append((self._run(forward, cotangents, ends), len(ends)))
         for each, size in tried:
             for ours, theirs in zip(each, looped, strict=True):
-                self._compare(ours, theirs, size)
+                self._compare(ours, theirs, size, partial(self._changes, forward, rows))
         reached = {name for theirs in looped for name, block in theirs.items() if block.any()}
         return Checked(
             [self._projector.join(blocks, batch_size, rows.device) for blocks in batched], reached
         )
 
-    def _compare(self, ours: dict[str, Tensor], theirs: dict[str, Tensor], batch_size: int) -> None:
+    def _changes(self, forward: Forward, rows: Tensor) -> float:
+        """By how much two passes of the same rows differ."""
+        with tracing_mode(self.module), torch.no_grad():
+            first, second = forward(rows).float(), forward(rows).float()
+        size = first.norm().clamp(min=torch.finfo(first.dtype).tiny)
+        return float((first - second).norm() / size)
+
+    def _compare(
+        self,
+        ours: dict[str, Tensor],
+        theirs: dict[str, Tensor],
+        batch_size: int,
+        changes: Callable[[], float],
+    ) -> None:
         tolerance = self._tolerance()
         total = torch.stack([block.norm(dim=1) for block in theirs.values()]).norm(dim=0)
         wrong = []
@@ -343,6 +357,15 @@ class GradientTracer:
             if difference.gt(tolerance * scale).any():
                 error = (difference / scale.clamp(min=torch.finfo(scale.dtype).tiny)).max()
                 wrong.append(f"{name or type(self.module).__name__} ({float(error):.1e})")
+        if wrong and (change := changes()) > tolerance:
+            raise GradientError(
+                f"Features of a batch of {batch_size} differ from the per-sample ones in "
+                f"{len(wrong)} layers ({listed(wrong, show=str)}), and so do the network's outputs "
+                f"in two passes of the same samples, by {change:.1e}. Expected the same output "
+                "every time. HINT: look for random numbers that are drawn in evaluation mode too: "
+                "`F.dropout` without `training=self.training`, `randn` in `forward` or `predict`, "
+                "a `train()` inside them."
+            )
         if wrong:
             raise GradientError(
                 f"Features of a batch of {batch_size} differ from the per-sample ones in "

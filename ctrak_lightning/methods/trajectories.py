@@ -13,7 +13,7 @@ from torch import Tensor
 from ctrak_lightning.errors import InversionError
 from ctrak_lightning.methods.recorded import Recorded
 from ctrak_lightning.schedules import Schedule
-from ctrak_lightning.tasks import Condition, DiffusionTask
+from ctrak_lightning.tasks import Condition, DiffusionTask, condition_of
 from ctrak_lightning.utilities.rng import seeded_noise
 
 
@@ -133,7 +133,7 @@ class Inverted(Trajectory):
     ) -> Iterator[State]:
         grid = task.noise_schedule.even_timesteps(self.steps)
         used = {grid[i] for i in _evenly(self.steps, self.timesteps or self.steps)}
-        null = task.condition({}, len(latents)) if self.guidance != 1.0 else None
+        null = condition_of(task, {}, len(latents)) if self.guidance != 1.0 else None
         schedule = task.noise_schedule
         x, t = latents, repeated(0, latents)
         for i, target in enumerate(grid):

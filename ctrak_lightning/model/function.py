@@ -4,7 +4,7 @@ alone do not make the same model."""
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,15 @@ from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.gradients import tracing_mode
 from ctrak_lightning.methods.trajectories import repeated
 from ctrak_lightning.store.sections import Function
-from ctrak_lightning.tasks import Condition, DiffusionTask, Spec, name_of, task_modules, whole
+from ctrak_lightning.tasks import (
+    Condition,
+    DiffusionTask,
+    Spec,
+    name_of,
+    require_rows,
+    task_modules,
+    whole,
+)
 from ctrak_lightning.utilities.rng import isolated_rng, seeded_noise
 
 VALUES, SPECS = 8, 32
@@ -109,13 +117,17 @@ class Fixed(NamedTuple):
 def fixed_condition(task: DiffusionTask) -> Fixed:
     """Of one row. The spec is known by its place and not by name, as in :func:`conditions_of`."""
     with isolated_rng(0), torch.no_grad():
+        spec, problem = cast(Spec, {}), cast(Exception | None, None)
         try:
-            return Fixed(task.condition({}, 1))
+            given = task.condition(spec, 1)
         except Exception as error:
+            problem = error
             try:
-                return Fixed(task.condition(specs_of(task)[0][0], 1), error)
+                spec = specs_of(task)[0][0]
+                given = task.condition(spec, 1)
             except Exception:  # a task decides what it takes for a spec
                 return Fixed(None, error)
+    return Fixed(require_rows(task, spec, 1, given), problem)
 
 
 def function_of(task: DiffusionTask, latent_shape: Sequence[int]) -> Function | None:

@@ -82,7 +82,8 @@ class Encoded:
         metadata: columns of facts for reports (owner, licence, caption, ...), each of length B.
 
     Raises:
-        BatchError: the parts have different lengths, or an id is neither text nor a whole number.
+        BatchError: a part is of another kind, the parts have different lengths, or an id is neither
+            text nor a whole number.
     """
 
     latents: Tensor
@@ -91,6 +92,25 @@ class Encoded:
     metadata: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.latents, Tensor) and self.latents.is_floating_point()):
+            raise BatchError(
+                f"Encoded(latents={described(self.latents)}): expected a floating-point tensor "
+                "[B, ...]. HINT: `encode(batch)` returns the clean latents, scaled as the network "
+                "sees them."
+            )
+        if self.latents.ndim == 0:
+            raise BatchError("Encoded(latents=a tensor []): expected [B, ...], one for each image.")
+        if not _is_condition(self.condition):
+            raise BatchError(
+                f"Encoded(condition={described(self.condition)}): expected a dict of the network's "
+                "keyword arguments, each a tensor [B, ...]; {} of a network without. HINT: "
+                "`torch.tensor(...)` makes one of a list of numbers; texts are embedded before."
+            )
+        if self.sample_ids is None or not hasattr(self.sample_ids, "__iter__"):
+            raise BatchError(
+                f"Encoded(sample_ids={described(self.sample_ids)}): expected one id for each "
+                f"sample. {_HINT}"
+            )
         object.__setattr__(self, "sample_ids", plain_ids(self.sample_ids))
         rows = len(self.latents)
         lengths = {f"condition[{name!r}]": len(value) for name, value in self.condition.items()}
@@ -112,6 +132,30 @@ class Encoded:
             sample_ids=self.sample_ids[part],
             metadata={name: values[part] for name, values in self.metadata.items()},
         )
+
+
+def described(value: Any) -> str:
+    """A value's type and shape, as a message names them.
+
+    Example:
+        >>> described({"words": torch.ones(2, 5), "size": [1, 2]}), described(None)
+        ('{words: float32 [2, 5], size: list of 2}', 'None')
+    """
+    if isinstance(value, Tensor):
+        place = "" if value.device.type == "cpu" else f"{value.device} "
+        return f"{place}{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, Mapping):
+        inside = ", ".join(f"{name}: {described(each)}" for name, each in value.items())
+        return f"{{{inside}}}"
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__} of {len(value)}"
+    return "None" if value is None else type(value).__name__
+
+
+def _is_condition(given: Any) -> bool:
+    return isinstance(given, Mapping) and all(
+        isinstance(value, Tensor) and value.ndim > 0 for value in given.values()
+    )
 
 
 class OptionalMembers:
@@ -344,6 +388,32 @@ def encode(task: DiffusionTask, batch: Any) -> Encoded:
             "ctrak_lightning.Encoded."
         )
     return encoded
+
+
+def condition_of(task: DiffusionTask, spec: Spec, n: int) -> Condition:
+    """``task.condition(spec, n)``, which must have ``n`` rows of everything.
+
+    Raises:
+        TaskError: it has not.
+    """
+    return require_rows(task, spec, n, task.condition(spec, n))
+
+
+def require_rows(task: DiffusionTask, spec: Spec, n: int, given: Any) -> Condition:
+    """What ``task.condition(spec, n)`` gave.
+
+    Raises:
+        TaskError: it is no dict of tensors, or has another number of rows.
+    """
+    if _is_condition(given) and all(len(value) == n for value in given.values()):
+        found: Condition = given
+        return found
+    shown = spec if isinstance(spec, str) else dict(spec)
+    raise TaskError(
+        f"{name_of(task)}.condition({shown!r}, {n}) returned {described(given)}, expected a dict "
+        f"of tensors, each [{n}, ...]. HINT: condition(spec, n) returns what "
+        "`encode(batch).condition` has, n rows of it: the spec's value n times."
+    )
 
 
 def named_samples(task: DiffusionTask, batch: Any) -> list[str] | None:

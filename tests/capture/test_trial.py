@@ -508,9 +508,8 @@ def test_one_process_that_fails_is_told_to_all(tmp_path: Path) -> None:
 def test_questions_are_tried(tmp_path: Path) -> None:
     class Wordless(Task):
         def condition(self, spec: Any, n: int) -> dict[str, Tensor]:
-            return (
-                super().condition(spec, n) if isinstance(spec, str) else {"words": torch.ones(n, 7)}
-            )
+            is_asked = bool(spec) and not isinstance(spec, str)
+            return {"words": torch.ones(n, 7)} if is_asked else super().condition(spec, n)
 
     asked = Question("cat", {"object": "cat"}, {}, is_guided=False)
     with pytest.raises(
@@ -519,6 +518,117 @@ def test_questions_are_tried(tmp_path: Path) -> None:
     ):
         capture(tmp_path, Wordless(), questions=[asked])
     capture(tmp_path, Task(), questions=[asked])
+
+
+@pytest.mark.parametrize("method", [D_TRAK, INVERTED])
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (lambda n: {"words": torch.ones(1, 5)}, r"{words: float32 \[1, 5\]}"),
+        (lambda n: {"words": torch.ones(n + 1, 5)}, r"{words: float32 \[3, 5\]}"),
+        (lambda n: {"words": torch.ones(5 * n)}, r"{words: float32 \[10\]}"),
+        (lambda n: {"words": torch.tensor(1.0)}, r"{words: float32 \[\]}"),
+        (lambda n: {"words": [1.0] * n}, r"{words: list of 2}"),
+        (lambda n: torch.ones(n, 5), r"float32 \[2, 5\]"),
+        (lambda n: None, "None"),
+    ],
+)
+def test_a_null_condition_of_other_rows_than_asked_for_is_refused(
+    tmp_path: Path, given: Any, told: str, method: Method
+) -> None:
+    class Odd(Task):
+        def condition(self, spec: Any, n: int) -> dict[str, Tensor]:
+            return given(n) if spec == {} else super().condition(spec, n)  # type: ignore[no-any-return]
+
+    with pytest.raises(
+        TrialError,
+        match=rf"Odd\.condition\(\{{\}}, 2\) returned {told}, expected a dict of tensors, each "
+        r"\[2, \.\.\.\]\. HINT",
+    ):
+        capture(tmp_path, Odd(), method=method)
+
+
+@pytest.mark.parametrize("given", [{}, {"tags": torch.ones(1, 5)}, {"words": torch.ones(1, 4)}])
+def test_a_null_condition_that_the_network_does_not_take_is_refused(
+    tmp_path: Path, given: dict[str, Tensor]
+) -> None:
+    class Odd(Task):
+        def condition(self, spec: Any, n: int) -> dict[str, Tensor]:
+            if spec != {}:
+                return super().condition(spec, n)
+            return {name: value.expand(n, -1) for name, value in given.items()}
+
+        def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+            return self.denoiser(x_t, condition["words"])  # type: ignore[no-any-return]
+
+    with pytest.raises(
+        TrialError,
+        match=r"Odd\.predict\(\) does not take what Odd\.condition\(\{\}, 1\) returned.*"
+        r"`encode\(batch\)\.condition` of 2 samples has {words: float32 \[2, 5\]}.*HINT",
+    ):
+        capture(tmp_path, Odd())
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        (lambda output: (output,), r"returned tuple of 1, .*HINT: return the network's output al"),
+        (lambda output: None, r"returned None, expected the shape of x_t.*HINT"),
+        (lambda output: output.mean(1), r"returned float32 \[2, 6, 6\], expected.*HINT"),
+        (lambda output: output.repeat(1, 2, 1, 1), r"\[2, 6, 6, 6\].*HINT: .*variance.*chunk"),
+    ],
+)
+def test_predict_gives_the_shape_of_its_input(tmp_path: Path, output: Any, told: str) -> None:
+    """A missing dimension would be broadcast, and traced as something else."""
+
+    class Odd(Task):
+        def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+            return output(super().predict(x_t, t, condition))  # type: ignore[no-any-return]
+
+    with pytest.raises(TrialError, match=rf"Odd\.predict\(x_t float32 \[.*, condition\) .*{told}"):
+        capture(tmp_path, Odd())
+
+
+def test_the_default_predict_of_another_network_is_told(tmp_path: Path) -> None:
+    class Default(Task):
+        predict = DiffusionTask.predict  # type: ignore[assignment]
+
+    with pytest.raises(TrialError, match=r"return_dict.*HINT: .*define predict\(x_t, t, cond"):
+        capture(tmp_path, Default())
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        lambda x: x.mean(1, keepdim=True),
+        lambda x: x.mean(1),
+        lambda x: x[:1],
+        lambda x: x.mul(255).byte(),
+        lambda x: list(x),
+    ],
+)
+def test_pictures_that_are_none_are_told(tmp_path: Path, images: Any) -> None:
+    class Odd(Task):
+        def decode(self, latents: Tensor) -> Tensor:
+            return images(latents)  # type: ignore[no-any-return]
+
+    with pytest.raises(TrialError, match=r"expected floating-point images \[3, 3, H, W\].*HINT"):
+        capture(tmp_path, Odd())
+
+
+def test_a_network_that_draws_in_evaluation_mode_is_told_from_one_that_mixes_samples(
+    tmp_path: Path,
+) -> None:
+    class Drawing(Network):
+        def forward(self, x: Tensor, words: Tensor | None) -> Tensor:
+            return super().forward(nn.functional.dropout(x, 0.5), words)
+
+    task = Task()
+    task.denoiser = Drawing()
+    with pytest.raises(
+        TrialError, match="the network's outputs in two passes of the same samples.*HINT.*drawn"
+    ):
+        capture(tmp_path, task)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ctrak_lightning import Attributor, Concept, DiffusionTask, Sampler
-from ctrak_lightning.errors import TaskError
+from ctrak_lightning import Attributor, Concept, DiffusionTask, Encoded, Sampler
+from ctrak_lightning.errors import BatchError, TaskError
 from ctrak_lightning.tasks import (
     InPrecision,
     OptionalMembers,
@@ -191,3 +191,31 @@ def test_a_property_that_has_nothing_is_no_member() -> None:
     task = whole(Without())
     assert task.decode(torch.ones(1)) is None
     assert task.known_attributes() is None
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        (
+            {"latents": [torch.ones(3)] * 2},
+            r"latents=list of 2\): expected a floating-point tensor",
+        ),
+        ({"latents": torch.ones(2, 3).byte()}, r"latents=uint8 \[2, 3\]\): expected a floating"),
+        ({"latents": torch.tensor(1.0)}, r"expected \[B, \.\.\.\], one for each image"),
+        ({"condition": {"words": [1, 2]}}, r"condition={words: list of 2}\): expected a dict"),
+        ({"condition": {"words": torch.tensor(1)}}, r"condition={words: int64 \[\]}\): expected"),
+        ({"condition": torch.ones(2)}, r"condition=float32 \[2\]\): expected a dict"),
+        ({"condition": None}, r"condition=None\): expected a dict"),
+        ({"sample_ids": None}, r"sample_ids=None\): expected one id for each sample"),
+        ({"sample_ids": 3}, r"sample_ids=int\): expected one id for each sample"),
+    ],
+)
+def test_the_parts_of_a_batch_must_be_of_their_kind(part: dict[str, Any], told: str) -> None:
+    sound: dict[str, Any] = {
+        "latents": torch.ones(2, 3),
+        "condition": {"words": torch.ones(2, 4)},
+        "sample_ids": ["a", "b"],
+    }
+    Encoded(**sound)
+    with pytest.raises(BatchError, match=rf"Encoded\(.*{told}"):
+        Encoded(**(sound | part))
