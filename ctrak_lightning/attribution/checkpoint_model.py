@@ -1,16 +1,25 @@
 """The user's model under the weights of a store's checkpoints, for a while, and then as it was."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ctrak_lightning.errors import CorruptStoreError, StoreMismatchError, UnknownMethodError, listed
+from ctrak_lightning.errors import (
+    CorruptStoreError,
+    GradientError,
+    StoreMismatchError,
+    UnknownMethodError,
+    listed,
+    shorten,
+)
 from ctrak_lightning.gradients import GradientTracer, Projection, undisturbed
+from ctrak_lightning.gradients.kinds.convolution import TRANSPOSES
+from ctrak_lightning.gradients.layers import kinds_from_outside
 from ctrak_lightning.model.fingerprint import as_stored, model_fingerprint
 from ctrak_lightning.model.function import refuse_another_function
 from ctrak_lightning.model.weights import copy_into, restored, tensors_of
@@ -18,7 +27,7 @@ from ctrak_lightning.schedules import Schedule
 from ctrak_lightning.store import TraceStore
 from ctrak_lightning.store.schema import differences
 from ctrak_lightning.tasks import Condition, DiffusionTask, Spec, condition_of, task_modules
-from ctrak_lightning.utilities.naming import parameters_of
+from ctrak_lightning.utilities.naming import parameters_of, same_place
 
 Built = TypeVar("Built")
 
@@ -114,20 +123,26 @@ class CheckpointModel:
         """The store's own, for this model.
 
         Raises:
-            StoreMismatchError: it would trace other layers.
+            StoreMismatchError: it would trace other layers, or by other kinds of layers.
             CorruptStoreError: the manifest describes no projection.
         """
         facts = self.store.header.projection
-        projection, layers = described(
+        projection, layers, kinds = described(
             self.store,
             "projection",
-            lambda: (Projection(**facts["projection"]), facts["layers"]),
+            lambda: (Projection(**facts["projection"]), facts["layers"], _kinds(facts)),
         )
         made = partial(GradientTracer, self.task.denoiser, projection, layers=layers)
-        # Stores of training steps hold what has a hook and nothing else.
-        by_hooks = None if facts.get("parameters_without_hook") else made(engine="hooks")
-        tracer = by_hooks if by_hooks and by_hooks.leaves_out else made(engine="auto")
-        refuse_differences("projection", facts, tracer.describe())
+        unused = _unused_kinds(kinds)
+        tracer = _traced_as(facts, partial(made, unused_kinds=unused))
+        if differences(facts, _described_as(tracer, kinds), "projection"):
+            # A store of before these had hooks has them projected as bare parameters, or left out.
+            earlier = partial(made, unused_kinds=unused | EARLIER_WITHOUT_HOOK)
+            with suppress(GradientError):
+                before = _traced_as(facts, earlier)
+                if not differences(facts, _described_as(before, kinds), "projection"):
+                    return before
+        refuse_differences("projection", facts, _described_as(tracer, kinds))
         return tracer
 
     def condition(self, specs: Sequence[Spec]) -> Condition:
@@ -140,6 +155,57 @@ class CheckpointModel:
         with self.evaluating(), torch.no_grad():
             images = self.task.decode(latents)
         return None if images is None else images.detach().float().cpu().clamp(0, 1)
+
+
+EARLIER_WITHOUT_HOOK = frozenset(f"{cls.__module__}.{cls.__qualname__}" for cls in TRANSPOSES)
+"""Classes of modules that earlier versions traced by a pass per sample, or left out."""
+
+
+def _traced_as(facts: Mapping[str, Any], made: Callable[..., GradientTracer]) -> GradientTracer:
+    """A tracer of the engine that a store's rows are of."""
+    # Stores of training steps hold what has a hook and nothing else.
+    by_hooks = None if facts.get("parameters_without_hook") else made(engine="hooks")
+    return by_hooks if by_hooks and by_hooks.leaves_out else made(engine="auto")
+
+
+def _kinds(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The kinds from outside that made a store's rows, by the places of their modules' classes."""
+    kinds = facts.get("kinds", {})
+    if not all(isinstance(text, str) for pair in kinds.items() for text in pair):
+        raise ValueError(f"kinds={shorten(kinds)}, expected texts")
+    return dict(kinds)
+
+
+def _unused_kinds(recorded: Mapping[str, str]) -> frozenset[str]:
+    """Places of the classes whose kinds from outside were not there when a store was made.
+
+    Args:
+        recorded: the kinds that made its rows, by the places of the classes.
+
+    Raises:
+        StoreMismatchError: one of these is not registered.
+    """
+    here = kinds_from_outside()
+    for place, kind in recorded.items():
+        found = [mine for at, mine in here.items() if same_place(at, place)]
+        if not any(same_place(mine, kind) for mine in found):
+            other = f"{listed(found)} is" if found else "no kind of layer is"
+            raise StoreMismatchError(
+                f"The store's rows of {shorten(place, 120)} were made by the kind of layer "
+                f"{shorten(kind, 120)}, and {other} registered for it here: rows of another kind are "
+                "other numbers. HINT: import the module that calls register_layer for that kind "
+                "before the store is opened."
+            )
+    return frozenset(at for at in here if not any(same_place(at, place) for place in recorded))
+
+
+def _described_as(tracer: GradientTracer, recorded: Mapping[str, str]) -> dict[str, Any]:
+    """What a tracer describes; kinds that are the ``recorded`` ones stand where a store has
+    them."""
+    facts = tracer.describe()
+    # No tracer here uses others than the recorded ones, but it may find no layer of one.
+    same = len(facts.get("kinds", ())) == len(recorded)
+    return facts | ({"kinds": dict(recorded)} if recorded and same else {})
 
 
 def described(store: TraceStore, what: str, build: Callable[[], Built]) -> Built:
@@ -196,9 +262,14 @@ def refuse_differences(where: str, stored: Any, mine: Any) -> None:
         fields = "; ".join(
             f"{field}: the store has {a!r}, this model or method has {b!r}" for field, a, b in found
         )
+        kinds = (
+            " Layers of kinds of your own want the register_layer calls of that run."
+            if where == "projection"
+            else ""
+        )
         raise StoreMismatchError(
             f"The store was made with another set-up: {fields}. HINT: build the module as in the "
             "traced run (same base weights, same adapters, same scheduler), or name the store's "
             "own method. Base weights that LoRA was merged into, and unmerged from, have been "
-            "rounded: load them as that run did when it began."
+            "rounded: load them as that run did when it began." + kinds
         )

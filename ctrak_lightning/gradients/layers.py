@@ -1,16 +1,17 @@
 """What is traced: blocks of parameters, kinds of layers, and the groups that answers count them
 in."""
 
+import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from ctrak_lightning._moved import names_of
-from ctrak_lightning.errors import ExtensionError, GradientError
+from ctrak_lightning.errors import ExtensionError, GradientError, shorten
 from ctrak_lightning.gradients.layouts import Layout
-from ctrak_lightning.utilities.naming import inside, place_of
+from ctrak_lightning.utilities.naming import inside, is_own, place_of
 
 
 class Block:
@@ -151,13 +152,16 @@ def register_layer(*modules: type[nn.Module] | str) -> Callable[[Kind], Kind]:
     So are those of subclasses that compute as they do: with a ``forward`` of its own a class is
     another layer.
 
+    A store records the kinds from outside that made its rows, and is asked with these only: import
+    the module that registers them before.
+
     Args:
         modules: the classes, or the places of classes that need not be imported
             (``"package.module.Class"``).
 
     Raises:
-        GradientError: one is no class of modules or has a kind already, or the kind lacks
-            something. To register a class again, as a notebook does, replaces it.
+        GradientError: there is none, one is no class of modules or has a kind already, or the kind
+            lacks something. To register a class again, as a notebook does, replaces it.
 
     Example::
 
@@ -167,14 +171,25 @@ def register_layer(*modules: type[nn.Module] | str) -> Callable[[Kind], Kind]:
     """
     places = []
     for module in modules:
-        if not isinstance(module, str) and not (
-            isinstance(module, type) and issubclass(module, nn.Module)
-        ):
+        if isinstance(module, str):
+            # A class is found by its module's name and its own: no other text is ever one's place.
+            known = "." in module and all(
+                part.isidentifier() or part == "<locals>" for part in module.split(".")
+            )
+        else:
+            known = isinstance(module, type) and issubclass(module, nn.Module)
+        if not known:
             raise GradientError(
-                f"register_layer({module!r}): expected a subclass of nn.Module, or its place as "
-                "text, 'package.module.Class'."
+                f"register_layer({shorten(module)}): expected a subclass of nn.Module, or its "
+                "place as text, 'package.module.Class'. HINT: the class, and not a layer of it: "
+                "@register_layer(Scale)."
             )
         places.append(module if isinstance(module, str) else _place(module))
+    if not places:
+        raise GradientError(
+            "register_layer(): expected the classes of modules that the kind traces. HINT: "
+            "@register_layer(Scale)."
+        )
 
     def register(kind: Kind) -> Kind:
         if not (isinstance(kind, type) and issubclass(kind, Layer)):
@@ -190,6 +205,7 @@ def register_layer(*modules: type[nn.Module] | str) -> Callable[[Kind], Kind]:
                 f"register_layer({', '.join(places)}): {kind.__name__} lacks {', '.join(lacking)}, "
                 "which ctrak_lightning.Layer describes."
             )
+        _check_kind(kind)
         for place in places:
             owner = _KINDS.get(place, kind)
             if _place(owner) != _place(kind):
@@ -203,18 +219,69 @@ def register_layer(*modules: type[nn.Module] | str) -> Callable[[Kind], Kind]:
     return register
 
 
-def layer_kind(module: nn.Module) -> type[Layer] | None:
-    """The kind that traces a module exactly, or None. A class, or an instance, that computes in its
-    own way is another layer."""
+def _check_kind(kind: type[Layer]) -> None:
+    """Refuses a kind of which its class alone says that no layer can be made or traced."""
+    problem = None
+    if kind.__init__ is Layer.__init__ and not (hasattr(kind, "rows") and hasattr(kind, "cols")):
+        problem = (
+            "nothing sets `rows` and `cols`, the sizes of a sample's gradient as a matrix. HINT: "
+            "set both in __init__(self, name, module, own_names)"
+        )
+    elif not (
+        isinstance(kind.names, (tuple, list))
+        and kind.names
+        and all(isinstance(name, str) and name for name in kind.names)
+    ):
+        problem = (
+            f"names={shorten(kind.names)}, expected the parameters that it knows, as texts. HINT: "
+            "names = ('weight', 'bias')"
+        )
+    elif not (isinstance(kind.group, str) and kind.group):
+        problem = f"group={shorten(kind.group)}, expected a text. HINT: leave it out"
+    else:
+        try:
+            inspect.signature(kind).bind("name", None, [])
+        except TypeError as error:
+            problem = (
+                f"it is not made of (name, module, own_names): {error}. HINT: "
+                "__init__(self, name, module, own_names)"
+            )
+    if problem:
+        raise GradientError(f"register_layer of {kind.__name__}: {problem}.")
+
+
+def registered_place(module: nn.Module, unused: Collection[str] = ()) -> str | None:
+    """The place of the class whose kind traces a module exactly, or None. A class, or an instance,
+    that computes in its own way is another layer.
+
+    Args:
+        module: the module.
+        unused: places of classes that are taken as if nothing were registered for them.
+    """
     kind = type(module)
     if any(name in vars(module) for name in _COMPUTING):
         return None
     for base in kind.__mro__:
-        if _place(base) in _KINDS and all(
-            getattr(kind, name, None) is getattr(base, name, None) for name in _COMPUTING
+        place = _place(base)
+        if (
+            place in _KINDS
+            and place not in unused
+            and all(getattr(kind, name, None) is getattr(base, name, None) for name in _COMPUTING)
         ):
-            return _KINDS[_place(base)]
+            return place
     return None
+
+
+def layer_kind(module: nn.Module, unused: Collection[str] = ()) -> type[Layer] | None:
+    """The kind that traces a module exactly, or None; ``unused`` as in :func:`registered_place`."""
+    place = registered_place(module, unused)
+    return None if place is None else _KINDS[place]
+
+
+def kinds_from_outside() -> dict[str, str]:
+    """The places of the registered kinds that are not the library's own, by the places of the
+    classes that they trace."""
+    return {place: _place(kind) for place, kind in _KINDS.items() if not is_own(kind)}
 
 
 _COMPUTING = ("forward", "_conv_forward", "__call__")

@@ -56,7 +56,10 @@ class Plan:
 
 
 def plan_blocks(
-    module: nn.Module, patterns: Sequence[str] | None, trained: Collection[str] | None = None
+    module: nn.Module,
+    patterns: Sequence[str] | None,
+    trained: Collection[str] | None = None,
+    unused_kinds: Collection[str] = (),
 ) -> Plan:
     """Sorts the parameters that require a gradient into blocks.
 
@@ -65,9 +68,11 @@ def plan_blocks(
         patterns: `fnmatch` patterns for the names of the modules that own them; None takes all.
         trained: names of the parameters that training changes; None takes all that require a
             gradient.
+        unused_kinds: places of classes of modules whose kinds of layers are not used.
 
     Raises:
-        GradientError: nothing requires a gradient, or a pattern matches nothing that does.
+        GradientError: nothing requires a gradient, or a pattern matches nothing that does, or a
+            registered kind makes no usable layer.
     """
     chosen = {
         id(value)
@@ -109,7 +114,9 @@ def plan_blocks(
             if len(shared) > 1:
                 reasons[own] = f"shared as {', '.join(shared)}"
         exact = [own for own in trainable if own not in reasons]
-        layer, reason = _layer(name, submodule, exact, called=id(submodule) not in in_attention)
+        kind = layer_kind(submodule, unused_kinds)
+        called = id(submodule) not in in_attention
+        layer, reason = _layer(kind, name, submodule, exact, called)
         if layer is not None:
             layers.append(layer)
         reasons |= {own: reason for own in exact if layer is None or own not in layer.own_names}
@@ -121,10 +128,9 @@ def plan_blocks(
 
 
 def _layer(
-    name: str, module: nn.Module, own_names: list[str], called: bool
+    kind: type[Layer] | None, name: str, module: nn.Module, own_names: list[str], called: bool
 ) -> tuple[Layer | None, str]:
     """The layer that traces the parameters it knows, and why the others are not traced."""
-    kind = layer_kind(module)
     if not called:
         return None, "used inside nn.MultiheadAttention without a call of its layer"
     if kind is None:

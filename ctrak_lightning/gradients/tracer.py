@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from ctrak_lightning.errors import GradientError, listed
 from ctrak_lightning.gradients.checks import Cotangent, Forward
 from ctrak_lightning.gradients.hooks import hooked_vjps
-from ctrak_lightning.gradients.layers import Block, layer_group
+from ctrak_lightning.gradients.layers import (
+    Block,
+    kinds_from_outside,
+    layer_group,
+    registered_place,
+)
 from ctrak_lightning.gradients.layouts import Layouts, NotBySampleError
 from ctrak_lightning.gradients.modes import tracing_mode
 from ctrak_lightning.gradients.plan import plan_blocks, refuse_sharded
@@ -80,6 +85,8 @@ class GradientTracer:
             (`torch.func`).
         trained: names of the module's parameters that training changes; None takes those that
             require a gradient.
+        unused_kinds: places of classes of modules, ``"package.module.Class"``, whose kinds of
+            layers are not used, as if none were registered for them.
 
     Raises:
         GradientError: nothing can be traced, a pattern matches nothing, or an argument is of the
@@ -107,6 +114,7 @@ class GradientTracer:
         layers: Sequence[str] | None = None,
         engine: Engine = "hooks",
         trained: Collection[str] | None = None,
+        unused_kinds: Collection[str] = (),
     ) -> None:
         if not isinstance(module, nn.Module):
             raise GradientError(
@@ -129,8 +137,11 @@ class GradientTracer:
         self.projection = projection
         self.engine = engine
         self._patterns = None if layers is None else list(layers)
-        plan = plan_blocks(module, self._patterns, trained)
+        plan = plan_blocks(module, self._patterns, trained, unused_kinds)
         self._layers = plan.layers
+        outside = kinds_from_outside()
+        used = {registered_place(layer.module, unused_kinds) for layer in plan.layers}
+        self._kinds = {place: kind for place, kind in sorted(outside.items()) if place in used}
         self._bare: list[Block] = [] if engine == "hooks" else [block for block, _ in plan.bare]
         self._blocks: list[Block] = [*plan.layers, *self._bare]
         self._leaves_out = engine == "hooks" and bool(plan.bare)
@@ -198,7 +209,8 @@ class GradientTracer:
             "parameters_sha256": digest,
         }
         # Only where there are any, so that stores of before stay comparable.
-        return facts | ({"parameters_without_hook": len(self._bare)} if self._bare else {})
+        facts |= {"parameters_without_hook": len(self._bare)} if self._bare else {}
+        return facts | ({"kinds": self._kinds} if self._kinds else {})
 
     @property
     def width(self) -> int:

@@ -281,6 +281,10 @@ def _journal(record: CheckpointRecord, rank: int) -> str:
     return f"{record.folder}/rank{rank}.json"
 
 
+_OF_KINDS = (["projection", "kinds"], ["projection", "parameters_without_hook"])
+"""Facts that another kind of layer changes."""
+
+
 def _check_header(stored: Manifest, given: StoreHeader, path: Path) -> None:
     differences = stored.header.differences(given)
     if not differences:
@@ -295,9 +299,15 @@ def _check_header(stored: Manifest, given: StoreHeader, path: Path) -> None:
         if dataset and stored.edition
         else ""
     )
+    kinds = (
+        " Rows of a layer are those of its kind: make the same calls of register_layer as that run "
+        "did; layers that have had a kind only since then want a new folder."
+        if any(name.split(".")[:2] in _OF_KINDS for name, _, _ in differences)
+        else ""
+    )
     raise (DatasetChangedError if dataset else StoreMismatchError)(
         f"{path} holds traces made otherwise: {fields}.{forgotten} HINT: use the settings of the "
-        "store, or write to a new folder."
+        f"store, or write to a new folder.{kinds}"
     )
 
 

@@ -13,8 +13,24 @@ _COMPILED = "_orig_mod"
 
 def place_of(cls: type) -> str:
     """Where a class is: of the library's own the name alone, of others ``package.module.Name``."""
-    is_own = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
-    return cls.__name__ if is_own else f"{cls.__module__}.{cls.__qualname__}"
+    return cls.__name__ if is_own(cls) else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def is_own(cls: type) -> bool:
+    """Whether a class is the library's own."""
+    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two places may be one class's: a script's own classes are in ``__main__`` there, and
+    elsewhere when another script asks.
+
+    Example:
+        >>> same_place("__main__.Gain", "train.Gain"), same_place("a.Gain", "b.Gain")
+        (True, False)
+    """
+    (module, _, name), (module_2, _, name_2) = one.rpartition("."), other.rpartition(".")
+    return one == other or (name == name_2 and "__main__" in (module, module_2))
 
 
 def bytes_of(value: Tensor) -> memoryview:

@@ -222,7 +222,28 @@ def test_what_cannot_be_registered() -> None:
         def event_dims(self, x: Tensor) -> int:
             return 1
 
+    class Sizeless(Half):
+        matrix, keep, contract = GainLayer.matrix, GainLayer.keep, GainLayer.contract
+
+    class Letters(GainLayer):
+        names = "gain"  # type: ignore[assignment]
+
+    class Groupless(GainLayer):
+        group = None  # type: ignore[assignment]
+
+    class Bare(GainLayer):
+        def __init__(self, module: Any) -> None:
+            super().__init__("", module, ["gain"])
+
     for modules, kind, message in (
+        ((Gain,), Sizeless, r"Sizeless: nothing sets `rows` and `cols`.*HINT"),
+        ((Gain,), Letters, r"Letters: names='gain', expected .*texts\. HINT"),
+        ((Gain,), Groupless, r"Groupless: group=None, expected a text\. HINT"),
+        ((Gain,), Bare, r"Bare: it is not made of \(name, module, own_names\).*HINT"),
+        ((), GainLayer, r"register_layer\(\): expected the classes of modules.*HINT"),
+        (("",), GainLayer, r"register_layer\(''\): expected a subclass of nn\.Module.*HINT"),
+        (("Gain",), GainLayer, r"register_layer\('Gain'\): expected .*'package\.module\.Class'"),
+        ((Gain(2),), GainLayer, r"register_layer\(Gain\(\)\): expected a subclass of nn"),
         ((nn.Linear,), GainLayer, r"Linear\): LinearLayer traces it already\. HINT"),
         ((Gain,), Half, r"Gain\): Half lacks contract, keep, matrix"),
         ((Gain,), Gain, r"expected a subclass of ctrak_lightning\.Layer"),

@@ -10,6 +10,8 @@ from ctrak_lightning.gradients.kinds.linear import LinearLayer
 from ctrak_lightning.gradients.layers import register_layer
 from ctrak_lightning.gradients.layouts import Layout
 
+TRANSPOSES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 @register_layer(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class ConvLayer(LinearLayer):
@@ -57,7 +59,7 @@ class ConvLayer(LinearLayer):
         )
 
 
-@register_layer(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+@register_layer(*TRANSPOSES)
 class ConvTransposeLayer(ConvLayer):
     """nn.ConvTranspose1d, 2d and 3d: [out, in / groups * kernel (+ 1)], where torch's weight is
     [in, out / groups, *kernel]."""
