@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ctrak_lightning.errors import MethodError
+
 FOLLOWED = frozenset(
     {
         "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
@@ -210,14 +212,14 @@ class Schedule(ABC):
         equal parts of that training distribution.)
 
         Raises:
-            ValueError: ``count`` outside [1, T], or not 0 <= start < end <= 1.
+            MethodError: ``count`` outside [1, T], or not 0 <= start < end <= 1.
         """
         if not 1 <= count <= len(self):
-            raise ValueError(
+            raise MethodError(
                 f"even_timesteps({count}): expected between 1 and {len(self)} timesteps."
             )
         if not 0 <= start < end <= 1:
-            raise ValueError(
+            raise MethodError(
                 f"even_timesteps({count}, start={start}, end={end}): expected 0 <= start < end <= "
                 "1."
             )

@@ -24,7 +24,7 @@ from ctrak_lightning.attribution.result import Attribution, Record
 from ctrak_lightning.attribution.scoring import chosen_scores, exposures_at
 from ctrak_lightning.attribution.search import top_scores
 from ctrak_lightning.methods.damping import Damping, rule_of
-from ctrak_lightning.methods.ensembles import ensemble_of
+from ctrak_lightning.methods.ensembles import ensemble_of, weights_of
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import Generation, Sampler
 from ctrak_lightning.provenance.recording import QueryLog
@@ -94,9 +94,8 @@ class Attributor:
             model, self.method, self._generator, given, row_limit, progress
         )
         self._log = QueryLog(self.store.path, self.store.edition, asker) if record else None
-        refuse_differences(
-            "method.training", self.store.header.method["training"], self.method.training_dict()
-        )
+        training = described(self.store, "method", lambda: self.store.header.method["training"])
+        refuse_differences("method.training", training, self.method.training_dict())
         schedule = self.task.noise_schedule
         refuse_differences("model", *model_facts(self.store, owner, model.trained, schedule))
 
@@ -258,7 +257,7 @@ class Attributor:
         scores, dampings = chosen_scores(
             query.features, self.store.checkpoints, rule_of(used.damping), residual=used.residual
         )
-        weights = ensemble_of(used.ensemble).weights(self.store.checkpoints)
+        weights = weights_of(ensemble_of(used.ensemble), self.store.checkpoints)
         exposures = exposures_at(self.store.checkpoints)
         results = []
         for i, concept in enumerate(query.concepts):
@@ -322,7 +321,7 @@ class Attributor:
             self.store.checkpoints,
             n,
             rule_of(used.damping),
-            weights=ensemble_of(used.ensemble).weights(self.store.checkpoints),
+            weights=weights_of(ensemble_of(used.ensemble), self.store.checkpoints),
             residual=used.residual,
             processes=processes,
         )

@@ -219,7 +219,14 @@ def described(store: TraceStore, what: str, build: Callable[[], Built]) -> Built
         return build()
     except UnknownMethodError as error:
         raise UnknownMethodError(f"{store.path}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,  # a RecursionError of what is nested deeply
+    ) as error:
         raise CorruptStoreError(
             f"{store.path}: its manifest describes no {what} that is known here ({error}). HINT: a "
             "store of a newer version wants that version of ctrak-lightning; an altered one, its "

@@ -5,13 +5,14 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from ctrak_lightning.errors import MethodError
+from ctrak_lightning.errors import MethodError, shorten
 from ctrak_lightning.methods.moments import Moments
+from ctrak_lightning.methods.numbers import MOST_PARTS, number, refuse
 from ctrak_lightning.methods.recorded import Recorded
 
 if TYPE_CHECKING:
@@ -58,6 +59,18 @@ class DampingRule(Recorded, ABC):
         )
 
 
+def checked_damping(part: Any, damping: Any, field: str) -> float | None:
+    """A damping as a plain number, or None.
+
+    Raises:
+        MethodError: it is no finite number above 0.
+    """
+    found = number(damping)
+    if damping is not None and (found is None or found <= 0):
+        refuse(part, field, "a finite number > 0, or None for no kernel, each")
+    return found
+
+
 @dataclass(frozen=True)
 class Fixed(DampingRule):
     """The same damping for every question; ``Method(damping=1.0)``.
@@ -67,6 +80,9 @@ class Fixed(DampingRule):
     """
 
     damping: float | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "damping", checked_damping(self, self.damping, "damping"))
 
     def grid(self, checkpoints: "Sequence[Checkpoint]") -> Sequence[float | None]:
         return (self.damping,)
@@ -81,13 +97,19 @@ class Agreement(DampingRule):
     has learnt it; the noise that a kernel's inverse amplifies is not.
 
     Args:
-        dampings: to choose among.
+        dampings: to choose among, up to a thousand.
     """
 
     dampings: tuple[float | None, ...] = AGREEMENT_GRID
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dampings", tuple(self.dampings))  # JSON has lists
+        given: Any = self.dampings
+        if hasattr(given, "tolist"):  # of numpy or torch
+            given = given.tolist()
+        if not isinstance(given, (list, tuple)) or not 1 <= len(given) <= MOST_PARTS:
+            refuse(self, "dampings", f"1 to {MOST_PARTS} dampings, (0.1, 1.0, None)")
+        dampings = tuple(checked_damping(self, one, "dampings") for one in given)
+        object.__setattr__(self, "dampings", dampings)  # JSON has lists
 
     def grid(self, checkpoints: "Sequence[Checkpoint]") -> Sequence[float | None]:
         if len(checkpoints) > 1:
@@ -118,17 +140,20 @@ def grid_of(rule: DampingRule, checkpoints: "Sequence[Checkpoint]") -> Sequence[
     """A rule's dampings.
 
     Raises:
-        MethodError: there is none, or one is no number above 0.
+        MethodError: there is none, or more than a thousand, or one is no number above 0.
     """
     given = rule.grid(checkpoints)
     try:
         grid = tuple(None if d is None else float(d) for d in given)  # a tensor's are tensors
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         grid = ()
-    if not grid or any(d is not None and not 0 < d < math.inf for d in grid):
+    if not 1 <= len(grid) <= MOST_PARTS or any(
+        d is not None and not 0 < d < math.inf for d in grid
+    ):
         raise MethodError(
-            f"{rule}: its dampings are {given!r}; expected a sequence of at least one, each a "
-            "number > 0, or None for no kernel. HINT: a rule of the whole run gives (number,)."
+            f"{shorten(rule, 120)}: its dampings are {shorten(given, 120)}; expected a sequence of "
+            f"at least one, up to {MOST_PARTS}, each a number > 0, or None for no kernel. HINT: a "
+            "rule of the whole run gives (number,)."
         )
     return grid
 

@@ -1,11 +1,12 @@
 """Checkpoint ensembles: how much each checkpoint's scores count in the score of a sample."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ctrak_lightning.errors import StoreMismatchError
+from ctrak_lightning.errors import MethodError, StoreMismatchError, shorten
 from ctrak_lightning.methods.recorded import Recorded
 
 if TYPE_CHECKING:
@@ -44,6 +45,29 @@ class LearningRate(EnsembleRule):
                 f"{missing}. HINT: Capture.run(..., learning_rate=...), or ensemble='standardised'."
             )
         return [float(one.learning_rate) for one in checkpoints if one.learning_rate is not None]
+
+
+def weights_of(rule: EnsembleRule, checkpoints: "Sequence[Checkpoint]") -> list[float] | None:
+    """A rule's weights.
+
+    Raises:
+        MethodError: they are not one finite number for each checkpoint.
+        StoreMismatchError: the store lacks what the rule goes by.
+    """
+    given: Any = rule.weights(checkpoints)
+    if given is None:
+        return None
+    try:
+        weights = [float(weight) for weight in given]
+    except (TypeError, ValueError, OverflowError):
+        weights = []
+    if len(weights) != len(checkpoints) or not all(map(math.isfinite, weights)):
+        raise MethodError(
+            f"{shorten(rule, 120)}: its weights are {shorten(given, 120)}; expected a finite "
+            f"number for each of {len(checkpoints)} checkpoints, or None for the average. HINT: "
+            "[1.0] * len(checkpoints) is their sum."
+        )
+    return weights
 
 
 Ensemble = Literal["standardised", "learning_rate"] | EnsembleRule

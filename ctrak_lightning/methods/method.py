@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from ctrak_lightning.errors import MethodError, shorten
 from ctrak_lightning.methods.damping import Damping, DampingRule
 from ctrak_lightning.methods.ensembles import Ensemble, EnsembleRule
+from ctrak_lightning.methods.numbers import MOST_PARTS, check_boolean, number
 from ctrak_lightning.methods.objectives import Denoising, Objective, Term
 from ctrak_lightning.methods.recorded import Recorded, part_of, refuse_unrecorded
 from ctrak_lightning.methods.trajectories import Generated, InTraining, Trajectory
@@ -37,9 +39,9 @@ class Method:
             :class:`~ctrak_lightning.methods.ensembles.EnsembleRule`.
 
     Raises:
-        MethodError: an objective, a trajectory or a rule that a store cannot describe.
-        ValueError: no query term, sides with different numbers of objectives, an unknown
-            normalisation or ensemble, or a damping that is not positive.
+        MethodError: an objective, a trajectory or a rule that a store cannot describe; no query
+            term, sides with different numbers of objectives, an unknown normalisation or ensemble,
+            or a damping that is not a positive number.
     """
 
     name: str
@@ -53,8 +55,16 @@ class Method:
     ensemble: Ensemble = "standardised"
 
     def __post_init__(self) -> None:
-        if not self.query:
-            raise ValueError(f"Method({self.name!r}, query=()): expected at least one Term.")
+        if not isinstance(self.name, str):
+            raise MethodError(f"Method(name={shorten(self.name)}): expected a text.")
+        terms = self.query if isinstance(self.query, (tuple, list)) else ()
+        if not 1 <= len(terms) <= MOST_PARTS or not all(isinstance(one, Term) for one in terms):
+            raise MethodError(
+                f"Method({self.name!r}, query={shorten(self.query, 120)}): expected at least one "
+                f"Term, up to {MOST_PARTS}, in a tuple. HINT: query=(Term(SquaredNorm()),)."
+            )
+        object.__setattr__(self, "query", tuple(terms))
+        check_boolean(self, "residual")
         self._refuse_unrecorded()
         counts = {len(term.objective.parts) for term in self.query}
         if counts != {len(self.training.parts)}:
@@ -63,23 +73,17 @@ class Method:
                 f"objectives and the terms of the query {sorted(counts)}; expected the same number "
                 "everywhere. HINT: contrast(Joint(...)) for Joint(...)."
             )
-        if not (
-            self.damping in (None, "agreement")
-            or isinstance(self.damping, DampingRule)
-            or (isinstance(self.damping, (int, float)) and self.damping > 0)
-        ):
-            raise ValueError(
-                f"Method({self.name!r}, damping={self.damping!r}): expected a number > 0, "
-                "'agreement', None, or a DampingRule."
-            )
-        for field, known in (
-            ("normalisation", get_args(Normalisation)),
-            ("ensemble", get_args(get_args(Ensemble)[0])),
+        self._check_damping()
+        for field, known, rule in (
+            ("normalisation", get_args(Normalisation), None),
+            ("ensemble", get_args(get_args(Ensemble)[0]), EnsembleRule),
         ):
             given = getattr(self, field)
-            if given not in known and not isinstance(given, EnsembleRule):
-                raise ValueError(
-                    f"Method({self.name!r}, {field}={given!r}): expected one of {known}."
+            is_rule = rule is not None and isinstance(given, rule)
+            if not is_rule and not (isinstance(given, str) and given in known):
+                raise MethodError(
+                    f"Method({self.name!r}, {field}={shorten(given, 120)}): expected one of {known}"
+                    f"{f', or an instance of {rule.__name__}' if rule else ''}."
                 )
         if isinstance(self.training_trajectory, Generated):
             raise ValueError(
@@ -99,6 +103,19 @@ class Method:
                 "training steps have the gradient of the training loss and no loss of a single "
                 "sample; expected training=Denoising() and residual=False with InTraining()."
             )
+
+    def _check_damping(self) -> None:
+        given: Any = self.damping
+        if given is None or isinstance(given, DampingRule):
+            return
+        found = given if isinstance(given, str) and given == "agreement" else number(given)
+        if found is None or (not isinstance(found, str) and found <= 0):
+            raise MethodError(
+                f"Method({self.name!r}, damping={shorten(given, 120)}): expected a number > 0, "
+                "'agreement', None, or an instance of DampingRule. HINT: of several, "
+                "ctrak_lightning.methods.damping.Agreement((0.1, 1.0)) takes the best."
+            )
+        object.__setattr__(self, "damping", found)
 
     def _refuse_unrecorded(self) -> None:
         refuse_unrecorded(self.name, Objective, self.training)
@@ -145,8 +162,8 @@ class Method:
 
         Raises:
             UnknownMethodError: there is none at that place.
-            ValueError: an argument is unknown here, or a class is no name (a store of a newer
-                version, or an altered one).
+            ValueError: an argument is unknown here or of the wrong kind, or a class is no name (a
+                store of a newer version, or an altered one).
         """
         try:
             training = facts["training"]
@@ -156,7 +173,7 @@ class Method:
                 training_trajectory=part_of(Trajectory, training["trajectory"]),
                 query=tuple(
                     Term(part_of(Objective, term["objective"]), term["side"], term["weight"])
-                    for term in facts["query"]
+                    for term in _short(facts["query"])
                 ),
                 query_trajectory=part_of(Trajectory, facts["query_trajectory"]),
                 normalisation=training["normalisation"],
@@ -164,15 +181,26 @@ class Method:
                 residual=facts["residual"],
                 ensemble=_read(EnsembleRule, facts["ensemble"]),
             )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"Method.from_dict: these facts describe no method: {error!r}."
+        # RuntimeError: a RecursionError of values that are nested deeply.
+        except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise MethodError(
+                f"Method.from_dict: these facts describe no method: {shorten(error, 200)}. HINT: "
+                "they are what Method.to_dict gives."
             ) from error
 
 
 def _recorded(value: Any) -> Any:
     """A rule's class and arguments; what the library has a short word for, as it is."""
     return value.to_dict() if isinstance(value, Recorded) else value
+
+
+def _short(terms: Any) -> Any:
+    """What a store has of the query's terms, before each is built."""
+    if not isinstance(terms, list) or len(terms) > MOST_PARTS:
+        raise MethodError(
+            f"query={shorten(terms[:9] if isinstance(terms, list) else terms)}: expected a list of up to {MOST_PARTS} terms."
+        )
+    return terms
 
 
 def _read(base: type[Recorded], value: Any) -> Any:

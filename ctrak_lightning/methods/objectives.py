@@ -8,12 +8,20 @@ not, the cotangent is already their derivative.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ctrak_lightning.errors import MethodError
+from ctrak_lightning.errors import MethodError, shorten
+from ctrak_lightning.methods.numbers import (
+    LARGEST_INTEGER,
+    MOST_PARTS,
+    check_boolean,
+    check_integer,
+    check_number,
+    refuse,
+)
 from ctrak_lightning.methods.recorded import Recorded, part_of
 from ctrak_lightning.schedules import Schedule
 from ctrak_lightning.utilities.rng import seeded_noise
@@ -103,6 +111,9 @@ class MeanOutput(Objective):
 
     absolute: bool = False
 
+    def __post_init__(self) -> None:
+        check_boolean(self, "absolute")
+
     def cotangent(self, prediction: Prediction) -> Tensor:
         e = prediction.e.detach()
         return (e.sign() if self.absolute else torch.ones_like(e)) / _elements(prediction)
@@ -122,6 +133,9 @@ class ChannelProbe(Objective):
     """
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer(self, "seed", least=-LARGEST_INTEGER)
 
     def cotangent(self, prediction: Prediction) -> Tensor:
         e = prediction.e.detach()
@@ -170,16 +184,19 @@ class Joint(Objective):
     own, in expectation.
 
     Args:
-        parts: two objectives or more.
+        parts: two objectives or more, up to a thousand.
 
     Raises:
-        ValueError: fewer than two, or a Joint among them.
+        MethodError: fewer than two, or more, or a Joint among them, or what is no objective.
     """
 
     def __init__(self, *parts: Objective) -> None:
-        if len(parts) < 2 or any(isinstance(part, Joint) for part in parts):
-            raise ValueError(
-                f"Joint{parts}: expected two objectives or more, none of them a Joint."
+        if not 2 <= len(parts) <= MOST_PARTS or any(
+            isinstance(part, Joint) or not isinstance(part, Objective) for part in parts
+        ):
+            raise MethodError(
+                f"Joint{shorten(parts, 120)}: expected two objectives or more, up to {MOST_PARTS}, "
+                "none of them a Joint. HINT: Joint(MeanOutput(), ChannelProbe(0))."
             )
         self._parts = parts
 
@@ -203,7 +220,13 @@ class Joint(Objective):
 
     @classmethod
     def of_arguments(cls, arguments: Mapping[str, Any]) -> "Joint":
-        return cls(*(part_of(Objective, part) for part in arguments["parts"]))
+        parts = arguments["parts"]
+        if set(arguments) != {"parts"} or not isinstance(parts, list) or len(parts) > MOST_PARTS:
+            raise MethodError(
+                f"Joint({shorten(dict(arguments), 120)}): expected `parts`, a list of up to "
+                f"{MOST_PARTS} objectives. HINT: Joint(MeanOutput(), ChannelProbe(0))."
+            )
+        return cls(*(part_of(Objective, part) for part in parts))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Joint) and self._parts == other._parts
@@ -222,6 +245,11 @@ class Term:
     objective: Objective
     side: Side = "present"
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.side, str) and self.side in get_args(Side)):
+            refuse(self, "side", f"one of {get_args(Side)}")
+        check_number(self, "weight")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values that identify the term."""

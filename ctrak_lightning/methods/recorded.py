@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from ctrak_lightning.errors import MethodError, UnknownMethodError, shorten
+from ctrak_lightning.methods.numbers import plain
 from ctrak_lightning.utilities.naming import place_of
 
 
@@ -15,12 +16,23 @@ class Recorded:
 
     def to_dict(self) -> dict[str, Any]:
         """The class and its arguments, as JSON values."""
-        return {"class": place_of(type(self)), **asdict(self)}  # type: ignore[call-overload]
+        return {"class": place_of(type(self)), **plain(asdict(self))}  # type: ignore[call-overload]
 
     @classmethod
     def of_arguments(cls, arguments: Mapping[str, Any]) -> "Recorded":
-        """The part that has these arguments, JSON values."""
-        return cls(**arguments)
+        """The part that has these arguments, JSON values; where a field is no list, JSON's lists
+        are tuples, which a frozen dataclass can be hashed with."""
+        lists = {
+            one.name
+            for one in fields(cls)  # type: ignore[arg-type]
+            if "list" in str(getattr(one.type, "__name__", one.type)).lower()
+        }
+        return cls(
+            **{
+                name: value if name in lists else _as_tuples(value)
+                for name, value in arguments.items()
+            }
+        )
 
 
 def part_of(base: type[Recorded], facts: Mapping[str, Any]) -> Any:
@@ -34,7 +46,9 @@ def part_of(base: type[Recorded], facts: Mapping[str, Any]) -> Any:
     arguments = dict(facts)
     place = arguments.pop("class")
     if not (isinstance(place, str) and place):
-        raise ValueError(f"Method.from_dict: unknown class {place!r}, which is no name of one.")
+        raise ValueError(
+            f"Method.from_dict: unknown class {shorten(place)}, which is no name of one."
+        )
     # By place, since @dataclass(slots=True) and a notebook's cell that is run again leave earlier
     # ones behind.
     imported = {place_of(cls): cls for cls in _subclasses(base)}
@@ -48,7 +62,7 @@ def part_of(base: type[Recorded], facts: Mapping[str, Any]) -> Any:
         return imported[found[0]].of_arguments(arguments)
     there = f"there are several: {sorted(found)}" if found else "none is imported"
     raise UnknownMethodError(
-        f"The method has {_kind(base)} of the unknown class {place!r}. It is none of the "
+        f"The method has {_kind(base)} of the unknown class {shorten(place, 200)}. It is none of the "
         f"library's; expected one from there, and {there}. HINT: import the module that defines "
         "it before, or give the method itself: Attributor(store, module, method=...), or "
         "`--method package.module.name`."
@@ -96,7 +110,18 @@ def _changed(base: type[Recorded], part: Any, facts: dict[str, Any]) -> str | No
         again = part_of(base, facts)
     except (TypeError, ValueError, AttributeError) as error:
         return f"it cannot be read back ({error})"
-    return None if again == part else f"read back it would be {shorten(again, 120)}"
+    # By what is recorded, where that is all there is: a list may be a tuple, a number numpy's.
+    if type(part).to_dict is Recorded.to_dict:
+        is_same = json.loads(json.dumps(again.to_dict())) == facts
+    else:
+        is_same = again == part
+    return None if is_same else f"read back it would be {shorten(again, 120)}"
+
+
+def _as_tuples(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_as_tuples, value))
+    return value
 
 
 def _kind(base: type) -> str:

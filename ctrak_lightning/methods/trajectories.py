@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctrak_lightning.errors import InversionError
+from ctrak_lightning.errors import InversionError, MethodError
+from ctrak_lightning.methods.numbers import check_boolean, check_integer, check_number
 from ctrak_lightning.methods.recorded import Recorded
 from ctrak_lightning.schedules import Schedule
 from ctrak_lightning.tasks import Condition, DiffusionTask, condition_of
@@ -81,6 +82,12 @@ class Noised(Trajectory):
     start: float = 0.0
     end: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_integer(self, "timesteps")
+        check_boolean(self, "shared_noise")
+        check_number(self, "end", "a share of the schedule, from 0 to 1", lambda end: 0 < end <= 1)
+        check_number(self, "start", "a share below `end`", lambda start: 0 <= start < self.end)
+
     def states(
         self,
         task: DiffusionTask,
@@ -117,10 +124,13 @@ class Inverted(Trajectory):
     timesteps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.timesteps is not None and not 1 <= self.timesteps <= self.steps:
-            raise ValueError(
+        check_integer(self, "steps")
+        check_number(self, "guidance")
+        check_integer(self, "timesteps", optional=True)
+        if self.timesteps is not None and self.timesteps > self.steps:
+            raise MethodError(
                 f"Inverted(steps={self.steps}, timesteps={self.timesteps}): expected 1 <= "
-                "timesteps <= steps."
+                "timesteps <= steps. HINT: timesteps=None uses all."
             )
 
     def states(
@@ -180,6 +190,9 @@ class Generated(Trajectory):
 
     timesteps: int | None = None
 
+    def __post_init__(self) -> None:
+        check_integer(self, "timesteps", optional=True)
+
     def states(
         self,
         task: DiffusionTask,
@@ -198,7 +211,7 @@ class Generated(Trajectory):
         passes there.
 
         Raises:
-            ValueError: the generation has fewer usable states than ``timesteps``.
+            MethodError: the generation has fewer usable states than ``timesteps``.
         """
         return [State(state.x_t, state.t) for state in self._chosen(generation, schedule)]
 
@@ -206,7 +219,7 @@ class Generated(Trajectory):
         usable = [state for state in generation.states if schedule.level(state.t[0].item())[0] > 0]
         count = self.timesteps or len(usable)
         if count > len(usable):
-            raise ValueError(
+            raise MethodError(
                 f"Generated(timesteps={count}): the generation has {len(usable)} usable states. "
                 f"HINT: use Sampler(steps={count + 1}) or more, or fewer timesteps."
             )

@@ -245,17 +245,29 @@ def is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _json_value(value: Any, where: str) -> Any:
+_DEEPEST = 50
+"""Levels of lists and objects within a field: no writer needs ten, and Python's recursion ends at
+some."""
+
+
+def _json_value(value: Any, where: str, depth: int = 0) -> Any:
     """A deep copy of ``value`` in the types that JSON returns."""
+    if depth > _DEEPEST:
+        raise StoreError(
+            f"StoreHeader: {where[:200]} is nested more than {_DEEPEST} levels deep. HINT: give "
+            "numbers and texts, in few levels of lists and dicts."
+        )
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
                 raise StoreError(
                     f"StoreHeader: the key {key!r} in {where} is not a str, which JSON needs."
                 )
-        return {key: _json_value(item, f"{where}.{key}") for key, item in value.items()}
+        return {key: _json_value(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_value(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [
+            _json_value(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)
+        ]
     is_finite = isinstance(value, float) and math.isfinite(value)
     if value is None or isinstance(value, str | int) or is_finite:
         return value

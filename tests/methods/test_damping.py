@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from ctrak_lightning.errors import MethodError, StoreMismatchError, UnknownMetho
 from ctrak_lightning.gradients import GradientTracer, Projection
 from ctrak_lightning.methods import DampingRule, EnsembleRule
 from ctrak_lightning.methods.damping import AGREEMENT_GRID, Agreement, Fixed, choice, grid_of
+from ctrak_lightning.methods.ensembles import weights_of
 from ctrak_lightning.methods.moments import Moments
 from ctrak_lightning.store import Checkpoint
 
@@ -247,3 +249,20 @@ def test_learning_rates_that_a_store_lacks(tmp_path: Path) -> None:
     for ask in (attributor.score, attributor.top):
         with pytest.raises(StoreMismatchError, match=r"no learning rate for steps \[1, 2\]"):
             ask(query)  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Weighing(EnsembleRule):
+    given: str
+
+    def weights(self, checkpoints: Sequence[Checkpoint]) -> Any:
+        return {"short": [1.0], "nan": [1.0, float("nan")], "text": "ab", "numpy": np.ones(2)}[
+            self.given
+        ]
+
+
+@pytest.mark.parametrize("given", ["short", "nan", "text"])
+def test_weights_that_are_not_a_number_for_each_checkpoint_are_refused(given: str) -> None:
+    with pytest.raises(MethodError, match="Weighing.*a finite number for each of 2 checkp.*HINT"):
+        weights_of(Weighing(given), [None, None])  # type: ignore[list-item]
+    assert weights_of(Weighing("numpy"), [None, None]) == [1.0, 1.0]  # type: ignore[list-item]

@@ -1,13 +1,17 @@
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ctrak_lightning import FlowSchedule, Method, methods
 from ctrak_lightning.errors import MethodError, UnknownMethodError
+from ctrak_lightning.methods.damping import Agreement, Fixed
+from ctrak_lightning.methods.ensembles import Standardised
 from ctrak_lightning.methods.objectives import (
     ChannelProbe,
     Denoising,
@@ -19,7 +23,7 @@ from ctrak_lightning.methods.objectives import (
     Term,
     contrast,
 )
-from ctrak_lightning.methods.trajectories import Generated, InTraining, Noised
+from ctrak_lightning.methods.trajectories import Generated, InTraining, Inverted, Noised
 
 
 @pytest.mark.parametrize("name", list(methods.PRESETS))
@@ -181,7 +185,7 @@ class Initialised(Shifted):
             Weighted(float("nan")),
             "Out of range .* not JSON compliant.*: expected numbers and texts",
         ),
-        (Weighted((1.0, 2.0)), r"read back it would be Weighted\(weights=\[1.0, 2.0\]\)"),
+        (Weighted((1.0, torch.ones(2))), "Object of type Tensor is not JSON serializable"),  # type: ignore[arg-type]
         (Shifted(1.0), r"read back it would be Shifted\(shift=3.0\)"),
         (SquaredNorm, "it is no Objective: .*an instance rather than the class"),
     ],
@@ -194,6 +198,116 @@ def test_an_objective_that_a_store_cannot_describe_is_refused_where_the_method_i
     for changed in ({"training": objective}, {"query": (Term(objective),)}):
         with pytest.raises(MethodError, match=rf"'d_trak'.*as an objective, for {told}.*HINT"):
             replace(good, **changed)
+
+
+@dataclass(frozen=True)
+class Windowed(Noised):
+    """With fields that JSON has not as they are."""
+
+    window: tuple[float, ...] = (0.25, 0.75)
+    pairs: tuple[tuple[int, int], ...] = ()
+    names: list[str] | None = None
+    shift: float = 0.0
+
+
+NUMBERS = [
+    (np.float64(0.1), 0.1),
+    (np.float32(0.5), 0.5),
+    (np.int64(2), 2),
+    (np.array(0.5), 0.5),
+    (torch.tensor(0.5), 0.5),
+    (3, 3),
+]
+
+
+@pytest.mark.parametrize(("given", "plain"), NUMBERS, ids=repr)
+def test_numbers_of_numpy_and_torch_are_recorded_as_plain_ones(given: Any, plain: float) -> None:
+    good = methods.d_trak()
+    several = (given, None, given)
+    for damping in (given, Fixed(given), *map(Agreement, (several, list(several)))):
+        method = replace(good, damping=damping)
+        facts = json.loads(json.dumps(method.to_dict()))
+        assert Method.from_dict(facts) == method
+        numbers = facts["damping"]
+        if isinstance(numbers, dict):
+            numbers = numbers.get("damping", numbers.get("dampings"))
+        numbers = numbers if isinstance(numbers, list) else [numbers]
+        assert numbers in ([plain], [plain, None, plain])
+        assert type(method.to_dict()["damping"]) in (dict, type(plain))
+    assert type(replace(good, damping=given).damping) is type(plain)
+    assert Agreement(np.array([0.1, 1.0])).dampings == (0.1, 1.0)  # type: ignore[arg-type]
+    assert replace(good, residual=np.bool_(True)).residual is True
+    term = Term(SquaredNorm(), "present", given)
+    assert type(term.weight) is type(plain)
+    assert type(Windowed(shift=given).to_dict()["shift"]) is type(plain)
+
+
+def test_fields_that_are_tuples_are_read_back_as_they_were() -> None:
+    own = Windowed(window=(0.1, np.float32(0.5)), pairs=((1, 2),), names=["a"])  # type: ignore[arg-type]
+    method = replace(
+        methods.d_trak(),
+        query_trajectory=own,
+        training=Weighted((1.0, 2.0)),
+        query=(Term(Weighted((1.0, 2.0))),),
+    )
+    facts = json.loads(json.dumps(method.to_dict()))
+    assert facts["query_trajectory"]["window"] == [0.1, 0.5]
+    again = Method.from_dict(facts)
+    assert again == method
+    assert hash(again.training) == hash(method.training)
+    # As a store's are compared with a method's.
+    assert facts["training"] == method.training_dict()
+    listed = replace(method, query_trajectory=replace(own, window=[0.1, 0.5]))
+    assert listed.to_dict() == facts
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [True, 0, -1, float("inf"), float("nan"), "x", 10**400, np.bool_(True), [0.1], {}, ()],
+    ids=str,
+)
+def test_dampings_that_are_no_number_above_0_are_refused(bad: Any) -> None:
+    for make in (
+        Fixed,
+        lambda one: Agreement((1.0, one)),
+        lambda one: replace(methods.d_trak(), damping=one),
+    ):
+        with pytest.raises(MethodError, match=r"expected a .*number > 0.*HINT"):
+            make(bad)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Agreement(()), r"Agreement\(dampings=\(\)\): expected 1 to 1000 dampings"),
+        (lambda: Agreement((1.0,) * 1001), r"expected 1 to 1000 dampings.*HINT"),
+        (lambda: Agreement("1.0"), r"expected 1 to 1000 dampings.*HINT"),  # type: ignore[arg-type]
+        (lambda: Term(SquaredNorm(), "left"), r"Term\(side='left'\): expected one of .*absent"),  # type: ignore[arg-type]
+        (lambda: Term(SquaredNorm(), weight=float("nan")), r"Term\(weight=nan\): expected a finite"),
+        (lambda: Noised(timesteps=True), r"Noised\(timesteps=True\): expected an integer"),
+        (lambda: Noised(timesteps=0), r"Noised\(timesteps=0\): expected an integer of at least 1"),
+        (lambda: Noised(start=0.5, end=0.5), r"Noised\(start=0\.5\): expected a share below"),
+        (lambda: Noised(shared_noise="no"), r"Noised\(shared_noise='no'\): expected True or False"),  # type: ignore[arg-type]
+        (lambda: Generated(timesteps=0), r"Generated\(timesteps=0\): .* or None"),
+        (lambda: Inverted(steps=2.5), r"Inverted\(steps=2\.5\): expected an integer"),  # type: ignore[arg-type]
+        (lambda: Inverted(guidance=float("inf")), r"Inverted\(guidance=inf\): expected a finite"),
+        (lambda: ChannelProbe("1"), r"ChannelProbe\(seed='1'\): expected an integer"),  # type: ignore[arg-type]
+        (lambda: Joint(*[SquaredNorm()] * 1001), r"two objectives or more, up to 1000"),
+        (lambda: Joint(SquaredNorm(), 1), r"two objectives or more"),  # type: ignore[arg-type]
+        (lambda: replace(methods.d_trak(), name=1), r"Method\(name=1\): expected a text"),  # type: ignore[arg-type]
+        (lambda: replace(methods.d_trak(), query=Term(SquaredNorm())), r"query=Term.*expected at least one Term"),  # type: ignore[arg-type]
+        (lambda: replace(methods.d_trak(), query=(SquaredNorm(),)), r"expected at least one Term"),  # type: ignore[arg-type]
+        (lambda: replace(methods.d_trak(), residual=1), r"Method\(residual=1\): expected True or False"),  # type: ignore[arg-type]
+        (lambda: replace(methods.d_trak(), normalisation=Standardised()), r"normalisation=Standardised\(\)\): expected one of \('none', 'sample', 'layer'\)\."),  # type: ignore[arg-type]
+        (lambda: replace(methods.d_trak(), ensemble=Fixed(1.0)), r"ensemble=Fixed.*'learning_rate'\), or an instance of EnsembleRule"),  # type: ignore[arg-type]
+        (lambda: replace(methods.d_trak(), ensemble=Standardised), r"ensemble=<class.*or an instance of EnsembleRule"),  # type: ignore[arg-type]
+        (lambda: replace(methods.d_trak(), damping=Standardised()), r"damping=Standardised.*instance of DampingRule"),  # type: ignore[arg-type]
+        (lambda: replace(methods.d_trak(), query_trajectory=SquaredNorm()), r"it is no Trajectory"),  # type: ignore[arg-type]
+    ],
+)  # fmt: skip
+def test_fields_of_the_wrong_kind_are_named(make: Callable[[], Any], told: str) -> None:
+    with pytest.raises(MethodError, match=told):
+        make()
 
 
 def test_a_name_that_the_library_has_too_is_one_at_another_place() -> None:

@@ -15,9 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_builder import Capture, make_table
 
-from ctrak_lightning.errors import CorruptStoreError, StoreError
+from ctrak_lightning import Attributor, Concept, Sampler
+from ctrak_lightning.errors import CorruptStoreError, GradientError, MethodError, StoreError
+from ctrak_lightning.methods.trajectories import Generation
 from ctrak_lightning.store import IncompleteStoreWarning, TraceStore
 from ctrak_lightning.store.arrays import open_for_reading, row_sums
+
+from ..toy import QuickDiffusion
 
 SHARD = "checkpoint-00000300/rank0-00001.h5"
 FILES = [
@@ -393,6 +397,89 @@ def test_text_that_is_no_manifest(
     (path / "manifest.json").write_bytes(text)
     with pytest.raises(CorruptStoreError, match=r"manifest\.json.*HINT"):
         TraceStore(path)
+
+
+RED_DOT = {"colour": "red", "shape": "dot"}
+RULES: dict[str, list[Any]] = {
+    "damping": [
+        {"class": "Fixed", "damping": 0.5},
+        {"class": "Agreement", "dampings": [0.1, 1.0, None]},
+    ],
+    "ensemble": [{"class": "LearningRate"}, {"class": "Standardised"}],
+    "query": [[{"objective": {"class": "MeanOutput", "absolute": False}, "side": "present"}]],
+    "query_trajectory": [
+        {"class": "Noised", "timesteps": 2, "shared_noise": True, "start": 0.0, "end": 1.0},
+        {"class": "Inverted", "steps": 3, "guidance": 1.0, "timesteps": 2},
+        {"class": "Renoised", "timesteps": 2},
+    ],
+}
+BROKEN = [
+    *("null", "true", "-1", "0", "1", "1.5", "1e308", "1e400", "NaN", '"x"', "[]", "{}"),
+    *("9" * 400, "[0.5]", '["x"]', f"[{', '.join(['1.0'] * 1001)}]", '{"a":' * 60 + "1" + "}" * 60),
+    *("[" * depth + "]" * depth for depth in (400, 2000)),
+]
+
+
+def attributor(path: Path, module: QuickDiffusion) -> Attributor:
+    return Attributor(path, module, sampler=Sampler(steps=3), record=False)
+
+
+def asked(path: Path, module: QuickDiffusion, image: Generation) -> bool:
+    """Whether a question of the store is answered, and not refused."""
+    concept = Concept("red", RED_DOT, {"shape": "dot"})
+    try:
+        [result] = attributor(path, module).attribute_many([concept], generation=image)
+        assert result.scores.isfinite().all()
+    except (StoreError, MethodError, GradientError) as error:
+        told = str(error)
+    else:
+        return True
+    assert len(told) < 2000
+    return False
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_any_value_of_the_method_is_refused_or_asked(tmp_path: Path) -> None:
+    path = shutil.copytree(Path(__file__).parent / "earlier" / "schema_5", tmp_path / "traces")
+    manifest = json.loads((path / "manifest.json").read_text())
+    sound, module = manifest["header"]["method"], QuickDiffusion()
+    image = attributor(path, module).generate([RED_DOT], [0])
+    sound["query_trajectory"]["timesteps"] = 2  # of a generation of three steps
+    # Of equal things the first two; the training side has the objective of the query's terms.
+    equal = (("query", 1), ("training", "objective"))
+    cases = [
+        (sound, place)
+        for place in places(sound)[1:]
+        if not {2, 3} & {*place} and (place[:2] not in equal or len(place) == 2)
+    ]
+    for field, rules in RULES.items():
+        for rule in rules:
+            own = sound | {field: rule}
+            cases += [(own, place) for place in places(own)[1:] if place[0] == field]
+    done: dict[int, bool] = {}
+    for method, (*parents, key) in cases:
+        for value in BROKEN:
+            changed = place = json.loads(json.dumps(method))
+            for parent in parents:
+                place = place[parent]
+            place[key] = "HERE"
+            manifest["header"]["method"] = changed
+            text = json.dumps(manifest).replace('"HERE"', value)
+            if hash(text) not in done:
+                (path / "manifest.json").write_text(text)
+                done[hash(text)] = asked(path, module, image)
+    assert 30 < sum(done.values()) < len(done) / 5
+
+
+def test_more_dampings_than_are_scored_are_refused_at_once(tmp_path: Path) -> None:
+    """Each would have taken as many scores as there are samples."""
+    path = shutil.copytree(Path(__file__).parent / "earlier" / "schema_5", tmp_path / "traces")
+    manifest = json.loads((path / "manifest.json").read_text())
+    dampings = {"class": "Agreement", "dampings": [1.0] * 200_000}
+    manifest["header"]["method"]["damping"] = dampings
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorruptStoreError, match="expected 1 to 1000 dampings.*HINT"):
+        Attributor(path, QuickDiffusion())
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 24, 27])

@@ -42,7 +42,14 @@ import yaml
 
 from ctrak_lightning import Attributor, Concept, Sampler, TraceStore
 from ctrak_lightning.cli.question import load_module, parse_spec
-from ctrak_lightning.errors import BatchError, ConceptError, GradientError, StoreError, TaskError
+from ctrak_lightning.errors import (
+    BatchError,
+    ConceptError,
+    GradientError,
+    MethodError,
+    StoreError,
+    TaskError,
+)
 from ctrak_lightning.provenance import Ledger, verify
 from ctrak_lightning.store import SampleTable, TraceWriter
 from ctrak_lightning.store.manifest import manifest_text, parse_manifest
@@ -50,7 +57,7 @@ from tests.stress.figures import RESULTS, keep
 from tests.stress.subject import fine_tune
 from tests.toy import COLOURS, SHAPES
 
-TYPED = (StoreError, ConceptError, TaskError, BatchError, GradientError)
+TYPED = (StoreError, ConceptError, TaskError, BatchError, GradientError, MethodError)
 ROOT = Path(__file__).parent.parent.parent
 SECONDS, BYTES = 10, 2**30
 BATCH = 50
