@@ -55,9 +55,16 @@ def require_config(task: str, network: Any, expected: Mapping[str, Collection[An
             of which nothing is known (no values), is passed over.
 
     Raises:
-        TaskError: an entry has another value; names it, what is supported, and what to do.
+        TaskError: an entry has another value; names it, what is supported, and what to do. Or
+            there is no configuration.
     """
-    config = network.config
+    config = getattr(network, "config", None)
+    if config is None:
+        raise TaskError(
+            f"{task}: the {type(network).__name__} has no `config`, expected a model of diffusers' "
+            "(ModelMixin, ConfigMixin). HINT: of another one write a DiffusionTask: denoiser, "
+            "noise_schedule, encode(batch) and condition(spec, n)."
+        )
     for entry, allowed in expected.items():
         value = config.get(entry)
         each = value if isinstance(value, (list, tuple)) else [value]
@@ -299,11 +306,20 @@ class PipelineTask(DiffusionTask, nn.Module):
 
     def column(self, batch: Batch, name: str) -> Any:
         """A column of a batch by our name of it."""
-        return as_mapping(batch)[self._names[name]]
+        return as_mapping(batch)[self._theirs(name)]
 
     def has_column(self, batch: Batch, name: str) -> bool:
         """Whether a batch has a column, by our name of it."""
-        return self._names[name] in as_mapping(batch)
+        return self._theirs(name) in as_mapping(batch)
+
+    def _theirs(self, name: str) -> str:
+        if name not in self._names:
+            family = type(self).__name__
+            raise TaskError(
+                f"{family}: {name!r} is none of its columns, {sorted(self.fields)}. HINT: in "
+                f"{family}, `fields = (*PipelineTask.fields, {name!r})`."
+            )
+        return self._names[name]
 
     def image_size(self, batch: Batch) -> tuple[int, int]:
         """Height and width of a batch's images in pixels."""
@@ -345,10 +361,15 @@ class PipelineTask(DiffusionTask, nn.Module):
 
     def _resolution(self, given: int | tuple[int, int] | None) -> tuple[int, int]:
         if given is None:
-            size: Any = (
-                getattr(self.pipeline, "default_sample_size", None)
-                or self.denoiser.config.sample_size
-            )
+            size: Any = getattr(
+                self.pipeline, "default_sample_size", None
+            ) or self.denoiser.config.get("sample_size")
+            if size is None:
+                raise TaskError(
+                    f"{type(self).__name__}({type(self.pipeline).__name__}): neither the pipeline "
+                    "nor the network's configuration says how large images are. HINT: "
+                    "resolution=512, say."
+                )
             height, width = size if isinstance(size, Sequence) else (size, size)
             scale = self._pixels_per_latent()
             return int(height) * scale, int(width) * scale
@@ -403,6 +424,7 @@ class PipelineTask(DiffusionTask, nn.Module):
         vae = getattr(pipeline, "vae", None)
         if vae is not None:
             require_vae(type(self).__name__, vae)
+        require_config(type(self).__name__, getattr(pipeline, self.denoiser_part), {})
         require_config(
             type(self).__name__,
             getattr(pipeline, self.denoiser_part),

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ctrak_lightning.errors import TaskError, nearest
-from ctrak_lightning.tasks.pipeline import PipelineTask
+from ctrak_lightning.errors import TaskError, nearest, shorten
+from ctrak_lightning.tasks.pipeline import FIELDS, PipelineTask
 
 FAMILIES: dict[str, type[PipelineTask]] = {}
 """By the name of the pipeline's class."""
@@ -49,16 +49,54 @@ def register_family(family: Family) -> Family:
             "are the classes it serves, or their names in diffusers; the methods are described at "
             "PipelineTask."
         )
+    _check_attributes(family)
     for pipeline in map(_name, family.pipelines):
         owner = FAMILIES.get(pipeline, family)
-        if (owner.__module__, owner.__qualname__) != (family.__module__, family.__qualname__):
+        if _place(owner) != _place(family):
             raise TaskError(
                 f"register_family({family.__name__}): {pipeline} is {owner.__name__}'s. Expected "
                 f"`pipelines` that no family has. HINT: {family.__name__}(pipeline) makes a task "
                 "of one without registering."
             )
+    # What the class served when it was registered before, it need not serve any more.
+    for pipeline in [name for name, owner in FAMILIES.items() if _place(owner) == _place(family)]:
+        del FAMILIES[pipeline]
     FAMILIES.update(dict.fromkeys(map(_name, family.pipelines), family))
     return family
+
+
+def _check_attributes(family: type[PipelineTask]) -> None:
+    """Refuses a family of which an attribute is of the wrong kind, or lacks what is read of it."""
+    problem = None
+    for name in ("pipelines", "denoisers", "frozen_parts", "optional_parts", "fields"):
+        given: Any = getattr(family, name)
+        kinds = (str, type) if name == "pipelines" else (str,)
+        if not isinstance(given, (tuple, list)) or not all(
+            isinstance(each, kinds) and each != "" for each in given
+        ):
+            what = "classes, or names of diffusers'" if name == "pipelines" else "texts"
+            problem = f"{name} = {shorten(given, 120)}: expected a tuple of {what}"
+            hint = f"{name} = ({shorten(given)},)" if isinstance(given, kinds) else f"{name} = ()"
+            break
+    else:
+        inherited = {name for base in family.__mro__[1:] for name in vars(base).get("fields", ())}
+        lacking = [
+            name
+            for name in (*FIELDS, "caption", "class")
+            if name in inherited and name not in family.fields
+        ]
+        if lacking:
+            problem = f"fields = {shorten(family.fields, 120)}: it lacks {', '.join(lacking)}"
+            hint = "fields = (*PipelineTask.fields, 'a column of yours')"
+        elif not (isinstance(family.denoiser_part, str) and family.denoiser_part):
+            problem = f"denoiser_part = {shorten(family.denoiser_part)}: expected a text"
+            hint = "denoiser_part = 'unet'"
+    if problem:
+        raise TaskError(f"register_family({family.__name__}): {problem}. HINT: {hint}.")
+
+
+def _place(family: type) -> tuple[str, str]:
+    return family.__module__, family.__qualname__
 
 
 def family_of(pipeline: Any) -> type[PipelineTask]:
@@ -94,7 +132,13 @@ def pipeline_class(name: str) -> type:
             return pipeline
     import diffusers
 
-    found: type = getattr(diffusers, name)
+    found: Any = getattr(diffusers, name, None)
+    if not isinstance(found, type):
+        raise TaskError(
+            f"DiffusersTask(pipeline={name!r}): {FAMILIES[name].__name__} names it, and diffusers "
+            f"{diffusers.__version__} has no such class. HINT: of a pipeline of your own give the "
+            f"class itself: pipelines = ({name},)."
+        )
     return found
 
 

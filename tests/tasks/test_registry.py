@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import lightning as L
@@ -170,8 +171,37 @@ def test_what_cannot_be_registered(registered: type[PipelineTask]) -> None:
     class Silent(PromptTask):
         frozen_parts: ClassVar[tuple[str, ...]] = ()
 
+    class Letters(ToneTask):
+        pipelines = "LettersPipeline"  # type: ignore[assignment]
+
+    class Numbers(ToneTask):
+        pipelines = ("OnePipeline", 1)  # type: ignore[assignment]
+
+    class Lone(ToneTask):
+        pipelines: ClassVar[tuple[str | type, ...]] = ("LonePipeline",)
+        denoisers = "ToneNet"  # type: ignore[assignment]
+
+    class Few(ToneTask):
+        pipelines: ClassVar[tuple[str | type, ...]] = ("FewPipeline",)
+        fields: ClassVar[tuple[str, ...]] = ("tone",)
+
+    class Partless(ToneTask):
+        pipelines: ClassVar[tuple[str | type, ...]] = ("PartlessPipeline",)
+        denoiser_part = None  # type: ignore[assignment]
+
     before = dict(FAMILIES)
     for family, message in (
+        (
+            Letters,
+            r"Letters\): pipelines = 'LettersPipeline': expected a tuple of classes, or .*HINT",
+        ),
+        (Numbers, r"Numbers\): pipelines = \('OnePipeline', 1\): expected a tuple"),
+        (
+            Lone,
+            r"denoisers = 'ToneNet': expected a tuple of texts\. HINT: denoisers = \('ToneNet',",
+        ),
+        (Few, r"fields = \('tone',\): it lacks image, latents, sample_id\. HINT: fields = \(\*Pip"),
+        (Partless, r"denoiser_part = None: expected a text\. HINT"),
         (Taking, r"register_family\(Taking\): FluxPipeline is FluxTask's.*HINT: Taking\(pipeline"),
         (Silent, r"register_family\(Silent\): it lacks conditioned, embed, pipelines\. HINT"),
         (ToneNet, r"register_family\('ToneNet'\): expected a subclass of .*PipelineTask"),
@@ -182,6 +212,46 @@ def test_what_cannot_be_registered(registered: type[PipelineTask]) -> None:
     assert before == FAMILIES
     with pytest.raises(TaskError, match=r"from_pipeline\(object\).*register_family"):
         DiffusersTask.from_pipeline(object())
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_family_that_is_registered_again_serves_what_it_serves_now() -> None:
+    changed = type("Changed", (ToneTask,), {"pipelines": ("OldPipeline", "KeptPipeline")})
+    register_family(changed)
+    again = type("Changed", (ToneTask,), {"pipelines": ("KeptPipeline", "NewPipeline")})
+    register_family(again)
+    assert {name for name, family in FAMILIES.items() if family.__name__ == "Changed"} == {
+        "KeptPipeline",
+        "NewPipeline",
+    }
+    assert FAMILIES["KeptPipeline"] is again
+    assert changed not in FAMILIES.values()
+
+
+@pytest.mark.usefixtures("registered")
+def test_what_a_family_lacks_is_named_where_it_is_needed() -> None:
+    register_family(TwoTone)
+    with pytest.raises(TaskError, match=r"TwoTone names it, and diffusers .* has no such.*HINT"):
+        DiffusersTask(pipeline="TwoTonePipeline")
+
+    class Forgetful(ToneTask):
+        fields: ClassVar[tuple[str, ...]] = PipelineTask.fields
+
+    scheduler = DDIMScheduler(clip_sample=False)
+    task = Forgetful(TonePipeline(ToneNet(), scheduler))
+    told = (
+        r"Forgetful: 'tone' is none of its columns, \['image'.*HINT: .*PipelineTask\.fields, 'tone"
+    )
+    with pytest.raises(TaskError, match=told):
+        task.batch_condition({"tone": torch.zeros(1)})
+
+    bare = SimpleNamespace(unet=nn.Conv2d(3, 3, 1), scheduler=scheduler)
+    with pytest.raises(
+        TaskError, match=r"ToneTask: the Conv2d has no `config`, expected a model.*H"
+    ):
+        ToneTask(bare)
+    with pytest.raises(TaskError, match=r"how large images are\. HINT: resolution"):
+        ToneTask(TonePipeline(ToneNet(sample_size=None), scheduler))  # type: ignore[arg-type]
 
 
 def test_every_family_of_the_library_has_rows_in_the_table_of_what_is_supported() -> None:
