@@ -97,6 +97,22 @@ _CAPTIONS = ("caption", "prompt", "text", "title")
 _LINKS = ("uri", "url")
 
 
+def damping_text(damping: Any) -> str:
+    """Where a question's damping comes from, for a method whose ``damping`` is recorded so.
+
+    Example:
+        >>> damping_text({"class": "mine.Largest", "low": 0.1, "high": None})
+        'As Largest(low=0.1, high=None) sets it.'
+    """
+    if damping == "agreement":
+        return "Chosen where the checkpoints agree most, without looking at labels."
+    if not isinstance(damping, dict):
+        return "As the method sets it."
+    name = str(damping.get("class")).rpartition(".")[2]
+    arguments = ", ".join(f"{key}={value!r}" for key, value in damping.items() if key != "class")
+    return f"As {shown(f'{name}({arguments})', 300)} sets it."
+
+
 @dataclass(frozen=True, slots=True)
 class Columns:
     """Names of metadata columns: all of them, those that have a part of their own on the page (None

@@ -29,6 +29,7 @@ from ctrak_lightning.report.content import (
     Columns,
     Ranking,
     Thumbnails,
+    damping_text,
     link,
     page_data,
     ranking,
@@ -190,6 +191,7 @@ def _render(attributions: Sequence[Attribution], columns: Columns) -> str:
         knows_exposures=first.exposures is not None,
         steps=first.steps,
         method=first.method,
+        damping_text=damping_text(first.method["damping"]),
         thresholds={
             "faint": FAINT,
             "blind": BLIND,

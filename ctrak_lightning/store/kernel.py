@@ -53,6 +53,12 @@ class Kernel:
     """Samples that had been trained on, where the traces of the others are zeros; None: all of
     them."""
 
+    @property
+    def mean_eigenvalue(self) -> float:
+        """What a damping is relative to: ``trace / min(n, k)``, where n counts the samples that had
+        been trained on."""
+        return self.trace / min(self.exposed or self.n, self.k)
+
     def gram(self) -> Tensor:
         """The Gram matrix, float64 [m, m], made again from its decomposition."""
         vectors = self.eigenvectors.double()
@@ -60,17 +66,10 @@ class Kernel:
         return (matrix + matrix.T) / 2
 
     def solve(self, rows: Tensor, dampings: Sequence[float | None]) -> Tensor:
-        """Rows [q, m] times ``(gram + damping * trace / m * I)^-1``, float64 [d, q, m]; as they are
-        where a damping is None.
-
-        The damping is relative to the mean eigenvalue ``trace / m`` of the kernel of the samples
-        that had been trained on.
-        """
+        """Rows [q, m] times ``(gram + damping * mean_eigenvalue * I)^-1``, float64 [d, q, m]; as
+        they are where a damping is None."""
         wide, vectors = rows.double(), self.eigenvectors.double()
-        values, mean = (
-            self.eigenvalues.clamp(min=0),
-            self.trace / min(self.exposed or self.n, self.k),
-        )
+        values, mean = self.eigenvalues.clamp(min=0), self.mean_eigenvalue
         along = wide @ vectors  # [q, m]
         return torch.stack(
             [wide if d is None else along / (values + d * mean) @ vectors.T for d in dampings]

@@ -390,6 +390,28 @@ def test_checkpoints_that_disagree_are_warned_of(tmp_path: Path) -> None:
     assert NOT_SHOWN in text
 
 
+@pytest.mark.parametrize(
+    ("damping", "told"),
+    [
+        ("agreement", "Chosen where the checkpoints agree most"),
+        (1.0, "As the method sets it."),
+        (
+            {"class": "mine.rules.Largest", "low": 0.1, "names": ["<b>"]},
+            "As Largest(low=0.1, names=['<b>']) sets it.",
+        ),
+        ({"class": "Agreement", "dampings": [0.5] * 1000}, "As Agreement(dampings=[0.5, 0.5"),
+    ],
+)
+def test_the_page_says_where_the_damping_comes_from(
+    tmp_path: Path, damping: Any, told: str
+) -> None:
+    result = random_result(5)
+    result = replace(result, method=result.method | {"damping": damping})
+    page = page_of(tmp_path, result)
+    assert told in page.text
+    assert "0.5, " * 100 not in page.text
+
+
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> list[Attribution]:
     """Two concepts asked of a real store, with parts."""

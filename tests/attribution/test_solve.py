@@ -1,5 +1,6 @@
 """Scores against a dense numpy reference that forms the inverse outright."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from ctrak_lightning.attribution.scoring import (
 )
 from ctrak_lightning.methods.moments import Moments
 from ctrak_lightning.store import SampleTable, StoreHeader, TraceStore, TraceWriter
+from ctrak_lightning.store.kernel import gram_of_rows, kernel_of_columns
 
 
 def store_of(path: Path, phi: torch.Tensor, shard_rows: int = 4) -> TraceStore:
@@ -121,3 +123,17 @@ def moments_of(scores: torch.Tensor) -> Moments:
     moments = Moments()
     moments.add(scores.movedim(0, -2))
     return moments
+
+
+def test_a_damping_is_relative_to_the_mean_eigenvalue() -> None:
+    """Of traces whose kernel can be worked out by hand."""
+    rows = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
+    primal = gram_of_rows([rows], 2).kernel()  # eigenvalues 9 and 16
+    assert primal.mean_eigenvalue == 12.5
+    [solved] = primal.solve(torch.eye(2), [2.0])
+    expected = torch.diag(torch.tensor([1 / (9 + 25), 1 / (16 + 25)], dtype=torch.float64))
+    torch.testing.assert_close(solved, expected)
+    # One of the three had been trained on: its kernel has one eigenvalue of its own, which is 9.
+    alone = gram_of_rows([rows * torch.tensor([[1.0], [0.0], [0.0]])], 2).kernel()
+    assert replace(alone, exposed=1).mean_eigenvalue == 9.0
+    assert kernel_of_columns([torch.ones(2, 4)], 2, 4).mean_eigenvalue == 4.0  # eigenvalues 0, 8
