@@ -18,7 +18,7 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,14 +30,20 @@ from ..pixels import generate
 from .judge import SAMPLER, denoising_losses
 from .outcomes import Outcomes
 from .replay import SaveTrained, fitted, record
+from .tables import RESULTS
 
 STEPS = 300
 SAVED_STEPS = (50, 100, 150, 200, 250, 300)
 HALVES = 32
 IMAGE_SEEDS = (0, 1)
 ARTIST_HALVES = 16
+FIXED = 128
+FIXED_COUNTS = (2, 3)
 WITHOUT = ("without-artist", "without-object", "without-hidden", "without-wrong")
-PLANS = ("full", "half", "artist-half", *WITHOUT)
+PLANS = ("full", "half", "fixed", "artist-half", *WITHOUT)
+# Images of these full runs (image seed 0) are asked about, and every retrained model is judged on.
+ASKED = ("full-seed0", "full-seed1")
+GENERATED = RESULTS / "generated.safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,8 @@ class Run:
 def plan(kind: str, data: EmojiArtists) -> list[Run]:
     """The runs of a plan.
 
-    ``full``: everything. ``half``: 32 random halves. ``artist-half``: all images of 4 of the 8
-    artists, 16 times. ``without-artist`` / ``without-object``: one group left out at a time (every
+    ``full``: everything. ``half``: 32 random halves. ``fixed``: exactly 2 (even numbers) or 3 (odd)
+    images of every object, 128 times. ``artist-half``: all images of 4 of the 8 artists, 16 times. ``without-artist`` / ``without-object``: one group left out at a time (every
     eighth object). ``without-hidden`` / ``without-wrong``: without the images that lack, or have a
     wrong, token of one object (every eighth) or one artist.
 
@@ -67,6 +73,8 @@ def plan(kind: str, data: EmojiArtists) -> list[Run]:
         return [Run("full", everything)]
     if kind == "half":
         return [Run(f"half-{i:02d}", half(i, len(pairs))) for i in range(HALVES)]
+    if kind == "fixed":
+        return [Run(f"fixed-{i:03d}", fixed_count(i, pairs)) for i in range(FIXED)]
     if kind == "artist-half":
         return [
             Run(f"{kind}-{i:02d}", [j for j in everything if pairs[j][1] in chosen])
@@ -101,6 +109,18 @@ def half(index: int, size: int) -> list[int]:
     return sorted(order[: size // 2].tolist())
 
 
+def fixed_count(index: int, pairs: Sequence[tuple[str, str]]) -> list[int]:
+    """The positions of as many images of every object, chosen at random: a count of the images that
+    carry a label says nothing of such subsets."""
+    count = FIXED_COUNTS[index % len(FIXED_COUNTS)]
+    rng = np.random.default_rng([20254, index])
+    kept: list[int] = []
+    for name in sorted({name for name, _ in pairs}):
+        own = [i for i, pair in enumerate(pairs) if pair[0] == name]
+        kept += rng.choice(own, count, replace=False).tolist()
+    return sorted(kept)
+
+
 def half_artists(artists: list[str]) -> list[set[str]]:
     """Sixteen different halves of the artists: eight random ones and their complements, so that
     each artist is in eight."""
@@ -125,17 +145,41 @@ def fine_tune(
     return module
 
 
-def evidence(module: EmojiDiffusion, data: EmojiArtists) -> dict[str, Tensor]:
+def generated_images(setting: Setting) -> dict[str, Tensor]:
+    """Images of the held-out pairs [64, 3, 32, 32] in [-1, 1] that fully trained models generated, by
+    the name of the run: those that are asked about."""
+    found = load_file(GENERATED) if GENERATED.exists() else {}
+    own = {name.partition(".")[2]: x for name, x in found.items() if name.startswith(f"{setting}.")}
+    return {name: x.permute(0, 3, 1, 2).float() / 127.5 - 1 for name, x in sorted(own.items())}
+
+
+def keep_generated(name: str, setting: Setting, found: dict[str, Tensor]) -> None:
+    """Commits the images (image seed 0) of one of the runs that are asked about."""
+    known = load_file(GENERATED) if GENERATED.exists() else {}
+    if name in ASKED and f"{setting}.{name}" not in known:
+        known[f"{setting}.{name}"] = found["images"][:: len(IMAGE_SEEDS)].contiguous()
+        save_file(known, GENERATED)
+
+
+def evidence(
+    module: EmojiDiffusion, data: EmojiArtists, asked: Sequence[Tensor] = ()
+) -> dict[str, Tensor]:
     """From what the strength of every concept in a model is judged afterwards: ``images`` uint8
     [64 * seeds, 32, 32, 3], generated for the held-out pairs, seeds running fastest; and ``losses``
-    [64, 4] on the real ones (:func:`~recipes.benchmarks.judge.denoising_losses`)."""
+    [64, 4] on the real ones (:func:`~recipes.benchmarks.judge.denoising_losses`); and
+    ``generated_losses`` [A, 64, 4], the same on each of the ``asked`` images [64, 3, 32, 32] of
+    these pairs."""
     module.eval()
     specs = [dict(zip(KINDS, pair, strict=True)) for pair in data.held_out for _ in IMAGE_SEEDS]
     images = generate(module, SAMPLER, specs, IMAGE_SEEDS * len(data.held_out), LATENT)
-    return {
+    found = {
         "images": torch.from_numpy(np.ascontiguousarray(to_uint8(images))),
         "losses": denoising_losses(module, data.held_out_set.images, data.held_out),
     }
+    if asked:
+        each = [denoising_losses(module, one, data.held_out) for one in asked]
+        found["generated_losses"] = torch.stack(each)
+    return found
 
 
 def finish(out: Path, setting: Setting, jobs: Sequence[tuple[Run, int]]) -> None:
@@ -151,10 +195,14 @@ def finish(out: Path, setting: Setting, jobs: Sequence[tuple[Run, int]]) -> None
         folder.mkdir(parents=True)
         started = time.monotonic()
         module = fine_tune(folder, run, seed, setting, every_step=run.name == "full")
-        save_file(evidence(module, data), folder / "evidence.safetensors")
+        asked = {} if run.name == "full" else generated_images(setting)
+        found = evidence(module, data, list(asked.values()))
+        save_file(found, folder / "evidence.safetensors")
+        keep_generated(folder.name, setting, found)
         facts = {"run": run.name, "seed": seed, "setting": setting, "steps": STEPS}
         seconds = round(time.monotonic() - started, 1)
         facts |= {"kept": run.kept, "seconds": seconds, "torch": torch.__version__}
+        facts["asked"] = list(asked)
         record(folder, facts)
 
 
