@@ -16,10 +16,10 @@ from ctrak_lightning.gradients import GradientTracer, tracing_mode
 from ctrak_lightning.gradients.checks import Cotangent, Forward, naming_extension
 from ctrak_lightning.gradients.tracer import Checked
 from ctrak_lightning.methods.method import Method, Normalisation
-from ctrak_lightning.methods.objectives import Objective, Prediction, Side, Term, cotangent_of
+from ctrak_lightning.methods.objectives import Objective, Prediction, Side, cotangent_of
 from ctrak_lightning.methods.trajectories import State
 from ctrak_lightning.tasks import Condition, DiffusionTask, Encoded, name_of, select
-from ctrak_lightning.tasks.base import described
+from ctrak_lightning.tasks.base import condition_of, described
 from ctrak_lightning.utilities.memory import RowLimit
 from ctrak_lightning.utilities.naming import place_of
 
@@ -73,7 +73,8 @@ def trace_batch(
     seed: int,
     row_limit: RowLimit | None = None,
 ) -> Trace:
-    """The training side: one forward pass and one or two vector-Jacobian products per state
+    """The training side: one forward pass per state, another one under the null condition where the
+    objective is held against it, and a vector-Jacobian product for each of the objective's parts
     (``method.training``).
 
     Args:
@@ -104,7 +105,7 @@ def _trace_rows(
     features = torch.zeros(len(encoded.latents), tracer.dim)  # [B, k], on the CPU
     loss = torch.zeros(len(encoded.latents))  # [B]
     for state in states:
-        evaluation = _Evaluation(task, state, encoded.latents, encoded.condition, None)
+        evaluation = _evaluation(task, tracer, method, encoded, state)
         rows = evaluation.vjps(tracer, method.training)  # [B, P] for each part of the objective
         # Normalised state by state: at low noise gradients are larger by orders of magnitude, and
         # one state would be all of the sum.
@@ -137,6 +138,18 @@ def _states(
     return states
 
 
+def _evaluation(
+    task: DiffusionTask, tracer: GradientTracer, method: Method, encoded: Encoded, state: State
+) -> "_Evaluation":
+    """The network at a state of training samples, and under the null condition where the objective
+    is held against it."""
+    reference = None
+    if method.training.needs_reference:
+        null = condition_of(task, {}, len(encoded.latents))
+        reference = _predicted(task, tracer, state, null)
+    return _Evaluation(task, state, encoded.latents, encoded.condition, reference)
+
+
 def check_batch(
     task: DiffusionTask, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
 ) -> tuple[Trace, Checked]:
@@ -151,9 +164,7 @@ def check_batch(
         GradientError: the rows differ; names the layers.
     """
     states = _states(task, tracer, method, encoded, seed)
-    evaluation = _Evaluation(
-        task, states[len(states) // 2], encoded.latents, encoded.condition, None
-    )
+    evaluation = _evaluation(task, tracer, method, encoded, states[len(states) // 2])
     forward, cotangents = evaluation.passes(method.training)
     checked = tracer.check(forward, cotangents, len(encoded.latents))
     features = joined([row.cpu() for row in checked.rows], tracer, method.normalisation)
@@ -167,7 +178,7 @@ def reached_blocks(
     state of a batch."""
     found: list[set[str]] = [set() for _ in method.training.parts]
     for state in _states(task, tracer, method, encoded, seed):
-        evaluation = _Evaluation(task, state, encoded.latents, encoded.condition, None)
+        evaluation = _evaluation(task, tracer, method, encoded, state)
         for blocks, rows in zip(found, evaluation.vjps(tracer, method.training), strict=True):
             blocks.update(tracer.reached(rows))
     return found
@@ -181,7 +192,7 @@ def has_cotangents(
     found = [False for _ in method.training.parts]
     rows = torch.arange(len(encoded.latents), device=encoded.latents.device)
     for state in _states(task, tracer, method, encoded, seed):
-        evaluation = _Evaluation(task, state, encoded.latents, encoded.condition, None)
+        evaluation = _evaluation(task, tracer, method, encoded, state)
         forward, cotangents = evaluation.passes(method.training)
         with tracing_mode(tracer.module):
             e = forward(rows)
@@ -227,12 +238,19 @@ def trace_query(
         # [B, P] for each part; P numbers, before the sketch to k, in which terms add up exactly.
         gradients = [torch.zeros(len(x0), tracer.width) for _ in method.training.parts]
         predictions: dict[Side, Tensor] = {}  # e [B, ...] under each condition
-        # A term that is held against the other condition's prediction needs that one first.
-        for side in {_other(term.side) for term in method.query if term.objective.needs_reference}:
-            with tracing_mode(tracer.module):
-                predictions[side] = _noise_prediction(task, state, conditions[side])
+        # A term that is held against a condition's prediction needs that one first.
+        references: dict[Side | None, _Reference] = {}
+        for side in (term.reference_side for term in method.query):
+            if side is not None and side not in references:
+                references[side] = _predicted(task, tracer, state, conditions[side])
+                predictions[side] = references[side].e
         for term in method.query:
-            rows = _term(task, tracer, term, state, x0, conditions, predictions, weights)
+            reference = references.get(term.reference_side)
+            clean = x0 if state.x0 is None else state.x0
+            condition = conditions[term.side]
+            evaluation = _Evaluation(task, state, clean, condition, reference, weights)
+            rows = evaluation.vjps(tracer, term.objective)
+            predictions[term.side] = evaluation.e
             for gradient, row in zip(gradients, rows, strict=True):
                 gradient += term.weight * row
         row = joined(gradients, tracer, method.normalisation)  # [B, k]
@@ -250,26 +268,22 @@ def trace_query(
     )
 
 
-def _term(
-    task: DiffusionTask,
-    tracer: GradientTracer,
-    term: Term,
-    state: State,
-    x0: Tensor,
-    conditions: Mapping[Side, Condition],
-    predictions: dict[Side, Tensor],
-    weights: Tensor | None,
-) -> list[Tensor]:
-    reference = predictions[_other(term.side)] if term.objective.needs_reference else None
-    clean = x0 if state.x0 is None else state.x0
-    evaluation = _Evaluation(task, state, clean, conditions[term.side], reference, weights)
-    rows = evaluation.vjps(tracer, term.objective)
-    predictions[term.side] = evaluation.e
-    return rows
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """What the network says of a state under the condition that an objective is held against: its
+    ``output`` and the noise prediction ``e``, each [B, ...], without graph."""
+
+    output: Tensor
+    e: Tensor
 
 
-def _other(side: Side) -> Side:
-    return "absent" if side == "present" else "present"
+@torch.no_grad()
+def _predicted(
+    task: DiffusionTask, tracer: GradientTracer, state: State, condition: Condition
+) -> _Reference:
+    with tracing_mode(tracer.module):
+        output = predicted(task, state.x_t, state.t, condition)
+        return _Reference(output, task.noise_schedule.epsilon(output, state.x_t, state.t))
 
 
 class _Evaluation:
@@ -281,7 +295,7 @@ class _Evaluation:
         state: State,
         x0: Tensor,
         condition: Condition,
-        reference: Tensor | None,
+        reference: _Reference | None,
         weights: Tensor | None = None,
     ) -> None:
         self.task, self.state, self.x0, self.condition = task, state, x0, condition
@@ -299,21 +313,24 @@ class _Evaluation:
 
     def passes(self, objective: Objective) -> tuple[Forward, list[Cotangent]]:
         """What a :class:`~ctrak_lightning.gradients.GradientTracer` is given: the network's noise
-        prediction of some rows, and the cotangents of the objective's parts."""
+        prediction of some rows, or its output, and the cotangents of the objective's parts."""
         x_t = self.state.x_t.detach().requires_grad_(objective.needs_input_gradient)  # [B, ...]
 
-        def forward(rows: Tensor) -> Tensor:  # positions [b] in the batch -> e [b, ...]
+        def forward(rows: Tensor) -> Tensor:  # positions [b] in the batch -> e, or output [b, ...]
             x, t = x_t[rows], self.state.t[rows]
             output = predicted(self.task, x, t, select(self.condition, rows))
             schedule = self.task.noise_schedule
             e: Tensor = schedule.epsilon(output, x, t)
-            reference = None if self.reference is None else self.reference[rows]
-            self.prediction = Prediction(x, t, self.x0[rows], output, e, reference, schedule)
-            return e
+            against = self.reference
+            known = (None, None) if against is None else (against.e[rows], against.output[rows])
+            self.prediction = Prediction(
+                x, t, self.x0[rows], output, e, known[0], schedule, known[1]
+            )
+            return output if objective.of_output else e
 
-        def cotangent(part: Objective, e: Tensor, rows: Tensor) -> Tensor:  # v [b, ...], as e
+        def cotangent(part: Objective, _: Tensor, rows: Tensor) -> Tensor:  # v [b, ...]
             assert self.prediction is not None
-            self.e[rows] = e.detach().to(self.e)
+            self.e[rows] = self.prediction.e.detach().to(self.e)
             v = _cotangent(part, self.prediction)
             return v if self.weights is None else v * self.weights[rows].to(v)
 
@@ -345,13 +362,6 @@ def _cotangent(objective: Objective, prediction: Prediction) -> Tensor:
             "is never needed."
         )
     return v
-
-
-@torch.no_grad()
-def _noise_prediction(task: DiffusionTask, state: State, condition: Condition) -> Tensor:
-    output = predicted(task, state.x_t, state.t, condition)
-    e: Tensor = task.noise_schedule.epsilon(output, state.x_t, state.t)
-    return e
 
 
 def predicted(task: DiffusionTask, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

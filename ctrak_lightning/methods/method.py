@@ -172,7 +172,12 @@ class Method:
                 training=part_of(Objective, training["objective"]),
                 training_trajectory=part_of(Trajectory, training["trajectory"]),
                 query=tuple(
-                    Term(part_of(Objective, term["objective"]), term["side"], term["weight"])
+                    Term(
+                        part_of(Objective, term["objective"]),
+                        term["side"],
+                        term["weight"],
+                        term.get("reference"),
+                    )
                     for term in _short(facts["query"])
                 ),
                 query_trajectory=part_of(Trajectory, facts["query_trajectory"]),

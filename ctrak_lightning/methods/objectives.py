@@ -1,6 +1,7 @@
 """Attribution objectives: each is the cotangent ``v`` of one vector-Jacobian product ``J^T v``.
 
-``J = d e / d theta``; ``D`` is the number of elements of a latent. A cotangent is always a
+``J = d e / d theta``, or for objectives of the network's own output ``J = d output / d theta``;
+``D`` is the number of elements of a latent. A cotangent is always a
 constant: the published losses stop the gradient through their targets, and for the losses that do
 not, the cotangent is already their derivative.
 """
@@ -39,9 +40,10 @@ class Prediction:
         x0: the sample's clean latents [B, ...].
         output: what the network returned [B, ...], with its graph.
         e: the noise prediction that the output stands for [B, ...], with its graph.
-        reference: noise prediction under the concept's other condition [B, ...] (the absent one,
-            for a term on the present side), without graph, or None.
+        reference: noise prediction [B, ...] under the condition that the objective is held against
+            (:attr:`Objective.reference`), without graph, or None.
         schedule: the noise levels.
+        reference_output: what the network returned there [B, ...], without graph, or None.
     """
 
     x_t: Tensor
@@ -51,6 +53,14 @@ class Prediction:
     e: Tensor
     reference: Tensor | None
     schedule: Schedule
+    reference_output: Tensor | None = None
+
+    @property
+    def noise(self) -> Tensor:
+        """The noise that the state holds [B, ...], however it was made: drawn, inverted or
+        generated."""
+        a, s = self.schedule.levels(self.t, self.x_t)
+        return (self.x_t - a * self.x0) / s
 
     @property
     def x0_hat(self) -> Tensor:
@@ -62,16 +72,26 @@ class Prediction:
 class Objective(Recorded, ABC):
     """A rule that gives the cotangent of a prediction. One of your own is a frozen dataclass.
 
-    ``needs_input_gradient``: ``prediction.x_t`` requires grad. ``needs_reference``:
-    ``prediction.reference`` is there, on the query side.
+    Attributes:
+        needs_input_gradient: ``prediction.x_t`` requires grad.
+        needs_reference: ``prediction.reference`` and ``reference_output`` are there: the prediction
+            under another condition, at the cost of a forward pass. Of a training sample it is the
+            null condition.
+        reference: which condition that is on the query side: ``"other"`` is that of the other side
+            (the absent one, for a term on the present side), ``"absent"`` on both sides the one
+            without the concept. A :class:`Term` may name another.
+        of_output: the cotangent is one of ``prediction.output``, not of ``prediction.e``.
     """
 
     needs_input_gradient: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
+    reference: ClassVar[Literal["other", "absent"]] = "other"
+    of_output: ClassVar[bool] = False
 
     @abstractmethod
     def cotangent(self, prediction: Prediction) -> Tensor:
-        """The cotangent ``v`` [B, ...] with respect to ``prediction.e``."""
+        """The cotangent ``v`` [B, ...] with respect to ``prediction.e``, or to
+        ``prediction.output`` where the class says ``of_output = True``."""
 
     @property
     def parts(self) -> "tuple[Objective, ...]":
@@ -86,10 +106,55 @@ class Denoising(Objective):
     2303.14186)."""
 
     def cotangent(self, prediction: Prediction) -> Tensor:
-        a, s = prediction.schedule.levels(prediction.t, prediction.x_t)
-        # The noise that the state holds, however it was made: drawn, inverted or generated.
-        noise = (prediction.x_t - a * prediction.x0) / s
-        return 2 * (prediction.e - noise).detach() / _elements(prediction)
+        return 2 * (prediction.e - prediction.noise).detach() / _elements(prediction)
+
+
+@dataclass(frozen=True, slots=True)
+class Residual(Objective):
+    """The training loss ``mean((f - target)^2)`` of the network's own output ``f``, whatever it
+    predicts (noise, v, the clean image, a flow's velocity), with the residual taken under one
+    condition and the derivative under another.
+
+    Under the sample's own condition it is the gradient of the training loss (as TracIn's, Pruthi et
+    al. 2020, arXiv 2002.08484): how the sample, as it is described, still pulls at the weights.
+    That residual fades as training fits the sample. The residual *before* the condition, ``f(x_t,
+    null) - target``, does not: it is what the condition is needed for. Of a query the condition
+    before the concept is the absent one, so that ``contrast(Residual())`` is the gradient of
+    ``L(c) - L(c_minus)``, what the concept's name is worth to the loss.
+
+    The cotangent is one of the output: in noise space the same residual of a network that predicts
+    the clean image is larger by ``a / s``, and its gradients by the square of that, so that the
+    least noisy state would be all of a sum over states.
+
+    Args:
+        of: ``"condition"``, ``"null"``, or ``"both"``: their sum, in one vector-Jacobian product.
+
+    Raises:
+        MethodError: another ``of``.
+    """
+
+    of: Literal["condition", "null", "both"] = "condition"
+
+    reference: ClassVar[Literal["other", "absent"]] = "absent"
+    of_output: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.of not in ("condition", "null", "both"):
+            raise ValueError(f"Residual(of={self.of!r}): expected 'condition', 'null' or 'both'.")
+
+    @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        return self.of != "condition"
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        target = prediction.schedule.target(prediction.x0, prediction.noise, prediction.t)
+        residual = torch.zeros_like(target)
+        if self.of != "null":
+            residual = residual + prediction.output.detach() - target
+        if self.of != "condition":
+            assert prediction.reference_output is not None
+            residual = residual + prediction.reference_output - target
+        return 2 * residual / _elements(prediction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +252,8 @@ class Joint(Objective):
         parts: two objectives or more, up to a thousand.
 
     Raises:
-        MethodError: fewer than two, or more, or a Joint among them, or what is no objective.
+        MethodError: fewer than two, or more, or a Joint among them, or what is no objective, or
+            objectives of the output beside those of the noise prediction.
     """
 
     def __init__(self, *parts: Objective) -> None:
@@ -197,6 +263,12 @@ class Joint(Objective):
             raise MethodError(
                 f"Joint{shorten(parts, 120)}: expected two objectives or more, up to {MOST_PARTS}, "
                 "none of them a Joint. HINT: Joint(MeanOutput(), ChannelProbe(0))."
+            )
+        if len({(part.of_output, part.reference) for part in parts}) > 1:
+            raise MethodError(
+                f"Joint{shorten(parts, 120)}: some are objectives of the network's output and some "
+                "of the noise prediction, or they are held against different conditions; expected "
+                "those of one kind. HINT: trace them as two methods."
             )
         self._parts = parts
 
@@ -211,6 +283,14 @@ class Joint(Objective):
     @property
     def needs_reference(self) -> bool:  # type: ignore[override]
         return any(part.needs_reference for part in self._parts)
+
+    @property
+    def reference(self) -> Literal["other", "absent"]:  # type: ignore[override]
+        return self._parts[0].reference
+
+    @property
+    def of_output(self) -> bool:  # type: ignore[override]
+        return self._parts[0].of_output
 
     def cotangent(self, prediction: Prediction) -> Tensor:
         raise TypeError("Joint has no cotangent of its own. HINT: take those of its `parts`.")
@@ -240,20 +320,38 @@ class Joint(Objective):
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One summand ``weight * J(side)^T v(side)`` of a query's gradient."""
+    """One summand ``weight * J(side)^T v(side)`` of a query's gradient; ``reference`` is the side
+    whose prediction the objective is held against, where that is not the objective's own choice."""
 
     objective: Objective
     side: Side = "present"
     weight: float = 1.0
+    reference: Side | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.side, str) and self.side in get_args(Side)):
             refuse(self, "side", f"one of {get_args(Side)}")
         check_number(self, "weight")
+        if self.reference is not None and self.reference not in get_args(Side):
+            refuse(self, "reference", f"one of {get_args(Side)}, or None")
+
+    @property
+    def reference_side(self) -> Side | None:
+        """The side whose prediction the objective is held against; None for one that needs none."""
+        if not self.objective.needs_reference:
+            return None
+        if self.reference is not None:
+            return self.reference
+        return "absent" if self.objective.reference == "absent" else other_side(self.side)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values that identify the term."""
-        return {"objective": self.objective.to_dict(), "side": self.side, "weight": self.weight}
+        facts = {"objective": self.objective.to_dict(), "side": self.side, "weight": self.weight}
+        return facts if self.reference is None else facts | {"reference": self.reference}
+
+
+def other_side(side: Side) -> Side:
+    return "absent" if side == "present" else "present"
 
 
 def contrast(objective: Objective) -> tuple[Term, Term]:
