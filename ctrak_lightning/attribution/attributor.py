@@ -1,5 +1,6 @@
 """Attributor: asks a trace store which samples taught the model a concept."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from ctrak_lightning.attribution.generation import Generator
 from ctrak_lightning.attribution.parts import score_parts
 from ctrak_lightning.attribution.queries import Given, Query, QueryGradients, assembled
 from ctrak_lightning.attribution.result import Attribution, Record
-from ctrak_lightning.attribution.scoring import chosen_scores, exposures_at
+from ctrak_lightning.attribution.scoring import Factors, chosen_scores, exposures_at, factors_of
 from ctrak_lightning.attribution.search import top_scores
 from ctrak_lightning.methods.damping import Damping, rule_of
 from ctrak_lightning.methods.ensembles import ensemble_of, weights_of
@@ -254,8 +255,9 @@ class Attributor:
         """
         used = self._used(damping)
         methods = _methods(query, used)
+        factors = self._factors(used)
         scores, dampings = chosen_scores(
-            query.features, self.store.checkpoints, rule_of(used.damping), residual=used.residual
+            query.features, self.store.checkpoints, rule_of(used.damping), factors=factors
         )
         weights = weights_of(ensemble_of(used.ensemble), self.store.checkpoints)
         exposures = exposures_at(self.store.checkpoints)
@@ -265,7 +267,7 @@ class Attributor:
             if query.parts is not None:
                 parts = score_parts(
                     *(query.parts[i], self.store.checkpoints, scores[:, i], dampings[i]),
-                    residual=used.residual,
+                    factors=factors,
                     weights=weights,
                 )
             found = Attribution(
@@ -322,7 +324,7 @@ class Attributor:
             n,
             rule_of(used.damping),
             weights=weights_of(ensemble_of(used.ensemble), self.store.checkpoints),
-            residual=used.residual,
+            factors=self._factors(used),
             processes=processes,
         )
         # Of a large store the table of all samples takes more memory than the search.
@@ -383,6 +385,19 @@ class Attributor:
 
     def _used(self, damping: Damping | Literal["method"]) -> Method:
         return self.method if damping == "method" else replace(self.method, damping=damping)
+
+    def _factors(self, used: Method) -> Factors:
+        found = factors_of(used.residual, used.per_exposure, self.store.checkpoints)
+        if used.per_exposure and "exposures" not in found:
+            warnings.warn(
+                f"{used.name} multiplies a sample's score by how often it was trained on, which this "
+                "store does not know of every checkpoint: every sample is taken to have been seen "
+                "as often as every other. HINT: trace with ConceptTracer, or call "
+                "Capture.note_step(batch) in a loop of your own.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return found
 
     def _note(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ctrak_lightning.attribution.scoring import (
     SCORES_AT_ONCE,
+    Factors,
     chosen_scores,
     compared,
     ensemble,
@@ -73,7 +74,7 @@ def self_check(
     checkpoints: Sequence[Checkpoint],
     damping: float | None,
     *,
-    residual: bool = False,
+    factors: Factors = (),
     weights: Sequence[float] | None = None,
     asked: int = ASKED,
 ) -> SelfCheck:
@@ -87,7 +88,7 @@ def self_check(
     Args:
         checkpoints: of one store.
         damping: of the kernel; None leaves it out.
-        residual: as in :func:`~ctrak_lightning.attribution.scoring.chosen_scores`.
+        factors: as in :func:`~ctrak_lightning.attribution.scoring.chosen_scores`.
         weights: of the checkpoints, as in :func:`~ctrak_lightning.attribution.scoring.ensemble`.
         asked: how many samples to take, evenly spaced over those that were trained on.
 
@@ -103,7 +104,7 @@ def self_check(
     for part in samples.split(max(1, SCORES_AT_ONCE // (len(checkpoints) * total))):
         queries = torch.stack([checkpoint.rows_of(part).features() for checkpoint in checkpoints])
         scores, _ = chosen_scores(
-            queries, checkpoints, Fixed(damping), residual=residual
+            queries, checkpoints, Fixed(damping), factors=factors
         )  # [M, Q, N]
         joined = ensemble(scores, weights, exposed)  # [Q, N]
         own = joined[torch.arange(len(part)), part].unsqueeze(1)
@@ -304,19 +305,19 @@ def _cautions(checkpoints: int, positive: bool) -> list[str]:
     return found
 
 
-_Checks = dict[tuple[float | None, bool, tuple[float, ...] | None], SelfCheck]
+_Checks = dict[tuple[float | None, Factors, tuple[float, ...] | None], SelfCheck]
 _CHECKS: WeakKeyDictionary[TraceStore, _Checks] = WeakKeyDictionary()
 
 
 def self_check_of(
-    store: TraceStore, damping: float | None, residual: bool, weights: Sequence[float] | None
+    store: TraceStore, damping: float | None, factors: Factors, weights: Sequence[float] | None
 ) -> SelfCheck:
     """:func:`self_check`, which reads the whole store: made once for all concepts that are asked of
     it."""
     known = _CHECKS.setdefault(store, {})
-    key = (damping, residual, None if weights is None else tuple(weights))
+    key = (damping, factors, None if weights is None else tuple(weights))
     if key not in known:
-        known[key] = self_check(store.checkpoints, damping, residual=residual, weights=weights)
+        known[key] = self_check(store.checkpoints, damping, factors=factors, weights=weights)
     return known[key]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctrak_lightning.attribution.scoring import chosen_scores, exposed_at, spreads
+from ctrak_lightning.attribution.scoring import Factors, chosen_scores, exposed_at, spreads
 from ctrak_lightning.capture.trace import FeatureParts
 from ctrak_lightning.methods.damping import Fixed
 from ctrak_lightning.store import Checkpoint
@@ -40,7 +40,7 @@ def score_parts(
     scores: Tensor,
     damping: float | None,
     *,
-    residual: bool,
+    factors: Factors,
     weights: Sequence[float] | None,
 ) -> Parts:
     """The parts of one query's scores.
@@ -50,7 +50,7 @@ def score_parts(
         checkpoints: of the store.
         scores: the query's whole scores [M, N].
         damping: as it was used for them.
-        residual: as in :func:`~ctrak_lightning.attribution.scoring.chosen_scores`.
+        factors: as in :func:`~ctrak_lightning.attribution.scoring.chosen_scores`.
         weights: of the checkpoints, as in :func:`~ctrak_lightning.attribution.scoring.ensemble`.
     """
     names = list(features[0].by_layer_group)
@@ -61,7 +61,7 @@ def score_parts(
             for part in features
         ]
     )  # [M, S + G, k]
-    split, _ = chosen_scores(rows, checkpoints, Fixed(damping), residual=residual)  # [M, S + G, N]
+    split, _ = chosen_scores(rows, checkpoints, Fixed(damping), factors=factors)  # [M, S + G, N]
     # The checkpoints' units are those of the whole: a part in units of its own would not add up.
     if weights is None:
         units = 1 / spreads(scores.double(), exposed_at(checkpoints)) / len(checkpoints)  # [M, 1]

@@ -29,6 +29,7 @@ from ctrak_lightning.attribution.parts import Parts
 from ctrak_lightning.attribution.scoring import (
     drawn_ensemble,
     ensemble,
+    factors_of,
     soft_thresholded,
     standardised,
 )
@@ -254,8 +255,9 @@ class Attribution:
         """
         check, loss, moved = None, None, None
         if self.store is not None:
-            residual = bool(self.method["residual"])
-            check = self_check_of(self.store, self.damping, residual, self.weights)
+            asked = (bool(self.method["residual"]), bool(self.method.get("per_exposure")))
+            factors = factors_of(*asked, self.store.checkpoints)
+            check = self_check_of(self.store, self.damping, factors, self.weights)
             # Those of training steps have training's own scale and timesteps.
             if self.method["training"]["trajectory"]["class"] != "InTraining":
                 loss, moved = losses_of(self.store)

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -96,6 +97,9 @@ def _digits(unit: Tensor) -> Tensor:
     return digits
 
 
+Factor = Literal["loss", "exposures"]
+Factors = tuple[Factor, ...]
+
 SCORES_AT_ONCE = 2**27
 """float64 numbers, one gigabyte."""
 
@@ -135,7 +139,7 @@ def chosen_scores(
     checkpoints: Sequence[Checkpoint],
     rule: DampingRule,
     *,
-    residual: bool = False,
+    factors: Factors = (),
 ) -> tuple[Tensor, list[float | None]]:
     """Scores [M, Q, N] of queries [M, Q, k] at every checkpoint, and the damping used for each
     query. A sample that had not been trained on at a checkpoint scores 0 there.
@@ -144,7 +148,7 @@ def chosen_scores(
         queries: projected gradients of the queries, for each of the M checkpoints.
         checkpoints: sealed checkpoints of one store.
         rule: of the damping.
-        residual: multiply the scores, once the damping is chosen, by the samples' losses (DAS).
+        factors: what the scores are multiplied by, once the damping is chosen.
     """
     parts, chosen = [], []
     exposed, grid = exposed_at(checkpoints), grid_of(rule, checkpoints)
@@ -162,11 +166,32 @@ def chosen_scores(
         parts.append(torch.stack([scores[d, :, i] for i, d in enumerate(best.tolist())], 1))
         chosen += [grid[d] for d in best.tolist()]
     scores = torch.cat(parts, 1)
-    if residual:
-        scores = scores * torch.stack([c.losses().double() for c in checkpoints]).unsqueeze(1)
+    if factors:
+        each_sample = torch.stack([factor_at(checkpoint, factors) for checkpoint in checkpoints])
+        scores = scores * each_sample.unsqueeze(1)
     if exposed is not None:  # the dual form leaves what rounding makes of 0
         scores = scores * exposed.unsqueeze(1)
     return scores, chosen
+
+
+def factor_at(checkpoint: Checkpoint, factors: Factors, rows: Rows | None = None) -> Tensor:
+    """What the scores of a checkpoint are multiplied by, float64 [N]; [b] of a block of ``rows``."""
+    product = torch.ones((), dtype=torch.float64)
+    if "loss" in factors:
+        product = product * (checkpoint.losses() if rows is None else rows.loss).double()
+    if "exposures" in factors:
+        exposures = checkpoint.exposures()
+        assert exposures is not None, "factors_of() asks"
+        product = product * (exposures if rows is None else exposures[rows.index]).double()
+    return product
+
+
+def factors_of(residual: bool, per_exposure: bool, checkpoints: Sequence[Checkpoint]) -> Factors:
+    """What a :class:`~ctrak_lightning.methods.method.Method` multiplies the samples' scores by; not
+    by their exposures where the store does not know those of every checkpoint."""
+    known = per_exposure and all(each.exposures() is not None for each in checkpoints)
+    loss: Factors = ("loss",) if residual else ()
+    return (*loss, "exposures") if known else loss
 
 
 def exposed_at(checkpoints: Sequence[Checkpoint]) -> Tensor | None:

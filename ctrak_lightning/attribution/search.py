@@ -9,10 +9,12 @@ from torch import Tensor
 
 from ctrak_lightning.attribution.scoring import (
     Dots,
+    Factors,
     chosen_scores,
     compared,
     ensemble,
     exposed_at,
+    factor_at,
 )
 from ctrak_lightning.errors import CorruptStoreError
 from ctrak_lightning.methods.damping import DampingRule, choice, grid_of
@@ -114,7 +116,7 @@ def top_scores(
     rule: DampingRule,
     *,
     weights: Sequence[float] | None = None,
-    residual: bool = False,
+    factors: Factors = (),
     processes: Processes = ALONE,
 ) -> TopScores:
     """The ``n`` best samples for each question, of those that were trained on, as sorting all
@@ -132,7 +134,7 @@ def top_scores(
         n: how many samples; all of them where the store has fewer.
         rule: of the damping.
         weights: of the checkpoints; without them each is scaled by the deviation of its own scores.
-        residual: multiply scores by the samples' losses.
+        factors: what the samples' scores are multiplied by.
         processes: those that search together, each its share of the shards; all call this with
             equal arguments, and all get the result. With fewer samples than features each searches
             all.
@@ -158,10 +160,10 @@ def top_scores(
     parts = []
     for part in queries.split(room, 1):
         if streamed:
-            question = _Question(part, checkpoints, rule, grid, weights, residual, processes)
+            question = _Question(part, checkpoints, rule, grid, weights, factors, processes)
             parts.append((*question.top(n), question.dampings))
         else:
-            parts.append(_dense(part, checkpoints, n, rule, weights, residual))
+            parts.append(_dense(part, checkpoints, n, rule, weights, factors))
     return TopScores(
         positions=torch.cat([positions for positions, _, _ in parts]),
         scores=torch.cat([scores for _, scores, _ in parts]),
@@ -180,12 +182,12 @@ class _Question:
         rule: DampingRule,
         grid: Sequence[float | None],
         weights: Sequence[float] | None,
-        residual: bool,
+        factors: Factors,
         processes: Processes,
     ) -> None:
         self._checkpoints = checkpoints
         self._processes = processes
-        self._residual = residual
+        self._factors = factors
         self._exposed = exposed_at(checkpoints)
         solved, known = [], []
         for rows, checkpoint in zip(queries, checkpoints, strict=True):
@@ -196,7 +198,7 @@ class _Question:
         mean, deviation = torch.stack(known, 1).unflatten(2, (len(grid), -1))  # [M, D, Q] each
         # A variance that is the small difference of two large numbers is measured rather than
         # computed.
-        trusted = bool((deviation.square() > _TRUSTED * mean.square()).all()) and not residual
+        trusted = bool((deviation.square() > _TRUSTED * mean.square()).all()) and not factors
         best = torch.zeros(queries.shape[1], dtype=torch.long)
         if len(grid) > 1 or (weights is None and not trusted):
             raw, scored = self._moments(directions)
@@ -220,13 +222,20 @@ class _Question:
         with self._processes.sharing_errors():
             for block in joint_blocks(self._checkpoints, self._processes):
                 scores = [
-                    product(rows) * rows.loss.double() if self._residual else product(rows)
-                    for product, rows in zip(dots, block, strict=True)
+                    product(rows) * factor
+                    for product, rows, factor in zip(
+                        dots, block, self._multipliers(block), strict=True
+                    )
                 ]
                 _add_trained(best, torch.stack(scores).sum(0), block[0].index, self._exposed)
                 seen += len(block[0])
         self._require_all(seen)
         return best.over(self._processes).sorted()
+
+    def _multipliers(self, block: list[Rows]) -> list[Tensor]:
+        """What the scores of a block are multiplied by at each checkpoint, [b] or []."""
+        pairs = zip(self._checkpoints, block, strict=True)
+        return [factor_at(checkpoint, self._factors, rows) for checkpoint, rows in pairs]
 
     def _require_all(self, seen: int) -> None:
         everywhere, samples = sum(self._processes.gather(seen)), self._checkpoints[0].rows
@@ -237,10 +246,10 @@ class _Question:
             )
 
     def _moments(self, directions: Tensor) -> tuple[Moments, Moments]:
-        """Moments [D, Q, M] of the scores of directions [M, D, Q, k]: without the residual, and as
+        """Moments [D, Q, M] of the scores of directions [M, D, Q, k]: without the factors, and as
         they are scored."""
         raw = Moments()
-        scored = Moments() if self._residual or self._exposed is not None else raw
+        scored = Moments() if self._factors or self._exposed is not None else raw
         known = None if self._exposed is None else compared(self._exposed)
         dots = [Dots(some.flatten(0, 1)) for some in directions]
         with self._processes.sharing_errors():
@@ -251,8 +260,8 @@ class _Question:
                 )  # [D, Q, M, b]
                 index = block[0].index
                 raw.add(scores if known is None else scores[..., known[index]])
-                if self._residual:
-                    scores = scores * torch.stack([rows.loss.double() for rows in block])
+                if self._factors:
+                    scores = scores * torch.stack(self._multipliers(block))
                 if scored is not raw:
                     scored.add(scores, None if self._exposed is None else self._exposed[:, index])
         whole = raw.over(self._processes)
@@ -292,9 +301,9 @@ def _dense(
     n: int,
     rule: DampingRule,
     weights: Sequence[float] | None,
-    residual: bool,
+    factors: Factors,
 ) -> tuple[Tensor, Tensor, list[float | None]]:
-    scores, dampings = chosen_scores(queries, checkpoints, rule, residual=residual)
+    scores, dampings = chosen_scores(queries, checkpoints, rule, factors=factors)
     best, exposed = Best(n), exposed_at(checkpoints)
     _add_trained(
         best, ensemble(scores, weights, exposed), torch.arange(checkpoints[0].rows), exposed

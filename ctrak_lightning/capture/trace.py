@@ -277,11 +277,10 @@ class _Reference:
     e: Tensor
 
 
-@torch.no_grad()
 def _predicted(
     task: DiffusionTask, tracer: GradientTracer, state: State, condition: Condition
 ) -> _Reference:
-    with tracing_mode(tracer.module):
+    with tracing_mode(tracer.module), torch.no_grad():
         output = predicted(task, state.x_t, state.t, condition)
         return _Reference(output, task.noise_schedule.epsilon(output, state.x_t, state.t))
 

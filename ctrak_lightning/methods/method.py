@@ -33,6 +33,9 @@ class Method:
             (:class:`~ctrak_lightning.methods.damping.Agreement`); or a rule of your own, a
             :class:`~ctrak_lightning.methods.damping.DampingRule`.
         residual: multiply a sample's score by its mean denoising loss at the checkpoint (DAS).
+        per_exposure: a score is that of one time that a sample is trained on; multiply it by how
+            often that had happened by the checkpoint, where the store knows. A capture cannot see
+            it in the weights.
         ensemble: how checkpoints are joined: ``"standardised"`` averages them, each in units of its
             own standard deviation over the samples; ``"learning_rate"`` adds them, each times the
             learning rate it was made at (TracIn); or an
@@ -52,6 +55,7 @@ class Method:
     normalisation: Normalisation = "sample"
     damping: Damping = 1.0
     residual: bool = False
+    per_exposure: bool = False
     ensemble: Ensemble = "standardised"
 
     def __post_init__(self) -> None:
@@ -152,6 +156,7 @@ class Method:
             "damping": _recorded(self.damping),
             "residual": self.residual,
             "ensemble": _recorded(self.ensemble),
+            **({"per_exposure": True} if self.per_exposure else {}),
         }
 
     @classmethod
@@ -184,6 +189,7 @@ class Method:
                 normalisation=training["normalisation"],
                 damping=_read(DampingRule, facts["damping"]),
                 residual=facts["residual"],
+                per_exposure=bool(facts.get("per_exposure", False)),
                 ensemble=_read(EnsembleRule, facts["ensemble"]),
             )
         # RuntimeError: a RecursionError of values that are nested deeply.

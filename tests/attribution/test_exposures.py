@@ -18,6 +18,7 @@ from ctrak_lightning.attribution.scoring import (
     ensemble,
     exposed_at,
     exposures_at,
+    factors_of,
     soft_thresholded,
     spreads,
 )
@@ -84,6 +85,28 @@ def test_scores_are_those_of_a_store_without_the_samples(
 
 
 @SHAPES
+def test_scores_per_exposure_are_multiplied_by_the_exposures(
+    tmp_path: Path, n: int, k: int, dtype: str
+) -> None:
+    phi, queries = traces(n, k, 3)
+    seeded = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, 3, (3, n), generator=seeded).cumsum(0)  # some samples 0 for a while
+    store = store_of(tmp_path, phi, list(counts), dtype)
+    factors = factors_of(False, True, store.checkpoints)
+    assert factors == ("exposures",)
+    assert factors_of(True, True, store.checkpoints) == ("loss", "exposures")
+    plain, _ = chosen_scores(queries, store.checkpoints, Fixed(1.0))
+    scores, _ = chosen_scores(queries, store.checkpoints, Fixed(1.0), factors=factors)
+    for m, each in enumerate(counts):
+        torch.testing.assert_close(scores[m], plain[m] * each)
+    joined = ensemble(scores, None, exposed_at(store.checkpoints))[:, counts[2] > 0]
+    found = top_scores(queries, store.checkpoints, 5, Fixed(1.0), factors=factors)
+    torch.testing.assert_close(found.scores, joined.float().topk(5, 1).values, rtol=1e-3, atol=1e-4)
+    unknown = store_of(tmp_path / "unknown", phi, [counts[0], None, counts[2]], dtype)
+    assert factors_of(True, True, unknown.checkpoints) == ("loss",)
+
+
+@SHAPES
 @pytest.mark.parametrize("residual", [False, True])
 def test_what_is_trained_on_later_counts_from_then_on(
     tmp_path: Path, n: int, k: int, dtype: str, residual: bool
@@ -92,7 +115,9 @@ def test_what_is_trained_on_later_counts_from_then_on(
     i = torch.arange(n)
     masks = torch.stack([i % 4 == 0, i % 4 < 2, i % 4 < 3])
     store = store_of(tmp_path, phi, [mask.long() for mask in masks], dtype)
-    scores, dampings = chosen_scores(queries, store.checkpoints, Agreement(), residual=residual)
+    scores, dampings = chosen_scores(
+        queries, store.checkpoints, Agreement(), factors=("loss",) if residual else ()
+    )
     for m in range(3):
         assert torch.equal((scores[m] != 0).any(0), masks[m])
     joined = ensemble(scores, None, masks)
@@ -103,7 +128,9 @@ def test_what_is_trained_on_later_counts_from_then_on(
         / 3
     )
     torch.testing.assert_close(joined, by_hand)
-    found = top_scores(queries, store.checkpoints, n, Agreement(), residual=residual)
+    found = top_scores(
+        queries, store.checkpoints, n, Agreement(), factors=("loss",) if residual else ()
+    )
     assert found.dampings == dampings
     trained = joined.float()[:, masks[2]]
     torch.testing.assert_close(

@@ -189,11 +189,18 @@ def test_self_check_is_that_of_brute_force(
             scores = scores / scores.std(1, keepdims=True)
         joined += scores * (1 if weights is None else weights[index])
     rank_themselves_first = (joined.argmax(1) == np.arange(n)).sum()
-    found = self_check(checkpoints, damping, residual=residual, weights=weights, asked=1000)
+    found = self_check(
+        checkpoints, damping, factors=("loss",) if residual else (), weights=weights, asked=1000
+    )
     assert found == SelfCheck(int(rank_themselves_first), n)
     assert k > n or 0 < found.first < n
     monkeypatch.setattr("ctrak_lightning.attribution.diagnostics.SCORES_AT_ONCE", 7 * 2 * n)
-    assert self_check(checkpoints, damping, residual=residual, weights=weights, asked=1000) == found
+    assert (
+        self_check(
+            checkpoints, damping, factors=("loss",) if residual else (), weights=weights, asked=1000
+        )
+        == found
+    )
 
 
 def test_self_check_takes_evenly_spaced_samples(tmp_path: Path) -> None:

@@ -76,7 +76,9 @@ def test_the_best_are_those_of_sorting_all_scores(
     monkeypatch.setattr(stored_rows, "BLOCK_BYTES", k * 30 * getattr(torch, dtype).itemsize)
     phi, queries = traces(n, k, 3)
     store = store_of(tmp_path, phi, (7, 7, 8), dtype)  # the last checkpoint in another order
-    found = top_scores(queries, store.checkpoints, 17, rule, weights=weights, residual=residual)
+    found = top_scores(
+        queries, store.checkpoints, 17, rule, weights=weights, factors=("loss",) if residual else ()
+    )
     positions, scores, dampings = dense(queries, store, 17, rule, weights, residual)
     assert torch.equal(found.positions, positions)
     torch.testing.assert_close(found.scores, scores, rtol=1e-5, atol=1e-6)
