@@ -25,7 +25,7 @@ from ctrak_lightning.model.function import refuse_another_function
 from ctrak_lightning.model.weights import copy_into, restored, tensors_of
 from ctrak_lightning.schedules import Schedule
 from ctrak_lightning.store import TraceStore
-from ctrak_lightning.store.schema import differences
+from ctrak_lightning.store.schema import differences, seed_of
 from ctrak_lightning.tasks import Condition, DiffusionTask, Spec, condition_of, task_modules
 from ctrak_lightning.utilities.naming import parameters_of, same_place
 
@@ -144,6 +144,15 @@ class CheckpointModel:
                     return before
         refuse_differences("projection", facts, _described_as(tracer, kinds))
         return tracer
+
+    @cached_property
+    def noise_seed(self) -> int:
+        """The seed of the noise of the store's traces.
+
+        Raises:
+            CorruptStoreError: the manifest describes none.
+        """
+        return described(self.store, "seed of the noise", lambda: seed_of(self.store.header))
 
     def condition(self, specs: Sequence[Spec]) -> Condition:
         """Of B specs, a row each."""

@@ -232,7 +232,8 @@ class QueryGradients:
             return trajectory.select(made, task.noise_schedule)
         ids = [f"query-{start + i}" for i in range(len(made.latents))]
         with torch.no_grad():
-            return list(trajectory.states(task, made.latents, condition, ids, 0))
+            seed = self.model.noise_seed
+            return list(trajectory.states(task, made.latents, condition, ids, seed))
 
 
 def _refuse_unusable(features: Tensor, concepts: Sequence[Concept]) -> None:

@@ -46,7 +46,7 @@ from ctrak_lightning.store import (
 from ctrak_lightning.store.formats import RowDtype
 from ctrak_lightning.store.lock import WriterLock
 from ctrak_lightning.store.manifest import read_manifest
-from ctrak_lightning.store.schema import Manifest
+from ctrak_lightning.store.schema import Manifest, seed_facts
 from ctrak_lightning.tasks import DiffusionTask, Encoded, task_modules, whole
 from ctrak_lightning.utilities.memory import RowLimit
 from ctrak_lightning.utilities.processes import ALONE, Processes
@@ -148,8 +148,11 @@ class Capture:
             self._data.require_repeatable()
         with isolated_rng(seed), self._tracing(), torch.no_grad():
             model = self._model.observe(latent_shape, stored.header.model if stored else None)
+        # A store from before seeds were recorded goes on without one.
+        is_told = stored is None or "noise_seed" in stored.header.method
+        seeds = seed_facts(seed) if is_told else {}
         header = StoreHeader(
-            method=method.to_dict(),
+            method=method.to_dict() | seeds,
             projection=tracer.describe(),
             model=model,
             dataset=table.facts() | {"latent_shape": list(latent_shape)},

@@ -126,6 +126,20 @@ class Agreement(DampingRule):
         return moments.agreement().argmax(0)
 
 
+@dataclass(frozen=True)
+class SharedAgreement(Agreement):
+    """One damping for all questions that are scored together: the one at which the checkpoints agree
+    most in the mean over the questions.
+
+    The choice for each question alone is noisy. This one depends on what else is asked: ask the
+    same questions together to get the same scores.
+    """
+
+    def choose(self, moments: Moments) -> Tensor:
+        best = moments.agreement().mean(1).argmax()  # [D, Q] -> []
+        return best.expand(moments.mean().shape[1])
+
+
 Damping = float | Literal["agreement"] | None | DampingRule
 
 

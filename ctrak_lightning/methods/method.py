@@ -69,6 +69,7 @@ class Method:
             )
         object.__setattr__(self, "query", tuple(terms))
         check_boolean(self, "residual")
+        check_boolean(self, "per_exposure")
         self._refuse_unrecorded()
         counts = {len(term.objective.parts) for term in self.query}
         if counts != {len(self.training.parts)}:
@@ -189,7 +190,7 @@ class Method:
                 normalisation=training["normalisation"],
                 damping=_read(DampingRule, facts["damping"]),
                 residual=facts["residual"],
-                per_exposure=bool(facts.get("per_exposure", False)),
+                per_exposure=facts.get("per_exposure", False),
                 ensemble=_read(EnsembleRule, facts["ensemble"]),
             )
         # RuntimeError: a RecursionError of values that are nested deeply.

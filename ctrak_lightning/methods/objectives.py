@@ -210,6 +210,36 @@ class ChannelProbe(Objective):
 
 
 @dataclass(frozen=True, slots=True)
+class RandomProbe(Objective):
+    """``mean(w f)`` of the network's own output ``f`` with a standard normal weight for every element,
+    drawn once per timestep, the same for every sample.
+
+    Inner products of ``J^T w`` are an estimate of the empirical tangent kernel (Jacot et al. 2018,
+    arXiv 1806.07572) of the output, position by position, where :class:`ChannelProbe` sees its mean
+    colours alone.
+
+    Args:
+        seed: of the weights.
+    """
+
+    seed: int = 0
+
+    of_output: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_integer(self, "seed", least=-LARGEST_INTEGER)
+
+    def cotangent(self, prediction: Prediction) -> Tensor:
+        output = prediction.output.detach()
+        known: dict[float, Tensor] = {}
+        for t in prediction.t.tolist():
+            if t not in known:
+                known[t] = seeded_noise(output.shape[1:], self.seed, t, "random probe")
+        weights = torch.stack([known[t] for t in prediction.t.tolist()])
+        return weights.to(output) / _elements(prediction)
+
+
+@dataclass(frozen=True, slots=True)
 class PosteriorSampling(Objective):
     """Concept-TRAK's training loss (arXiv 2507.06547): ``mean((stop[e + d] - e)^2)`` with the
     diffusion-posterior-sampling direction ``d = grad_{x_t} mean((x0_hat - x0)^2)``. Needs states

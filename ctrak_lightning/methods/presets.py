@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 from ctrak_lightning.methods.damping import Damping
 from ctrak_lightning.methods.method import Method, Normalisation
@@ -13,6 +14,8 @@ from ctrak_lightning.methods.objectives import (
     MeanOutput,
     Objective,
     PosteriorSampling,
+    RandomProbe,
+    Residual,
     SquaredNorm,
     Term,
     contrast,
@@ -69,8 +72,69 @@ def concept_trak_norm(
     return _contrastive("concept_trak_norm", SquaredNorm(), timesteps, damping, normalisation)
 
 
+def influence(
+    of: Literal["condition", "null", "both"] = "both",
+    timesteps: int = 3,
+    damping: Damping = 1.0,
+    per_exposure: bool = True,
+) -> Method:
+    """How much less the concept's name would be worth to the loss on the asked image, had the model not
+    been trained on a sample: gradients of the residual in the network's output space, as large as
+    they are, at high noise.
+
+    The residual is that of the sample under its own condition, of the sample before any condition,
+    or their sum (:class:`~ctrak_lightning.methods.objectives.Residual`). All samples and the
+    question have the same noise, at the timesteps of the last third of the schedule. It is asked
+    what retraining would do, and is no search: :func:`concept_trak` and :func:`random_probe` find
+    more of the images that show the concept.
+
+    Args:
+        of: the residual's condition. ``"both"`` and ``"null"`` cost a forward pass more per state.
+        timesteps: states per sample and per query, each a vector-Jacobian product.
+        damping: see :class:`~ctrak_lightning.methods.method.Method`.
+        per_exposure: multiply a sample's score by how often it was trained on: a capture's gradients
+            cannot know.
+    """
+    states = Noised(timesteps=timesteps, start=2 / 3, end=1.0)
+    objective = Residual(of)
+    return Method(
+        name="influence",
+        training=objective,
+        training_trajectory=states,
+        query=contrast(objective),
+        query_trajectory=states,
+        normalisation="none",
+        damping=damping,
+        per_exposure=per_exposure,
+    )
+
+
+def random_probe(timesteps: int = 3, damping: Damping = 1.0) -> Method:
+    """The cheapest search for images that show a concept: one random probe of the output for every
+    position and timestep (:class:`~ctrak_lightning.methods.objectives.RandomProbe`), asked under the
+    present less the absent condition; one vector-Jacobian product a state.
+
+    Args:
+        timesteps: states per sample and per query, in the last third of the schedule.
+        damping: see :class:`~ctrak_lightning.methods.method.Method`.
+    """
+    states, objective = Noised(timesteps=timesteps, start=2 / 3, end=1.0), RandomProbe()
+    return Method(
+        name="random_probe",
+        training=objective,
+        training_trajectory=states,
+        query=contrast(objective),
+        query_trajectory=states,
+        normalisation="none",
+        damping=damping,
+    )
+
+
 def concept_trak_paper(
-    timesteps: int = 10, inversion_steps: int = 10, guidance: float = 3.0, damping: Damping = 1.0
+    timesteps: int = 10,
+    inversion_steps: int = 10,
+    guidance: float = 3.0,
+    damping: Damping = "agreement",
 ) -> Method:
     """Concept-TRAK as published (ICLR 2026, arXiv 2507.06547): posterior-sampling traces on
     inverted trajectories, asked with the concept direction.
@@ -195,6 +259,8 @@ PRESETS: dict[str, Callable[..., Method]] = {
     "concept_trak": concept_trak,
     "concept_trak_paper": concept_trak_paper,
     "concept_trak_norm": concept_trak_norm,
+    "influence": influence,
+    "random_probe": random_probe,
     "inline_trak": inline_trak,
     "trak": trak,
     "d_trak": d_trak,

@@ -100,6 +100,25 @@ class StoreHeader:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
+def seed_facts(seed: int) -> dict[str, int]:
+    """What a header says, beside the method, of the seed of the states' noise: nothing of 0, as
+    stores from before that was recorded."""
+    return {"noise_seed": seed} if seed else {}
+
+
+def seed_of(header: StoreHeader) -> int:
+    """The seed of the noise that the traces were made with: a question at noised states is asked
+    with the same.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    seed = header.method.get("noise_seed", 0)
+    if not is_integer(seed):
+        raise ValueError(f"noise_seed {seed!r}, expected a whole number")
+    return int(seed)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecord:
     """What the manifest says of one checkpoint; its paths are relative to the store."""

@@ -19,7 +19,14 @@ from ctrak_lightning.cli import main
 from ctrak_lightning.errors import MethodError, StoreMismatchError, UnknownMethodError
 from ctrak_lightning.gradients import GradientTracer, Projection
 from ctrak_lightning.methods import DampingRule, EnsembleRule
-from ctrak_lightning.methods.damping import AGREEMENT_GRID, Agreement, Fixed, choice, grid_of
+from ctrak_lightning.methods.damping import (
+    AGREEMENT_GRID,
+    Agreement,
+    Fixed,
+    SharedAgreement,
+    choice,
+    grid_of,
+)
 from ctrak_lightning.methods.ensembles import weights_of
 from ctrak_lightning.methods.moments import Moments
 from ctrak_lightning.store import Checkpoint
@@ -227,6 +234,20 @@ def test_a_choice_that_is_none_is_refused() -> None:
 def test_dampings_of_a_tensor_are_numbers() -> None:
     grid = grid_of(Wrong(torch.tensor([1.0, 2.0])), [])
     assert [type(d) for d in grid] == [float, float]
+
+
+def test_shared_agreement_takes_one_damping_for_all_questions() -> None:
+    torch.manual_seed(0)
+    truth = torch.randn(3, 1, 50).double()  # questions, checkpoints, samples
+    noise = torch.randn(2, 3, 4, 50).double()
+    # The first question alone agrees best at the first damping, the mean of all at the second.
+    size = torch.tensor([[0.1, 1.5, 1.5], [0.3, 0.3, 0.3]])[:, :, None, None]
+    moments = Moments()
+    moments.add(truth[None] + size * noise)
+    assert choice(Agreement((1.0, 2.0)), moments).tolist() == [0, 1, 1]
+    assert choice(SharedAgreement((1.0, 2.0)), moments).tolist() == [1, 1, 1]
+    method = replace(methods.influence(), damping=SharedAgreement((0.5, None)))
+    assert Method.from_dict(json.loads(json.dumps(method.to_dict()))) == method
 
 
 def test_agreement_with_one_checkpoint_takes_one_damping() -> None:

@@ -61,7 +61,10 @@ def test_presets_with_the_same_traces_say_so() -> None:
 
 def test_concept_methods_look_at_the_absent_condition_and_whole_image_methods_do_not() -> None:
     seeing = {name for name in methods.PRESETS if methods.by_name(name).sees_absent}
-    assert seeing == {"concept_trak", "concept_trak_norm", "concept_trak_paper", "inline_trak"}
+    assert seeing == {
+        *("concept_trak", "concept_trak_norm", "concept_trak_paper", "inline_trak"),
+        *("influence", "random_probe"),
+    }
 
 
 def test_unknown_names_and_classes_are_refused() -> None:

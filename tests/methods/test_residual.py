@@ -1,21 +1,37 @@
 """The residual's rows and queries against autograd on the loss and the loss difference, written out
 for every parameterization."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from ctrak_lightning import FlowSchedule, GradientTracer, Method, Projection, methods
+from ctrak_lightning import (
+    Attributor,
+    Capture,
+    Concept,
+    FlowSchedule,
+    GradientTracer,
+    Method,
+    Projection,
+    Sampler,
+    TraceStore,
+    methods,
+)
 from ctrak_lightning.capture.trace import trace_batch, trace_query
 from ctrak_lightning.capture.trial import try_samples
+from ctrak_lightning.errors import CorruptStoreError
 from ctrak_lightning.methods.objectives import (
     ConceptDirection,
     Denoising,
     Joint,
+    RandomProbe,
     Residual,
     SquaredNorm,
     Term,
@@ -24,8 +40,9 @@ from ctrak_lightning.methods.objectives import (
 from ctrak_lightning.methods.trajectories import Noised, State
 from ctrak_lightning.tasks import Encoded
 from ctrak_lightning.utilities.memory import RowLimit
+from ctrak_lightning.utilities.rng import seeded_noise
 
-from ..toy import ToyDiffusion
+from ..toy import QuickDiffusion, ToyData, ToyDiffusion
 
 KINDS = ("epsilon", "v_prediction", "sample", "flow")
 EXACT = Projection(rank=100_000, dim=None)
@@ -187,6 +204,80 @@ def test_objectives_of_the_output_and_of_the_noise_prediction_do_not_mix() -> No
     assert joint.needs_reference
     with pytest.raises(ValueError, match=r"Residual\(of='concept'\).*expected 'condition'"):
         Residual("concept")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_random_probe_weighs_every_element_of_the_output(kind: str) -> None:
+    module = model(kind)
+    loop, encoded, tracer = Loop(module), samples(module), GradientTracer(module.denoiser, EXACT)
+    method = method_of(RandomProbe(seed=3))
+    ours = trace_batch(module, tracer, method, encoded, seed=0).features.double()
+    rows = []
+    for i in range(3):
+        own = {name: value[i : i + 1] for name, value in encoded.condition.items()}
+        total = torch.zeros(())
+        for state in STATES.states(module, encoded.latents, {}, encoded.sample_ids, 0):
+            t = state.t[0].item()
+            weights = seeded_noise((3, 8, 8), 3, t, "random probe").double()
+            total = total + (weights * loop.output(state, i, own)[0]).mean()
+        rows.append(loop.gradient(total))
+    theirs = torch.stack(rows)
+    expected = theirs @ theirs.T
+    assert ((ours @ ours.T - expected).abs() <= 1e-5 * expected.diag().max()).all()
+
+
+def capture_of(path: Path, module: ToyDiffusion, seed: int) -> Capture:
+    return Capture(
+        str(path),
+        module,
+        module,
+        DataLoader(ToyData().toys, 5),
+        method=replace(methods.influence("condition", 2), query=(Term(Residual()),)),
+        tracer=GradientTracer(module.denoiser, Projection(rank=4, dim=64)),
+        progress=False,
+        seed=seed,
+    )
+
+
+def test_a_question_about_a_training_image_has_the_noise_of_its_trace(tmp_path: Path) -> None:
+    """Asked as it was traced, a training image's question is its own row."""
+    module = QuickDiffusion("sample").double()
+    capture = capture_of(tmp_path, module, seed=7)
+    capture.run(1, epoch=0)
+    capture.writer.close()
+    item = ToyData().toys[2]
+    encoded = module.encode({k: v[None] if torch.is_tensor(v) else [v] for k, v in item.items()})
+    spec = {"colour": item["colour"], "shape": item["shape"]}
+    attributor = Attributor(tmp_path, module, sampler=Sampler(steps=4))
+    query = attributor.query_given([Concept("all", spec, {})], encoded.latents)
+    row = TraceStore(tmp_path).checkpoints[0].features()[2]
+    assert row.norm() > 0
+    assert (query.features[0, 0] - row).norm() <= 1e-4 * row.norm()
+
+
+def test_stores_from_before_seeds_were_recorded_go_on_and_damaged_ones_are_told(
+    tmp_path: Path,
+) -> None:
+    module = QuickDiffusion("sample").double()
+    capture = capture_of(tmp_path, module, seed=7)
+    capture.run(1, epoch=0)
+    capture.writer.close()
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    assert content["header"]["method"].pop("noise_seed") == 7
+    path.write_text(json.dumps(content))
+    capture = capture_of(tmp_path, module, seed=7)
+    capture.run(2, epoch=1)
+    capture.writer.close()
+    store = TraceStore(tmp_path)
+    assert [checkpoint.step for checkpoint in store.checkpoints] == [1, 2]
+    assert "noise_seed" not in store.header.method
+    content = json.loads(path.read_text())
+    content["header"]["method"]["noise_seed"] = "seven"
+    path.write_text(json.dumps(content))
+    attributor = Attributor(tmp_path, module, sampler=Sampler(steps=4))
+    with pytest.raises(CorruptStoreError, match="noise_seed 'seven'"):
+        attributor.attribute(Concept("red", {"colour": "red", "shape": "dot"}, {"shape": "dot"}))
 
 
 def test_v_prediction_at_a_state_without_signal_has_a_gradient() -> None:
