@@ -23,6 +23,12 @@ from .tables import RESULTS
 STRENGTHS = ("judge", "loss")
 MEASURES = (*STRENGTHS, "likeness")
 FILE = "retrained.safetensors"
+GENERATED = RESULTS / "generated.safetensors"
+ASKED_RUNS = ("full-seed0", "full-seed1")
+"""Fully trained models whose images (image seed 0) are asked about, and every retrained model is
+judged by."""
+ASKED = len(ASKED_RUNS)
+NONE = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,11 @@ class Outcomes:
             nothing [R, 64, 4].
         likeness: cosine of the judge's features of the generated and the real image of the pair,
             mean over image seeds [R, 64].
+        asked_losses: as ``losses``, on the A images of each pair that are asked about
+            (:func:`~recipes.benchmarks.retrain.generated_images`) [R, A, 64, 4]; NaN where a run
+            was not judged by them.
+        drift: root mean square distance, of pixels in [0, 1], of the image that the run generates
+            from the same noise to each of those [R, A, 64]; NaN there too.
     """
 
     names: list[str]
@@ -45,6 +56,14 @@ class Outcomes:
     odds: Tensor
     losses: Tensor
     likeness: Tensor
+    asked_losses: Tensor = NONE
+    drift: Tensor = NONE
+
+    def __post_init__(self) -> None:
+        for name, shape in (("asked_losses", (ASKED, 64, 4)), ("drift", (ASKED, 64))):
+            if getattr(self, name) is NONE:
+                unknown = torch.full((len(self.names), *shape), torch.nan)
+                object.__setattr__(self, name, unknown)
 
     @classmethod
     def load(cls, setting: str, results: Path = RESULTS) -> "Outcomes":
@@ -54,7 +73,8 @@ class Outcomes:
         if setting not in names:
             empty = (torch.zeros(0, *shape) for shape in ((64, 2), (64, 4), (64,)))
             return cls([], torch.zeros(0, size).bool(), *empty)
-        own = {name: tensors[f"{setting}.{name}"] for name in TENSORS}
+        own = {name: tensors[f"{setting}.{name}"] for name in TENSORS if name not in BY_ASKED}
+        own |= {name: _whole(tensors, setting, name) for name in BY_ASKED}
         own["kept"] = torch.from_numpy(
             np.unpackbits(own["kept"].numpy(), axis=1, count=size)
         ).bool()
@@ -65,6 +85,9 @@ class Outcomes:
         names, tensors = _read(results / FILE)
         own = {name: getattr(self, name).contiguous() for name in TENSORS}
         own["kept"] = torch.from_numpy(np.packbits(self.kept.numpy(), axis=1))
+        rows = self.drift.isfinite().flatten(1).all(1)
+        own |= {name: own[name][rows].contiguous() for name in BY_ASKED}
+        own["asked_rows"] = rows.nonzero().flatten()
         tensors |= {f"{setting}.{name}": value for name, value in own.items()}
         save_file(tensors, results / FILE, names | {setting: json.dumps(self.names)})
 
@@ -82,7 +105,8 @@ class Outcomes:
             return torch.stack([values[rows[run]].mean(0) for run in runs]) if runs else values[:0]
 
         kept = self.kept[[rows[run][0] for run in runs]]
-        return Outcomes(runs, kept, mean(self.odds), mean(self.losses), mean(self.likeness))
+        rest = (mean(getattr(self, name)) for name in TENSORS if name != "kept")
+        return Outcomes(runs, kept, *rest)
 
     def only(self, runs: Sequence[str]) -> "Outcomes":
         """Some of the runs, in the order asked."""
@@ -105,6 +129,22 @@ class Outcomes:
 
 
 TENSORS = tuple(field.name for field in fields(Outcomes) if field.name != "names")
+BY_ASKED = ("asked_losses", "drift")
+
+
+def generated_images(setting: str) -> dict[str, Tensor]:
+    """Images of the held-out pairs [64, 3, 32, 32] in [-1, 1] that fully trained models generated, by
+    the name of the run: those that are asked about."""
+    found = load_file(GENERATED) if GENERATED.exists() else {}
+    own = {name.partition(".")[2]: x for name, x in found.items() if name.startswith(f"{setting}.")}
+    return {name: x.permute(0, 3, 1, 2).float() / 127.5 - 1 for name, x in sorted(own.items())}
+
+
+def keep_generated(name: str, setting: str, images: Tensor) -> None:
+    """Commits the images of one of the runs that are asked about, uint8 [64, 32, 32, 3]."""
+    known = load_file(GENERATED) if GENERATED.exists() else {}
+    if name in ASKED_RUNS and f"{setting}.{name}" not in known:
+        save_file(known | {f"{setting}.{name}": images.contiguous()}, GENERATED)
 
 
 def judged(folder: Path, known: Outcomes) -> Outcomes:
@@ -126,12 +166,29 @@ def judged(folder: Path, known: Outcomes) -> Outcomes:
         odds = judge.log_odds(images, objects, artists).view(-1, seeds, 2).mean(1)
         features = F.normalize(judge.features(images), dim=1).view(-1, seeds, real.shape[1])
         likeness = (features * real.unsqueeze(1)).sum(2).mean(1)
+        losses = torch.full((ASKED, len(real), 4), torch.nan)
+        drift = torch.full((ASKED, len(real)), torch.nan)
+        if "generated_losses" in evidence:
+            losses = evidence["generated_losses"]
+            own = images.view(len(real), seeds, *images.shape[1:])[:, 0]
+            asked = torch.stack([(one + 1) / 2 for one in generated_images(folder.name).values()])
+            drift = (own - asked).square().flatten(2).mean(2).sqrt()
         names.append(path.parent.name)
-        for name, value in zip(TENSORS, (mask, odds, evidence["losses"], likeness), strict=True):
+        found = (mask, odds, evidence["losses"], likeness, losses, drift)
+        for name, value in zip(TENSORS, found, strict=True):
             columns[name].append(value)
     if names == known.names:
         return known
     return Outcomes(names, *(torch.stack(columns[name]) for name in TENSORS))
+
+
+def _whole(tensors: dict[str, Tensor], setting: str, name: str) -> Tensor:
+    """A tensor of the runs that were judged by the images asked about, with NaN for the others."""
+    shape = (ASKED, 64, 4) if name == "asked_losses" else (ASKED, 64)
+    whole = torch.full((len(tensors[f"{setting}.losses"]), *shape), torch.nan)
+    if f"{setting}.asked_rows" in tensors:
+        whole[tensors[f"{setting}.asked_rows"]] = tensors[f"{setting}.{name}"]
+    return whole
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

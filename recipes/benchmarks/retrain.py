@@ -18,7 +18,7 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,9 +28,8 @@ from ..emoji_artists.network import LATENT
 from ..pictures import to_uint8
 from ..pixels import generate
 from .judge import SAMPLER, denoising_losses
-from .outcomes import Outcomes
+from .outcomes import Outcomes, generated_images, keep_generated
 from .replay import SaveTrained, fitted, record
-from .tables import RESULTS
 
 STEPS = 300
 SAVED_STEPS = (50, 100, 150, 200, 250, 300)
@@ -41,9 +40,6 @@ FIXED = 128
 FIXED_COUNTS = (2, 3)
 WITHOUT = ("without-artist", "without-object", "without-hidden", "without-wrong")
 PLANS = ("full", "half", "fixed", "artist-half", *WITHOUT)
-# Images of these full runs (image seed 0) are asked about, and every retrained model is judged on.
-ASKED = ("full-seed0", "full-seed1")
-GENERATED = RESULTS / "generated.safetensors"
 
 
 @dataclass(frozen=True)
@@ -145,22 +141,6 @@ def fine_tune(
     return module
 
 
-def generated_images(setting: Setting) -> dict[str, Tensor]:
-    """Images of the held-out pairs [64, 3, 32, 32] in [-1, 1] that fully trained models generated, by
-    the name of the run: those that are asked about."""
-    found = load_file(GENERATED) if GENERATED.exists() else {}
-    own = {name.partition(".")[2]: x for name, x in found.items() if name.startswith(f"{setting}.")}
-    return {name: x.permute(0, 3, 1, 2).float() / 127.5 - 1 for name, x in sorted(own.items())}
-
-
-def keep_generated(name: str, setting: Setting, found: dict[str, Tensor]) -> None:
-    """Commits the images (image seed 0) of one of the runs that are asked about."""
-    known = load_file(GENERATED) if GENERATED.exists() else {}
-    if name in ASKED and f"{setting}.{name}" not in known:
-        known[f"{setting}.{name}"] = found["images"][:: len(IMAGE_SEEDS)].contiguous()
-        save_file(known, GENERATED)
-
-
 def evidence(
     module: EmojiDiffusion, data: EmojiArtists, asked: Sequence[Tensor] = ()
 ) -> dict[str, Tensor]:
@@ -198,7 +178,7 @@ def finish(out: Path, setting: Setting, jobs: Sequence[tuple[Run, int]]) -> None
         asked = {} if run.name == "full" else generated_images(setting)
         found = evidence(module, data, list(asked.values()))
         save_file(found, folder / "evidence.safetensors")
-        keep_generated(folder.name, setting, found)
+        keep_generated(folder.name, setting, found["images"][:: len(IMAGE_SEEDS)])
         facts = {"run": run.name, "seed": seed, "setting": setting, "steps": STEPS}
         seconds = round(time.monotonic() - started, 1)
         facts |= {"kept": run.kept, "seconds": seconds, "torch": torch.__version__}

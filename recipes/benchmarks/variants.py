@@ -52,6 +52,11 @@ def table_variants(
         "concept_trak_norm": norm,
         "concept_trak_norm_per_sample": replace(norm, normalisation="sample"),
         "mean_output": replace(ours, name="mean_output", training=output, query=contrast(output)),
+        # Every image was trained on as often as every other, but for chance.
+        "influence": methods.influence(per_exposure=False),
+        "influence_condition": methods.influence("condition", per_exposure=False),
+        "influence_null": methods.influence("null", per_exposure=False),
+        "random_probe": methods.random_probe(),
         "concept_trak_paper": paper,
         "contrastive_trak": replace(
             ours, name="contrastive_trak", normalisation="sample", training=denoising, **asked
