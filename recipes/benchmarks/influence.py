@@ -1,0 +1,268 @@
+"""Does a score predict what retraining does, beyond label and likeness? Judged on subsets in which
+the number of an object's images says nothing.
+
+python -m recipes.benchmarks.retrain runs/emoji/labelled --plan full --seeds 0 1
+python -m recipes.benchmarks.retrain runs/emoji/labelled --plan fixed    # hours; goes on where it was
+python -m recipes.benchmarks.influence                                   # results/influence.md
+
+Every subset has exactly 2, or exactly 3, of the 7 images of every object. Of each object's question
+the rank correlation, over the subsets of one count, between the summed scores of the images that a
+model saw and what it has of the object; the mean of both counts. Asked about the real drawing, and
+about the image that the traced model generated, which is judged by itself. The first 32 subsets are
+for choosing (``--subsets first``), the others for reporting.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ctrak_lightning.attribution.baselines import image_similarity, random_order
+from ctrak_lightning.metrics.functional import spearman
+
+from ..emoji_artists.data import EmojiArtists
+from ..emoji_artists.evaluate import Question, questions
+from ..emoji_artists.module import EmojiDiffusion
+from ..emoji_artists.network import patchify
+from . import emoji, retrain
+from .compare import Case, Variant, answers, answers_folder
+from .judge import EmojiJudge
+from .outcomes import Outcomes, generated_images, judged
+from .tables import command_of, grid, machine, parser_of, publish
+from .variants import table_variants
+
+STEPS = (100, 200, 300)
+CHOSEN_ON = 32
+"""The first subsets, on which settings may be chosen."""
+DRAWS = 1000
+METHODS = (
+    *("influence", "influence_condition", "influence_null", "random_probe"),
+    *("concept_trak", "concept_trak_norm", "trak", "d_trak"),
+)
+TWINS = {
+    "emojione": "emojione-monotone",
+    "fluent-emoji-flat": "fluent-emoji-high-contrast",
+}
+"""The same outline in another style: mostly these are found."""
+JUDGES = ("real drawing", "generated image", "generated image, drift")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What S retrained models have of each of Q questions.
+
+    Args:
+        kept: which images each model saw, bool [S, N].
+        counts: of an object's images that each model saw [S].
+        strengths: of what is asked for, by the traced seed [T, Q, S].
+    """
+
+    kept: Tensor
+    counts: Tensor
+    strengths: Tensor
+
+
+def judges(outcomes: Outcomes, seeds: Sequence[int]) -> dict[str, Judge]:
+    """Each judge of the 64 questions about objects, from the runs with fixed counts: how much the
+    object's name lowers the loss on the real drawing; the same on the image that each traced model
+    generated; and how near the image that a model generates from the same noise is to that one."""
+    counts = outcomes.kept.sum(1) // 64
+    asked = outcomes.asked_losses.double()[:, list(seeds)]  # [S, T, Q, 4]
+    real = outcomes.strength("object", "loss").double().T  # [Q, S]
+    strengths = (
+        real.expand(len(seeds), -1, -1),
+        (asked[..., 1] - asked[..., 0]).permute(1, 2, 0),
+        -outcomes.drift.double()[:, list(seeds)].permute(1, 2, 0),
+    )
+    each = zip(JUDGES, strengths, strict=True)
+    return {name: Judge(outcomes.kept, counts, values) for name, values in each}
+
+
+def correlations(scores: Tensor, judge: Judge, seed: int, subsets: Tensor | None = None) -> Tensor:
+    """Spearman's correlation [Q] over the subsets of one count, averaged over the counts.
+
+    Args:
+        scores: of the images [Q, N].
+        judge: of the questions.
+        seed: the place of the traced run.
+        subsets: which of them, positions [n], some several times; all by default.
+    """
+    each = torch.arange(len(judge.counts)) if subsets is None else subsets
+    predicted = scores.double() @ judge.kept[each].double().T  # [Q, n]
+    found = []
+    for count in judge.counts.unique():
+        own = judge.counts[each] == count
+        found.append(spearman(predicted[:, own], judge.strengths[seed][:, each[own]]))
+    return torch.stack(found).nanmean(0)
+
+
+def crossed(rows: Mapping[str, Tensor], judge: Judge, draws: int = DRAWS) -> dict[str, Tensor]:
+    """Mean correlations of each row [draws], all at the same draws of questions, subsets and traced
+    runs: what differences are paired over. Rows are scores [T, Q, N]."""
+    generator = torch.Generator().manual_seed(0)
+    traced, asked, _ = next(iter(rows.values())).shape
+    found: dict[str, list[Tensor]] = {name: [] for name in rows}
+    strata = [(judge.counts == count).nonzero().flatten() for count in judge.counts.unique()]
+
+    def drawn(size: int) -> Tensor:
+        return torch.randint(size, (size,), generator=generator)
+
+    for _ in range(draws):
+        subsets = torch.cat([own[drawn(len(own))] for own in strata])
+        runs, objects = drawn(traced), drawn(asked)
+        for name, scores in rows.items():
+            each = [
+                correlations(scores[run], judge, run, subsets)[objects] for run in runs.tolist()
+            ]
+            found[name].append(torch.stack(each).nanmean())
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+def denoiser_features(images: Tensor) -> Tensor:
+    """What the base model, before any fine-tune, makes of images [B, 3, 32, 32] in [0, 1] without a
+    condition: the activations between its halves at a quarter of the noise [B, d]."""
+    module = EmojiDiffusion("lora").eval()
+    kept: list[Tensor] = []
+    hook = module.denoiser.unet.mid_block.register_forward_hook(
+        lambda _, __, output: kept.append(output)
+    )
+    latents = patchify(images * 2 - 1)
+    t = torch.full((len(latents),), len(module.noise_schedule) // 4)
+    noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        noised = module.noise_schedule.add_noise(latents, noise.expand_as(latents), t)
+        module.predict(noised, t, module.condition({}, len(latents)))
+    hook.remove()
+    features = kept[0].flatten(1)
+    return features - features.mean(0)
+
+
+def baselines(asked: Sequence[Question], images: Tensor, data: EmojiArtists) -> dict[str, Tensor]:
+    """Rankings without gradients [Q, N], about images [Q, 3, 32, 32] in [0, 1]: by what they show
+    alone, and within the images of the object that is asked for. The latter weigh an image of the
+    object by exp(z), z its likeness in standard deviations over all images."""
+    shown = (data.train_set.images + 1) / 2
+    label = torch.tensor([[q.object == name for name, _ in data.train_set.pairs] for q in asked])
+    grey = image_similarity(
+        images, shown, lambda x: x.mean(1).flatten(1) - x.mean((1, 2, 3))[:, None]
+    )
+    likeness = {
+        "pixels": image_similarity(images, shown),
+        "grey-level correlation": grey,
+        "judge's features": image_similarity(images, shown, EmojiJudge.trained().features),
+        "base denoiser's activations": image_similarity(images, shown, denoiser_features),
+    }
+    found = {
+        f"label and {name}": label * _deviations(each).exp() for name, each in likeness.items()
+    }
+    found |= {f"{name} alone": _deviations(each).exp() for name, each in likeness.items()}
+    count = label.float()
+    return found | {"label": count, "random": random_order(len(asked), len(shown))}
+
+
+def _deviations(scores: Tensor) -> Tensor:
+    return (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)
+
+
+def variants(names: Sequence[str] = METHODS) -> list[Variant]:
+    """The gradient methods, asked about given images."""
+    return table_variants(5, STEPS, [f"{name}_given" for name in names])
+
+
+def scores_of(folder: Path, case: Case, rows: Sequence[Variant]) -> dict[str, Tensor]:
+    """Scores [Q, N] of each row at its own damping; finished answers are read from ``folder``."""
+    found = {}
+    for variant, attributor, query in answers(case, rows, folder):
+        scores = torch.stack([result.scores for result in attributor.score(query)])
+        found[variant.name.removesuffix("_given")] = scores.double()
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of("recipes.benchmarks.influence", __doc__)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the traced runs")
+    parser.add_argument("--subsets", choices=("first", "rest"), default="rest")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="rows")
+    parser.add_argument("--runs", type=Path, default=Path("runs/emoji"))
+    args = parser.parse_args(argv)
+    folder, data = args.runs / "labelled", EmojiArtists("new")
+    retrain.finish(
+        folder,
+        "labelled",
+        [(run, seed) for seed in args.seeds for run in retrain.plan("full", data)],
+    )
+    outcomes = judged(folder, Outcomes.load("labelled", args.results))
+    outcomes.save("labelled", args.results)
+    known = outcomes.of("fixed-", [0])
+    first = [name for name in known.names if int(name.split("-")[1]) < CHOSEN_ON]
+    used = known.only(first if args.subsets == "first" else sorted({*known.names} - {*first}))
+    asked = [question for question in questions(data.held_out) if question.kind == "object"]
+    made = generated_images("labelled")
+    images = {
+        "real drawing": [data.held_out_set.images] * len(args.seeds),
+        "generated image": [made[f"full-seed{seed}"] for seed in args.seeds],
+    }
+    lines = [
+        f"`{command_of(parser, args)}`; {machine()}; {len(used.names)} retrained models, traced "
+        f"seeds {', '.join(map(str, args.seeds))}. Mean over questions and traced runs [95 % over "
+        "questions, subsets and runs, crossed].",
+    ]
+    scores: dict[str, dict[str, Tensor]] = {}
+    for what, each in images.items():
+        found: dict[str, list[Tensor]] = {}
+        for seed, shown in zip(args.seeds, each, strict=True):
+            run = folder / f"full-seed{seed}"
+            case = Case(
+                folder=run,
+                module=EmojiDiffusion("lora").eval(),
+                batches=data.trace_dataloader(),
+                concepts=[question.concept() for question in asked],
+                seeds=[0] * len(asked),
+                sampler=emoji.SAMPLER,
+                given=patchify(shown),
+            )
+            out = answers_folder(folder / "influence" / f"seed{seed}", what)
+            rows = scores_of(out, case, variants(args.methods))
+            rows |= baselines(asked, (shown + 1) / 2, data)
+            for name, values in rows.items():
+                found.setdefault(name, []).append(values)
+        scores[what] = {name: torch.stack(values) for name, values in found.items()}
+    has_twin = torch.tensor([q.artist in {*TWINS, *TWINS.values()} for q in asked])
+    for name, judge in judges(used, args.seeds).items():
+        rows = scores[name.split(",")[0]]
+        lines += ["", f"## Judged by the {name}", "", *table(rows, args.methods, judge, has_twin)]
+    publish(args.results / "influence.md", "\n".join(lines) + "\n")
+
+
+def table(
+    rows: Mapping[str, Tensor], methods: Sequence[str], judge: Judge, has_twin: Tensor
+) -> list[str]:
+    """A line per row: all questions, those whose drawing has a twin among the training images and
+    the others, and the difference to the best row that is none of the gradient ``methods``."""
+    draws = crossed(rows, judge)
+    per_question = {
+        name: torch.stack([correlations(row, judge, i) for i, row in enumerate(scores)]).nanmean(0)
+        for name, scores in rows.items()
+    }
+    mean = {name: float(values.nanmean()) for name, values in per_question.items()}
+    best = max((name for name in rows if name not in methods), key=lambda name: mean[name])
+    cells = []
+    for name in sorted(rows, key=lambda name: -mean[name]):
+        with_twin, without = per_question[name][has_twin], per_question[name][~has_twin]
+        ours = [_interval(mean[name], draws[name]), f"{float(with_twin.nanmean()):.2f}"]
+        less = mean[name] - mean[best]
+        against = "" if name == best else _interval(less, draws[name] - draws[best], sign=True)
+        cells.append([name, *ours, f"{float(without.nanmean()):.2f}", against])
+    return grid(["method", "all", "twin", "no twin", f"less *{best}*"], cells)
+
+
+def _interval(value: float, draws: Tensor, sign: bool = False) -> str:
+    low, high = draws.quantile(0.025), draws.quantile(0.975)
+    plus = "+" if sign else ""
+    return f"{value:{plus}.3f} [{float(low):{plus}.3f}, {float(high):{plus}.3f}]"
+
+
+if __name__ == "__main__":
+    main()
