@@ -120,6 +120,17 @@ def crossed(rows: Mapping[str, Tensor], judge: Judge, draws: int = DRAWS) -> dic
     return {name: torch.stack(values) for name, values in found.items()}
 
 
+def crossed_objects(values: Tensor, draws: int = DRAWS) -> tuple[float, float]:
+    """95 % interval of the mean of one value per fine-tune and question [T, Q], both drawn."""
+    generator = torch.Generator().manual_seed(0)
+    means = []
+    for _ in range(draws):
+        rows, columns = (torch.randint(n, (n,), generator=generator) for n in values.shape)
+        means.append(values[rows][:, columns].mean())
+    drawn = torch.stack(means).double()
+    return float(drawn.quantile(0.025)), float(drawn.quantile(0.975))
+
+
 def denoiser_features(images: Tensor) -> Tensor:
     """What the base model, before any fine-tune, makes of images [B, 3, 32, 32] in [0, 1] without a
     condition: the activations between its halves at a quarter of the noise [B, d]."""
