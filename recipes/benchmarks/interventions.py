@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from ctrak_lightning import Attributor, ConceptTracer, methods
+from ctrak_lightning import Attributor, methods
 from ctrak_lightning.attribution.scoring import ensemble
+from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.methods.objectives import Residual, contrast
 from ctrak_lightning.methods.trajectories import Noised
 
