@@ -1,0 +1,187 @@
+"""The judges of influence: subsets in which counts say nothing, and interventions whose answer is
+known."""
+
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from recipes.benchmarks.influence import (
+    Judge,
+    baselines,
+    correlations,
+    crossed,
+    crossed_objects,
+    judges,
+    table,
+)
+from recipes.benchmarks.interventions import COPY, PARTS, Design, Shown, WeightedDiffusion, aucs
+from recipes.benchmarks.outcomes import Outcomes
+from recipes.benchmarks.retrain import plan
+from recipes.emoji_artists.data import EmojiArtists
+from recipes.emoji_artists.evaluate import questions
+
+
+@pytest.fixture(scope="module")
+def data() -> EmojiArtists:
+    return EmojiArtists("new")
+
+
+def kept_of(data: EmojiArtists, subsets: int) -> Tensor:
+    kept = torch.zeros(subsets, len(data.train_set), dtype=torch.bool)
+    for row, run in zip(kept, plan("fixed", data), strict=False):
+        row[run.kept] = True
+    return kept
+
+
+def test_subsets_have_as_many_images_of_every_object(data: EmojiArtists) -> None:
+    kept = kept_of(data, 128)
+    names = [name for name, _ in data.train_set.pairs]
+    for name in set(names):
+        own = torch.tensor([each == name for each in names])
+        counts = (kept & own).sum(1)
+        assert counts[::2].tolist() == [2] * 64
+        assert counts[1::2].tolist() == [3] * 64
+    assert len({tuple(row.tolist()) for row in kept}) == 128
+
+
+def judge_of(data: EmojiArtists, strengths: Tensor, subsets: int = 40) -> Judge:
+    kept = kept_of(data, subsets)
+    return Judge(kept, kept.sum(1) // 64, strengths)
+
+
+def test_correlations_are_scipys_within_each_count(data: EmojiArtists) -> None:
+    torch.manual_seed(0)
+    judge = judge_of(data, torch.randn(1, 64, 40).double())
+    scores = torch.randn(64, 448).double()
+    found = correlations(scores, judge, 0)
+    predicted = scores @ judge.kept.double().T
+    for q in (0, 17, 63):
+        each = [
+            spearmanr(predicted[q, first::2], judge.strengths[0, q, first::2]).statistic
+            for first in (0, 1)
+        ]
+        assert float(found[q]) == pytest.approx(sum(each) / 2)
+
+
+def test_what_follows_the_truth_is_found_and_a_count_is_not(data: EmojiArtists) -> None:
+    asked = [q for q in questions(data.held_out) if q.kind == "object"]
+    torch.manual_seed(0)
+    worth = torch.rand(64, 448).double()
+    own = torch.tensor([[q.object == name for name, _ in data.train_set.pairs] for q in asked])
+    judge = judge_of(data, ((worth * own) @ kept_of(data, 40).double().T)[None])
+    assert correlations(worth * own, judge, 0).mean() > 0.999
+    label = baselines(asked, torch.rand(64, 3, 32, 32), data)["label"]
+    assert torch.equal(label, own.float())
+    count = correlations(label, judge, 0)  # the same in every subset: no ranking at all
+    assert bool((count.isnan() | (count == 0)).all())
+    rows = {"truth": (worth * own)[None], "random": torch.rand(1, 64, 448)}
+    draws = crossed(rows, judge, draws=50)
+    assert float((draws["truth"] - draws["random"]).quantile(0.025)) > 0.7
+    [head, _, first, second] = table(rows, ["truth"], judge, torch.arange(64) < 30)
+    assert head.endswith("less *random* |")
+    assert first.startswith("| truth | 1.000 [1.000, 1.000] | 1.00 | 1.00 | +")
+    assert second.startswith("| random | ")
+
+
+def test_a_generated_image_is_judged_by_itself(data: EmojiArtists) -> None:
+    kept = kept_of(data, 4)
+    losses = torch.rand(4, 64, 4)
+    asked = torch.rand(4, 2, 64, 4)
+    drift = torch.rand(4, 2, 64)
+    names = [f"fixed-{i:03d}" for i in range(4)]
+    outcomes = Outcomes(names, kept, torch.zeros(4, 64, 2), losses, losses[..., 0], asked, drift)
+    found = judges(outcomes, [1])
+    # columns: told both names, the artist, the object, nothing
+    worth = losses[2, 5, 1].double() - losses[2, 5, 0]
+    assert found["real drawing"].strengths[0, 5, 2] == pytest.approx(float(worth))
+    worth = asked[2, 1, 5, 1].double() - asked[2, 1, 5, 0]
+    assert found["generated image"].strengths[0, 5, 2] == pytest.approx(float(worth))
+    assert found["generated image, drift"].strengths[0, 5, 2] == pytest.approx(-drift[2, 1, 5])
+    assert found["real drawing"].counts.tolist() == [2, 3, 2, 3]
+
+
+def test_outcomes_by_the_images_asked_about_are_kept(data: EmojiArtists, tmp_path: Any) -> None:
+    kept = kept_of(data, 3)
+    losses = torch.rand(3, 64, 4)
+    asked, drift = torch.rand(3, 2, 64, 4), torch.rand(3, 2, 64)
+    asked[1], drift[1] = torch.nan, torch.nan
+    names = [f"fixed-{i:03d}-seed0" for i in range(3)]
+    outcomes = Outcomes(names, kept, torch.zeros(3, 64, 2), losses, losses[..., 0], asked, drift)
+    outcomes.save("labelled", tmp_path)
+    again = Outcomes.load("labelled", tmp_path)
+    torch.testing.assert_close(again.asked_losses, asked, equal_nan=True)
+    torch.testing.assert_close(again.drift, drift, equal_nan=True)
+    assert torch.equal(again.kept, kept)
+
+
+def test_designs_show_what_they_say(data: EmojiArtists) -> None:
+    pairs = data.train_set.pairs
+    design = Design.drawn(pairs, 0)
+    assert design.batches == Design.drawn(pairs, 0).batches
+    assert design.parts != Design.drawn(pairs, 1).parts
+    for name in {name for name, _ in pairs}:
+        own = [design.parts[i] for i, pair in enumerate(pairs) if pair[0] == name]
+        assert sorted(own) == sorted(PARTS)
+    exposures = design.exposures()
+    assert exposures.shape == (3, 448 + 64)
+    assert exposures[-1].sum() == 300 * 32
+
+    def mean(part: str, checkpoint: int = -1) -> float:
+        places = [i for i, each in enumerate(design.parts) if each == part]
+        return float(exposures[checkpoint, places].double().mean())
+
+    assert mean("never") == mean(COPY) == 0
+    assert mean("last tenth", 1) == 0
+    assert mean("last tenth") > 0
+    assert mean("first tenth", 0) == mean("first tenth") > 0
+    assert 8 < mean("ten times") / mean("usual") < 12
+    assert mean("weight 0") == pytest.approx(mean("usual"), rel=0.2)
+
+
+def test_rankings_by_the_answer_are_right_and_those_by_the_image_are_at_chance(
+    data: EmojiArtists,
+) -> None:
+    asked = [q for q in questions(data.held_out) if q.kind == "object"]
+    shown = Shown(data.train_set, Design.drawn(data.train_set.pairs, 0))
+    last = shown[448]
+    original = data.train_set[shown.design.originals[last["object"]][0]]
+    assert torch.equal(last["image"], original["image"])
+    assert last["sample_id"] == f"copy/{original['sample_id']}"
+    assert last["owner"] != original["owner"]
+    effect = shown.design.exposures()[-1].double()
+    effect[[i for i, part in enumerate(shown.design.parts) if part == "weight 0"]] = 0
+    right = aucs(effect.expand(64, -1), asked, shown)
+    assert {name: float(values.mean()) for name, values in right.items()} == {
+        name: pytest.approx(1, abs=0.02) for name in right
+    }
+    even = aucs(torch.zeros(64, 512), asked, shown)
+    assert all(bool((values == 0.5).all()) for values in even.values())
+    low, high = crossed_objects(torch.stack(list(right.values())))
+    assert 0.9 < low <= high <= 1
+
+
+def test_a_weight_of_zero_leaves_a_sample_out_of_the_gradient(data: EmojiArtists) -> None:
+    module = WeightedDiffusion("lora")
+    module.log = lambda *args, **kwargs: None  # type: ignore[assignment]
+    items = [data.train_set[i] for i in range(2)]
+
+    def gradient(weights: list[float], images: list[int]) -> Tensor:
+        batch = {
+            "image": torch.stack([items[i]["image"] for i in images]),
+            "artist_token": [items[i]["artist_token"] for i in images],
+            "object_token": [items[i]["object_token"] for i in images],
+            "weight": torch.tensor(weights),
+        }
+        module.zero_grad()
+        torch.manual_seed(0)
+        module.training_step(batch, 0).backward()
+        return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+    with_other, without = gradient([1.0, 0.0], [0, 1]), gradient([1.0, 0.0], [0, 0])
+    assert without.norm() > 0
+    torch.testing.assert_close(with_other, without, rtol=1e-4, atol=1e-7)
+    half = gradient([0.5, 0.0], [0, 1])
+    torch.testing.assert_close(half, without / 2, rtol=1e-4, atol=1e-7)
