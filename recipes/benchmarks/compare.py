@@ -113,9 +113,10 @@ def compare(
 
 
 def answers(
-    case: Case, variants: Sequence[Variant], out: Path
+    case: Case, variants: Sequence[Variant], out: Path, traces: Path | None = None
 ) -> Iterator[tuple[Variant, Attributor, Query]]:
-    """Every variant's attributor and its query.
+    """Every variant's attributor and its query. Other questions about the same run have another
+    ``out`` and the same folder of ``traces``; by default they are in ``out``.
 
     Traces and queries that are finished are read from ``out``, so that a comparison that was cut
     goes on with the same command, and another damping costs no gradient.
@@ -128,7 +129,7 @@ def answers(
             case.module,
             case.batches,
             variant.method,
-            out / "traces" / variant.store_name(),
+            (traces or out / "traces") / variant.store_name(),
             steps=variant.steps,
             layers=None if variant.layers is None else list(variant.layers),
             projection=variant.projection,

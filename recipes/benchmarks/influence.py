@@ -182,13 +182,42 @@ def variants(names: Sequence[str] = METHODS) -> list[Variant]:
     return table_variants(5, STEPS, [f"{name}_given" for name in names])
 
 
-def scores_of(folder: Path, case: Case, rows: Sequence[Variant]) -> dict[str, Tensor]:
+def scores_of(folder: Path, case: Case, rows: Sequence[Variant], what: str) -> dict[str, Tensor]:
     """Scores [Q, N] of each row at its own damping; finished answers are read from ``folder``."""
     found = {}
-    for variant, attributor, query in answers(case, rows, folder):
+    out = answers_folder(folder, what)
+    for variant, attributor, query in answers(case, rows, out, folder / "traces"):
         scores = torch.stack([result.scores for result in attributor.score(query)])
         found[variant.name.removesuffix("_given")] = scores.double()
     return found
+
+
+def object_questions(data: EmojiArtists) -> list[Question]:
+    """The questions about the objects of the held-out pairs."""
+    return [question for question in questions(data.held_out) if question.kind == "object"]
+
+
+def all_scores(
+    folder: Path, data: EmojiArtists, seed: int, what: str, shown: Tensor, methods: Sequence[str]
+) -> dict[str, Tensor]:
+    """Scores [Q, N] of every row about images [Q, 3, 32, 32] in [-1, 1], by one traced run."""
+    asked = object_questions(data)
+    case = Case(
+        folder=folder / f"full-seed{seed}",
+        module=EmojiDiffusion("lora").eval(),
+        batches=data.trace_dataloader(),
+        concepts=[question.concept() for question in asked],
+        seeds=[0] * len(asked),
+        sampler=emoji.SAMPLER,
+        given=patchify(shown),
+    )
+    out = folder / "influence" / f"seed{seed}"
+    return scores_of(out, case, variants(methods), what) | baselines(asked, (shown + 1) / 2, data)
+
+
+def drawing_scores(folder: Path, data: EmojiArtists, seed: int) -> dict[str, Tensor]:
+    """:func:`all_scores` about the real drawings."""
+    return all_scores(folder, data, seed, JUDGES[0], data.held_out_set.images, METHODS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -209,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = outcomes.of("fixed-", [0])
     first = [name for name in known.names if int(name.split("-")[1]) < CHOSEN_ON]
     used = known.only(first if args.subsets == "first" else sorted({*known.names} - {*first}))
-    asked = [question for question in questions(data.held_out) if question.kind == "object"]
+    asked = object_questions(data)
     made = generated_images("labelled")
     images = {
         "real drawing": [data.held_out_set.images] * len(args.seeds),
@@ -222,28 +251,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     scores: dict[str, dict[str, Tensor]] = {}
     for what, each in images.items():
-        found: dict[str, list[Tensor]] = {}
-        for seed, shown in zip(args.seeds, each, strict=True):
-            run = folder / f"full-seed{seed}"
-            case = Case(
-                folder=run,
-                module=EmojiDiffusion("lora").eval(),
-                batches=data.trace_dataloader(),
-                concepts=[question.concept() for question in asked],
-                seeds=[0] * len(asked),
-                sampler=emoji.SAMPLER,
-                given=patchify(shown),
-            )
-            out = answers_folder(folder / "influence" / f"seed{seed}", what)
-            rows = scores_of(out, case, variants(args.methods))
-            rows |= baselines(asked, (shown + 1) / 2, data)
-            for name, values in rows.items():
-                found.setdefault(name, []).append(values)
-        scores[what] = {name: torch.stack(values) for name, values in found.items()}
+        rows = [
+            all_scores(folder, data, seed, what, shown, args.methods)
+            for seed, shown in zip(args.seeds, each, strict=True)
+        ]
+        scores[what] = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     has_twin = torch.tensor([q.artist in {*TWINS, *TWINS.values()} for q in asked])
     for name, judge in judges(used, args.seeds).items():
-        rows = scores[name.split(",")[0]]
-        lines += ["", f"## Judged by the {name}", "", *table(rows, args.methods, judge, has_twin)]
+        found = scores[name.split(",")[0]]
+        lines += ["", f"## Judged by the {name}", "", *table(found, args.methods, judge, has_twin)]
     publish(args.results / "influence.md", "\n".join(lines) + "\n")
 
 

@@ -29,13 +29,13 @@ from ctrak_lightning.methods.objectives import Residual, contrast
 from ctrak_lightning.methods.trajectories import Noised
 
 from ..emoji_artists.data import EmojiArtists, EmojiPairs
-from ..emoji_artists.evaluate import Question, questions
+from ..emoji_artists.evaluate import Question
 from ..emoji_artists.module import EmojiDiffusion
 from ..emoji_artists.network import patchify
 from ..pixels import clean_image_loss
 from .compare import Case, answers, answers_folder
 from .emoji import SAMPLER
-from .influence import STEPS, baselines, crossed_objects, variants
+from .influence import STEPS, baselines, crossed_objects, object_questions, variants
 from .replay import SaveTrained, finished, fitted, record
 from .tables import command_of, grid, machine, parser_of, publish
 
@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/interventions"))
     args = parser.parse_args(argv)
     data = EmojiArtists("new")
-    asked = [question for question in questions(data.held_out) if question.kind == "object"]
+    asked = object_questions(data)
     given = data.held_out_set.images
     found: dict[str, dict[str, list[Tensor]]] = {}
     for seed in args.seeds:
