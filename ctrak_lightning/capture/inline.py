@@ -2,6 +2,7 @@
 callbacks and raw loops."""
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from typing_extensions import override
 from ctrak_lightning.capture.capture import Capture
 from ctrak_lightning.capture.running_means import RunningTraces
 from ctrak_lightning.capture.trace import normalised
-from ctrak_lightning.errors import GradientError
+from ctrak_lightning.capture.trial import ZeroGradientWarning
+from ctrak_lightning.errors import GradientError, listed
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import InTraining
 from ctrak_lightning.store import TraceStore
@@ -192,13 +194,17 @@ class InlineCapture(Capture):
         Raises:
             StoreError: some samples have been in no training step yet, and it is not known
                 (:meth:`note_step`) that nothing was trained on them; names them.
-            GradientError: a sample's gradients add up to zero; names the samples.
+            GradientError: all samples' gradients are zero.
+
+        Warns:
+            ZeroGradientWarning: those of some samples are.
         """
         self._take_in()
         visits = self._running.visits()
         self.exposures.compare(visits.counts)
         exposures = self.exposures.counts()
         self._running.require_all(exposures)
+        zeros = self._has_zeros(step, exposures)
         checkpoint = self.writer.begin_checkpoint(
             step,
             epoch=epoch,
@@ -210,10 +216,30 @@ class InlineCapture(Capture):
             self._model.write_function(checkpoint)
             checkpoint.write_visits(visits)
             for indices in torch.arange(len(self.sample_ids))[checkpoint.rows_done :].split(1024):
-                checkpoint.append(indices, *self._running.means(indices))
+                checkpoint.append(indices, *self._running.means(indices), zeros=zeros)
             checkpoint.seal()
         self._running.begin_window()
         self._is_checked = False
+
+    def _has_zeros(self, step: int, exposures: Tensor | None) -> bool:
+        """Whether the gradients of some samples that were trained on, not of all, are zero."""
+        every = torch.arange(len(self.sample_ids))
+        is_zero = torch.cat(
+            [(self._running.means(part)[0] == 0).all(1) for part in every.split(1024)]
+        )
+        trained = torch.ones_like(is_zero) if exposures is None else exposures > 0
+        zeros = every[is_zero & trained].tolist()
+        if not zeros or len(zeros) == int(trained.sum()):
+            return False
+        warnings.warn(
+            f"Checkpoint {step}: the gradients of {len(zeros)} samples that were trained on are zero "
+            f"({listed(self.sample_ids[i] for i in zeros)}), so they score 0 there. It is so where "
+            "the loss leaves samples out, such as by a weight of 0. HINT: if it should not, look at "
+            "these samples and at the precision of the forward pass.",
+            ZeroGradientWarning,
+            stacklevel=3,
+        )
+        return True
 
     @override
     def training_ids(self, batch: Any) -> list[str]:

@@ -45,11 +45,11 @@ SAMPLES = 2
 
 class ZeroGradientWarning(UserWarning):
     """Before the first training step all gradients of an objective are exactly zero, in every
-    traced layer.
+    traced layer; or, of traces from training steps, those of some samples at a checkpoint.
 
     Why: rows of zeros say nothing of any sample. With a last layer or an adapter that begins as
     zero it is right for as long as that stays zero, so training goes on; a checkpoint that still
-    has such rows is refused.
+    has such rows only is refused. A sample whose loss has a weight of 0 taught nothing, and scores 0.
 
     What to do: see that the layer of zeros trains, that ``layers=`` does not choose what stands
     behind one that stays zero, and that the objective is what you mean.

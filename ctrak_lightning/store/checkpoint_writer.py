@@ -104,13 +104,16 @@ class CheckpointWriter(ClosesOnExit):
         Appended rows count once the thread has written them (:meth:`flush`)."""
         return self._record.rows
 
-    def append(self, indices: Tensor, features: Tensor, loss: Tensor) -> None:
+    def append(
+        self, indices: Tensor, features: Tensor, loss: Tensor, *, zeros: bool = False
+    ) -> None:
         """Add the traces of n samples; a batch that is refused leaves nothing behind.
 
         Args:
             indices: Positions in the sample table, int64 [n].
             features: Projected gradients, float32 [n, k].
             loss: Loss of each sample, float32 [n].
+            zeros: whether the row of a sample that was trained on may be all zero; it scores 0.
 
         Raises:
             ValueError: Wrong shape or dtype, or a position that is outside the table or was
@@ -130,9 +133,8 @@ class CheckpointWriter(ClosesOnExit):
         features = features.masked_fill(untrained[:, None], 0.0)
         self._refuse_rows(indices, ~features.isfinite().all(dim=1), "features that are not finite")
         self._refuse_rows(indices, ~loss.isfinite(), "a loss that is not finite")
-        self._refuse_rows(
-            indices, (features == 0).all(dim=1) & ~untrained, "features that are all zero"
-        )
+        empty = (features == 0).all(dim=1) & ~untrained
+        self._refuse_rows(indices, empty & (not zeros), "features that are all zero")
         self._buffer.append(self._unit_rows(indices, features, loss))
         self._seen[indices] = True
         while sum(map(len, self._buffer)) >= self._shard_rows:
@@ -275,10 +277,10 @@ class CheckpointWriter(ClosesOnExit):
     def _unit_rows(self, indices: Tensor, features: Tensor, loss: Tensor) -> Rows:
         # float64, because squares of float32 gradients under- and overflow float32.
         wide = features.double()
-        # Rows of zeros are those of samples that were not trained on; they have the norm 1, for no
+        # Rows of zeros, mostly those of samples that were not trained on, have the norm 1, for no
         # stored norm is 0.
         norm = wide.norm(dim=1).float()
-        norm = torch.where(self._untrained[indices], torch.ones_like(norm), norm)
+        norm = torch.where((features == 0).all(dim=1), torch.ones_like(norm), norm)
         self._refuse_rows(indices, ~norm.isfinite(), "features whose norm is beyond float32")
         unit, scale = stored_unit(wide / norm.double()[:, None], self._header.dtype)
         return Rows(index=indices.clone(), unit=unit, scale=scale, norm=norm, loss=loss.clone())

@@ -27,6 +27,7 @@ from ctrak_lightning import (
 )
 from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.capture.inline import TIMESTEP_NAMES, _timesteps
+from ctrak_lightning.capture.trial import ZeroGradientWarning
 from ctrak_lightning.errors import BatchError, GradientError, StoreError
 
 from ..toy import QuickDiffusion, ToyData, ToyDiffusion, Toys
@@ -567,6 +568,38 @@ def test_a_gradient_that_is_not_finite_names_the_sample(tmp_path: Path) -> None:
     data.toys.images[6] = float("nan")
     with pytest.raises(GradientError, match=r"not finite, for example \['green-box-6'\].*HINT"):
         fit(ToyDiffusion(), [inline(tmp_path, thumbnails=False, on_error="raise")], data=data)
+
+
+class Weighted(Recorded):
+    """Leaves the samples of these ids out of the loss."""
+
+    left_out: frozenset[str] = frozenset()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        noised, tokens = batch["image"], self.tokens(batch["colour"], batch["shape"])
+        t = torch.full((len(noised),), 40)
+        predicted = self.predict(noised, t, {"encoder_hidden_states": tokens})
+        weights = torch.tensor([float(one not in self.left_out) for one in batch["sample_id"]])
+        return (predicted.square().flatten(1).mean(1) * weights).mean()
+
+
+def test_a_sample_whose_loss_has_no_weight_scores_zero_and_is_told(tmp_path: Path) -> None:
+    ids = [toy["sample_id"] for toy in ToyData().toys]
+    module = Weighted()
+    module.left_out = frozenset(ids[1:3])
+    told = f"the gradients of 2 samples that were trained on are zero \\('{ids[1]}', '{ids[2]}'\\)"
+    with pytest.warns(ZeroGradientWarning, match=told):
+        fit(module, [inline(tmp_path, on_error="raise")])
+    store = TraceStore(tmp_path / "traces")
+    assert store.verify() == []
+    empty = (store.checkpoints[-1].features() == 0).all(1)
+    assert [id for id, is_empty in zip(ids, empty.tolist(), strict=True) if is_empty] == ids[1:3]
+    exposures = store.checkpoints[-1].exposures()
+    assert exposures is not None
+    assert bool((exposures > 0).all())
+    module.left_out = frozenset(ids)
+    with pytest.raises(GradientError, match="all zero"):
+        fit(module, [inline(tmp_path / "none", on_error="raise")])
 
 
 def test_a_step_that_fails_later_costs_its_own_rows_only(tmp_path: Path) -> None:
