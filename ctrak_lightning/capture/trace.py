@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctrak_lightning.errors import ExtensionError, TaskError, visible
+from ctrak_lightning.errors import ConceptError, ExtensionError, MethodError, TaskError, visible
 from ctrak_lightning.gradients import GradientTracer, tracing_mode
 from ctrak_lightning.gradients.checks import Cotangent, Forward, naming_extension
 from ctrak_lightning.gradients.tracer import Checked
@@ -142,10 +142,21 @@ def _evaluation(
     task: DiffusionTask, tracer: GradientTracer, method: Method, encoded: Encoded, state: State
 ) -> "_Evaluation":
     """The network at a state of training samples, and under the null condition where the objective
-    is held against it."""
+    is held against it.
+
+    Raises:
+        MethodError: the model has no null condition.
+    """
     reference = None
     if method.training.needs_reference:
-        null = condition_of(task, {}, len(encoded.latents))
+        try:
+            null = condition_of(task, {}, len(encoded.latents))
+        except ConceptError as error:
+            raise MethodError(
+                f"Method({method.name!r}, training={method.training}): the objective is held against "
+                f"the network's prediction without any condition, and there is none ({error}). "
+                "HINT: an objective that needs none, such as methods.influence('condition')."
+            ) from error
         reference = _predicted(task, tracer, state, null)
     return _Evaluation(task, state, encoded.latents, encoded.condition, reference)
 

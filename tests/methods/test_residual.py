@@ -26,7 +26,7 @@ from ctrak_lightning import (
 )
 from ctrak_lightning.capture.trace import trace_batch, trace_query
 from ctrak_lightning.capture.trial import try_samples
-from ctrak_lightning.errors import CorruptStoreError
+from ctrak_lightning.errors import ConceptError, CorruptStoreError, MethodError
 from ctrak_lightning.methods.objectives import (
     ConceptDirection,
     Denoising,
@@ -178,6 +178,25 @@ def test_the_null_forward_pass_is_held_against_the_loop_at_the_trial() -> None:
         condition={name: value.float() for name, value in encoded.condition.items()},
     )
     try_samples(module, tracer, method_of(Residual("both")), encoded, 0, RowLimit())
+
+
+class WithoutNull(ToyDiffusion):
+    """Conditional alone, as a class-conditional model that was never trained without a class."""
+
+    def condition(self, spec: Any, n: int) -> dict[str, Tensor]:
+        if not spec:
+            raise ConceptError("no label for no class")
+        return super().condition(spec, n)
+
+
+def test_a_model_without_a_null_condition_is_told_which_residual_it_can_have() -> None:
+    module = WithoutNull("sample").double().eval()
+    tracer, encoded = GradientTracer(module.denoiser, EXACT), samples(ToyDiffusion().double())
+    with pytest.raises(
+        MethodError, match=r"none \(no label for no class\).*influence\('condition'\)"
+    ):
+        trace_batch(module, tracer, methods.influence(), encoded, 0)
+    assert trace_batch(module, tracer, methods.influence("condition"), encoded, 0).features.any()
 
 
 def test_a_query_before_the_concept_is_held_against_the_absent_condition_on_both_sides() -> None:
