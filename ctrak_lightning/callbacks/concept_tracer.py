@@ -76,7 +76,7 @@ class ConceptTracer(Callback):
         every_n_train_steps: trace after every n-th optimizer step.
         at_end: trace when training ends, if that step has no trace yet.
         layers: name patterns of the denoiser's layers to trace; None traces all that train.
-            diffusers' cross-attention alone, ``["*attn2*"]``, costs less and was as good or better
+            diffusers' cross-attention alone, ``["*attn2*"]``, costs less and was about as good
             wherever it was measured (``recipes/benchmarks/README.md``).
         rank: of the two-sided projection of each layer.
         dim: length of a trace; None keeps all projected values.
