@@ -56,14 +56,16 @@ BAR = Concept("bar", {"colour": "red", "shape": "bar"}, {"colour": "red"})
 SAMPLER = Sampler(steps=6, guidance=2.0)
 JOINT = Joint(SquaredNorm(), ChannelProbe(1), Denoising())
 METHODS = {
-    "concept_trak_paper": methods.concept_trak_paper(timesteps=2, inversion_steps=4, guidance=2.0),
+    "concept_trak_paper": methods.concept_trak_paper(
+        timesteps=2, inversion_steps=4, guidance=2.0, damping=1.0
+    ),
     "concept_trak": methods.concept_trak(timesteps=2, damping=1.0, channel_probes=1),
     "concept_trak_norm": methods.concept_trak_norm(timesteps=2, damping=1.0),
     "trak": methods.trak(timesteps=2),
     "d_trak": methods.d_trak(timesteps=2),
     "per_sample": methods.concept_trak_norm(timesteps=2, damping=1.0, normalisation="sample"),
     "two_sided": replace(
-        methods.concept_trak_paper(timesteps=2, inversion_steps=4),
+        methods.concept_trak_paper(timesteps=2, inversion_steps=4, damping=1.0),
         query=(Term(ConceptDirection(), "present"), Term(ConceptDirection(), "absent")),
     ),
     "joint": replace(

@@ -22,10 +22,10 @@ from .test_top import store_of, traces
     [
         {"rule": Fixed(1.0)},
         {"rule": Agreement()},
-        {"rule": Agreement(), "residual": True},
+        {"rule": Agreement(), "factors": ("loss",)},
         {"rule": Fixed(None), "weights": (0.1, 2.0, 0.5)},
     ],
-    ids=["one damping", "agreement", "residual", "weights"],
+    ids=["one damping", "agreement", "loss", "weights"],
 )
 @pytest.mark.parametrize("orders", [(0, 0, 0), (0, 1, 0)], ids=["same order", "other order"])
 def test_processes_find_what_one_finds(
