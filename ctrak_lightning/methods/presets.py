@@ -95,18 +95,7 @@ def influence(
         per_exposure: multiply a sample's score by how often it was trained on: a capture's gradients
             cannot know.
     """
-    states = Noised(timesteps=timesteps, start=2 / 3, end=1.0)
-    objective = Residual(of)
-    return Method(
-        name="influence",
-        training=objective,
-        training_trajectory=states,
-        query=contrast(objective),
-        query_trajectory=states,
-        normalisation="none",
-        damping=damping,
-        per_exposure=per_exposure,
-    )
+    return _shared_noise("influence", Residual(of), timesteps, damping, per_exposure)
 
 
 def random_probe(timesteps: int = 3, damping: Damping = 1.0) -> Method:
@@ -118,16 +107,7 @@ def random_probe(timesteps: int = 3, damping: Damping = 1.0) -> Method:
         timesteps: states per sample and per query, in the last third of the schedule.
         damping: see :class:`~ctrak_lightning.methods.method.Method`.
     """
-    states, objective = Noised(timesteps=timesteps, start=2 / 3, end=1.0), RandomProbe()
-    return Method(
-        name="random_probe",
-        training=objective,
-        training_trajectory=states,
-        query=contrast(objective),
-        query_trajectory=states,
-        normalisation="none",
-        damping=damping,
-    )
+    return _shared_noise("random_probe", RandomProbe(), timesteps, damping, per_exposure=False)
 
 
 def concept_trak_paper(
@@ -238,6 +218,24 @@ def _contrastive(
         query_trajectory=Generated(timesteps=timesteps),
         normalisation=normalisation,
         damping=damping,
+    )
+
+
+def _shared_noise(
+    name: str, objective: Objective, timesteps: int, damping: Damping, per_exposure: bool
+) -> Method:
+    """The same objective on both sides, under the present less the absent condition, at states of
+    high noise that samples and questions share."""
+    states = Noised(timesteps=timesteps, start=2 / 3, end=1.0)
+    return Method(
+        name=name,
+        training=objective,
+        training_trajectory=states,
+        query=contrast(objective),
+        query_trajectory=states,
+        normalisation="none",
+        damping=damping,
+        per_exposure=per_exposure,
     )
 
 

@@ -138,12 +138,7 @@ class WeightedDiffusion(EmojiDiffusion):
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        latents = patchify(batch["image"])
-        noise = torch.randn_like(latents)
-        t = torch.randint(0, len(self.noise_schedule), (len(latents),), device=self.device)
-        noised = self.noise_schedule.add_noise(latents, noise, t)
-        condition = self._names(batch["artist_token"], batch["object_token"], self.drop)
-        predicted = self.predict(noised, t, condition)
+        predicted, latents, t = self.denoised(batch)
         scale = batch["weight"].to(latents).sqrt().view(-1, 1, 1, 1)
         return clean_image_loss(self.noise_schedule, predicted * scale, latents * scale, t)
 

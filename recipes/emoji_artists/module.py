@@ -119,15 +119,19 @@ class EmojiDiffusion(DiffusionTask, L.LightningModule):
         return ((unpatchify(latents) + 1) / 2).clamp(0, 1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        predicted, latents, t = self.denoised(batch)
+        loss = clean_image_loss(self.noise_schedule, predicted, latents, t)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def denoised(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """A training step's prediction of the latents, these themselves, and the timesteps drawn."""
         latents = patchify(batch["image"])
         noise = torch.randn_like(latents)
         t = torch.randint(0, len(self.noise_schedule), (len(latents),), device=self.device)
         noised = self.noise_schedule.add_noise(latents, noise, t)
         condition = self._names(batch["artist_token"], batch["object_token"], self.drop)
-        predicted = self.predict(noised, t, condition)
-        loss = clean_image_loss(self.noise_schedule, predicted, latents, t)
-        self.log("loss", loss, prog_bar=True)
-        return loss
+        return self.predict(noised, t, condition), latents, t
 
     def configure_optimizers(self) -> Any:
         vocabularies = [*self.denoiser.artist.parameters(), *self.denoiser.object.parameters()]
