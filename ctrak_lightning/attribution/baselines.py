@@ -24,8 +24,8 @@ def image_similarity(
 
     Args:
         images: generated images [Q, 3, H, W] in [0, 1].
-        known: the training images [N, 3, h, w] in [0, 1], or the samples of a store with
-            thumbnails.
+        known: the training images [N, 3, h, w] in [0, 1] or as bytes, or the samples of a store
+            with thumbnails.
         encoder: images [B, 3, h, w] in [0, 1] to embeddings [B, d], compared by cosine; without it
             pixels are compared, by the negative root mean square difference.
 
@@ -38,12 +38,20 @@ def image_similarity(
                 "image_similarity: the store has no thumbnails. HINT: trace with thumbnails=True, "
                 "and a task with decode()."
             )
-        known = known.thumbnails.permute(0, 3, 1, 2).float() / 255
+        known = known.thumbnails.permute(0, 3, 1, 2)
     asked = F.interpolate(images.float(), known.shape[-2:], mode="bilinear", antialias=True)
-    if encoder is None:
-        distances: Tensor = torch.cdist(asked.flatten(1), known.flatten(1))
-        return -distances / math.sqrt(known[0].numel())
-    return _cosine(_embedded(encoder, asked), _embedded(encoder, known))
+    if encoder is not None:
+        return _cosine(_embedded(encoder, asked), _embedded(encoder, _in_unit(known)))
+    # Some at a time: as float32 they take four times the room of thumbnails.
+    distances = [
+        torch.cdist(asked.flatten(1), _in_unit(part).flatten(1)) for part in known.split(4096)
+    ]
+    return -torch.cat(distances, 1) / math.sqrt(known[0].numel())
+
+
+def _in_unit(images: Tensor) -> Tensor:
+    """Images in [0, 1], of thumbnails in bytes too."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def label_search(

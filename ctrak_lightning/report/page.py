@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -15,11 +15,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ctrak_lightning.attribution.baselines import image_similarity
 from ctrak_lightning.attribution.concept import Concept
 from ctrak_lightning.attribution.diagnostics import BLIND, INDISTINCT, STILL, UNSTABLE, Confidence
 from ctrak_lightning.attribution.result import Attribution
 from ctrak_lightning.capture.trace import FAINT
 from ctrak_lightning.errors import CorruptStoreError, ReportError, StoreError
+from ctrak_lightning.methods.objectives import Residual
 from ctrak_lightning.provenance import ledger_summary
 from ctrak_lightning.report.content import (
     BEST,
@@ -51,7 +53,9 @@ from ctrak_lightning.utilities.images import png_uri
 
 GENERATED = 768
 """Longest side, in pixels, of the image that is asked about."""
-CARDS, OPPONENTS = 12, 6
+CARDS, OPPONENTS, ALIKE = 12, 6, 6
+LIKENESS = ("concept_trak", "concept_trak_norm")
+"""Methods that were held against retraining beside a search by label and likeness."""
 SHARES = 15
 """Groups with a row of their own; the others are summed up in one sentence."""
 PARTS_OF = 20
@@ -84,6 +88,8 @@ class Section:
     rows: Ranking
     cards: list[Card]
     opponents: list[Card]
+    alike: list[Card]
+    alike_best: int
     shares: list[ShareRow]
     other_groups: int
     other_share: float
@@ -200,6 +206,8 @@ def _render(attributions: Sequence[Attribution], columns: Columns) -> str:
             "indistinct": INDISTINCT,
         },
         weighted=first.weights is not None,
+        asks_influence=_asks_influence(first.method),
+        finds_likeness=first.method["name"] in LIKENESS,
         facts=_facts(first),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         limits={
@@ -247,6 +255,7 @@ def _section(
     untrained = attribution.untrained
     trained = [row for row in held if not untrained[rows.samples[row]]]
     lowest = [row for row in trained[: -OPPONENTS - 1 : -1] if scores[rows.samples[row]] < 0]
+    alike = _alike(attribution, rows)
     positive = bool((scores > 0).any())
     # What a page shows is paid by: a share that says nothing is withheld rather than struck out,
     # for numbers get copied.
@@ -269,6 +278,10 @@ def _section(
         rows=rows,
         cards=[card(row) for row in best],
         opponents=[card(row) for row in lowest],
+        alike=[card(row) for row in alike],
+        alike_best=sum(
+            bool(rows.ranks[row] <= ALIKE and scores[rows.samples[row]] > 0) for row in alike
+        ),
         shares=shares[:SHARES],
         other_groups=len(shares[SHARES:]),
         other_share=sum(row.share.share for row in shares[SHARES:]),
@@ -282,6 +295,23 @@ def _section(
         confidence=attribution.confidence,
         damping=attribution.damping,
     )
+
+
+def _asks_influence(method: Mapping[str, Any]) -> bool:
+    """Whether a method, as a store records it, asks what training on a sample changed: by the
+    residual that it left."""
+    training = method.get("training", {}).get("objective", {})
+    return training.get("class") == Residual.__name__ and method.get("residual") is False
+
+
+def _alike(attribution: Attribution, rows: Ranking) -> list[int]:
+    """The rows whose thumbnails are nearest to the image that is asked about, pixel by pixel; none
+    where there is no image, or there are no thumbnails."""
+    image, thumbnails = attribution.image, attribution.samples.thumbnails
+    if image is None or thumbnails is None or not thumbnails.numel():
+        return []
+    likeness = image_similarity(image[None], thumbnails[rows.samples].permute(0, 3, 1, 2))[0]
+    return likeness.argsort(descending=True, stable=True)[:ALIKE].tolist()
 
 
 def _facts(attribution: Attribution) -> dict[str, str]:

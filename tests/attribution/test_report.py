@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ctrak_lightning import Attribution, Attributor, TraceStore
+from ctrak_lightning import Attribution, Attributor, TraceStore, methods
 from ctrak_lightning.attribution.diagnostics import (
     ASKED,
     BLIND,
@@ -52,7 +52,8 @@ def test_cards_rows_and_opponents_are_those_of_the_ranking(tmp_path: Path) -> No
     page = page_of(tmp_path, result)
     order = [record.sample_id for record in result.top(40)]
     images = [a["alt"] for a in page.all("img") if (a["alt"] or "").startswith("Training image")]
-    assert images == [f"Training image {name}" for name in order[:12] + order[:-7:-1]]
+    ranked = layout.CARDS + layout.OPPONENTS
+    assert images[:ranked] == [f"Training image {name}" for name in order[:12] + order[:-7:-1]]
     data = page.data
     [concept] = data["concepts"]
     assert [data["ids"][i] for i in concept["samples"]] == order
@@ -106,13 +107,39 @@ def test_a_card_shows_the_image_of_the_sample_that_it_names(tmp_path: Path) -> N
         for a in page_of(tmp_path, result).all("img")
         if (a["alt"] or "").startswith("Training image")
     ]
-    assert len(cards) == 18
+    assert len(cards) == layout.CARDS + layout.OPPONENTS + layout.ALIKE
     for card in cards:
         assert card["src"] is not None
         picture = Image.open(io.BytesIO(base64.b64decode(card["src"].partition(",")[2])))
         shown = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(4, 4, 3)
         position = result.samples.sample_ids.index(str(card["alt"]).removeprefix("Training image "))
         assert torch.equal(shown, result.samples.thumbnails[position])
+
+
+def test_the_images_that_look_like_it_are_the_nearest_ones_with_their_ranks(tmp_path: Path) -> None:
+    result = random_result(40)
+    assert result.image is not None
+    assert result.samples.thumbnails is not None
+    asked = torch.nn.functional.interpolate(
+        result.image[None], (4, 4), mode="bilinear", antialias=True
+    )[0]
+    shown = result.samples.thumbnails.permute(0, 3, 1, 2).double() / 255
+    nearest = (shown - asked).square().sum((1, 2, 3)).argsort()[: layout.ALIKE].tolist()
+    page = page_of(tmp_path, result)
+    [_, alike] = page.text.split("Images that look like it")
+    names = re.findall(r"img-\d{5}", alike)[: layout.ALIKE]
+    assert names == [result.samples.sample_ids[i] for i in nearest]
+    best = {record.sample_id for record in result.top(layout.ALIKE)}
+    both = len(best & set(names))
+    assert f"{both or 'none'} of them {'is' if both == 1 else 'are'} among the 6 highest" in alike
+    assert "did no better than a search by label and likeness" in page.text
+    other = page_of(tmp_path, replace(result, method=methods.influence().to_dict())).text
+    assert "says what training on an image changed" in other
+    assert "what training on an image changed, not what the image shows" in other
+    assert "search by label and likeness" not in other
+    for changes in ({"image": None}, {"samples": table_of(40, pictures=False)}):
+        text = page_of(tmp_path, replace(random_result(40), **changes)).text
+        assert "Images that look like it" not in text
 
 
 def test_shares_are_those_of_by_group_with_the_interval(tmp_path: Path) -> None:
