@@ -53,6 +53,8 @@ TESTS = (
 BATCH = 32
 ROWS = ("influence", "influence_condition", "influence_null", "concept_trak", "d_trak")
 INLINE = "influence, inline"
+COUNTED = ("label", "label and pixels", "label and judge's features")
+"""Rows without gradients that are also shown times the exposures."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = dict(scores_of(folder, shown, asked, given, args.methods))
         copied = [original for original, _ in shown.design.originals.values()]
         plain = baselines(asked, (given + 1) / 2, data)
-        rows |= {name: torch.cat([each, each[:, copied]], 1) for name, each in plain.items()}
+        plain = {name: torch.cat([each, each[:, copied]], 1) for name, each in plain.items()}
+        # What a count of exposures is worth by itself, without a gradient.
+        counts = shown.design.exposures()[-1]
+        rows |= plain | {f"{name}, times exposures": plain[name] * counts for name in COUNTED}
         for name, scores in rows.items():
             for test, values in aucs(scores, asked, shown).items():
                 found.setdefault(name, {}).setdefault(test, []).append(values)
