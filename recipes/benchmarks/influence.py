@@ -6,8 +6,9 @@ python -m recipes.benchmarks.retrain runs/emoji/labelled --plan fixed    # hours
 python -m recipes.benchmarks.influence                                   # results/influence.md
 
 Every subset has exactly 2, or exactly 3, of the 7 images of every object. Of each object's question
-the rank correlation, over the subsets of one count, between the summed scores of the images that a
-model saw and what it has of the object; the mean of both counts. Asked about the real drawing, and
+the rank correlation, over the subsets of one count, between the summed contributions of the images
+that a model saw and what it has of the object; the mean of both counts. *label and*: of the images of
+the object alone. Asked about the real drawing, and
 about the image that the traced model generated, which is judged by itself. The first 32 subsets are
 for choosing (``--subsets first``), the others for reporting.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.attribution.baselines import image_similarity, random_order
+from ctrak_lightning.attribution.scoring import soft_thresholded
 from ctrak_lightning.metrics.functional import spearman
 
 from ..emoji_artists.data import EmojiArtists
@@ -37,6 +39,7 @@ STEPS = (100, 200, 300)
 CHOSEN_ON = 32
 """The first subsets, on which settings may be chosen."""
 DRAWS = 1000
+THRESHOLD = emoji.THRESHOLD
 METHODS = (
     *("influence", "influence_condition", "influence_null", "random_probe"),
     *("concept_trak", "concept_trak_norm", "trak", "d_trak"),
@@ -220,6 +223,18 @@ def drawing_scores(folder: Path, data: EmojiArtists, seed: int) -> dict[str, Ten
     return all_scores(folder, data, seed, JUDGES[0], data.held_out_set.images, METHODS)
 
 
+def summed(rows: Mapping[str, Tensor], methods: Sequence[str]) -> dict[str, Tensor]:
+    """What is added up over the images that a model saw, of scores [Q, N] of every row: of a gradient
+    method its contributions, for most of a sum of raw scores is noise, and its scores of the images of
+    the object alone, as search by label has them."""
+    label = rows["label"]
+    found = {name: row for name, row in rows.items() if name not in methods}
+    for name in methods:
+        found[name] = soft_thresholded(rows[name].double(), THRESHOLD)
+        found[f"label and {name}"] = label * rows[name]
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of("recipes.benchmarks.influence", __doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the traced runs")
@@ -255,11 +270,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             all_scores(folder, data, seed, what, shown, args.methods)
             for seed, shown in zip(args.seeds, each, strict=True)
         ]
+        rows = [summed(row, args.methods) for row in rows]
         scores[what] = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     has_twin = torch.tensor([q.artist in {*TWINS, *TWINS.values()} for q in asked])
     for name, judge in judges(used, args.seeds).items():
         found = scores[name.split(",")[0]]
-        lines += ["", f"## Judged by the {name}", "", *table(found, args.methods, judge, has_twin)]
+        gradients = [*args.methods, *(f"label and {each}" for each in args.methods)]
+        lines += ["", f"## Judged by the {name}", "", *table(found, gradients, judge, has_twin)]
     publish(args.results / "influence.md", "\n".join(lines) + "\n")
 
 

@@ -15,6 +15,7 @@ from recipes.benchmarks.influence import (
     crossed,
     crossed_objects,
     judges,
+    summed,
     table,
 )
 from recipes.benchmarks.interventions import COPY, PARTS, Design, Shown, WeightedDiffusion, aucs
@@ -84,6 +85,22 @@ def test_what_follows_the_truth_is_found_and_a_count_is_not(data: EmojiArtists) 
     assert head.endswith("less *random* |")
     assert first.startswith("| truth | 1.000 [1.000, 1.000] | 1.00 | 1.00 | +")
     assert second.startswith("| random | ")
+
+
+def test_contributions_are_summed_and_scores_within_the_label(data: EmojiArtists) -> None:
+    torch.manual_seed(0)
+    rows = {"label": (torch.rand(2, 100) < 0.1).float(), "influence": torch.randn(2, 100)}
+    rows["influence"][:, 7] = 9.0
+    found = summed(rows, ["influence"])
+    assert torch.equal(found["label"], rows["label"])
+    assert torch.equal(found["label and influence"], rows["label"] * rows["influence"])
+    scores = rows["influence"].double()
+    units = (scores - scores.median(1, keepdim=True).values) / scores.std(
+        1, keepdim=True, correction=0
+    )
+    expected = units.sign() * (units.abs() - 2).clamp(min=0)
+    torch.testing.assert_close(found["influence"], expected)
+    assert found["influence"][:, 7].min() > 2
 
 
 def test_a_generated_image_is_judged_by_itself(data: EmojiArtists) -> None:
