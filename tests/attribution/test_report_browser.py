@@ -212,7 +212,7 @@ def test_the_keyboard_reaches_everything_and_the_focus_is_seen(opened: Browser) 
     assert skip.rect["x"] >= 0
     skip.send_keys(Keys.ENTER)
     seen = set()
-    for _ in range(60):
+    for _ in range(90):
         opened.switch_to.active_element.send_keys(Keys.TAB)
         active = opened.switch_to.active_element
         seen.add(
