@@ -8,6 +8,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from recipes.benchmarks import own_images
 from recipes.benchmarks.influence import (
     Judge,
     baselines,
@@ -132,6 +133,42 @@ def test_outcomes_by_the_images_asked_about_are_kept(data: EmojiArtists, tmp_pat
     torch.testing.assert_close(again.asked_losses, asked, equal_nan=True)
     torch.testing.assert_close(again.drift, drift, equal_nan=True)
     assert torch.equal(again.kept, kept)
+
+
+def test_an_objects_own_images_are_left_out_best_first(data: EmojiArtists) -> None:
+    asked, pairs = own_images.object_questions(data), data.train_set.pairs
+    torch.manual_seed(0)
+    scores = torch.rand(64, 448)
+    found = own_images.left_out(scores, asked, pairs, 2)
+    assert len(found) == 128
+    for q in (0, 40):
+        own = [i for i, (name, _) in enumerate(pairs) if name == asked[q].object]
+        best = sorted(own, key=lambda i: -float(scores[q, i]))[:2]
+        assert set(best) == found & set(own)
+    names = {own_images.name_of(name, 2, 1) for name in own_images.METHODS}
+    assert len(names) == len(own_images.METHODS)
+    assert all(name.replace("-", "").replace("_", "").isalnum() for name in names)
+
+
+def test_drops_are_what_is_lost_and_are_paired_with_the_best_without_gradients() -> None:
+    losses = torch.zeros(2, 64, 4)
+    losses[:, :, 1] = torch.tensor([0.03, 0.01])[:, None]  # told the artist alone
+    names = ["full-seed0", f"{own_images.name_of('random', 2, 0)}-seed0"]
+    outcomes = Outcomes(
+        names, torch.ones(2, 448).bool(), torch.zeros(2, 64, 2), losses, torch.zeros(2, 64)
+    )
+    lost = own_images.drops(outcomes, "random", 2, 0, 0)
+    torch.testing.assert_close(lost["loss"], torch.full((64,), 0.02).double())
+    zero = torch.zeros(4, 64).double()
+    rows = {
+        "influence": {"loss": zero + 0.003, "judge": zero, "likeness": zero},
+        "random": {"loss": zero, "judge": zero, "likeness": zero},
+        "label and pixels": {"loss": zero + 0.001, "judge": zero, "likeness": zero},
+    }
+    lines = own_images.table(rows)
+    assert lines[0].endswith("loss less *label and pixels* |")
+    assert lines[2].startswith("| influence | 3.00 [3.00, 3.00] |")
+    assert lines[2].endswith("| +2.00 [+2.00, +2.00] |")
 
 
 def test_designs_show_what_they_say(data: EmojiArtists) -> None:
