@@ -223,12 +223,9 @@ class InlineCapture(Capture):
 
     def _has_zeros(self, step: int, exposures: Tensor | None) -> bool:
         """Whether the gradients of some samples that were trained on, not of all, are zero."""
-        every = torch.arange(len(self.sample_ids))
-        is_zero = torch.cat(
-            [(self._running.means(part)[0] == 0).all(1) for part in every.split(1024)]
-        )
+        is_zero = self._running.zeros()
         trained = torch.ones_like(is_zero) if exposures is None else exposures > 0
-        zeros = every[is_zero & trained].tolist()
+        zeros = (is_zero & trained).nonzero().flatten().tolist()
         if not zeros or len(zeros) == int(trained.sum()):
             return False
         warnings.warn(

@@ -70,6 +70,10 @@ class RunningTraces:
         counts = self._counts[positions].clamp(min=1).float()
         return self._sums[positions] / counts.unsqueeze(1), self._losses[positions] / counts
 
+    def zeros(self) -> Tensor:
+        """Whose mean rows are all zero, bool [N]."""
+        return ~self._sums.any(1)
+
     def visits(self) -> Visits:
         """The steps that the present means are over."""
         samples, timesteps, steps = self._current()

@@ -381,6 +381,7 @@ class Term:
 
 
 def other_side(side: Side) -> Side:
+    """The condition on the other side of a question."""
     return "absent" if side == "present" else "present"
 
 

@@ -85,8 +85,8 @@ def influence(
     The residual is that of the sample under its own condition, of the sample before any condition,
     or their sum (:class:`~ctrak_lightning.methods.objectives.Residual`). All samples and the
     question have the same noise, at the timesteps of the last third of the schedule. It is asked
-    what retraining would do, and is no search: :func:`concept_trak` and :func:`random_probe` find
-    more of the images that show the concept.
+    what retraining would do, and is no search: :func:`concept_trak` finds more of the images that
+    show the concept.
 
     Args:
         of: the residual's condition. ``"both"`` and ``"null"`` cost a forward pass more per state.

@@ -300,8 +300,8 @@ def _section(
 def _asks_influence(method: Mapping[str, Any]) -> bool:
     """Whether a method, as a store records it, asks what training on a sample changed: by the
     residual that it left."""
-    training = method.get("training", {}).get("objective", {})
-    return training.get("class") == Residual.__name__ and method.get("residual") is False
+    objective = method["training"]["objective"]
+    return bool(objective["class"] == Residual.__name__)
 
 
 def _alike(attribution: Attribution, rows: Ranking) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..emoji_artists.data import EmojiArtists
 from ..emoji_artists.evaluate import Question
 from . import retrain
-from .influence import DRAWS, drawing_scores, object_questions
+from .influence import crossed_objects, drawing_scores, object_questions
 from .outcomes import Outcomes, judged
 from .tables import command_of, grid, machine, parser_of, publish
 
@@ -59,21 +59,12 @@ def table(found: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
     fine-tunes and objects, crossed; and less the best row without gradients by the loss."""
     plain = [name for name in found if not name.startswith(("influence", "concept_trak"))]
     best = max(plain, key=lambda name: float(found[name]["loss"].mean()))
-    generator = torch.Generator().manual_seed(0)
-    runs, objects = next(iter(found.values()))["loss"].shape
-    draws = [
-        (
-            torch.randint(runs, (runs,), generator=generator),
-            torch.randint(objects, (objects,), generator=generator),
-        )
-        for _ in range(DRAWS)
-    ]
 
     def shown(values: Tensor, scale: float, sign: str = "") -> str:
-        means = torch.stack([values[rows][:, columns].mean() for rows, columns in draws]) * scale
-        low, high = means.quantile(0.025), means.quantile(0.975)
+        # The same draws for all, so that differences are paired.
+        low, high = (scale * end for end in crossed_objects(values))
         mean = scale * float(values.mean())
-        return f"{mean:{sign}.2f} [{float(low):{sign}.2f}, {float(high):{sign}.2f}]"
+        return f"{mean:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
 
     cells = []
     for name, figures in found.items():

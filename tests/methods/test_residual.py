@@ -24,6 +24,7 @@ from ctrak_lightning import (
     TraceStore,
     methods,
 )
+from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.capture.trace import trace_batch, trace_query
 from ctrak_lightning.capture.trial import try_samples
 from ctrak_lightning.errors import ConceptError, CorruptStoreError, MethodError
@@ -42,6 +43,8 @@ from ctrak_lightning.tasks import Encoded
 from ctrak_lightning.utilities.memory import RowLimit
 from ctrak_lightning.utilities.rng import seeded_noise
 
+from ..callbacks.test_concept_tracer import fit
+from ..callbacks.test_inline import Dropping, trace_all
 from ..toy import QuickDiffusion, ToyData, ToyDiffusion
 
 KINDS = ("epsilon", "v_prediction", "sample", "flow")
@@ -177,7 +180,14 @@ def test_the_null_forward_pass_is_held_against_the_loop_at_the_trial() -> None:
         latents=encoded.latents.float(),
         condition={name: value.float() for name, value in encoded.condition.items()},
     )
-    try_samples(module, tracer, method_of(Residual("both")), encoded, 0, RowLimit())
+    trial = try_samples(module, tracer, method_of(Residual("both")), encoded, 0, RowLimit())
+    assert trial.blocks == trial.all_blocks
+    asked: list[int] = []
+    module.denoiser.register_forward_hook(lambda *_: asked.append(1))
+    for of, passes in (("condition", 2), ("both", 4)):  # two states
+        asked.clear()
+        trace_batch(module, tracer, method_of(Residual(of)), encoded, 0)  # type: ignore[arg-type]
+        assert len(asked) == passes
 
 
 class WithoutNull(ToyDiffusion):
@@ -272,6 +282,38 @@ def test_a_question_about_a_training_image_has_the_noise_of_its_trace(tmp_path: 
     row = TraceStore(tmp_path).checkpoints[0].features()[2]
     assert row.norm() > 0
     assert (query.features[0, 0] - row).norm() <= 1e-4 * row.norm()
+    told = (
+        "multiplies a sample's score by how often it was trained on.*HINT: trace with ConceptTracer"
+    )
+    with pytest.warns(UserWarning, match=told):
+        attributor.score(query)
+
+
+def test_a_run_multiplies_scores_by_how_often_each_sample_was_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ToyData, "trace_dataloader", trace_all, raising=False)
+    module = QuickDiffusion("sample")
+    tracer = ConceptTracer(
+        str(tmp_path), "influence", rank=4, dim=64, every_n_epochs=1, at_end=False
+    )
+    fit(module, [tracer], data=Dropping(), max_epochs=2)
+    store = TraceStore(tmp_path)
+    exposures = [checkpoint.exposures() for checkpoint in store.checkpoints]
+    assert [None if each is None else each.unique().tolist() for each in exposures] == [
+        [0, 1],
+        [1, 2],
+    ]
+    alone = replace(methods.influence(), per_exposure=False)
+    asked = [
+        Attributor(tmp_path, module, method=m, sampler=Sampler(steps=4)) for m in (None, alone)
+    ]
+    query = asked[0].query([Concept("red", PRESENT, ABSENT)], 0)
+    ours, plain = (each.score(query)[0].checkpoint_scores for each in asked)
+    assert bool((plain != 0).any(1).all())
+    for m, counts in enumerate(exposures):
+        assert counts is not None
+        torch.testing.assert_close(ours[m], plain[m] * counts)
 
 
 def test_stores_from_before_seeds_were_recorded_go_on_and_damaged_ones_are_told(
