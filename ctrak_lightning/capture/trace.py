@@ -21,7 +21,7 @@ from ctrak_lightning.methods.trajectories import State
 from ctrak_lightning.tasks import Condition, DiffusionTask, Encoded, name_of, select
 from ctrak_lightning.tasks.base import condition_of, described
 from ctrak_lightning.utilities.memory import RowLimit
-from ctrak_lightning.utilities.naming import place_of
+from ctrak_lightning.utilities.naming import is_own, place_of
 
 FAINT = 1e-3
 """A concept direction ``||e(c) - e(c_minus)|| / ||e(c)||`` below this is within noise."""
@@ -120,7 +120,7 @@ def _states(
     # In the mode of tracing: an inversion asks the network itself, without dropout.
     trajectory = method.training_trajectory
     what = f"{place_of(type(trajectory))}.states(task, latents, ...)"
-    is_ours = type(trajectory).__module__.startswith("ctrak_lightning.")
+    is_ours = is_own(type(trajectory))
     # Of the library's own what raises is the task, which they ask for the network's output.
     naming = nullcontext() if is_ours else naming_extension(what)
     with tracing_mode(tracer.module), torch.no_grad(), naming:
