@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ctrak_lightning.callbacks.loaders import TrainingLoader
 from ctrak_lightning.capture.capture import Capture
+from ctrak_lightning.capture.exposures import ReachedRows
 from ctrak_lightning.utilities.naming import parameters_of
 
 
@@ -76,7 +77,8 @@ class ExposureCounter:
     returned None, where a GradScaler left the step out, or where no traced parameter has a gradient
     any more. A step is that of an optimizer which holds a traced parameter. (Under manual
     optimization without ``manual_backward`` every batch is taken to go backward that ends with a
-    gradient or a step.) It reads the batch's ids and nothing else, so training stays as it is.
+    gradient or a step.) It reads the batch's ids, and looks which rows of the predictions the loss
+    depends on, so training stays as it is.
     """
 
     def __init__(
@@ -91,6 +93,8 @@ class ExposureCounter:
         self._traced = {id(named[name]): named[name] for name in capture.tracer.parameter_names}
         self._is_manual = not pl_module.automatic_optimization
         self._handle = register_optimizer_step_post_hook(self._stepped)
+        self._reached = ReachedRows()
+        self._output = capture.tracer.module.register_forward_hook(self._reached)
         self._batch: Any = None
         self._first_ids: list[str] | Exception = []
         self._is_drawn = self._is_counted = self._has_stepped = False  # of the present batch
@@ -104,6 +108,7 @@ class ExposureCounter:
         """Before ``training_step``, which may take the ids out of the batch."""
         self._is_drawn, self._is_counted, self._has_stepped = False, False, False
         self._batch, self._first_ids = batch, self._read(batch)
+        self._reached.begin()
 
     def backward(self) -> None:
         """Where Lightning goes backward from a loss of the batch."""
@@ -111,6 +116,8 @@ class ExposureCounter:
         # What earlier batches of an accumulation had left there has been cleared.
         if not _has_gradient(self._traced.values()):
             self._drop()
+        if not self._is_drawn:
+            self._reached.found.clear()
         self._draw()
 
     def _draw(self) -> None:
@@ -125,7 +132,7 @@ class ExposureCounter:
         if isinstance(ids, Exception):
             exposures.unknown = f"the ids of a training batch cannot be read: {ids}"
         else:
-            exposures.draw(ids)
+            exposures.draw(ids, self._reached.found)
 
     def _read(self, batch: Any) -> list[str] | Exception:
         try:
@@ -164,6 +171,7 @@ class ExposureCounter:
     def detach(self) -> None:
         """Stops counting; idempotent."""
         self._handle.remove()
+        self._output.remove()
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         every = (value for group in optimizer.param_groups for value in group["params"])

@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctrak_lightning.errors import BatchError
+from ctrak_lightning.gradients.hooks import tensors_in
 from ctrak_lightning.tasks import DiffusionTask, named_samples, whole
 from ctrak_lightning.tasks.base import plain_ids
 from ctrak_lightning.utilities.processes import ALONE, Processes
+
+
+_UNREAD = 256
+"""Batches whose rows are read at once at the latest: a GPU is waited for each time."""
 
 
 class UntracedSampleWarning(UserWarning):
@@ -27,15 +32,71 @@ class UntracedSampleWarning(UserWarning):
     """
 
 
+class ReachedRows:
+    """Which rows of a batch's predictions a loss depends on: a sample with a loss weight of 0, or
+    one that is masked out, has been in the step and has taught nothing.
+
+    It is a forward hook of the denoiser that looks at what goes backward through its output and
+    changes nothing. Copies and pickles of the denoiser have a hook in its place that does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> "ReachedRows":
+        """Starts on another batch; what is found of the one before stays with what this gave."""
+        self.found = Found()
+        return self
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # A compiled graph is left as it is, and the batches that go through it count whole.
+        if torch.compiler.is_compiling():
+            return
+        first = next(tensors_in(output), None)
+        if first is not None and first.requires_grad and torch.is_grad_enabled():
+            first.register_hook(self.found.add)
+
+    def __reduce__(self) -> Any:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class Found:
+    """What has gone backward through the predictions for one batch."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+
+    def add(self, cotangent: Tensor) -> None:
+        """Of the output of one call, [B, ...]."""
+        try:
+            rows = (cotangent.detach() != 0).flatten(1).any(1)
+        except Exception:  # whatever kind of tensor it is, no reason to end a training
+            rows = torch.empty(0)
+        self._rows.append(rows)
+
+    def clear(self) -> None:
+        """Forgets what went backward so far: no gradient of a loss has come of it."""
+        self._rows = []
+
+    def of(self, size: int) -> list[bool]:
+        """Whether anything reached each of ``size`` samples: all of them, where nothing went
+        backward here, or the calls' rows are not one for each."""
+        if not self._rows or any(len(rows) != size for rows in self._rows):
+            return [True] * size
+        reached: list[bool] = torch.stack(self._rows).any(0).tolist()
+        return reached
+
+
 class Exposures:
     """Counts, for every sample of a table, the training batches that it was in and that entered an
     optimizer step.
 
     A batch is noted when its gradient is computed (:meth:`draw`) and counted when an optimizer
     steps (:meth:`step`), so the micro-batches of an accumulated step count with it, and what is
-    dropped before a step (:meth:`drop`) does not count. A sample that a batch has twice counts
-    twice. Samples of batches that are not in the table have no count; a warning says how many. All
-    processes call :meth:`share` after the same steps.
+    dropped before a step (:meth:`drop`) does not count, nor does a sample whose prediction the loss
+    did not depend on (:class:`ReachedRows`). A sample that a batch has twice counts twice. Samples
+    of batches that are not in the table have no count; a warning says how many. All processes call
+    :meth:`share` after the same steps.
 
     Warns:
         UntracedSampleWarning: steps had samples of the table and others; at the first, and by
@@ -47,8 +108,8 @@ class Exposures:
         self._counts = torch.zeros(len(sample_ids), dtype=torch.int64)
         self._digest = hashlib.sha256("\0".join(sample_ids).encode()).hexdigest()
         self._processes = processes
-        self._drawn: list[str] = []
-        self._stepped: list[int] = []
+        self._drawn: list[tuple[Sequence[str], Found]] = []
+        self._stepped: list[tuple[list[int | None], Found]] = []  # and not read yet
         self._stranger: str | None = None
         self._outside = self._all_outside = 0
         self._has_warned = False
@@ -56,9 +117,10 @@ class Exposures:
         """Why the counts are not known, if they are not."""
         self._contradiction: str | None = None
 
-    def draw(self, sample_ids: Sequence[str]) -> None:
-        """Notes a batch whose gradient is computed for the next optimizer step."""
-        self._drawn += sample_ids
+    def draw(self, sample_ids: Sequence[str], found: Found | None = None) -> None:
+        """Notes a batch whose gradient is computed for the next optimizer step, and what of it the
+        loss depends on, which is read when it is asked for."""
+        self._drawn.append((sample_ids, found or Found()))
 
     def drop(self) -> None:
         """Forgets the batches since the last step, whose gradients an optimizer will not see."""
@@ -66,31 +128,54 @@ class Exposures:
 
     def step(self) -> None:
         """Counts the batches since the last step: an optimizer has taken one."""
-        for sample_id in self._drawn:
-            position = self._index.get(sample_id)
-            if position is None:
-                self._stranger = sample_id
-                self._outside += 1
-            else:
-                self._stepped.append(position)
+        for sample_ids, found in self._drawn:
+            positions = [self._index.get(sample_id) for sample_id in sample_ids]
+            for sample_id, position in zip(sample_ids, positions, strict=True):
+                if position is None:
+                    self._stranger = sample_id
+                    self._outside += 1
+            self._stepped.append((positions, found))
         self._drawn = []
 
     def share(self) -> None:
         """Adds up what the processes have counted; all call it, after the same steps."""
-        n = len(self._counts)
-        for positions, outside, stranger, unknown in self._processes.gather(
-            (self._stepped, self._outside, self._stranger, self.unknown)
+        had_warned = self._has_warned
+        stepped: list[int] = []
+        if self._processes.count > 1 or len(self._stepped) >= _UNREAD:
+            stepped = self._read()
+        for places, outside, stranger, unknown in self._processes.gather(
+            (stepped, self._outside, self._stranger, self.unknown)
         ):
-            self._counts += torch.bincount(torch.tensor(positions, dtype=torch.int64), minlength=n)
+            self._add(places)
             self._all_outside += outside
             self._stranger, self.unknown = self._stranger or stranger, self.unknown or unknown
-        self._stepped, self._outside = [], 0
+        self._outside = 0
         # Where no sample at all is known, the ids are of another kind: `why_unknown`.
-        if self._all_outside and not self._has_warned and bool(self._counts.any()):
-            self._has_warned = True
+        if self._all_outside and not self._has_warned:
+            self._settle()
+            self._has_warned = bool(self._counts.any())
+        if self._has_warned and not had_warned:
             self._warn_of_untraced_samples(
                 f"so far, such as {self._stranger!r}. The end of the run says how many in all"
             )
+
+    def _read(self) -> list[int]:
+        """The places of the samples of the batches that were counted and not read yet."""
+        places: list[int] = []
+        for positions, found in self._stepped:
+            each = zip(positions, found.of(len(positions)), strict=True)
+            places += [place for place, reached in each if reached and place is not None]
+        self._stepped = []
+        return places
+
+    def _add(self, places: Sequence[int]) -> None:
+        n = len(self._counts)
+        self._counts += torch.bincount(torch.tensor(places, dtype=torch.int64), minlength=n)
+
+    def _settle(self) -> None:
+        """Reads what a process alone has counted; of several, :meth:`share` has."""
+        if self._processes.count == 1:
+            self._add(self._read())
 
     def warn_of_untraced(self) -> None:
         """Warns at the end of a run how many of its samples are not in the table, if there were
@@ -117,6 +202,7 @@ class Exposures:
         """Why :meth:`counts` gives None, if it does."""
         if self.unknown is not None:
             return self.unknown
+        self._settle()
         if bool(self._counts.any()):
             return self._contradiction
         if self._stranger is None:
@@ -126,10 +212,11 @@ class Exposures:
             f"like {self._stranger!r}"
         )
 
-    def compare(self, visits: Tensor) -> None:
-        """Looks whether samples that training steps have visited so often [N] are in no optimizer
-        step: as long as there are such, the counts are not known."""
-        odd = ((visits > 0) & (self._counts == 0)).nonzero().flatten().tolist()
+    def compare(self, traced: Tensor) -> None:
+        """Looks whether samples that have a trace of training steps other than zero, bool [N], are
+        in no optimizer step: as long as there are such, the counts are not known."""
+        self._settle()
+        odd = (traced & (self._counts == 0)).nonzero().flatten().tolist()
         self._contradiction = None
         if odd:
             self._contradiction = (
@@ -138,12 +225,13 @@ class Exposures:
             )
 
     def counts(self) -> Tensor | None:
-        """How often each sample was in a step that all processes know of, int64 [N]; None where
-        that is not known, or there was no such step."""
+        """How often each sample was trained on in a step that all processes know of, int64 [N]; None
+        where that is not known, or there was no such step."""
         return self._counts.clone() if self.why_unknown is None else None
 
     def state_dict(self) -> dict[str, Any]:
         """The counts so far, with a digest of the samples' ids."""
+        self._settle()
         counts = None if self.unknown is not None else self._counts.clone()
         return {"samples": self._digest, "counts": counts}
 

@@ -200,9 +200,11 @@ class InlineCapture(Capture):
             ZeroGradientWarning: those of some samples are.
         """
         self._take_in()
-        visits = self._running.visits()
-        self.exposures.compare(visits.counts)
+        self.exposures.compare(~self._running.zeros())
         exposures = self.exposures.counts()
+        visits = self._running.visits()
+        if exposures is not None:  # steps whose loss did not depend on a sample are no visit to it
+            visits = visits.without(exposures == 0)
         self._running.require_all(exposures)
         zeros = self._has_zeros(step, exposures)
         checkpoint = self.writer.begin_checkpoint(

@@ -381,3 +381,16 @@ def _leaf(node: Node) -> Tensor | None:
     if node.name() == "ToCopyBackward0":
         node = node.next_functions[0][0] or node
     return node.variable if node.name() == ACCUMULATE else None  # type: ignore[attr-defined]
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors of a network's output, whatever holds them."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for one in output:
+            yield from tensors_in(one)
+    elif isinstance(output, Mapping) or hasattr(output, "__dict__"):
+        yield from tensors_in(
+            list(dict(output if isinstance(output, Mapping) else vars(output)).values())
+        )

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ctrak_lightning.errors import GradientError
-from ctrak_lightning.gradients.hooks import REENTRANT, Call, Recording, require_tensors, walk
+from ctrak_lightning.gradients.hooks import (
+    REENTRANT,
+    Call,
+    Recording,
+    require_tensors,
+    tensors_in,
+    walk,
+)
 from ctrak_lightning.gradients.layers import Layer
 from ctrak_lightning.gradients.layouts import Layout, Layouts, NotBySampleError
 from ctrak_lightning.gradients.modes import full_precision
@@ -164,7 +171,7 @@ class StepRecorder:
     def _note_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._is_recording:
             # The first alone: what comes beside the prediction need not be of samples.
-            self._outputs += [one for one in _tensors(output) if one.requires_grad][:1]
+            self._outputs += [one for one in tensors_in(output) if one.requires_grad][:1]
 
     def _record(
         self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
@@ -269,16 +276,3 @@ class StepRecorder:
                         "loss's own graph. HINT: use checkpointing with `use_reentrant=False`, or "
                         "exclude the layer with `layers=`."
                     )
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors of a network's output, whatever holds them."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (tuple, list)):
-        for one in output:
-            yield from _tensors(one)
-    elif isinstance(output, Mapping) or hasattr(output, "__dict__"):
-        yield from _tensors(
-            list(dict(output if isinstance(output, Mapping) else vars(output)).values())
-        )

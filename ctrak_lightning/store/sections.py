@@ -54,6 +54,12 @@ class Visits:
         part = slice(start, start + int(self.counts[index]))
         return self.timesteps[part], self.steps[part]
 
+    def without(self, left_out: Tensor) -> "Visits":
+        """The same for samples that are ``left_out``, bool [N], as if they had not been seen."""
+        rows = torch.repeat_interleave(~left_out, self.counts)
+        counts = self.counts.masked_fill(left_out, 0)
+        return Visits(counts=counts, timesteps=self.timesteps[rows], steps=self.steps[rows])
+
 
 def write_visits(path: Path, visits: Visits) -> None:
     """Write ``visits`` to a new HDF5 file; equal visits give equal bytes."""

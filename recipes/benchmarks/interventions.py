@@ -95,10 +95,11 @@ class Design:
         return cls(parts, originals, batches)
 
     def exposures(self) -> Tensor:
-        """How often each sample had entered a step by each of the traced ones, int64 [M, N]."""
+        """How often each sample had been trained on by each of the traced steps, int64 [M, N]: what
+        the library has to find."""
         counts = torch.zeros(len(self.batches), len(self.parts), dtype=torch.long)
         for step, batch in enumerate(self.batches):
-            counts[step, batch] = 1
+            counts[step, [i for i in batch if self.parts[i] != "weight 0"]] = 1
         return counts.cumsum(0)[[step - 1 for step in STEPS]]
 
 

@@ -1,7 +1,10 @@
 """Exposures: how often each sample entered an optimizer step, compared with what the module itself
 saw."""
 
+import copy
 import logging
+import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,15 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, WeightedRandomSamp
 
 from ctrak_lightning import DiffusionTask, Encoded, NoiseSchedule, TraceStore
 from ctrak_lightning.callbacks import ConceptTracer
-from ctrak_lightning.capture.exposures import BatchIds, Exposures, UntracedSampleWarning
+from ctrak_lightning.capture.exposures import (
+    BatchIds,
+    Exposures,
+    ReachedRows,
+    UntracedSampleWarning,
+)
 from ctrak_lightning.errors import BatchError
+from ctrak_lightning.methods import inline_trak
+from ctrak_lightning.methods.objectives import Denoising, Term
 from ctrak_lightning.store import Checkpoint
 from ctrak_lightning.utilities.processes import ALONE, Processes
 
@@ -424,3 +434,89 @@ def test_processes_add_up_and_what_one_does_not_know_none_knows() -> None:
     with pytest.warns(UntracedSampleWarning, match="had 1 samples .* 'other'. The end") as told:
         assert together(2, each) == [([1, 3, 0], True)] * 2
     assert len(told) == 1
+
+
+class Weighted(Small):
+    """Samples whose id ends with -3 have a loss weight of 0, those with -4 are masked out of every
+    other batch; what is counted by hand are the others."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        latents, ids = batch["image"], batch["sample_id"]
+        noise = torch.randn_like(latents)
+        t = torch.randint(0, 100, (len(noise),))
+        noised = self.noise_schedule.add_noise(latents, noise, t)
+        weight = torch.tensor([not name.endswith("-3") for name in ids]).float()
+        masked = torch.tensor([name.endswith("-4") and batch_idx % 2 == 1 for name in ids])
+        losses = (self.predict(noised, t, {}) - noise).square().mean((1, 2, 3)) * weight
+        used = ~masked & (weight > 0)
+        self.waiting += [name for name, one in zip(ids, used.tolist(), strict=True) if one]
+        return losses.masked_fill(masked, 0.0).mean()
+
+
+class Half(Small):
+    """Its network sees every sample twice, so that rows are not samples."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        twice = batch["image"].repeat(2, 1, 1, 1)
+        t = torch.zeros(len(twice))
+        self.waiting += batch["sample_id"]
+        return self.predict(twice, t, {})[: len(batch["image"])].square().mean()
+
+
+class Beside(Small):
+    """Its loss does not go through the denoiser's output, but through its first layer alone."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        self.predict(batch["image"], torch.zeros(len(batch["image"])), {})
+        self.waiting += batch["sample_id"]
+        return self.denoiser.first(batch["image"]).square().mean()
+
+
+@pytest.mark.parametrize("kind", [Weighted, Half, Beside])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_sample_that_the_loss_does_not_depend_on_is_not_trained_on(
+    tmp_path: Path, kind: type[Small], accumulated: int
+) -> None:
+    weights = []
+    for callbacks in ([tracer(tmp_path, every_n_epochs=1)], []):
+        L.seed_everything(4, verbose=False)
+        module = kind()
+        fit(module, callbacks, data=Data(batch_size=3), accumulate_grad_batches=accumulated)
+        weights.append([value.clone() for value in module.parameters()])
+        assert not module.denoiser._forward_hooks
+    last = TraceStore(tmp_path / "traces").checkpoints[-1]
+    ids = [row["sample_id"] for row in Toys()]  # type: ignore[attr-defined]
+    assert known(last) == [module.seen.get(name, 0) for name in ids]
+    assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
+
+
+def test_inline_rows_of_samples_without_weight_leave_the_counts_known(tmp_path: Path) -> None:
+    L.seed_everything(4, verbose=False)
+    module = Weighted()
+    method = replace(inline_trak(), query=(Term(Denoising()),))
+    fit(module, [tracer(tmp_path, method=method, mode="inline")], data=Data(batch_size=3))
+    last = TraceStore(tmp_path / "traces").checkpoints[-1]
+    ids = [row["sample_id"] for row in Toys()]  # type: ignore[attr-defined]
+    assert known(last) == [module.seen.get(name, 0) for name in ids]
+    assert 0 in known(last)
+
+
+def test_the_hook_that_looks_is_in_no_copy_and_no_pickle_of_the_denoiser(tmp_path: Path) -> None:
+    copies: list[nn.Module] = []
+
+    class Copies(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            if not copies:
+                hooks = pl_module.denoiser._forward_hooks.values()
+                assert [type(hook) for hook in hooks] == [ReachedRows]
+                copies.append(copy.deepcopy(pl_module.denoiser))
+                copies.append(pickle.loads(pickle.dumps(pl_module.denoiser)))
+
+    fit(Small(), [tracer(tmp_path), Copies()], data=Data(batch_size=3))
+    given = torch.ones(2, CHANNELS, 4, 4, requires_grad=True), torch.zeros(2)
+    for each in copies:
+        (output,) = each(*given)
+        output.sum().backward()
+        assert not any(isinstance(hook, ReachedRows) for hook in each._forward_hooks.values())
+        assert all(parameter.grad is not None for parameter in each.parameters())
+    assert len(copies) == 2

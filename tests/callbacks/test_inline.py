@@ -27,6 +27,7 @@ from ctrak_lightning import (
 )
 from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.capture.inline import TIMESTEP_NAMES, _timesteps
+from ctrak_lightning.capture.exposures import Exposures
 from ctrak_lightning.capture.trial import ZeroGradientWarning
 from ctrak_lightning.errors import BatchError, GradientError, StoreError
 
@@ -583,23 +584,36 @@ class Weighted(Recorded):
         return (predicted.square().flatten(1).mean(1) * weights).mean()
 
 
-def test_a_sample_whose_loss_has_no_weight_scores_zero_and_is_told(tmp_path: Path) -> None:
+def test_a_sample_whose_loss_has_no_weight_is_not_trained_on(tmp_path: Path) -> None:
     ids = [toy["sample_id"] for toy in ToyData().toys]
     module = Weighted()
     module.left_out = frozenset(ids[1:3])
-    told = f"the gradients of 2 samples that were trained on are zero \\('{ids[1]}', '{ids[2]}'\\)"
-    with pytest.warns(ZeroGradientWarning, match=told):
-        fit(module, [inline(tmp_path, on_error="raise")])
+    fit(module, [inline(tmp_path, on_error="raise")])
     store = TraceStore(tmp_path / "traces")
     assert store.verify() == []
-    empty = (store.checkpoints[-1].features() == 0).all(1)
+    last = store.checkpoints[-1]
+    empty = (last.features() == 0).all(1)
     assert [id for id, is_empty in zip(ids, empty.tolist(), strict=True) if is_empty] == ids[1:3]
-    exposures = store.checkpoints[-1].exposures()
-    assert exposures is not None
-    assert bool((exposures > 0).all())
+    exposures, visits = last.exposures(), last.visits()
+    assert exposures is not None and visits is not None
+    for counts in (exposures, visits.counts):
+        assert [id for id, count in zip(ids, counts.tolist(), strict=True) if not count] == ids[1:3]
     module.left_out = frozenset(ids)
     with pytest.raises(GradientError, match="all zero"):
         fit(module, [inline(tmp_path / "none", on_error="raise")])
+
+
+def test_a_trace_of_zero_is_told_where_exposures_are_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [toy["sample_id"] for toy in ToyData().toys]
+    module = Weighted()
+    module.left_out = frozenset(ids[1:3])
+    monkeypatch.setattr(Exposures, "counts", lambda self: None)
+    told = f"the gradients of 2 samples that were trained on are zero \\('{ids[1]}', '{ids[2]}'\\)"
+    with pytest.warns(ZeroGradientWarning, match=told):
+        fit(module, [inline(tmp_path, on_error="raise")])
+    assert TraceStore(tmp_path / "traces").verify() == []
 
 
 def test_a_step_that_fails_later_costs_its_own_rows_only(tmp_path: Path) -> None:
