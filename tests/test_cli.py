@@ -133,7 +133,7 @@ def test_the_yaml_of_the_monitor(tmp_path: Path, form: str) -> None:
 
 def test_fit_attaches_the_callback_from_its_yaml(run: Path) -> None:
     store = TraceStore(run / "traces")
-    assert store.header.method["name"] == "concept_trak"
+    assert store.header.method["name"] == "influence"
     assert [c.step for c in store.checkpoints] == [6]
     assert len(store) == 12
 
@@ -507,7 +507,7 @@ def test_info_shows_and_verifies(
 ) -> None:
     main(["info", str(run / "traces"), "--verify"])
     printed = capsys.readouterr().out
-    assert "concept_trak" in printed
+    assert "influence" in printed
     assert "12, metadata: colour, owner, shape" in printed
     assert "verified" in printed
     shutil.copytree(run / "traces", tmp_path / "broken")

@@ -392,8 +392,9 @@ class Attributor:
             warnings.warn(
                 f"{used.name} multiplies a sample's score by how often it was trained on, which this "
                 "store does not know of every checkpoint: every sample is taken to have been seen "
-                "as often as every other. HINT: trace with ConceptTracer, or call "
-                "Capture.note_step(batch) in a loop of your own.",
+                "as often as every other. HINT: let training batches have the samples' ids, by a "
+                "field or the task's sample_ids(batch); in a loop of your own, call "
+                "Capture.note_step(batch).",
                 UserWarning,
                 stacklevel=3,
             )

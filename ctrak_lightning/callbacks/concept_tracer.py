@@ -59,7 +59,7 @@ class ConceptTracer(Callback):
     Args:
         dirpath: the store's folder.
         method: a :class:`~ctrak_lightning.methods.method.Method`, or the name of a preset in
-            ``ctrak_lightning.methods``; by default ``"concept_trak"``, in mode ``"inline"``
+            ``ctrak_lightning.methods``; by default ``"influence"``, in mode ``"inline"``
             ``"inline_trak"``.
         task: how the module is addressed, if it is no DiffusionTask itself: a
             :class:`~ctrak_lightning.DiffusersTask` with the names of its attributes. Samples of
@@ -159,7 +159,7 @@ class ConceptTracer(Callback):
             "'warn' lets training go on when a trace cannot be stored.",
         )
         if method is None:
-            method = "inline_trak" if mode == "inline" else "concept_trak"
+            method = "inline_trak" if mode == "inline" else "influence"
         try:
             self.method = methods.by_name(method) if isinstance(method, str) else method
             self.projection = Projection(rank=rank, dim=dim, seed=seed)

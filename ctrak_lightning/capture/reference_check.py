@@ -90,7 +90,7 @@ def selfcheck(
     """
     task = resolve_task(module)
     owner: nn.Module = module if isinstance(module, nn.Module) else task.denoiser
-    used = method or methods.concept_trak()
+    used = method or methods.influence("condition")
     if isinstance(used.training_trajectory, InTraining):
         used = replace(used, training_trajectory=Noised())
     with isolated_rng(seed), undisturbed(owner, *task_modules(task)), torch.no_grad():

@@ -28,6 +28,7 @@ from . import retrain, tables
 from .compare import Case, Variant, compare
 from .groups import effects, lines_of
 from .judge import SAMPLER, EmojiJudge
+from .likeness import likenesses, within
 from .outcomes import STRENGTHS, Outcomes, judged
 from .tables import (
     NOTE,
@@ -57,7 +58,11 @@ ODD: dict[str, str | None] = {"labelled": None, "hidden": "hidden", "mislabelled
 THRESHOLD = 2.0
 REFERENCE = "label_search"
 LIKENESS = ("pixel_similarity", "judge_features")
-BASELINES = (REFERENCE, *LIKENESS, *(f"{name}_given" for name in LIKENESS))
+WITHIN = ("pixels", "grey-level correlation", "judge's features", "base denoiser's activations")
+BASELINES = (
+    *(REFERENCE, *LIKENESS, *(f"{name}_given" for name in LIKENESS)),
+    *(f"label and {name}, given" for name in WITHIN),
+)
 
 
 def variants(only: Sequence[str] | None = None) -> list[Variant]:
@@ -80,8 +85,8 @@ def case(folder: Path, data: EmojiArtists, asked: list[Question]) -> Case:
 
 def baselines(asked: list[Question], data: EmojiArtists, images: Tensor) -> dict[str, Tensor]:
     """Rankings without gradients [Q, N]: by the tokens that training showed, by pixels, by the
-    judge's features; ``_given`` compares with the pair's real drawing instead of the generated one,
-    ``images`` [Q, 3, 32, 32] in [0, 1]."""
+    judge's features; by likeness within the label; ``_given`` compares with the pair's real drawing
+    instead of the generated one, ``images`` [Q, 3, 32, 32] in [0, 1]."""
     told = dict(zip(KINDS, zip(*data.train_set.told, strict=True), strict=True))
     shown = (data.train_set.images + 1) / 2
     given = ((data.held_out_set.images + 1) / 2).repeat_interleave(len(KINDS), 0)
@@ -90,6 +95,8 @@ def baselines(asked: list[Question], data: EmojiArtists, images: Tensor) -> dict
     for suffix, queries in (("", images), ("_given", given)):
         rankings[f"pixel_similarity{suffix}"] = image_similarity(queries, shown)
         rankings[f"judge_features{suffix}"] = image_similarity(queries, shown, features)
+    for name, alike in likenesses(given, shown).items():
+        rankings[f"label and {name}, given"] = within(rankings[REFERENCE], alike)
     return rankings
 
 

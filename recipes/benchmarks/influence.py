@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ctrak_lightning.attribution.baselines import image_similarity, random_order
+from ctrak_lightning.attribution.baselines import random_order
 from ctrak_lightning.attribution.scoring import soft_thresholded
 from ctrak_lightning.metrics.functional import spearman
 
@@ -30,7 +30,7 @@ from ..emoji_artists.module import EmojiDiffusion
 from ..emoji_artists.network import patchify
 from . import emoji, retrain
 from .compare import Case, Variant, answers, answers_folder
-from .judge import EmojiJudge
+from .likeness import likenesses, within
 from .outcomes import Outcomes, generated_images, judged
 from .tables import command_of, grid, machine, parser_of, publish
 from .variants import table_variants
@@ -134,50 +134,16 @@ def crossed_objects(values: Tensor, draws: int = DRAWS) -> tuple[float, float]:
     return float(drawn.quantile(0.025)), float(drawn.quantile(0.975))
 
 
-def denoiser_features(images: Tensor) -> Tensor:
-    """What the base model, before any fine-tune, makes of images [B, 3, 32, 32] in [0, 1] without a
-    condition: the activations between its halves at a quarter of the noise [B, d]."""
-    module = EmojiDiffusion("lora").eval()
-    kept: list[Tensor] = []
-    hook = module.denoiser.unet.mid_block.register_forward_hook(
-        lambda _, __, output: kept.append(output)
-    )
-    latents = patchify(images * 2 - 1)
-    t = torch.full((len(latents),), len(module.noise_schedule) // 4)
-    noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        noised = module.noise_schedule.add_noise(latents, noise.expand_as(latents), t)
-        module.predict(noised, t, module.condition({}, len(latents)))
-    hook.remove()
-    features = kept[0].flatten(1)
-    return features - features.mean(0)
-
-
 def baselines(asked: Sequence[Question], images: Tensor, data: EmojiArtists) -> dict[str, Tensor]:
     """Rankings without gradients [Q, N], about images [Q, 3, 32, 32] in [0, 1]: by what they show
-    alone, and within the images of the object that is asked for. The latter weigh an image of the
-    object by exp(z), z its likeness in standard deviations over all images."""
+    alone, and within the images of the object that is asked for."""
     shown = (data.train_set.images + 1) / 2
     label = torch.tensor([[q.object == name for name, _ in data.train_set.pairs] for q in asked])
-    grey = image_similarity(
-        images, shown, lambda x: x.mean(1).flatten(1) - x.mean((1, 2, 3))[:, None]
-    )
-    likeness = {
-        "pixels": image_similarity(images, shown),
-        "grey-level correlation": grey,
-        "judge's features": image_similarity(images, shown, EmojiJudge.trained().features),
-        "base denoiser's activations": image_similarity(images, shown, denoiser_features),
-    }
-    found = {
-        f"label and {name}": label * _deviations(each).exp() for name, each in likeness.items()
-    }
-    found |= {f"{name} alone": _deviations(each).exp() for name, each in likeness.items()}
+    alike = likenesses(images, shown)
+    found = {f"label and {name}": within(label, each) for name, each in alike.items()}
+    found |= {f"{name} alone": within(torch.ones(()), each) for name, each in alike.items()}
     count = label.float()
     return found | {"label": count, "random": random_order(len(asked), len(shown))}
-
-
-def _deviations(scores: Tensor) -> Tensor:
-    return (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)
 
 
 def variants(names: Sequence[str] = METHODS) -> list[Variant]:

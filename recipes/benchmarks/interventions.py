@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from ctrak_lightning import Attributor, methods
+from ctrak_lightning import Attributor, TraceStore, methods
 from ctrak_lightning.attribution.scoring import ensemble
 from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.methods.objectives import Residual, contrast
@@ -173,6 +173,13 @@ def fine_tuned(folder: Path, shown: Shown, seed: int) -> None:
     record(folder, {"arguments": {"seed": seed}})
 
 
+def counted(store: TraceStore) -> Tensor:
+    """How often each sample had been trained on by each checkpoint, as the callback has counted it,
+    int64 [M, N]."""
+    each = [checkpoint.exposures() for checkpoint in store.checkpoints]
+    return torch.stack([one for one in each if one is not None])
+
+
 def scores_of(
     folder: Path, shown: Shown, asked: Sequence[Question], given: Tensor, rows: Sequence[str]
 ) -> Iterator[tuple[str, Tensor]]:
@@ -187,13 +194,13 @@ def scores_of(
         sampler=SAMPLER,
         given=patchify(given),
     )
-    exposures = shown.design.exposures().double()
+    inline = Attributor(folder / "inline", module, sampler=SAMPLER)
+    exposures = counted(inline.store).double()
     for variant, attributor, query in answers(case, variants(rows), answers_folder(folder)):
         each = torch.stack([r.checkpoint_scores for r in attributor.score(query)], 1).double()
         name = variant.name.removesuffix("_given")
         yield name, ensemble(each)
         yield f"{name}, times exposures", ensemble(each * exposures[:, None], None, exposures > 0)
-    inline = Attributor(folder / "inline", module, sampler=SAMPLER)
     found = inline.score(inline.query_given(case.concepts, patchify(given)))
     yield INLINE, torch.stack([result.scores for result in found]).double()
 
@@ -249,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         plain = baselines(asked, (given + 1) / 2, data)
         plain = {name: torch.cat([each, each[:, copied]], 1) for name, each in plain.items()}
         # What a count of exposures is worth by itself, without a gradient.
-        counts = shown.design.exposures()[-1]
+        counts = counted(TraceStore(folder / "inline"))[-1]
         rows |= plain | {f"{name}, times exposures": plain[name] * counts for name in COUNTED}
         for name, scores in rows.items():
             for test, values in aucs(scores, asked, shown).items():

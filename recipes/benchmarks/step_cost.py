@@ -28,6 +28,7 @@ TIMESTEPS = 3
 METHODS = {
     "trak": methods.trak(TIMESTEPS),
     "concept_trak_norm": methods.concept_trak_norm(TIMESTEPS),
+    "influence": methods.influence("both", TIMESTEPS),
     "concept_trak": methods.concept_trak(TIMESTEPS),
     "concept_trak_paper": methods.concept_trak_paper(TIMESTEPS, 2 * TIMESTEPS),
 }

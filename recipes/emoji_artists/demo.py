@@ -32,13 +32,13 @@ from .sheets import contact_sheet
 ARTISTS = ["noto", "fluent-emoji-high-contrast", "twemoji", "openmoji"]
 TIMESTEPS = 3
 SAMPLER = Sampler(steps=20, guidance=2.5)
-SHEETS = "concept_trak"
+SHEETS = "influence"
 PAGE = ("christmas-tree", "twemoji")
 """The pair of the page, where it was held out."""
 LABELS = {
-    "concept_trak": "`concept_trak()`, the default",
-    "concept_trak_norm": "`concept_trak_norm()`",
-    "concept_trak_paper": "Concept-TRAK as published",
+    "influence": "`influence()`, the default",
+    "concept_trak": "`concept_trak()`",
+    "concept_trak_paper": "Concept-TRAK's published objectives, few steps",
     "trak": "denoising loss (TRAK), whole image",
     "label_search": "label search (no gradients)",
     "chance": "chance",
@@ -49,8 +49,8 @@ def traced_methods() -> dict[str, Method]:
     """The methods of the table. Their dampings are fixed without labels: the library's defaults, but
     for the published method, whose figures here are of a damping of 1."""
     return {
+        "influence": methods.influence(timesteps=TIMESTEPS),
         "concept_trak": methods.concept_trak(timesteps=TIMESTEPS),
-        "concept_trak_norm": methods.concept_trak_norm(timesteps=TIMESTEPS),
         "concept_trak_paper": methods.concept_trak_paper(
             timesteps=TIMESTEPS, inversion_steps=2 * TIMESTEPS, damping=1.0
         ),

@@ -664,7 +664,7 @@ def test_modes_and_methods_that_do_not_fit_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r"'inline_trak', mode='capture'.*HINT"):
         ConceptTracer("x", "inline_trak")
     assert ConceptTracer("x", mode="inline").method == methods.inline_trak()
-    assert ConceptTracer("x").method == methods.concept_trak()
+    assert ConceptTracer("x").method == methods.influence()
 
 
 class Named(nn.Module):

@@ -112,6 +112,6 @@ def test_it_is_told_once_and_left_out_of_a_dry_run_and_a_resumed_one(
 
 
 def test_a_default_method_that_nobody_could_ask_is_refused(tmp_path: Path) -> None:
-    told = r"'concept_trak'.*UnconditionalTask has none.*HINT: trace with methods\.d_trak\(\)"
+    told = r"'influence'.*UnconditionalTask has none.*HINT: trace with methods\.d_trak\(\)"
     with pytest.raises(MisconfigurationException, match=told):
         train(made("ddpm"), [ConceptTracer(str(tmp_path / "traces"))])
