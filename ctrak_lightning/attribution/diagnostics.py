@@ -144,9 +144,10 @@ def stability(
     return float(spearman(halves[0], halves[1]))
 
 
-UNSTABLE = 0.3
+UNSTABLE = 0.1
 """A correlation between the rankings of two halves of the checkpoints below this is none to speak
-of."""
+of. No reason to doubt that a concept is learnt: with :func:`~ctrak_lightning.methods.influence` a
+model that has hardly been trained agrees with itself best."""
 INDISTINCT = 0.5
 """A share of training images that rank themselves first below this says that the traces hardly tell
 them apart."""
@@ -239,8 +240,8 @@ def judged(
         loss=loss,
         moved=moved,
         unlearnt=_unlearnt(strength, loss, noise),
-        unshown=_unshown(moved, self_check, stability),
-        cautions=_cautions(checkpoints, positive),
+        unshown=_unshown(moved, self_check),
+        cautions=_cautions(checkpoints, positive, stability),
     )
 
 
@@ -272,7 +273,7 @@ def is_noise(own: float, lowest: float) -> bool:
     return lowest > SMOOTH and own < NOISY * lowest
 
 
-def _unshown(moved: float | None, check: SelfCheck | None, halves: float | None) -> list[str]:
+def _unshown(moved: float | None, check: SelfCheck | None) -> list[str]:
     found = []
     if moved is not None and moved < STILL:
         found.append(
@@ -285,18 +286,18 @@ def _unshown(moved: float | None, check: SelfCheck | None, halves: float | None)
             f"Only {check.first} of {check.asked} training images, taken as questions, rank "
             "themselves first: these traces hardly tell the images apart."
         )
-    if halves is not None and halves < UNSTABLE:
-        found.append(
-            "The rankings of the two halves of the checkpoints hardly agree (rank correlation "
-            f"{halves:.2f})."
-        )
     return found
 
 
-def _cautions(checkpoints: int, positive: bool) -> list[str]:
+def _cautions(checkpoints: int, positive: bool, halves: float | None) -> list[str]:
     found = []
     if not positive:
         found.append("No training image has a positive score for this concept.")
+    if halves is not None and halves < UNSTABLE:
+        found.append(
+            "The rankings of the two halves of the checkpoints hardly agree (rank correlation "
+            f"{halves:.2f}): look at when each image scored."
+        )
     if checkpoints < 2:
         found.append(
             "The ranking rests on a single checkpoint, so nothing can be said of its stability or "

@@ -184,9 +184,11 @@ def all_scores(
     return scores_of(out, case, variants(methods), what) | baselines(asked, (shown + 1) / 2, data)
 
 
-def drawing_scores(folder: Path, data: EmojiArtists, seed: int) -> dict[str, Tensor]:
+def drawing_scores(
+    folder: Path, data: EmojiArtists, seed: int, methods: Sequence[str] = METHODS
+) -> dict[str, Tensor]:
     """:func:`all_scores` about the real drawings."""
-    return all_scores(folder, data, seed, JUDGES[0], data.held_out_set.images, METHODS)
+    return all_scores(folder, data, seed, JUDGES[0], data.held_out_set.images, methods)
 
 
 def summed(rows: Mapping[str, Tensor], methods: Sequence[str]) -> dict[str, Tensor]:

@@ -48,11 +48,11 @@ from .synthetic.figures import Synthetic
 from .synthetic.model import SyntheticDiffusion
 from .tables import command_of, grid, machine, parser_of, publish
 
-TIMESTEPS, LOSS_TIMESTEPS, DRAWS = 2, 6, 2
+LOSS_TIMESTEPS, DRAWS = 6, 2
 CHECKPOINTS = 2
 CARRIERS = 8
 """Real images of a concept that its worth is measured on, at most."""
-METHOD = methods.concept_trak(timesteps=TIMESTEPS)
+METHOD = methods.influence()  # the default
 WORTH, SURE = 0.01, 2.0
 """A concept counts as learnt where its name lowers the loss of real images by this share, and by
 this many standard errors over images, where there are several."""
@@ -63,9 +63,6 @@ CHECKS: dict[str, Callable[[Row], bool]] = {
     f"loss > {BLIND:g}": lambda row: row["loss"] > BLIND,
     f"losses moved by < {STILL:g}": lambda row: row["moved"] < STILL,
     f"self-check < {INDISTINCT:g}": lambda row: row["self_check"] < INDISTINCT,
-    f"agreement < {UNSTABLE:g}": lambda row: (
-        row["stability"] is not None and row["stability"] < UNSTABLE
-    ),
     "the image is noise": lambda row: is_noise(row["neighbours"], row["neighbours_of_training"]),
 }
 """What the library doubts an answer for."""

@@ -21,14 +21,16 @@ from .influence import crossed_objects, drawing_scores, object_questions
 from .outcomes import Outcomes, judged
 from .tables import command_of, grid, machine, parser_of, publish
 
-METHODS = ("influence", "concept_trak", "label and judge's features", "label and pixels", "random")
+GRADIENTS = ("influence", "concept_trak")
+METHODS = (*GRADIENTS, "label and grey-level correlation", "random")
 MEASURES = {"loss": 1000.0, "judge": 1.0, "likeness": 1.0}
 
 
 def name_of(method: str, count: int, traced: int) -> str:
-    """The name of a run, without its seed."""
+    """The name of a run, without its seed; what takes no gradients is the same for every traced
+    one."""
     words = "".join(letter if letter.isalnum() else "_" for letter in method)
-    return f"own-{count}-{words}-traced{traced}"
+    return f"own-{count}-{words}" + (f"-traced{traced}" if method in GRADIENTS else "")
 
 
 def left_out(
@@ -57,7 +59,7 @@ def drops(outcomes: Outcomes, method: str, count: int, traced: int, seed: int) -
 def table(found: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
     """A line per method: the mean drop of every measure, [F, 64] of F fine-tunes, with intervals over
     fine-tunes and objects, crossed; and less the best row without gradients by the loss."""
-    plain = [name for name in found if not name.startswith(("influence", "concept_trak"))]
+    plain = [name for name in found if name not in GRADIENTS]
     best = max(plain, key=lambda name: float(found[name]["loss"].mean()))
 
     def shown(values: Tensor, scale: float, sign: str = "") -> str:
@@ -97,11 +99,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         if not wanted:
             continue
-        scores = drawing_scores(folder, data, traced)
+        taken = [method for method in args.methods if method in GRADIENTS]
+        scores = drawing_scores(folder, data, traced, taken)
         for method, seed in wanted:
             out = left_out(scores[method], asked, pairs, args.count)
             kept = sorted(set(range(len(pairs))) - out)
-            jobs.append((retrain.Run(name_of(method, args.count, traced), kept), seed))
+            run = retrain.Run(name_of(method, args.count, traced), kept)
+            jobs += [(run, seed)] if (run, seed) not in jobs else []
     retrain.finish(folder, "labelled", jobs)
     known = judged(folder, known)
     known.save("labelled", args.results)

@@ -131,9 +131,11 @@ def test_the_share_of_the_self_check_and_the_agreement_have_thresholds_of_their_
         (round(INDISTINCT * asked) - 1, True),
         (round(INDISTINCT * asked), False),
     ):
-        assert bool(diagnostics._unshown(None, SelfCheck(first, asked), None)) is doubted
-    assert diagnostics._unshown(None, None, UNSTABLE - 1e-6)
-    assert not diagnostics._unshown(None, None, UNSTABLE)
+        assert bool(diagnostics._unshown(None, SelfCheck(first, asked))) is doubted
+    (told,) = diagnostics._cautions(2, True, UNSTABLE - 1e-6)
+    assert told.startswith("The rankings of the two halves of the checkpoints hardly agree")
+    assert not diagnostics._cautions(2, True, UNSTABLE)
+    assert not diagnostics._cautions(2, True, None)
 
 
 def drawn(n: int, seed: int) -> Tensor:
