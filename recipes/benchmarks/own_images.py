@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         if not wanted:
             continue
-        scores = drawing_scores(folder, data, traced)
+        scores = drawing_scores(folder, data, traced, args.methods)
         for method, seed in wanted:
             out = left_out(scores[method], asked, pairs, args.count)
             kept = sorted(set(range(len(pairs))) - out)
