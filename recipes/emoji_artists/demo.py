@@ -38,7 +38,7 @@ PAGE = ("christmas-tree", "twemoji")
 LABELS = {
     "concept_trak": "`concept_trak()`, the default",
     "concept_trak_norm": "`concept_trak_norm()`",
-    "concept_trak_paper": "Concept-TRAK as published",
+    "concept_trak_paper": "Concept-TRAK, cheap setting",
     "trak": "denoising loss (TRAK), whole image",
     "label_search": "label search (no gradients)",
     "chance": "chance",
