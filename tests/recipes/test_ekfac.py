@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ctrak_lightning import Concept, DiffusionTask, Encoded, GradientTracer, NoiseSchedule, Sampler
 from ctrak_lightning.attribution.scoring import ensemble
-from recipes.benchmarks import ekfac
+from recipes.benchmarks import ekfac, influence
 from recipes.benchmarks.compare import Case
 from recipes.benchmarks.ekfac import WHOLE, Curvature, States, curvatures, scores, split
 from recipes.benchmarks.replay import save_trained
@@ -189,6 +189,12 @@ def test_other_layers_are_refused() -> None:
     tracer = GradientTracer(module.denoiser, WHOLE)
     with pytest.raises(ValueError, match="no Kronecker factors here, expected nn.Linear and"):
         curvatures(module, tracer, lambda: [])
+
+
+def test_rows_are_no_variants_that_the_librarys_kernel_could_score() -> None:
+    assert set(ekfac.ROWS) < set(influence.METHODS)
+    with pytest.raises(ValueError, match="unknown.*ekfac_given"):
+        influence.variants(["ekfac"])
 
 
 def test_rows_ask_what_influence_asks_and_are_kept(tmp_path: Path) -> None:
