@@ -28,7 +28,7 @@ from ..emoji_artists.data import EmojiArtists
 from ..emoji_artists.evaluate import Question, questions
 from ..emoji_artists.module import EmojiDiffusion
 from ..emoji_artists.network import patchify
-from . import emoji, retrain
+from . import ekfac, emoji, retrain
 from .compare import Case, Variant, answers, answers_folder
 from .likeness import likenesses, within
 from .outcomes import Outcomes, generated_images, judged
@@ -42,7 +42,8 @@ DRAWS = 1000
 THRESHOLD = emoji.THRESHOLD
 METHODS = (
     *("influence", "influence_condition", "influence_null", "random_probe"),
-    *("concept_trak", "concept_trak_norm", "trak", "d_trak"),
+    *("concept_trak", "concept_trak_norm", "concept_trak_published", "trak", "d_trak"),
+    *ekfac.ROWS,
 )
 TWINS = {
     "emojione": "emojione-monotone",
@@ -146,8 +147,9 @@ def baselines(asked: Sequence[Question], images: Tensor, data: EmojiArtists) -> 
     return found | {"label": count, "random": random_order(len(asked), len(shown))}
 
 
-def variants(names: Sequence[str] = METHODS) -> list[Variant]:
-    """The gradient methods, asked about given images."""
+def variants(names: Sequence[str]) -> list[Variant]:
+    """The gradient methods, asked about given images; not those of :mod:`.ekfac`, which have a
+    kernel of their own."""
     return table_variants(5, STEPS, [f"{name}_given" for name in names])
 
 
@@ -181,14 +183,21 @@ def all_scores(
         given=patchify(shown),
     )
     out = folder / "influence" / f"seed{seed}"
-    return scores_of(out, case, variants(methods), what) | baselines(asked, (shown + 1) / 2, data)
+    solved = [name for name in ekfac.ROWS if name in methods]
+    rows = variants([name for name in methods if name not in solved])
+    return {
+        **scores_of(out, case, rows, what),
+        **ekfac.scores_of(out, case, solved, STEPS, what),
+        **baselines(asked, (shown + 1) / 2, data),
+    }
 
 
 def drawing_scores(
-    folder: Path, data: EmojiArtists, seed: int, methods: Sequence[str] = METHODS
+    folder: Path, data: EmojiArtists, seed: int, methods: Sequence[str]
 ) -> dict[str, Tensor]:
-    """:func:`all_scores` about the real drawings."""
-    return all_scores(folder, data, seed, JUDGES[0], data.held_out_set.images, methods)
+    """:func:`all_scores` about the real drawings; ``methods`` that are none are passed over."""
+    rows = [name for name in METHODS if name in methods]
+    return all_scores(folder, data, seed, JUDGES[0], data.held_out_set.images, rows)
 
 
 def summed(rows: Mapping[str, Tensor], methods: Sequence[str]) -> dict[str, Tensor]:

@@ -99,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         if not wanted:
             continue
-        taken = [method for method in args.methods if method in GRADIENTS]
-        scores = drawing_scores(folder, data, traced, taken)
+        scores = drawing_scores(folder, data, traced, args.methods)
         for method, seed in wanted:
             out = left_out(scores[method], asked, pairs, args.count)
             kept = sorted(set(range(len(pairs))) - out)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ctrak_lightning import Method, methods
 from ctrak_lightning.methods.objectives import Denoising, MeanOutput, contrast
-from ctrak_lightning.methods.trajectories import Noised
+from ctrak_lightning.methods.trajectories import Inverted, Noised
 
 from .compare import Variant
 
@@ -19,6 +19,9 @@ LAYERS = {
     "cross_attention": (CROSS_ATTENTION, ("concept_trak", "concept_trak_norm", "mean_output")),
 }
 """Layers that rows of their own trace, and which methods have such a row."""
+PUBLISHED = "concept_trak_published"
+"""Concept-TRAK (arXiv 2507.06547) at the cost its authors run it at."""
+PUBLISHED_STATES = Inverted(steps=50, guidance=7.5, timesteps=9)
 # All other rows are also asked about given images.
 GENERATED_ALONE = ("contrastive", "journey", "tracin", "retrac")
 
@@ -32,6 +35,9 @@ def table_variants(
 ) -> list[Variant]:
     """The methods of the tables; damping by agreement for contrastive queries, else 1, or none
     where the method has none: fixed beforehand, without labels.
+
+    ``concept_trak_paper`` is Concept-TRAK at a cost like the other rows';
+    ``concept_trak_published`` (:func:`published`) is what its authors run.
 
     Args:
         timesteps: states per sample and query.
@@ -73,6 +79,7 @@ def table_variants(
     rows = [
         Variant(name=name, method=method, steps=tuple(steps)) for name, method in chosen.items()
     ]
+    rows.append(published(steps))
     of_layers = [
         replace(row, name=f"{row.name}_{suffix}", layers=layers)
         for suffix, (layers, names) in LAYERS.items()
@@ -85,9 +92,7 @@ def table_variants(
         if row.name in ("trak", "d_trak")
     ]
     given = [
-        replace(row, name=f"{row.name}_given", scope="given")
-        for row in (*rows, *of_layers)
-        if not row.name.startswith(GENERATED_ALONE)
+        about_given(row) for row in (*rows, *of_layers) if not row.name.startswith(GENERATED_ALONE)
     ]
     everything = [row for row in (*rows, *of_layers, *overall, *given) if row.scope in scopes]
     known = [row.name for row in everything]
@@ -95,6 +100,38 @@ def table_variants(
         shown = ", ".join(known)
         raise ValueError(f"table_variants(only={only}): unknown {unknown}. Known: {shown}.")
     return [row for row in everything if only is None or row.name in only]
+
+
+def published(steps: Sequence[int]) -> Variant:
+    """Concept-TRAK as its authors run it, whatever the table's states and checkpoints are: nine
+    states of 50 steps of DDIM inversion under guidance 7.5, cross-attention alone, the last
+    checkpoint alone.
+
+    It has no kernel: with one checkpoint no other is there to agree with, and the authors pick the
+    damping by the benchmark's labels. Their queries take every gradient in a generation of its own
+    (eta 0.1), which the library cannot: it takes the states of the one that made the image.
+    """
+    method = methods.concept_trak_paper(
+        timesteps=PUBLISHED_STATES.timesteps or PUBLISHED_STATES.steps,
+        inversion_steps=PUBLISHED_STATES.steps,
+        guidance=PUBLISHED_STATES.guidance,
+        damping=None,
+    )
+    return Variant(
+        name=PUBLISHED,
+        method=replace(method, name=PUBLISHED),
+        layers=CROSS_ATTENTION,
+        steps=(steps[-1],),
+    )
+
+
+def about_given(row: Variant) -> Variant:
+    """A row that is asked about given images. The published method inverts these as it does the
+    training images; what else looks at a generation has noised ones."""
+    method = row.method
+    if row.name == PUBLISHED:
+        method = replace(method, query_trajectory=PUBLISHED_STATES)
+    return replace(row, name=f"{row.name}_given", method=method, scope="given")
 
 
 def swapped(rows: Sequence[Variant]) -> list[Variant]:

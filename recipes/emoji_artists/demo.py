@@ -38,7 +38,7 @@ PAGE = ("christmas-tree", "twemoji")
 LABELS = {
     "influence": "`influence()`, the default",
     "concept_trak": "`concept_trak()`",
-    "concept_trak_paper": "Concept-TRAK's published objectives, few steps",
+    "concept_trak_paper": "Concept-TRAK, cheap setting",
     "trak": "denoising loss (TRAK), whole image",
     "label_search": "label search (no gradients)",
     "chance": "chance",

@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from ctrak_lightning import Concept, Projection, Sampler, methods
+from ctrak_lightning.methods.trajectories import Generated
 from recipes.benchmarks import counterfactual, groups
 from recipes.benchmarks.ablations import (
     COLUMNS,
@@ -397,6 +398,30 @@ def test_the_table_has_every_preset() -> None:
     assert [row.name for row in table_variants(2, (1,), ["trak", "das"])] == ["trak", "das"]
     with pytest.raises(ValueError, match=r"unknown \['trakk'\]. Known: concept_trak, "):
         table_variants(2, (1,), ["trakk"])
+
+
+def test_the_published_row_is_what_its_authors_run() -> None:
+    names = ["concept_trak_published", "concept_trak_published_given"]
+    row, given = table_variants(5, (3, 6, 9), names)
+    assert [row.name, given.name] == names
+    for each in (row, given):
+        # Nothing of the table's states and checkpoints but the last of these.
+        assert each.steps == (9,)
+        assert each.layers == ("*attn2*",)
+        assert each.damping == "None"
+        assert each.method.normalisation == "sample"
+        inverted = each.method.training_dict()["trajectory"]
+        assert inverted["class"] == "Inverted"
+        assert (inverted["steps"], inverted["guidance"], inverted["timesteps"]) == (50, 7.5, 9)
+    assert row.method.query_trajectory == Generated(timesteps=9)
+    assert given.method.query_trajectory == given.method.training_trajectory
+    assert given.store_name() == row.store_name()
+    (cheap,) = table_variants(5, (3, 6, 9), ["concept_trak_paper"])
+    assert cheap.steps == (3, 6, 9)
+    assert cheap.layers is None
+    assert cheap.store_name() != row.store_name()
+    with pytest.raises(ValueError, match="unknown.*concept_trak_publishd.*concept_trak_published"):
+        table_variants(5, (9,), ["concept_trak_publishd"])
 
 
 def test_trained_weights_are_saved_after_the_chosen_steps(tmp_path: Path) -> None:
