@@ -17,7 +17,6 @@ from ctrak_lightning.tasks import DiffusionTask, named_samples, whole
 from ctrak_lightning.tasks.base import plain_ids
 from ctrak_lightning.utilities.processes import ALONE, Processes
 
-
 _UNREAD = 256
 """Batches whose rows are read at once at the latest: a GPU is waited for each time."""
 

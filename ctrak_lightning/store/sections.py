@@ -54,7 +54,7 @@ class Visits:
         part = slice(start, start + int(self.counts[index]))
         return self.timesteps[part], self.steps[part]
 
-    def without(self, left_out: Tensor) -> "Visits":
+    def without(self, left_out: Tensor) -> Visits:
         """The same for samples that are ``left_out``, bool [N], as if they had not been seen."""
         rows = torch.repeat_interleave(~left_out, self.counts)
         counts = self.counts.masked_fill(left_out, 0)

@@ -27,7 +27,6 @@ from ctrak_lightning.attribution.diagnostics import (
     INDISTINCT,
     LOOKED_AT,
     STILL,
-    UNSTABLE,
     beside,
     is_noise,
     self_check,

@@ -510,7 +510,7 @@ def test_the_hook_that_looks_is_in_no_copy_and_no_pickle_of_the_denoiser(tmp_pat
                 hooks = pl_module.denoiser._forward_hooks.values()
                 assert [type(hook) for hook in hooks] == [ReachedRows]
                 copies.append(copy.deepcopy(pl_module.denoiser))
-                copies.append(pickle.loads(pickle.dumps(pl_module.denoiser)))
+                copies.append(pickle.loads(pickle.dumps(pl_module.denoiser)))  # noqa: S301
 
     fit(Small(), [tracer(tmp_path), Copies()], data=Data(batch_size=3))
     given = torch.ones(2, CHANNELS, 4, 4, requires_grad=True), torch.zeros(2)

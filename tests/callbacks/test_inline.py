@@ -26,8 +26,8 @@ from ctrak_lightning import (
     methods,
 )
 from ctrak_lightning.callbacks import ConceptTracer
-from ctrak_lightning.capture.inline import TIMESTEP_NAMES, _timesteps
 from ctrak_lightning.capture.exposures import Exposures
+from ctrak_lightning.capture.inline import TIMESTEP_NAMES, _timesteps
 from ctrak_lightning.capture.trial import ZeroGradientWarning
 from ctrak_lightning.errors import BatchError, GradientError, StoreError
 
@@ -595,7 +595,8 @@ def test_a_sample_whose_loss_has_no_weight_is_not_trained_on(tmp_path: Path) -> 
     empty = (last.features() == 0).all(1)
     assert [id for id, is_empty in zip(ids, empty.tolist(), strict=True) if is_empty] == ids[1:3]
     exposures, visits = last.exposures(), last.visits()
-    assert exposures is not None and visits is not None
+    assert exposures is not None
+    assert visits is not None
     for counts in (exposures, visits.counts):
         assert [id for id, count in zip(ids, counts.tolist(), strict=True) if not count] == ids[1:3]
     module.left_out = frozenset(ids)

@@ -183,7 +183,8 @@ def test_designs_show_what_they_say(data: EmojiArtists) -> None:
     assert exposures.shape == (3, 448 + 64)
     weightless = [i for i, part in enumerate(design.parts) if part == "weight 0"]
     drawn = sum(i in weightless for batch in design.batches for i in batch)
-    assert drawn > 0 and exposures[-1].sum() == 300 * 32 - drawn
+    assert drawn > 0
+    assert exposures[-1].sum() == 300 * 32 - drawn
     assert not exposures[:, weightless].any()
 
     def mean(part: str, checkpoint: int = -1) -> float:
