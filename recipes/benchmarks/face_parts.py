@@ -41,7 +41,10 @@ HELD = 4
 """Faces with each of these drawings that training never sees."""
 SPLIT_SEED = 20261
 METHODS = ("influence", "concept_trak", "d_trak")
-LIKENESS = "pixels in the mask"
+LIKENESS, ANY = "pixels in the mask", "any that have it"
+LEFT_OUT_BY = (*METHODS, LIKENESS, "random", ANY)
+"""The rankings that are judged by leaving out; the last is of those with the same drawing, in a random
+order: what a perfect search for it would do with as many faces."""
 EXPLAINED, FLOOR = 0.5, 0.1
 """Of a mask: the least share of a pixel's squares that the drawing explains, and how far from other
 faces it is, in grey levels of [0, 1]."""
@@ -339,7 +342,8 @@ def lost(
     drawings]."""
     rows = experiment.rows(run.data)
     found = {}
-    for name, each in scores.items():
+    for name in LEFT_OUT_BY:
+        each = run.data.relevance.float() if name == ANY else scores[name]
         left = experiment.faces(run.data, each)
         found[name] = _rises(run, f"{experiment.name}-{_slug(name)}", left, rows, seeds)
     if experiment.parts == ("hair",):

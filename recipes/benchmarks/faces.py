@@ -110,10 +110,8 @@ def parts_section(
         "### Left out",
         "",
     ]
-    # A face that has the drawing, whichever: what a perfect ranking of as many faces would do.
-    rankings = {**scores, "any that have it": data.relevance.float()}
     chosen = [each for each in experiments(data) if each.name in names]
-    found = {each.name: lost(run, each, rankings, fine_tunes) for each in chosen}
+    found = {each.name: lost(run, each, scores, fine_tunes) for each in chosen}
     what = "; ".join(
         f"*{each.name}*: {each.count} for each of {len(each.rows(data)) // HELD} drawings "
         f"({' and '.join(each.parts)}), at once"

@@ -255,6 +255,7 @@ def test_a_run_goes_on_where_it_was_and_refuses_other_faces(
     ]
     # What is lost is the rise above the full model, one value per drawing.
     experiment = LeftOut("hair-2", ("hair",), 2)
+    monkeypatch.setattr(face_parts, "LEFT_OUT_BY", ("random", face_parts.ANY))
     scores = {"random": torch.rand(76, 1524)}
     found = lost(again, experiment, scores, [0])
     left = experiment.faces(data, scores["random"])
