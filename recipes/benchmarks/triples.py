@@ -5,6 +5,7 @@ is never shown one triple of values, a judge of what it generates, and precision
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -167,37 +168,64 @@ def train_verifier(data: Triples, seed: int, steps: int) -> tuple[Verifier, dict
     return verifier, accuracy
 
 
+def judge(
+    folder: Path, data: Triples, settings: dict[str, Any]
+) -> tuple[Verifier, dict[str, float]]:
+    """:func:`train_verifier`, unless ``folder`` already holds that one.
+
+    Raises:
+        ValueError: the folder holds another one, or it cannot be trusted.
+    """
+    arguments = {name: settings[name] for name in ("seed", "verifier_steps")}
+    weights = folder / "verifier.safetensors"
+    known = finished(folder, arguments)
+    if known is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        trained, accuracy = train_verifier(data, *arguments.values())
+        save_file({name: v.contiguous() for name, v in trained.state_dict().items()}, weights)
+        known = record(folder, {"arguments": arguments, "accuracy": accuracy})
+    verifier = Verifier(data.factors, data.size)
+    verifier.load_state_dict(load_file(weights))
+    return verifier.eval(), known["accuracy"]
+
+
 class Run:
     """A model and its judge, trained unless ``folder`` already holds them.
+
+    Args:
+        folder: of the run.
+        data: the images.
+        settings: of the training; another run has another folder.
+        sampler: of the images that are asked about; :data:`SAMPLER` if None.
 
     Raises:
         ValueError: the folder holds a run with other settings, or the judge cannot be trusted.
     """
 
-    def __init__(self, folder: Path, data: Triples, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        data: Triples,
+        settings: dict[str, Any],
+        sampler: Sampler | None = None,
+    ) -> None:
         facts = {"held_out": data.held_out, "images": len(data.combos), "size": data.size}
         self.data, arguments, steps = data, settings | facts, evenly(settings["steps"], 3)
-        self.seed = settings["seed"]
+        self.seed, self.sampler = settings["seed"], sampler or SAMPLER
         L.seed_everything(settings["seed"], verbose=False)
         patch, channels = settings["patch"], tuple(settings["channels"])
         self.module = FactorDiffusion(data.factors, data.size, patch, channels, drop=0.1)
-        weights = folder / "verifier.safetensors"
+        self.folder, self.steps = folder, steps
         known = finished(folder, arguments)
+        self.verifier, self.accuracy = judge(folder / "judge", data, settings)
         if known is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            judge, accuracy = train_verifier(data, settings["seed"], settings["verifier_steps"])
-            save_file({name: v.contiguous() for name, v in judge.state_dict().items()}, weights)
             fitted(self.module, data, steps[-1], SaveTrained(folder, steps), accelerator="auto")
-            known = record(folder, {"arguments": arguments, "accuracy": accuracy})
-        self.folder, self.steps, self.accuracy = folder, steps, known["accuracy"]
-        self.verifier = Verifier(data.factors, data.size)
-        self.verifier.load_state_dict(load_file(weights))
-        self.verifier.eval()
+            record(folder, {"arguments": arguments})
         load_trained(self.module.eval(), folder, steps[-1])
 
     def images(self, combos: Sequence[Combo], seeds: Sequence[int]) -> Tensor:
         """One generated image per (triple, seed) [n, 3, H, W] in [0, 1]."""
-        return generate(self.module, SAMPLER, combos, seeds, self.module.latent_shape)
+        return generate(self.module, self.sampler, combos, seeds, self.module.latent_shape)
 
     def questions(self, wanted: int) -> tuple[list[Question], dict[str, int]]:
         """For the first ``wanted`` accepted images of every triple, the attributes in which it has
@@ -223,10 +251,10 @@ class Run:
             batches=self.data.trace_dataloader(),
             concepts=[concept(each, "dropped") for each in asked],
             seeds=[seed for _, _, seed in asked],
-            sampler=SAMPLER,
+            sampler=self.sampler,
             counters={"swapped": [concept(each, "swapped") for each in asked]},
         )
-        out = answers_folder(self.folder, self.data.traced, asked)
+        out = answers_folder(self.folder, self.data.traced, asked, asdict(self.sampler))
         found, images = compare(case, rows, out)
         relevant = self.data.relevance(asked).float()
         real = self.data.train_set.pixels[self.data.traced].float() / 255
