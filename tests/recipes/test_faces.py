@@ -263,4 +263,4 @@ def test_a_run_goes_on_where_it_was_and_refuses_other_faces(
     assert torch.equal(found["random"][0], rise)
     assert found["all that have it"].shape == (1, 12)
     rows = lost_table({"hair-2": found | {LIKENESS: found["random"] - 1.0}})
-    assert rows[-2].startswith("| random | +1000.00 [+1000.00, +1000.00]")
+    assert any(row.startswith("| random | +1000.00 [+1000.00, +1000.00]") for row in rows)
