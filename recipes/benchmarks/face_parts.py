@@ -42,9 +42,9 @@ HELD = 4
 SPLIT_SEED = 20261
 METHODS = ("influence", "concept_trak", "d_trak")
 LIKENESS, ANY = "pixels in the mask", "any that have it"
-LEFT_OUT_BY = (*METHODS, LIKENESS, "random", ANY)
-"""The rankings that are judged by leaving out; the last is of those with the same drawing, in a random
-order: what a perfect search for it would do with as many faces."""
+WITHOUT_GRADIENTS = (LIKENESS, "random", ANY)
+"""The rankings that are judged by leaving out, beside the gradient methods; the last is of those with
+the same drawing, in a random order: what a perfect search for it would do with as many faces."""
 EXPLAINED, FLOOR = 0.5, 0.1
 """Of a mask: the least share of a pixel's squares that the drawing explains, and how far from other
 faces it is, in grey levels of [0, 1]."""
@@ -336,13 +336,17 @@ def _difference(values: Tensor, reference: Tensor) -> str:
 
 
 def lost(
-    run: PartRun, experiment: LeftOut, scores: Mapping[str, Tensor], seeds: Sequence[int]
+    run: PartRun,
+    experiment: LeftOut,
+    scores: Mapping[str, Tensor],
+    methods: Sequence[str],
+    seeds: Sequence[int],
 ) -> dict[str, Tensor]:
-    """By ranking, how much the loss in the mask rises without its best-ranked faces [seeds,
-    drawings]."""
+    """By ranking (the ``methods`` and :data:`WITHOUT_GRADIENTS`), how much the loss in the mask rises
+    without its best-ranked faces [seeds, drawings]."""
     rows = experiment.rows(run.data)
     found = {}
-    for name in LEFT_OUT_BY:
+    for name in (*methods, *WITHOUT_GRADIENTS):
         each = run.data.relevance.float() if name == ANY else scores[name]
         left = experiment.faces(run.data, each)
         found[name] = _rises(run, f"{experiment.name}-{_slug(name)}", left, rows, seeds)

@@ -23,7 +23,6 @@ from torch import Tensor
 from ctrak_lightning import Sampler
 
 from ..face_artists.data import ATTRIBUTES, Faces
-from . import face_parts
 from .face_parts import (
     ARTIST,
     ASKED,
@@ -37,6 +36,7 @@ from .face_parts import (
     lost_table,
     retrieved,
 )
+from .face_parts import METHODS as PART_METHODS
 from .tables import Table, command_of, machine, parser_of, publish
 from .triples import VALUES, WHERE, Combo, Run, Triples, caption
 
@@ -92,12 +92,12 @@ def triples_section(
 
 
 def parts_section(
-    runs: Path, seed: int, fine_tunes: Sequence[int], names: Sequence[str]
+    runs: Path, methods: Sequence[str], seed: int, fine_tunes: Sequence[int], names: Sequence[str]
 ) -> list[str]:
     """Trains, asks and tabulates the parts."""
     data = PartFaces.split(Faces.load((ARTIST,)))
     run = PartRun(runs / "parts", data, Training())
-    scores = run.scores(seed, face_parts.METHODS)
+    scores = run.scores(seed, methods)
     asked = ", ".join(f"{count} of {part}" for part, count in ASKED.items())
     lines = [
         "## Parts that no caption names",
@@ -115,7 +115,7 @@ def parts_section(
         "",
     ]
     chosen = [each for each in experiments(data) if each.name in names]
-    found = {each.name: lost(run, each, scores, fine_tunes) for each in chosen}
+    found = {each.name: lost(run, each, scores, methods, fine_tunes) for each in chosen}
     what = "; ".join(
         f"*{each.name}*: {each.count} for each of {len(each.rows(data)) // HELD} drawings "
         f"({' and '.join(each.parts)}), at once"
@@ -144,6 +144,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--fine-tunes", nargs="+", type=int, default=[0], help="seeds of those without some faces"
     )
+    parser.add_argument(
+        "--methods", nargs="+", default=list(PART_METHODS), help="that take gradients, of the parts"
+    )
     parser.add_argument("--left-out", nargs="+", choices=names, default=names)
     parser.add_argument("--runs", type=Path, default=Path("runs/faces"))
     args = parser.parse_args(argv)
@@ -160,7 +163,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         section = triples_section(args.runs, held_out, args.seeds, args.queries, args.traced)
         lines += [*section, ""]
     if "parts" in args.only:
-        lines += parts_section(args.runs, args.traced_seed, args.fine_tunes, args.left_out)
+        lines += parts_section(
+            args.runs, args.methods, args.traced_seed, args.fine_tunes, args.left_out
+        )
     publish(args.results / "faces.md", "\n".join(lines) + "\n")
 
 

@@ -255,9 +255,9 @@ def test_a_run_goes_on_where_it_was_and_refuses_other_faces(
     ]
     # What is lost is the rise above the full model, one value per drawing.
     experiment = LeftOut("hair-2", ("hair",), 2)
-    monkeypatch.setattr(face_parts, "LEFT_OUT_BY", ("random", face_parts.ANY))
+    monkeypatch.setattr(face_parts, "WITHOUT_GRADIENTS", (face_parts.ANY,))
     scores = {"random": torch.rand(76, 1524)}
-    found = lost(again, experiment, scores, [0])
+    found = lost(again, experiment, scores, ["random"], [0])
     left = experiment.faces(data, scores["random"])
     rise = (again.losses("hair-2-random", left, 0) - full)[:48].view(12, HELD).mean(1)
     assert torch.equal(found["random"][0], rise)
