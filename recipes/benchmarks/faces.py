@@ -110,11 +110,10 @@ def parts_section(
         "the very strokes.",
         "",
         *retrieved(data, scores),
-        "",
-        "### Left out",
-        "",
     ]
     chosen = [each for each in experiments(data) if each.name in names]
+    if not chosen:
+        return lines
     found = {each.name: lost(run, each, scores, methods, fine_tunes) for each in chosen}
     what = "; ".join(
         f"*{each.name}*: {each.count} for each of {len(each.rows(data)) // HELD} drawings "
@@ -122,6 +121,9 @@ def parts_section(
         for each in chosen
     )
     lines += [
+        "",
+        "### Left out",
+        "",
         f"How much the denoising loss of the held-back faces rises where the drawing is (x 1000) in a "
         f"fine-tune without a ranking's best faces; higher = it named the right ones. {what}. "
         f"Fine-tunes of seeds {', '.join(map(str, fine_tunes))}; 95 % over drawings and fine-tunes, "
@@ -145,9 +147,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--fine-tunes", nargs="+", type=int, default=[0], help="seeds of those without some faces"
     )
     parser.add_argument(
-        "--methods", nargs="+", default=list(PART_METHODS), help="that take gradients, of the parts"
+        "--methods", nargs="*", default=list(PART_METHODS), help="that take gradients, of the parts"
     )
-    parser.add_argument("--left-out", nargs="+", choices=names, default=names)
+    parser.add_argument(
+        "--left-out", nargs="*", choices=names, default=names, help="with none, no fine-tune"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/faces"))
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # as the results here were made; batches are too small for more
