@@ -318,7 +318,7 @@ def retrieved(data: PartFaces, scores: Mapping[str, Tensor]) -> list[str]:
     columns = [f"{metric}, {part}" for metric in ("R-precision", "P@10") for part in ASKED]
     table = Table(columns, oracle=False)
     table.fill({name: {"None": each} for name, each in scores.items()}, figures, {})
-    lines = table.page("").splitlines()[1:]
+    lines = table.page("").splitlines()[3:]  # without a head and the note, which is of questions
     best = figures(scores[LIKENESS])
     cells = []
     for name, each in scores.items():

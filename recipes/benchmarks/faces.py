@@ -106,8 +106,8 @@ def parts_section(
         f"captions tell glasses and beard; asked about {HELD} held-back faces with each of the "
         f"commonest drawings ({asked}), by image and mask. Truth: the same drawing. A mask is where "
         "the training faces with a drawing agree and differ from the others. Traced seed "
-        f"{seed}; intervals over drawings. The mask knows the answer: likeness in it compares "
-        "the very strokes.",
+        f"{seed}. Mean [95 % bootstrap interval over drawings, a drawing's faces averaged]; "
+        "differences paired. The mask knows the answer: likeness in it compares the very strokes.",
         "",
         *retrieved(data, scores),
     ]
