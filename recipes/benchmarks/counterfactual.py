@@ -79,16 +79,21 @@ def parts(data: EmojiArtists) -> list[Part]:
     ]
 
 
+def best_ranked(scores: Tensor, count: int) -> set[int]:
+    """The positions of the images that several questions about one concept [n, N] rank highest: by
+    their mean standardised scores, ties in a random order."""
+    row = standardised(scores.double()).mean(0)
+    order = torch.randperm(len(row), generator=torch.Generator().manual_seed(20254))
+    best = order[row[order].argsort(descending=True, stable=True)]
+    return set(best[:count].tolist())
+
+
 def blamed(scores: Tensor, asked: Sequence[Question], part: Part) -> set[int]:
-    """The positions a part leaves out: the best-ranked images of each of its concepts. An artist's
-    scores [N] are the mean standardised scores of its questions; ties are in a random order."""
+    """The positions a part leaves out: the best-ranked images of each of its concepts."""
     found: set[int] = set()
     for value in part.values:
         rows = [i for i, q in enumerate(asked) if (q.kind, q.value) == (part.kind, value)]
-        row = standardised(scores[rows].double()).mean(0)
-        order = torch.randperm(len(row), generator=torch.Generator().manual_seed(20254))
-        best = order[row[order].argsort(descending=True, stable=True)]
-        found |= set(best[: part.count(len(row))].tolist())
+        found |= best_ranked(scores[rows], part.count(scores.shape[1]))
     return found
 
 

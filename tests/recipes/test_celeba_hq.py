@@ -11,19 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from ctrak_lightning import Attributor, Sampler, TraceStore, methods
-from recipes.benchmarks import celeba_hq
-from recipes.benchmarks.celeba_hq import (
-    ANNOTATIONS,
-    IMAGES,
-    VALUES,
-    CelebAHQ,
-    Run,
-    caption,
-    concept,
-    read_annotations,
-    train_verifier,
-)
+from recipes.benchmarks import celeba_hq, triples
+from recipes.benchmarks.celeba_hq import ANNOTATIONS, IMAGES, CelebAHQ, read_annotations
 from recipes.benchmarks.replay import saved_steps
+from recipes.benchmarks.triples import VALUES, Run, caption, concept, train_verifier
 
 from .stand_ins import picture
 
@@ -121,7 +112,7 @@ def test_figures_by_hand(root: Path) -> None:
     shown = [data.train_set.combos[i] for i in data.traced]
     scores = torch.rand(len(asked), len(shown), generator=torch.Generator().manual_seed(0))
     found = data.figures(asked, scores)
-    for where in celeba_hq.WHERE:
+    for where in triples.WHERE:
         expected = []
         for i, (combo, name, _) in enumerate(asked):
             if name == "Smiling" and (combo == TRIPLE) == (where == "held out"):
@@ -144,8 +135,8 @@ def test_a_question_is_against_the_triple_without_the_attribute_or_with_its_othe
 def test_the_benchmark_from_the_images_to_the_table(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(celeba_hq, "TIMESTEPS", 1)
-    monkeypatch.setattr(celeba_hq, "SAMPLER", Sampler(steps=2))
+    monkeypatch.setattr(triples, "TIMESTEPS", 1)
+    monkeypatch.setattr(triples, "SAMPLER", Sampler(steps=2))
 
     def every_second(self: Any, images: Tensor, specs: Any) -> Tensor:
         return torch.arange(len(images)) % 2 == 1

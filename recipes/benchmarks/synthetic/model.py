@@ -145,7 +145,7 @@ class FactorDiffusion(DiffusionTask, L.LightningModule):
 
     def encode(self, batch: dict[str, Any]) -> Encoded:
         return Encoded(
-            latents=F.pixel_unshuffle(batch["image"].to(self.device), self.patch),
+            latents=self.latents(batch["image"].to(self.device)),
             condition={"encoder_hidden_states": self.tokens(self._rows(batch))},
             sample_ids=self.sample_ids(batch),
             metadata={name: list(batch[name]) for name in (*self.tokens.factors, "caption")},
@@ -166,8 +166,15 @@ class FactorDiffusion(DiffusionTask, L.LightningModule):
     def decode(self, latents: Tensor) -> Tensor:
         return ((F.pixel_shuffle(latents, self.patch) + 1) / 2).clamp(0, 1)
 
+    def latents(self, images: Tensor) -> Tensor:
+        return F.pixel_unshuffle(images, self.patch)
+
+    def latent_mask(self, mask: Tensor) -> Tensor:
+        """Every pixel has channels of its own, so that a mask stays as fine as it is."""
+        return F.pixel_unshuffle(mask.expand(1, 3, *mask.shape), self.patch)[0]
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        latents = F.pixel_unshuffle(batch["image"], self.patch)
+        latents = self.latents(batch["image"])
         noise = torch.randn_like(latents)
         t = torch.randint(0, len(self.noise_schedule), (len(latents),), device=self.device)
         noised = self.noise_schedule.add_noise(latents, noise, t)
