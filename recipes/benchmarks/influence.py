@@ -45,6 +45,8 @@ METHODS = (
     *("concept_trak", "concept_trak_norm", "concept_trak_published", "trak", "d_trak"),
     *ekfac.ROWS,
 )
+SEARCH = "concept_trak"
+"""The search by concept that every row is held against, beside the best one without gradients."""
 TWINS = {
     "emojione": "emojione-monotone",
     "fluent-emoji-flat": "fluent-emoji-high-contrast",
@@ -261,7 +263,8 @@ def table(
     rows: Mapping[str, Tensor], methods: Sequence[str], judge: Judge, has_twin: Tensor
 ) -> list[str]:
     """A line per row: all questions, those whose drawing has a twin among the training images and
-    the others, and the difference to the best row that is none of the gradient ``methods``."""
+    the others, and the differences to the best row that is none of the gradient ``methods``, and to
+    :data:`SEARCH`."""
     draws = crossed(rows, judge)
     per_question = {
         name: torch.stack([correlations(row, judge, i) for i, row in enumerate(scores)]).nanmean(0)
@@ -269,14 +272,20 @@ def table(
     }
     mean = {name: float(values.nanmean()) for name, values in per_question.items()}
     best = max((name for name in rows if name not in methods), key=lambda name: mean[name])
+    against = [best, *([SEARCH] if SEARCH in rows else [])]
     cells = []
     for name in sorted(rows, key=lambda name: -mean[name]):
         with_twin, without = per_question[name][has_twin], per_question[name][~has_twin]
         ours = [_interval(mean[name], draws[name]), f"{float(with_twin.nanmean()):.2f}"]
-        less = mean[name] - mean[best]
-        against = "" if name == best else _interval(less, draws[name] - draws[best], sign=True)
-        cells.append([name, *ours, f"{float(without.nanmean()):.2f}", against])
-    return grid(["method", "all", "twin", "no twin", f"less *{best}*"], cells)
+        less = [
+            ""
+            if name == other
+            else _interval(mean[name] - mean[other], draws[name] - draws[other], sign=True)
+            for other in against
+        ]
+        cells.append([name, *ours, f"{float(without.nanmean()):.2f}", *less])
+    heads = ["method", "all", "twin", "no twin", *(f"less *{other}*" for other in against)]
+    return grid(heads, cells)
 
 
 def _interval(value: float, draws: Tensor, sign: bool = False) -> str:

@@ -86,6 +86,11 @@ def test_what_follows_the_truth_is_found_and_a_count_is_not(data: EmojiArtists) 
     assert head.endswith("less *random* |")
     assert first.startswith("| truth | 1.000 [1.000, 1.000] | 1.00 | 1.00 | +")
     assert second.startswith("| random | ")
+    beside = rows | {"concept_trak": rows["random"]}
+    [head, _, first, *_] = table(beside, ["truth", "concept_trak"], judge, torch.arange(64) < 30)
+    assert head.endswith("less *random* | less *concept_trak* |")
+    to_random, to_search = first.split(" | ")[-2:]
+    assert to_search.removesuffix(" |") == to_random
 
 
 def test_contributions_are_summed_and_scores_within_the_label(data: EmojiArtists) -> None:
