@@ -282,9 +282,7 @@ def test_a_question_about_a_training_image_has_the_noise_of_its_trace(tmp_path: 
     row = TraceStore(tmp_path).checkpoints[0].features()[2]
     assert row.norm() > 0
     assert (query.features[0, 0] - row).norm() <= 1e-4 * row.norm()
-    told = (
-        "multiplies a sample's score by how often it was trained on.*HINT: trace with ConceptTracer"
-    )
+    told = "multiplies a sample's score by how often it was trained on.*HINT: let training batches"
     with pytest.warns(UserWarning, match=told):
         attributor.score(query)
 
