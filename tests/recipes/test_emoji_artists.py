@@ -294,11 +294,11 @@ def test_the_demo_runs_and_reports_what_it_did(tmp_path: Path) -> None:
     assert len(list((tmp_path / "demo" / "sheets").glob("*.png"))) == 64
     facts = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert facts["r_precision"]["label_search"] == {"object": 1.0, "artist": 1.0}
-    for name in ("concept_trak", "concept_trak_paper", "trak"):
+    for name in ("influence", "concept_trak", "concept_trak_paper", "trak"):
         store = TraceStore(tmp_path / "demo" / "traces" / name)
         assert (len(store), [c.step for c in store.checkpoints]) == (64, [2, 4, 6])
         assert store.verify() == []
-    traces = tmp_path / "demo" / "traces" / "concept_trak"
+    traces = tmp_path / "demo" / "traces" / "influence"
     questions_asked = [entry for entry in Ledger(traces).entries() if entry.kind == "query"]
     assert len(questions_asked) == 130  # both concepts of 64 pairs, and the page's two
     assert verify(traces) == []
