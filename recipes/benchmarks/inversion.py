@@ -20,7 +20,7 @@ from ctrak_lightning.attribution.queries import Query
 from ctrak_lightning.metrics import spearman
 
 from ..emoji_artists.data import KINDS, EmojiArtists
-from ..emoji_artists.demo import ARTISTS, SAMPLER, SHEETS
+from ..emoji_artists.demo import ARTISTS, SAMPLER
 from ..emoji_artists.evaluate import Question, questions, r_precision
 from ..emoji_artists.module import EmojiDiffusion
 from ..emoji_artists.network import patchify
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     real = patchify(data.held_out_set.images[: args.pairs]).repeat_interleave(2, 0)
 
     def attributor(sampler: Sampler, given: str = "inverted") -> Attributor:
-        store = args.demo / "traces" / SHEETS
+        store = args.demo / "traces" / "concept_trak"
         options: dict[str, Any] = {"given": given, "record": False}
         return Attributor(store, module, sampler=sampler, **options)
 
