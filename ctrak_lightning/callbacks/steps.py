@@ -156,6 +156,7 @@ class ExposureCounter:
         if step != self._last_step or self._has_stepped:
             self._capture.exposures.share()
         self._last_step, self._batch = step, None
+        self._reached.begin()  # what captures and callbacks do between batches is no training
 
     def explain_unknown(self) -> None:
         """Says once, where a checkpoint is due, why exposures are not known."""

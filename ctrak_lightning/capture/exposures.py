@@ -42,17 +42,16 @@ class ReachedRows:
     def __init__(self) -> None:
         self.begin()
 
-    def begin(self) -> "ReachedRows":
-        """Starts on another batch; what is found of the one before stays with what this gave."""
+    def begin(self) -> None:
+        """Starts on another batch; to what was found of the one before nothing is added."""
         self.found = Found()
-        return self
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # A compiled graph is left as it is, and the batches that go through it count whole.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        first = next(tensors_in(output), None)
-        if first is not None and first.requires_grad and torch.is_grad_enabled():
+        first = next((one for one in tensors_in(output) if one.requires_grad), None)
+        if first is not None:
             first.register_hook(self.found.add)
 
     def __reduce__(self) -> Any:
@@ -70,7 +69,7 @@ class Found:
         try:
             rows = (cotangent.detach() != 0).flatten(1).any(1)
         except Exception:  # whatever kind of tensor it is, no reason to end a training
-            rows = torch.empty(0)
+            rows = torch.empty(0)  # of no batch's size
         self._rows.append(rows)
 
     def clear(self) -> None:
@@ -80,10 +79,13 @@ class Found:
     def of(self, size: int) -> list[bool]:
         """Whether anything reached each of ``size`` samples: all of them, where nothing went
         backward here, or the calls' rows are not one for each."""
-        if not self._rows or any(len(rows) != size for rows in self._rows):
-            return [True] * size
-        reached: list[bool] = torch.stack(self._rows).any(0).tolist()
-        return reached
+        try:
+            if self._rows and all(len(rows) == size for rows in self._rows):
+                reached: list[bool] = torch.stack(self._rows).any(0).tolist()
+                return reached
+        except Exception:  # such as rows of a torch.func transform that has ended
+            self.clear()
+        return [True] * size
 
 
 class Exposures:

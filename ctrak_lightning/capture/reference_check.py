@@ -90,6 +90,7 @@ def selfcheck(
     """
     task = resolve_task(module)
     owner: nn.Module = module if isinstance(module, nn.Module) else task.denoiser
+    # As the default; it needs no null condition, which the other checks do not either.
     used = method or methods.influence("condition")
     if isinstance(used.training_trajectory, InTraining):
         used = replace(used, training_trajectory=Noised())

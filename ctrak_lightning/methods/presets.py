@@ -29,8 +29,9 @@ def concept_trak(
     normalisation: Normalisation = "layer",
     channel_probes: int = 3,
 ) -> Method:
-    """The default: how much a sample's gradient moves the output *because of* the concept, through
-    fixed linear probes.
+    """A search by concept: how much a sample's gradient moves the output *because of* the concept,
+    through fixed linear probes. It finds images that show the concept, whether they were trained on or
+    not; :func:`influence`, the default, asks what training on them changed.
 
     It keeps Concept-TRAK's question (the same image with and without the concept) and its
     trajectory, and changes the parts that the benchmarks did not bear out: the difference is taken
@@ -78,8 +79,8 @@ def influence(
     damping: Damping = 1.0,
     per_exposure: bool = True,
 ) -> Method:
-    """How much less the concept's name would be worth to the loss on the asked image, had the model not
-    been trained on a sample: gradients of the residual in the network's output space, as large as
+    """The default: how much less the concept's name would be worth to the loss on the asked image, had
+    the model not been trained on a sample: gradients of the residual in the network's output space, as large as
     they are, at high noise.
 
     The residual is that of the sample under its own condition, of the sample before any condition,

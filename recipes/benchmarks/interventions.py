@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from ctrak_lightning import Attributor, TraceStore, methods
-from ctrak_lightning.attribution.scoring import ensemble
+from ctrak_lightning.attribution.scoring import ensemble, exposures_at
 from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.methods.objectives import Residual, contrast
 from ctrak_lightning.methods.trajectories import Noised
@@ -51,7 +51,7 @@ TESTS = (
 )
 """What should be ranked above what."""
 BATCH = 32
-ROWS = ("influence", "influence_condition", "influence_null", "concept_trak", "d_trak")
+ROWS = ("influence", "influence_null", "concept_trak", "concept_trak_published", "d_trak")
 INLINE = "influence, inline"
 COUNTED = ("label", "label and pixels", "label and judge's features")
 """Rows without gradients that are also shown times the exposures."""
@@ -173,11 +173,17 @@ def fine_tuned(folder: Path, shown: Shown, seed: int) -> None:
     record(folder, {"arguments": {"seed": seed}})
 
 
-def counted(store: TraceStore) -> Tensor:
+def counted(folder: Path, design: Design) -> Tensor:
     """How often each sample had been trained on by each checkpoint, as the callback has counted it,
-    int64 [M, N]."""
-    each = [checkpoint.exposures() for checkpoint in store.checkpoints]
-    return torch.stack([one for one in each if one is not None])
+    int64 [M, N].
+
+    Raises:
+        ValueError: that is not what the design says.
+    """
+    found = exposures_at(TraceStore(folder / "inline").checkpoints)
+    if found is None or not torch.equal(found, design.exposures()):
+        raise ValueError(f"{folder}: the callback has counted other exposures than the design's.")
+    return found
 
 
 def scores_of(
@@ -195,7 +201,7 @@ def scores_of(
         given=patchify(given),
     )
     inline = Attributor(folder / "inline", module, sampler=SAMPLER)
-    exposures = counted(inline.store).double()
+    exposures = counted(folder, shown.design).double()
     for variant, attributor, query in answers(case, variants(rows), answers_folder(folder)):
         each = torch.stack([r.checkpoint_scores for r in attributor.score(query)], 1).double()
         name = variant.name.removesuffix("_given")
@@ -256,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         plain = baselines(asked, (given + 1) / 2, data)
         plain = {name: torch.cat([each, each[:, copied]], 1) for name, each in plain.items()}
         # What a count of exposures is worth by itself, without a gradient.
-        counts = counted(TraceStore(folder / "inline"))[-1]
+        counts = counted(folder, shown.design)[-1]
         rows |= plain | {f"{name}, times exposures": plain[name] * counts for name in COUNTED}
         for name, scores in rows.items():
             for test, values in aucs(scores, asked, shown).items():

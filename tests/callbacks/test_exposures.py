@@ -21,6 +21,7 @@ from ctrak_lightning.callbacks import ConceptTracer
 from ctrak_lightning.capture.exposures import (
     BatchIds,
     Exposures,
+    Found,
     ReachedRows,
     UntracedSampleWarning,
 )
@@ -488,6 +489,34 @@ def test_a_sample_that_the_loss_does_not_depend_on_is_not_trained_on(
     ids = [row["sample_id"] for row in Toys()]  # type: ignore[attr-defined]
     assert known(last) == [module.seen.get(name, 0) for name in ids]
     assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
+
+
+def test_what_is_done_between_batches_is_no_training(tmp_path: Path) -> None:
+    class Looks(L.Callback):
+        """Takes gradients of its own of every sample, after the tracer's hooks."""
+
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            with torch.enable_grad():
+                images = batch["image"]
+                drawn = pl_module.predict(images, torch.zeros(len(images)), {})
+                torch.autograd.grad(drawn.sum(), list(pl_module.parameters()))
+
+    module = Weighted()
+    fit(module, [tracer(tmp_path, every_n_epochs=1), Looks()], data=Data(batch_size=3))
+    ids = [row["sample_id"] for row in Toys()]  # type: ignore[attr-defined]
+    last = TraceStore(tmp_path / "traces").checkpoints[-1]
+    assert known(last) == [module.seen.get(name, 0) for name in ids]
+
+
+def test_what_was_found_inside_a_transform_that_has_ended_counts_whole() -> None:
+    found = Found()
+    torch.func.vmap(lambda row: (found.add(row), row)[1])(torch.zeros(4, 2, 3))
+    assert found.of(2) == [True, True]
+    found.clear()
+    found.add(torch.zeros(2, 3))
+    assert found.of(2) == [False, False]
 
 
 def test_inline_rows_of_samples_without_weight_leave_the_counts_known(tmp_path: Path) -> None:
