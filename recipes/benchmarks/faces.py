@@ -98,7 +98,15 @@ def parts_section(
     data = PartFaces.split(Faces.load((ARTIST,)))
     run = PartRun(runs / "parts", data, Training())
     scores = run.scores(seed, methods)
-    asked = ", ".join(f"{count} of {part}" for part, count in ASKED.items())
+    shared = data.relevance.sum(1).tolist()
+    of_part = {
+        part: [n for n, d in zip(shared, data.asked, strict=True) if d.part == part]
+        for part in ASKED
+    }
+    asked = ", ".join(
+        f"{ASKED[part]} of {part}, in {min(each)} to {max(each)} of these faces each"
+        for part, each in of_part.items()
+    )
     lines = [
         "## Parts that no caption names",
         "",
