@@ -136,7 +136,8 @@ def test_the_images_that_look_like_it_are_the_nearest_ones_with_their_ranks(tmp_
     other = page_of(tmp_path, replace(result, method=methods.influence().to_dict())).text
     assert "says what training on an image changed" in other
     assert "what training on an image changed, not what the image shows" in other
-    assert "search by label and likeness" not in other
+    assert "did no better than a search by label and likeness" not in other
+    assert "as well as a search by label and likeness, and worse than the label for styles" in other
     for changes in ({"image": None}, {"samples": table_of(40, pictures=False)}):
         text = page_of(tmp_path, replace(random_result(40), **changes)).text
         assert "Images that look like it" not in text
