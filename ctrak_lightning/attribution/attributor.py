@@ -24,13 +24,22 @@ from ctrak_lightning.attribution.queries import Given, Query, QueryGradients, as
 from ctrak_lightning.attribution.result import Attribution, Record
 from ctrak_lightning.attribution.scoring import Factors, chosen_scores, exposures_at, factors_of
 from ctrak_lightning.attribution.search import top_scores
+from ctrak_lightning.gradients import Attention
 from ctrak_lightning.methods.damping import Damping, rule_of
 from ctrak_lightning.methods.ensembles import ensemble_of, weights_of
 from ctrak_lightning.methods.method import Method
+from ctrak_lightning.methods.numerics import Numerics, numerics_of
 from ctrak_lightning.methods.trajectories import Generation, Sampler
 from ctrak_lightning.provenance.recording import QueryLog
 from ctrak_lightning.store import TraceStore
-from ctrak_lightning.tasks import DiffusersTask, DiffusionTask, Spec, in_own_precision, resolve_task
+from ctrak_lightning.tasks import (
+    DiffusersTask,
+    DiffusionTask,
+    Precision,
+    Spec,
+    in_own_precision,
+    resolve_task,
+)
 from ctrak_lightning.utilities.memory import RowLimit
 from ctrak_lightning.utilities.processes import processes_of
 
@@ -51,6 +60,10 @@ class Attributor:
         given: where the method looks at the states of a generation, which states of an existing
             image it gets: ``"inverted"``, those through which the sampler would have made it
             (:func:`ctrak_lightning.methods.trajectories.inverted`), or ``"noised"``.
+        precision: in which the network is run, ``"true"``, ``"bf16-mixed"`` or ``"16-mixed"``; by
+            default as the traces were made.
+        attention: ``"fused"`` or ``"math"``, as of :func:`ctrak_lightning.gradients.tracing_mode`;
+            by default as the traces were made.
         batch_size: queries per forward pass; fewer where memory is short
             (:class:`~ctrak_lightning.utilities.memory.RowLimit`).
         progress: show a progress bar.
@@ -72,6 +85,8 @@ class Attributor:
         method: Method | None = None,
         sampler: Sampler | None = None,
         given: Given = "inverted",
+        precision: Precision | None = None,
+        attention: Attention | None = None,
         batch_size: int = 32,
         progress: bool = False,
         record: bool = True,
@@ -88,7 +103,10 @@ class Attributor:
         )
         self.sampler = sampler or Sampler()
         owner: nn.Module = module if isinstance(module, nn.Module) else self.task.denoiser
-        model, row_limit = CheckpointModel(self.store, owner, self.task), RowLimit(batch_size)
+        stored = described(self.store, "numerics", lambda: numerics_of(self.store.header))
+        numerics = Numerics(attention or stored.attention, precision or stored.precision)
+        model = CheckpointModel(self.store, owner, self.task, numerics)
+        row_limit = RowLimit(batch_size)
         self._model = model
         self._generator = Generator(model, self.sampler, row_limit, progress)
         self._gradients = QueryGradients(

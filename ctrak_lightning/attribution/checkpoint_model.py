@@ -20,13 +20,23 @@ from ctrak_lightning.errors import (
 from ctrak_lightning.gradients import GradientTracer, Projection, undisturbed
 from ctrak_lightning.gradients.kinds.convolution import TRANSPOSES
 from ctrak_lightning.gradients.layers import kinds_from_outside
+from ctrak_lightning.methods.numerics import Numerics
 from ctrak_lightning.model.fingerprint import as_stored, model_fingerprint
 from ctrak_lightning.model.function import refuse_another_function
 from ctrak_lightning.model.weights import copy_into, restored, tensors_of
 from ctrak_lightning.schedules import Schedule
 from ctrak_lightning.store import TraceStore
 from ctrak_lightning.store.schema import differences, seed_of
-from ctrak_lightning.tasks import Condition, DiffusionTask, Spec, condition_of, task_modules
+from ctrak_lightning.tasks import (
+    Condition,
+    DiffusionTask,
+    Spec,
+    condition_of,
+    task_modules,
+    under_autocast,
+    with_wide_latents,
+)
+from ctrak_lightning.utilities.dtypes import computation_dtype, input_like
 from ctrak_lightning.utilities.naming import parameters_of, same_place
 
 Built = TypeVar("Built")
@@ -39,12 +49,18 @@ class CheckpointModel:
         store: the traces.
         module: whose parameters a checkpoint names.
         task: how it is addressed.
+        numerics: how the network is run.
     """
 
-    def __init__(self, store: TraceStore, module: nn.Module, task: DiffusionTask) -> None:
+    def __init__(
+        self, store: TraceStore, module: nn.Module, task: DiffusionTask, numerics: Numerics
+    ) -> None:
         self.store = store
         self.module = module
-        self.task = task
+        self._own_task, self._numerics = task, numerics
+        asked = under_autocast(task, numerics.precision)
+        self.task = with_wide_latents(asked, computation_dtype(task.denoiser))
+        """As the network is asked: its latents are float32 at least."""
         first = store.checkpoints[0]
         self.trained = sorted(first.weights())
         """Names of the parameters that a checkpoint holds."""
@@ -58,15 +74,16 @@ class CheckpointModel:
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the denoiser's device and dtype."""
-        parameter: Tensor = next(self.task.denoiser.parameters())
-        return parameter.detach()
+        """A tensor of the latents' device and dtype."""
+        own = input_like(self.task.denoiser)
+        return own.to(torch.promote_types(own.dtype, torch.float32))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Puts everything that the task computes with into the state in which it is traced, as a
         capture does."""
-        with undisturbed(self.module, *task_modules(self.task)):
+        modules = task_modules(self.task)
+        with undisturbed(self.module, *modules, attention=self._numerics.attention):
             yield
 
     @contextmanager
@@ -115,7 +132,7 @@ class CheckpointModel:
         copy_into(self.module, values)
         stored = None if index in self._compared else checkpoint.function()
         if stored is not None:
-            refuse_another_function(stored, self.task, self.latent_shape, checkpoint.step)
+            refuse_another_function(stored, self._own_task, self.latent_shape, checkpoint.step)
         self._compared.add(index)
 
     @cached_property
@@ -132,7 +149,10 @@ class CheckpointModel:
             "projection",
             lambda: (Projection(**facts["projection"]), facts["layers"], _kinds(facts)),
         )
-        made = partial(GradientTracer, self.task.denoiser, projection, layers=layers)
+        attention = self._numerics.attention
+        made = partial(
+            GradientTracer, self.task.denoiser, projection, layers=layers, attention=attention
+        )
         unused = _unused_kinds(kinds)
         tracer = _traced_as(facts, partial(made, unused_kinds=unused))
         if differences(facts, _described_as(tracer, kinds), "projection"):

@@ -31,12 +31,12 @@ from ctrak_lightning.callbacks.settings import (
 from ctrak_lightning.callbacks.traced_run import TracedRun
 from ctrak_lightning.capture.trial import Question
 from ctrak_lightning.errors import ProcessLostError, TaskError
-from ctrak_lightning.gradients import Projection
+from ctrak_lightning.gradients import Attention, Projection
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.model.traced_model import Weights
 from ctrak_lightning.store.files import TEMPORARY_SUFFIX
 from ctrak_lightning.store.formats import RowDtype
-from ctrak_lightning.tasks import DiffusersTask, DiffusionTask, resolve_task
+from ctrak_lightning.tasks import DiffusersTask, DiffusionTask, Precision, resolve_task
 
 
 class ConceptTracer(Callback):
@@ -96,6 +96,11 @@ class ConceptTracer(Callback):
             fit when training starts always raises, and so does the loss of another process.
         loader: where the Trainer has several training loaders (a dict or list of them, a
             CombinedLoader), the name or the position of the one whose samples are traced.
+        precision: in which the network is run for traces: ``"true"``, its own dtypes;
+            ``"bf16-mixed"`` or ``"16-mixed"``, autocast; None, as the Trainer runs it. Projections
+            and sums are float32 in each.
+        attention: ``"fused"``, the kernels that training takes, or ``"math"``, the plain one, which
+            needs far more memory and rounds alike whatever the batch and the device.
 
     Raises:
         MisconfigurationException: an argument out of range; a module that is no DiffusionTask; a
@@ -141,6 +146,8 @@ class ConceptTracer(Callback):
         seed: int = 0,
         on_error: OnError = "warn",
         loader: str | int | None = None,
+        precision: Precision | None = None,
+        attention: Attention = "fused",
     ) -> None:
         super().__init__()
         require_at_least_one("every_n_epochs", every_n_epochs)
@@ -175,6 +182,7 @@ class ConceptTracer(Callback):
             thumbnails,
             seed,
         )
+        self.precision, self.attention = precision, attention
         self._settings()  # refuses what does not go together
         self.questions: tuple[Question, ...] = ()
         """Those that are taken into the trial, by :meth:`add_to_trial`."""

@@ -11,13 +11,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
-from ctrak_lightning.gradients import Projection
+from ctrak_lightning.gradients import Attention, Projection
 from ctrak_lightning.gradients.modes import is_compiled
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import InTraining
 from ctrak_lightning.model.traced_model import Weights
 from ctrak_lightning.store.formats import RowDtype
-from ctrak_lightning.tasks import DiffusionTask, InPrecision
+from ctrak_lightning.tasks import DiffusionTask, InPrecision, Precision
 
 Mode = Literal["capture", "inline"]
 OnError = Literal["raise", "warn"]
@@ -42,6 +42,8 @@ class TraceSettings:
     thumbnails: bool
     seed: int
     loader: str | int | None
+    precision: Precision | None
+    attention: Attention
 
     def __post_init__(self) -> None:
         require_one_of(
@@ -56,6 +58,9 @@ class TraceSettings:
                 f"{get_args(Weights)}, and 'raw' in mode 'inline', whose traces are of the "
                 "training steps themselves. HINT: mode='capture' traces averaged weights."
             )
+        for name, known in (("precision", get_args(Precision)), ("attention", get_args(Attention))):
+            hint = "left out, traces have the precision of the Trainer and its attention."
+            require_one_of("ConceptTracer", name, getattr(self, name), (None, *known), hint)
         trajectory = self.method.training_trajectory
         if isinstance(trajectory, InTraining) != (self.mode == "inline"):
             raise MisconfigurationException(
@@ -98,13 +103,23 @@ def in_precision_of(trainer: L.Trainer, task: DiffusionTask) -> InPrecision:
     """A task in the precision that a training step has: its batches are converted, and its new
     tensors are of the default dtype there.
 
-    Autocast is none of it: under mixed precision traces are float32
-    (:func:`~ctrak_lightning.gradients.tracing_mode`).
+    Autocast is none of it: :func:`precision_of`.
     """
     plugin = trainer.precision_plugin
     with plugin.train_step_context():
         dtype = torch.get_default_dtype()
     return InPrecision(task, dtype, plugin.convert_input)
+
+
+def precision_of(trainer: L.Trainer) -> Precision:
+    """Whether a training step runs under autocast, and to which dtype."""
+    plugin: Any = trainer.precision_plugin
+    with plugin.forward_context():
+        device = trainer.strategy.root_device.type
+        if not torch.is_autocast_enabled(device):
+            return "true"
+        dtype = torch.get_autocast_dtype(device)
+    return "16-mixed" if dtype == torch.float16 else "bf16-mixed"
 
 
 _HINT = 'HINT: mode="capture" traces any training loop.'

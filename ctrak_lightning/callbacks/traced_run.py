@@ -16,7 +16,13 @@ from torch import Tensor
 from ctrak_lightning.callbacks import averaging
 from ctrak_lightning.callbacks.loaders import TrainingLoader
 from ctrak_lightning.callbacks.resuming import Memory, WeightProbe, resume
-from ctrak_lightning.callbacks.settings import OnError, TraceSettings, grad_scaler, loss_scale
+from ctrak_lightning.callbacks.settings import (
+    OnError,
+    TraceSettings,
+    grad_scaler,
+    loss_scale,
+    precision_of,
+)
 from ctrak_lightning.callbacks.steps import ExposureCounter, StepCounter
 from ctrak_lightning.capture.capture import Capture
 from ctrak_lightning.capture.inline import InlineCapture
@@ -213,7 +219,9 @@ class TracedRun:
                 layers=settings.layers,
                 engine="hooks" if is_inline else "auto",
                 trained=trained_parameters(self._task.denoiser, self.steps.optimizers),
+                attention=settings.attention,
             ),
+            precision=settings.precision or precision_of(self.trainer),
             optimizers=self.steps.optimizers,
             weights=settings.weights,
             seed=settings.seed,

@@ -34,6 +34,7 @@ from ctrak_lightning.gradients import (
     undisturbed,
 )
 from ctrak_lightning.methods.method import Method
+from ctrak_lightning.methods.numerics import KEY, Numerics
 from ctrak_lightning.model.traced_model import TracedModel, Weights
 from ctrak_lightning.store import (
     Checkpoint,
@@ -47,7 +48,14 @@ from ctrak_lightning.store.formats import RowDtype
 from ctrak_lightning.store.lock import WriterLock
 from ctrak_lightning.store.manifest import read_manifest
 from ctrak_lightning.store.schema import Manifest, seed_facts
-from ctrak_lightning.tasks import DiffusionTask, Encoded, task_modules, whole
+from ctrak_lightning.tasks import (
+    DiffusionTask,
+    Encoded,
+    Precision,
+    task_modules,
+    under_autocast,
+    whole,
+)
 from ctrak_lightning.utilities.memory import RowLimit
 from ctrak_lightning.utilities.processes import ALONE, Processes
 from ctrak_lightning.utilities.rng import isolated_rng
@@ -71,6 +79,9 @@ class Capture:
             samples are numbered as in its data set. A batch may be None.
         method: what to trace.
         tracer: the gradient tracer of ``task.denoiser``.
+        precision: in which the network is run: ``"true"``, its own dtypes, or as training does,
+            under autocast: ``"bf16-mixed"``, ``"16-mixed"``. The store says which, as it says the
+            tracer's ``attention``; projections and sums are float32 in each.
         optimizers: of the run, where they are known: what requires grad but is in none of them does
             not train.
         weights: for the record, what the owner's weights are at every :meth:`run`: ``"raw"``, those
@@ -110,6 +121,7 @@ class Capture:
         *,
         method: Method,
         tracer: GradientTracer,
+        precision: Precision = "true",
         optimizers: Sequence[Optimizer] = (),
         weights: Weights = "raw",
         seed: int = 0,
@@ -122,8 +134,13 @@ class Capture:
         questions: Sequence[Question] = (),
         lock: WriterLock | None = None,
     ) -> None:
-        task = whole(task)
-        self.owner, self.task, self.method, self.tracer = owner, task, method, tracer
+        task, stored = whole(task), _stored(path)
+        numerics = Numerics(tracer.attention, precision)
+        # A store from before this was recorded goes on as it began.
+        knows_numerics = stored is None or KEY in stored.header.method
+        self.task = under_autocast(task, precision) if knows_numerics else task
+        """As the network is traced; what is said of the model is of its own dtypes."""
+        self.owner, self.method, self.tracer = owner, method, tracer
         self.seed = seed
         self._progress = progress and processes.is_first
         self._row_limit, self._processes = RowLimit(rows_at_once), processes
@@ -132,7 +149,6 @@ class Capture:
         self._data = TracedData(
             batches, task, self._model, torch.device(device), processes, progress=self._progress
         )
-        stored = _stored(path)
         is_sealed = stored is not None and any(one.sealed for one in stored.checkpoints)
         is_due = not processes.from_first(is_sealed)
         self.trial = self._try(thumbnails, questions) if is_due else None
@@ -150,9 +166,10 @@ class Capture:
             model = self._model.observe(latent_shape, stored.header.model if stored else None)
         # A store from before seeds were recorded goes on without one.
         is_told = stored is None or "noise_seed" in stored.header.method
-        seeds = seed_facts(seed) if is_told else {}
+        beside = seed_facts(seed) if is_told else {}
+        beside |= numerics.facts() if knows_numerics else {}
         header = StoreHeader(
-            method=method.to_dict() | seeds,
+            method=method.to_dict() | beside,
             projection=tracer.describe(),
             model=model,
             dataset=table.facts() | {"latent_shape": list(latent_shape)},

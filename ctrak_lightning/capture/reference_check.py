@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from ctrak_lightning import methods
 from ctrak_lightning.capture.trace import reached_blocks, trace_batch
 from ctrak_lightning.errors import BatchError, listed
-from ctrak_lightning.gradients import Engine, GradientTracer, Projection, tracing_mode, undisturbed
+from ctrak_lightning.gradients import (
+    Engine,
+    GradientTracer,
+    Projection,
+    exact_products,
+    tracing_mode,
+    undisturbed,
+)
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import InTraining, Noised
 from ctrak_lightning.model.fingerprint import weights_digest
@@ -26,7 +33,9 @@ from ctrak_lightning.tasks import (
     resolve_task,
     task_modules,
     unwrapped,
+    widened,
 )
+from ctrak_lightning.utilities.dtypes import COMPUTED, device_of
 from ctrak_lightning.utilities.naming import parameters_of
 from ctrak_lightning.utilities.rng import isolated_rng
 
@@ -103,7 +112,7 @@ def selfcheck(
         )
     before = _Surroundings(owner)
     trial = _Trial(task, used, projection or Projection(), layers, engine, seed, encoded)
-    with isolated_rng(seed):
+    with isolated_rng(seed), exact_products(device_of(task.denoiser)):
         features = trial.features(range(trial.count))
         checks = [
             _finite(features, encoded.sample_ids),
@@ -137,10 +146,8 @@ class _Trial:
         self._projection, self._layers = projection, layers
         self.count = len(encoded.sample_ids)
         self.tracer = self._tracer(engine)
-        dtypes = {parameter.dtype for parameter in task.denoiser.parameters()}
-        self.tolerance = (
-            max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point) ** 0.5
-        )
+        dtypes = {parameter.dtype for parameter in task.denoiser.parameters()} & {*COMPUTED}
+        self.tolerance = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
 
     def features(self, rows: Sequence[int], tracer: GradientTracer | None = None) -> Tensor:
         """Features [len(rows), k] of these samples, traced together."""
@@ -182,7 +189,7 @@ class _Trial:
 
     def on_a_gpu(self, features: Tensor) -> Check:
         name = "CPU and GPU agree"
-        device = next(self.task.denoiser.parameters()).device
+        device = device_of(self.task.denoiser)
         if device.type == "cpu":
             return Check(name, "note", "not tried: the model is on the CPU")
         back = {key: value.to("cpu") for key, value in self.encoded.condition.items()}
@@ -203,8 +210,12 @@ class _Trial:
         return _judged(name, difference <= self.tolerance, found, hint)  # NaN fails
 
     def _tracer(self, engine: Engine) -> GradientTracer:
+        # By the kernel whose rounding does not depend on the batch or the device.
         return GradientTracer(
-            self.task.denoiser, self._projection, layers=self._layers, engine=engine
+            *(self.task.denoiser, self._projection),
+            layers=self._layers,
+            engine=engine,
+            attention="math",
         )
 
 
@@ -294,6 +305,7 @@ def _denoises(task: DiffusionTask, encoded: Encoded) -> Check:
     """Whether the output, read as the scheduler says, separates noise from image: under a wrong
     ``prediction_type`` it does not."""
     name = "the network's output, read by the schedule, predicts the noise"
+    task, encoded = widened(task, encoded)
     x0, schedule = encoded.latents, task.noise_schedule
     errors = {}
     with tracing_mode(task.denoiser), torch.no_grad():

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.errors import ConceptError, ExtensionError, MethodError, TaskError, visible
-from ctrak_lightning.gradients import GradientTracer, tracing_mode
+from ctrak_lightning.gradients import GradientTracer
 from ctrak_lightning.gradients.checks import Cotangent, Forward, naming_extension
 from ctrak_lightning.gradients.tracer import Checked
 from ctrak_lightning.methods.method import Method, Normalisation
 from ctrak_lightning.methods.objectives import Objective, Prediction, Side, cotangent_of
 from ctrak_lightning.methods.trajectories import State
-from ctrak_lightning.tasks import Condition, DiffusionTask, Encoded, name_of, select
+from ctrak_lightning.tasks import Condition, DiffusionTask, Encoded, name_of, select, widened
 from ctrak_lightning.tasks.base import condition_of, described
 from ctrak_lightning.utilities.memory import RowLimit
 from ctrak_lightning.utilities.naming import is_own, place_of
@@ -101,6 +101,7 @@ def trace_batch(
 def _trace_rows(
     task: DiffusionTask, tracer: GradientTracer, method: Method, encoded: Encoded, seed: int
 ) -> Trace:
+    task, encoded = widened(task, encoded)
     states = _states(task, tracer, method, encoded, seed)
     features = torch.zeros(len(encoded.latents), tracer.dim)  # [B, k], on the CPU
     loss = torch.zeros(len(encoded.latents))  # [B]
@@ -123,7 +124,7 @@ def _states(
     is_ours = is_own(type(trajectory))
     # Of the library's own what raises is the task, which they ask for the network's output.
     naming = nullcontext() if is_ours else naming_extension(what)
-    with tracing_mode(tracer.module), torch.no_grad(), naming:
+    with tracer.mode(), torch.no_grad(), naming:
         given = trajectory.states(
             task, encoded.latents, encoded.condition, encoded.sample_ids, seed
         )
@@ -174,6 +175,7 @@ def check_batch(
     Raises:
         GradientError: the rows differ; names the layers.
     """
+    task, encoded = widened(task, encoded)
     states = _states(task, tracer, method, encoded, seed)
     evaluation = _evaluation(task, tracer, method, encoded, states[len(states) // 2])
     forward, cotangents = evaluation.passes(method.training)
@@ -187,6 +189,7 @@ def reached_blocks(
 ) -> list[set[str]]:
     """For each part of the objective the blocks that a gradient other than zero reaches at any
     state of a batch."""
+    task, encoded = widened(task, encoded)
     found: list[set[str]] = [set() for _ in method.training.parts]
     for state in _states(task, tracer, method, encoded, seed):
         evaluation = _evaluation(task, tracer, method, encoded, state)
@@ -200,12 +203,13 @@ def has_cotangents(
 ) -> list[bool]:
     """For each part of the objective whether its cotangent is other than zero at any state of a
     batch, if ``task`` gives the network's output."""
+    task, encoded = widened(task, encoded)
     found = [False for _ in method.training.parts]
     rows = torch.arange(len(encoded.latents), device=encoded.latents.device)
     for state in _states(task, tracer, method, encoded, seed):
         evaluation = _evaluation(task, tracer, method, encoded, state)
         forward, cotangents = evaluation.passes(method.training)
-        with tracing_mode(tracer.module):
+        with tracer.mode():
             e = forward(rows)
             found = [
                 is_other or bool(cotangent(e, rows).any())
@@ -291,7 +295,7 @@ class _Reference:
 def _predicted(
     task: DiffusionTask, tracer: GradientTracer, state: State, condition: Condition
 ) -> _Reference:
-    with tracing_mode(tracer.module), torch.no_grad():
+    with tracer.mode(), torch.no_grad():
         output = predicted(task, state.x_t, state.t, condition)
         return _Reference(output, task.noise_schedule.epsilon(output, state.x_t, state.t))
 

@@ -21,7 +21,7 @@ from ctrak_lightning.capture.trace import (
     trace_query,
 )
 from ctrak_lightning.errors import ExtensionError, GradientError, MethodError, TrialError, listed
-from ctrak_lightning.gradients import GradientTracer, tracing_mode
+from ctrak_lightning.gradients import GradientTracer
 from ctrak_lightning.gradients.checks import TYPED
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import InTraining, Noised
@@ -243,7 +243,7 @@ def try_condition(task: DiffusionTask, tracer: GradientTracer, samples: Encoded,
                 condition = condition_of(task, spec, n)
         one = samples.rows(0, 1)
         state = next(iter(Noised(timesteps=1).states(task, one.latents, {}, one.sample_ids, seed)))
-        with tracing_mode(tracer.module):
+        with tracer.mode():
             try:
                 predicted(task, state.x_t, state.t, condition)
             except Exception as error:

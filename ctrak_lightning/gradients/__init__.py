@@ -2,7 +2,13 @@
 
 from ctrak_lightning.gradients.layers import Layer, register_layer
 from ctrak_lightning.gradients.layouts import Layout
-from ctrak_lightning.gradients.modes import parameters_unmoved, tracing_mode, undisturbed
+from ctrak_lightning.gradients.modes import (
+    Attention,
+    exact_products,
+    parameters_unmoved,
+    tracing_mode,
+    undisturbed,
+)
 from ctrak_lightning.gradients.projection import Projection
 from ctrak_lightning.gradients.tracer import (
     Engine,
@@ -12,6 +18,7 @@ from ctrak_lightning.gradients.tracer import (
 )
 
 __all__ = [
+    "Attention",
     "Engine",
     "GradientTracer",
     "Layer",
@@ -19,6 +26,7 @@ __all__ = [
     "Projection",
     "SlowParameterWarning",
     "UntracedParameterWarning",
+    "exact_products",
     "parameters_unmoved",
     "register_layer",
     "tracing_mode",

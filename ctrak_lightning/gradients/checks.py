@@ -1,7 +1,7 @@
 """What the engines require of a forward pass and its cotangents, and errors that explain autograd's
 own."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -59,6 +59,45 @@ def run_cotangent(cotangent: Cotangent, output: Tensor, rows: Tensor) -> Tensor:
             "HINT: return one number per element of e; the scalar loss itself is never needed."
         )
     return v.detach().to(output)
+
+
+class Scaled:
+    """A cotangent whose rows are scaled to a largest entry of about 1, by powers of two.
+
+    Args:
+        cotangent: what is scaled.
+        batch_size: rows are numbers below this.
+    """
+
+    def __init__(self, cotangent: Cotangent, batch_size: int) -> None:
+        self._cotangent = cotangent
+        self._exponents: Tensor | None = None  # [batch_size], of the powers
+        self._batch_size = batch_size
+
+    def __call__(self, output: Tensor, rows: Tensor) -> Tensor:
+        v = self._cotangent(output, rows)
+        if not isinstance(v, Tensor) or v.shape != output.shape or not v.is_floating_point():
+            return v  # refused by who asked
+        # Wide before it is scaled: it would lose its small numbers in the output's own dtype.
+        v = v.detach() if v.dtype == torch.float64 else v.detach().float()
+        largest = v.flatten(1).abs().amax(1) if v.dim() > 1 else v.abs()  # [b]
+        exponents = torch.frexp(largest).exponent.clamp(-_LARGEST, _LARGEST)
+        exponents = exponents.where(largest.isfinite(), 0)
+        if self._exponents is None:
+            self._exponents = exponents.new_zeros(self._batch_size)
+        self._exponents[rows] = exponents
+        return torch.ldexp(v, -exponents.view(-1, *(1,) * (v.dim() - 1)))
+
+    def undone(self, blocks: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        """Blocks [b, ...] of these rows as of the cotangent itself."""
+        if self._exponents is None:
+            return dict(blocks)
+        exponents = self._exponents[rows][:, None]
+        return {name: torch.ldexp(block, exponents) for name, block in blocks.items()}
+
+
+_LARGEST = 100
+"""Of exponents, so that the powers themselves are finite in float32."""
 
 
 def pull_back(

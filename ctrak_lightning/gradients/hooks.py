@@ -340,6 +340,7 @@ class _Recorder:
                 if any(present is not own for present, own in pairs):
                     self._replaced.add(layer.name)
                 self._recording.add(layer, args, kwargs, output)
+                self._layouts.dtypes.add(output.dtype)
             return replaced
 
         return hook

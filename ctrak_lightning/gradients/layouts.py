@@ -127,6 +127,8 @@ class Layouts:
 
     def __init__(self) -> None:
         self._seen: dict[Hashable, Layout | None] = {}
+        self.dtypes: set[torch.dtype] = set()
+        """Of the layers' outputs, under autocast others than the parameters'."""
         self._silent: set[Hashable] = set()
         self._chosen: set[Hashable] = set()
         self._cuts: Hashable = None

@@ -4,6 +4,7 @@ forward pass changes."""
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import Lock, get_ident
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ctrak_lightning.errors import GradientError, TrialError
 from ctrak_lightning.utilities.naming import modules_of, parameters_of
+
+Attention = Literal["fused", "math"]
+"""The kernels of ``scaled_dot_product_attention``: those that training takes, or the plain one."""
 
 _lock = Lock()
 _held: dict[int, list[int]] = {}
@@ -20,19 +24,22 @@ _tracing = 0
 
 
 @contextmanager
-def tracing_mode(module: nn.Module, *others: nn.Module) -> Iterator[None]:
-    """Evaluation mode, gradients on, batch-independent attention; everything is as before on exit,
-    also after an error.
+def tracing_mode(
+    module: nn.Module, *others: nn.Module, attention: Attention = "fused"
+) -> Iterator[None]:
+    """Evaluation mode, gradients on; everything is as before on exit, also after an error.
 
-    Every submodule's own training flag is restored. Attention uses the math backend, because fused
-    kernels make a sample's gradient depend on the rest of its batch. Compiled submodules run
-    eagerly. Autocast is off: a network is traced in its parameters' own dtypes, which are float32
-    under mixed precision. One thread may nest it.
+    Every submodule's own training flag is restored. Compiled submodules run eagerly. Autocast is
+    off: what a training step has of it, a task's ``predict`` brings along
+    (:func:`~ctrak_lightning.tasks.under_autocast`). One thread may nest it.
 
     Args:
         module: the network to be traced.
         others: further modules to put into that state, such as text encoders that are no part of
             it.
+        attention: ``"fused"`` leaves the kernels as they are, so that memory is a training step's;
+            ``"math"`` takes the plain one, which keeps all of a query's weights, and whose rounding
+            does not depend on the batch or the device.
 
     Raises:
         GradientError: inference mode is on, where no gradient exists; or another thread traces one
@@ -55,7 +62,8 @@ def tracing_mode(module: nn.Module, *others: nn.Module) -> Iterator[None]:
     submodules = [submodule for root in (module, *others) for submodule in root.modules()]
     with ExitStack() as stack:
         stack.enter_context(_held_by_this_thread(submodules))
-        stack.enter_context(_without_fused_attention())
+        if attention == "math":
+            stack.enter_context(_without_fused_attention())
         stack.enter_context(torch.enable_grad())
         devices = {
             parameter.device.type for root in (module, *others) for parameter in root.parameters()
@@ -140,6 +148,27 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 @contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Float32 products in float32: by default convolutions on a GPU have 10 bits of them (TF32)."""
+    if device.type != "cuda":
+        yield
+        return
+    backends: Any = torch.backends
+    exact: Any = "ieee"
+    places, name = [backends.cuda.matmul, getattr(backends.cudnn, "conv", None)], "fp32_precision"
+    if not hasattr(places[0], name):  # before torch 2.9
+        places, name, exact = [backends.cuda.matmul, backends.cudnn], "allow_tf32", False
+    before = [getattr(place, name) for place in places]
+    try:
+        for place in places:
+            setattr(place, name, exact)
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            setattr(place, name, value)
+
+
+@contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """No gradients and no autocast on this device: what is projected here stays float32."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -150,7 +179,9 @@ _SHOWN = 5
 
 
 @contextmanager
-def undisturbed(module: nn.Module, *others: nn.Module) -> Iterator[Callable[[], list[str]]]:
+def undisturbed(
+    module: nn.Module, *others: nn.Module, attention: Attention = "fused"
+) -> Iterator[Callable[[], list[str]]]:
     """:func:`tracing_mode`, and buffers are as before on exit, also after an error: a counter of
     calls, running statistics that are taken in evaluation mode too. Buffers that were replaced by
     other tensors are put back.
@@ -158,6 +189,7 @@ def undisturbed(module: nn.Module, *others: nn.Module) -> Iterator[Callable[[], 
     Args:
         module: the network to be traced.
         others: further modules that are run with it.
+        attention: as of :func:`tracing_mode`.
 
     Yields:
         what gives the names of the buffers that have changed so far.
@@ -166,7 +198,7 @@ def undisturbed(module: nn.Module, *others: nn.Module) -> Iterator[Callable[[], 
     for root in (module, *others):
         for prefix, owner in modules_of(root):
             owners.setdefault(id(owner), (f"{prefix}." if prefix else "", owner))
-    with tracing_mode(module, *others):
+    with tracing_mode(module, *others, attention=attention):
         kept = [
             (prefix, owner, name, buffer, None if buffer is None else buffer.detach().clone())
             for prefix, owner in owners.values()

@@ -5,6 +5,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrak_lightning.errors import GradientError, listed
-from ctrak_lightning.gradients.checks import Cotangent, Forward
+from ctrak_lightning.gradients.checks import Cotangent, Forward, Scaled
 from ctrak_lightning.gradients.hooks import hooked_vjps
 from ctrak_lightning.gradients.layers import (
     Block,
@@ -22,7 +23,7 @@ from ctrak_lightning.gradients.layers import (
     registered_place,
 )
 from ctrak_lightning.gradients.layouts import Layouts, NotBySampleError
-from ctrak_lightning.gradients.modes import tracing_mode
+from ctrak_lightning.gradients.modes import Attention, tracing_mode
 from ctrak_lightning.gradients.plan import plan_blocks, refuse_sharded
 from ctrak_lightning.gradients.projection import BlockProjector, Projection
 from ctrak_lightning.gradients.reference import functional_vjps, looped_vjps
@@ -87,6 +88,8 @@ class GradientTracer:
             require a gradient.
         unused_kinds: places of classes of modules, ``"package.module.Class"``, whose kinds of
             layers are not used, as if none were registered for them.
+        attention: as of :func:`~ctrak_lightning.gradients.tracing_mode`. The engine "functional"
+            takes "math" always: ``torch.func`` has no rule for the others.
 
     Raises:
         GradientError: nothing can be traced, a pattern matches nothing, or an argument is of the
@@ -115,6 +118,7 @@ class GradientTracer:
         engine: Engine = "hooks",
         trained: Collection[str] | None = None,
         unused_kinds: Collection[str] = (),
+        attention: Attention = "fused",
     ) -> None:
         if not isinstance(module, nn.Module):
             raise GradientError(
@@ -126,6 +130,11 @@ class GradientTracer:
                 f"`GradientTracer(engine={engine!r})`: expected one of {get_args(Engine)}. HINT: "
                 "use 'hooks'."
             )
+        if attention not in get_args(Attention):
+            raise GradientError(
+                f"`GradientTracer(attention={attention!r})`: expected one of "
+                f"{get_args(Attention)}. HINT: 'fused', the kernels that training takes."
+            )
         is_list = isinstance(layers, (list, tuple)) and len(layers) > 0
         if layers is not None and not (is_list and all(isinstance(each, str) for each in layers)):
             raise GradientError(
@@ -136,6 +145,7 @@ class GradientTracer:
         self.module = module
         self.projection = projection
         self.engine = engine
+        self.attention: Attention = "math" if engine == "functional" else attention
         self._patterns = None if layers is None else list(layers)
         plan = plan_blocks(module, self._patterns, trained, unused_kinds)
         self._layers = plan.layers
@@ -272,6 +282,11 @@ class GradientTracer:
             )
         return StepRecorder(self.module, self._layers, self._projector, self._layouts)
 
+    def mode(self) -> AbstractContextManager[None]:
+        """The state in which the network is traced
+        (:func:`~ctrak_lightning.gradients.tracing_mode`)."""
+        return tracing_mode(self.module, attention=self.attention)
+
     def vjps(
         self,
         forward: Forward,
@@ -282,8 +297,7 @@ class GradientTracer:
     ) -> list[Tensor]:
         """Features of a batch, one tensor per cotangent.
 
-        Runs in :func:`~ctrak_lightning.gradients.tracing_mode`; `.grad`, training flags and random
-        state stay as they are.
+        Runs in :meth:`mode`; `.grad`, training flags and random state stay as they are.
 
         Args:
             forward: maps row indices [b] (int64, on the module's device) to the network's output e
@@ -304,7 +318,7 @@ class GradientTracer:
         rows = self._rows(batch_size)
         joined = [
             self._projector.join(blocks, batch_size, rows.device)
-            for blocks in self._run(forward, cotangents, rows)
+            for blocks in self._run(forward, cotangents, rows, batch_size)
         ]
         return [self._projector.sketch(each) for each in joined] if sketch else joined
 
@@ -329,14 +343,17 @@ class GradientTracer:
         rows = self._rows(batch_size)
         # Rows add up to the batch's gradient, so of two the first cannot be wrong alone.
         ends = rows[-1:] if batch_size == 2 else torch.unique(rows[[0, -1]]).flip(0)
-        batched = self._run(forward, cotangents, rows)
-        with tracing_mode(self.module):
-            looped = looped_vjps(self._blocks, self._projector, forward, cotangents, ends)
+        batched = self._run(forward, cotangents, rows, batch_size)
+        with self.mode():
+            looped = self._scaled(
+                partial(looped_vjps, self._blocks, self._projector, forward),
+                *(cotangents, ends, batch_size),
+            )
         tried = [
             ([{name: block[ends] for name, block in ours.items()} for ours in batched], batch_size)
         ]
         if batch_size > 2:
-            tried.append((self._run(forward, cotangents, ends), len(ends)))
+            tried.append((self._run(forward, cotangents, ends, batch_size), len(ends)))
         for each, size in tried:
             for ours, theirs in zip(each, looped, strict=True):
                 self._compare(ours, theirs, size, partial(self._changes, forward, rows))
@@ -347,7 +364,7 @@ class GradientTracer:
 
     def _changes(self, forward: Forward, rows: Tensor) -> float:
         """By how much two passes of the same rows differ."""
-        with tracing_mode(self.module), torch.no_grad():
+        with self.mode(), torch.no_grad():
             first, second = forward(rows).float(), forward(rows).float()
         size = first.norm().clamp(min=torch.finfo(first.dtype).tiny)
         return float((first - second).norm() / size)
@@ -388,7 +405,9 @@ class GradientTracer:
 
     def _tolerance(self) -> float:
         parameters = [p for block in self._blocks for p in block.parameters.values()]
-        if {p.dtype for p in parameters} & {torch.bfloat16, torch.float16}:
+        # Under autocast the layers' outputs are of another dtype than their parameters.
+        seen = {p.dtype for p in parameters} | self._layouts.dtypes
+        if seen & {torch.bfloat16, torch.float16}:
             return HALF_TOLERANCE
         is_reduced = any(p.is_cuda for p in parameters) and (
             torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
@@ -396,21 +415,39 @@ class GradientTracer:
         return TF32_TOLERANCE if is_reduced else CHECK_TOLERANCE
 
     def _run(
-        self, forward: Forward, cotangents: Sequence[Cotangent], rows: Tensor
+        self, forward: Forward, cotangents: Sequence[Cotangent], rows: Tensor, batch_size: int
     ) -> list[dict[str, Tensor]]:
-        with tracing_mode(self.module):
+        blocks, projector = self._blocks, self._projector
+        with self.mode():
             if self.engine == "loop":
-                return looped_vjps(self._blocks, self._projector, forward, cotangents, rows)
+                looped = partial(looped_vjps, blocks, projector, forward)
+                return self._scaled(looped, cotangents, rows, batch_size)
             if self.engine == "functional":
-                return functional_vjps(
-                    self._blocks, self._projector, self.module, forward, cotangents, rows
-                )
+                functional = partial(functional_vjps, blocks, projector, self.module, forward)
+                return self._scaled(functional, cotangents, rows, batch_size)
+            hooked = partial(self._hooked_and_looped, forward)
             try:
-                return self._hooked_and_looped(forward, cotangents, rows)
+                return self._scaled(hooked, cotangents, rows, batch_size)
             except NotBySampleError as error:
                 self._require_independence(forward, rows, error)
                 self._loop_over(error)
-            return self._hooked_and_looped(forward, cotangents, rows)
+            return self._scaled(hooked, cotangents, rows, batch_size)
+
+    def _scaled(
+        self,
+        engine: Callable[[Sequence[Cotangent], Tensor], list[dict[str, Tensor]]],
+        cotangents: Sequence[Cotangent],
+        rows: Tensor,
+        batch_size: int,
+    ) -> list[dict[str, Tensor]]:
+        """What an engine gives for cotangents of size 1, in the cotangents' own size: exact, for
+        all is linear and the factors are powers of two. In float16 one of 1/D would be rounded
+        away."""
+        scaled = [Scaled(cotangent, batch_size) for cotangent in cotangents]
+        return [
+            each.undone(blocks, rows)
+            for each, blocks in zip(scaled, engine(scaled, rows), strict=True)
+        ]
 
     def _hooked_and_looped(
         self, forward: Forward, cotangents: Sequence[Cotangent], rows: Tensor

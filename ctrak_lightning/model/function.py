@@ -2,15 +2,14 @@
 alone do not make the same model."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ctrak_lightning.errors import StoreMismatchError
-from ctrak_lightning.gradients import tracing_mode
+from ctrak_lightning.gradients import exact_products, tracing_mode
 from ctrak_lightning.methods.trajectories import repeated
 from ctrak_lightning.store.sections import Function
 from ctrak_lightning.tasks import (
@@ -22,6 +21,7 @@ from ctrak_lightning.tasks import (
     task_modules,
     whole,
 )
+from ctrak_lightning.utilities.dtypes import device_of, input_like
 from ctrak_lightning.utilities.rng import isolated_rng, seeded_noise
 
 VALUES, SPECS = 8, 32
@@ -150,7 +150,7 @@ def function_of(task: DiffusionTask, latent_shape: Sequence[int]) -> Function | 
         timesteps=torch.tensor(_timesteps(task) * len(outputs), dtype=torch.float64),
         outputs=torch.cat(outputs),
         dtype=_coarsest(task.denoiser),
-        on_cpu=_like(task.denoiser).device.type == "cpu",
+        on_cpu=device_of(task.denoiser).type == "cpu",
         conditions=conditions,
         specs=specs,
     )
@@ -164,13 +164,13 @@ def outputs_under(
 ) -> Tensor:
     """The network's outputs for noise at timesteps spread over the schedule, float32 [S, M], under
     the condition of one sample."""
-    schedule, like = task.noise_schedule, _like(task.denoiser)
+    schedule, like = task.noise_schedule, input_like(task.denoiser)
     outputs = []
     with (
         isolated_rng(0),
         tracing_mode(task.denoiser, *task_modules(task)),
         torch.no_grad(),
-        _exact(like.device),
+        exact_products(like.device),
     ):
         for timestep in _timesteps(task, timesteps):
             x0, noise = (
@@ -196,7 +196,7 @@ def refuse_another_function(
     coarser = max(stored.dtype, _coarsest(task.denoiser), key=_COARSE.index)
     tolerance = TOLERANCE[coarser]
     if coarser in ("float32", "float64") and not (
-        stored.on_cpu and _like(task.denoiser).device.type == "cpu"
+        stored.on_cpu and device_of(task.denoiser).type == "cpu"
     ):
         tolerance *= ELSEWHERE
     if not worst <= tolerance:
@@ -257,37 +257,8 @@ def _timesteps(task: DiffusionTask, count: int = TIMESTEPS) -> list[float]:
     return timesteps
 
 
-def _like(denoiser: nn.Module) -> Tensor:
-    """A tensor of the network's device and floating-point format."""
-    parameters = list(denoiser.parameters())
-    return next(
-        (value for value in parameters if value.is_floating_point()), torch.empty(0)
-    ).detach()
-
-
 def _coarsest(denoiser: nn.Module) -> str:
     names = [str(value.dtype).removeprefix("torch.") for value in denoiser.parameters()]
     # What is no floating-point format is a quantised weight.
     known = (name if name in _COARSE else "bfloat16" for name in names)
     return max(known, key=_COARSE.index, default="float32")
-
-
-@contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
-    """Float32 products in float32: by default convolutions on a GPU have 10 bits of them (TF32)."""
-    if device.type != "cuda":
-        yield
-        return
-    backends: Any = torch.backends
-    exact: Any = "ieee"
-    places, name = [backends.cuda.matmul, getattr(backends.cudnn, "conv", None)], "fp32_precision"
-    if not hasattr(places[0], name):  # before torch 2.9
-        places, name, exact = [backends.cuda.matmul, backends.cudnn], "allow_tf32", False
-    before = [getattr(place, name) for place in places]
-    try:
-        for place in places:
-            setattr(place, name, exact)
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            setattr(place, name, value)

@@ -21,7 +21,14 @@ from ctrak_lightning.tasks.base import (
 from ctrak_lightning.tasks.classes import ClassTask
 from ctrak_lightning.tasks.diffusers_task import DiffusersTask
 from ctrak_lightning.tasks.pipeline import PipelineTask
-from ctrak_lightning.tasks.precision import InPrecision, in_own_precision
+from ctrak_lightning.tasks.precision import (
+    InPrecision,
+    Precision,
+    in_own_precision,
+    under_autocast,
+    widened,
+    with_wide_latents,
+)
 from ctrak_lightning.tasks.registry import register_family
 from ctrak_lightning.tasks.text import PromptTask
 
@@ -34,6 +41,7 @@ __all__ = [
     "InPrecision",
     "OptionalMembers",
     "PipelineTask",
+    "Precision",
     "PromptTask",
     "Spec",
     "Wrapped",
@@ -47,6 +55,9 @@ __all__ = [
     "resolve_task",
     "select",
     "task_modules",
+    "under_autocast",
     "unwrapped",
     "whole",
+    "widened",
+    "with_wide_latents",
 ]

@@ -1,5 +1,6 @@
 """PipelineTask: a diffusers pipeline as a DiffusionTask."""
 
+import copy
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ from ctrak_lightning.errors import TaskError
 from ctrak_lightning.gradients.modes import evaluation
 from ctrak_lightning.schedules import NoiseSchedule, Schedule
 from ctrak_lightning.tasks.base import Condition, DiffusionTask, Encoded, plain_ids
+from ctrak_lightning.utilities.dtypes import computation_dtype, device_of
 
 UNET_EXPECTED: Mapping[str, Collection[Any]] = {
     "class_embed_type": (None,),
@@ -169,6 +171,7 @@ class PipelineTask(DiffusionTask, nn.Module):
         owns_parts: bool = True,
     ) -> None:
         super().__init__()
+        self._wide_vae: tuple[Any] | None = None
         self._names = self._columns(batch or {})
         self.id_column = self._names["sample_id"]
         self._check_parts(pipeline, set((batch or {}).values()))
@@ -284,7 +287,7 @@ class PipelineTask(DiffusionTask, nn.Module):
                 f"{type(self).__name__}: an image cannot be encoded without a VAE. HINT: "
                 "DiffusersTask(vae='the attribute of the module that holds it')."
             )
-        vae: Any = self.vae
+        vae = self._computing_vae()
         with self.in_evaluation("vae"):
             z = vae.encode(images.to(self.device, vae.dtype)).latent_dist.mode()
         shift, scaling = self._vae_factors()
@@ -297,7 +300,7 @@ class PipelineTask(DiffusionTask, nn.Module):
         if "vae" not in self.parts:
             return None
         # One at a time: a VAE needs much memory.
-        vae: Any = self.vae
+        vae = self._computing_vae()
         shift, scaling = self._vae_factors()
         z = (latents / scaling + shift).to(self.device, vae.dtype)
         with self.in_evaluation("vae"):
@@ -342,14 +345,13 @@ class PipelineTask(DiffusionTask, nn.Module):
     @property
     def device(self) -> torch.device:
         """Of the denoiser."""
-        device: torch.device = next(self.denoiser.parameters()).device
-        return device
+        return device_of(self.denoiser)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the denoiser's first parameter, which is what diffusers' pipelines go by."""
-        dtype: torch.dtype = next(self.denoiser.parameters()).dtype
-        return dtype
+        """In which the denoiser computes: of its first parameter that is neither quantised nor
+        stored in 8 bits, which is what diffusers' pipelines go by."""
+        return computation_dtype(self.denoiser)
 
     @override
     def train(self, mode: bool = True) -> Self:
@@ -430,6 +432,18 @@ class PipelineTask(DiffusionTask, nn.Module):
             getattr(pipeline, self.denoiser_part),
             self.expected_config(pipeline),
         )
+
+    def _computing_vae(self) -> Any:
+        """The VAE, or in float32 where it is float16 and its configuration says that it overflows
+        there (``force_upcast``, Stable Diffusion XL's): a copy, since its weights stay as they
+        are."""
+        vae: Any = self.vae
+        if vae.dtype != torch.float16 or not vae.config.get("force_upcast"):
+            return vae
+        if self._wide_vae is None:
+            # Not a submodule: it is no part of the model.
+            self._wide_vae = (copy.deepcopy(vae).float().requires_grad_(False).eval(),)
+        return self._wide_vae[0].to(vae.device)
 
     def _vae_factors(self) -> tuple[float, float]:
         vae: Any = self.vae

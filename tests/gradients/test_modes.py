@@ -1,6 +1,7 @@
 """Tracing mode: what it turns on, and that everything is as before afterwards."""
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -78,11 +79,32 @@ def test_inference_mode_is_refused() -> None:
         features(build("linear_2d"))
 
 
-def test_attention_uses_the_math_backend() -> None:
+def test_attention_is_what_training_takes_unless_the_math_backend_is_asked_for() -> None:
     with tracing_mode(nn.Identity()):
-        assert torch.backends.cuda.math_sdp_enabled()
-        assert not torch.backends.cuda.flash_sdp_enabled()
-    assert torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+        with tracing_mode(nn.Identity(), attention="math"):
+            assert torch.backends.cuda.math_sdp_enabled()
+            assert not torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_a_tracer_runs_its_network_by_the_attention_that_it_was_given() -> None:
+    seen = []
+
+    def note(*_: Any) -> None:
+        seen.append(torch.backends.cuda.flash_sdp_enabled())
+
+    network, x = nn.Linear(3, 3), torch.randn(2, 3)
+    network.register_forward_pre_hook(note)
+    given: list[dict[str, Any]] = [{}, {"attention": "math"}, {"engine": "functional"}]
+    for options in given:
+        seen.clear()
+        GradientTracer(network, Projection(rank=2, dim=None), **options).vjps(
+            lambda rows: network(x[rows]), [lambda e, rows: e], batch_size=2
+        )
+        assert set(seen) == {not options}
+    with pytest.raises(GradientError, match=r"attention='flash'.*fused.*HINT"):
+        GradientTracer(network, attention="flash")  # type: ignore[arg-type]
 
 
 def test_grad_rng_and_parameters_are_untouched() -> None:
@@ -150,7 +172,11 @@ def test_a_second_thread_is_refused_and_flags_are_restored() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def elsewhere() -> None:
-        with tracing_mode(shared), tracing_mode(shared[0]), tracing_mode(around):
+        with (
+            tracing_mode(shared, attention="math"),
+            tracing_mode(shared[0]),
+            tracing_mode(around),
+        ):
             inside.set()
             assert leave.wait(30)
 
@@ -165,7 +191,7 @@ def test_a_second_thread_is_refused_and_flags_are_restored() -> None:
             ):
                 pass
             assert not shared.training
-        with tracing_mode(other):  # a network of its own
+        with tracing_mode(other, attention="math"):  # a network of its own
             leave.set()
             thread.join()
             assert not other.training

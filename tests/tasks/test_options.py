@@ -68,12 +68,24 @@ def test_training_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", pipelines_of("half"))
-def test_mixed_precision_is_traced_in_float32(name: str, tmp_path: Path) -> None:
+def test_mixed_precision_is_traced_as_it_is_trained(name: str, tmp_path: Path) -> None:
     plain, traced = made(name), made(name)
     train(plain, [], precision="bf16-mixed")
     train(traced, [tracer(tmp_path)], precision="bf16-mixed")
     assert same_weights(plain, traced)
-    assert row_error(last(tmp_path), by_loop(traced.task)) < TOLERANCE
+    found, in_float32 = last(tmp_path), by_loop(traced.task)
+    predict = traced.task.predict
+
+    def as_a_training_step(*args: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            output: Tensor = predict(*args)
+            return output
+
+    traced.task.predict = as_a_training_step  # type: ignore[method-assign]
+    assert row_error(found, by_loop(traced.task)) < IN_HALF
+    assert row_error(found, in_float32) > IN_HALF
+    said = TraceStore(tmp_path).header.method["numerics"]
+    assert said == {"attention": "fused", "precision": "bf16-mixed"}
 
 
 @pytest.mark.parametrize("name", pipelines_of("half"))
