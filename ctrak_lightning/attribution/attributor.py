@@ -24,14 +24,18 @@ from ctrak_lightning.attribution.queries import Given, Query, QueryGradients, as
 from ctrak_lightning.attribution.result import Attribution, Record
 from ctrak_lightning.attribution.scoring import Factors, chosen_scores, exposures_at, factors_of
 from ctrak_lightning.attribution.search import top_scores
+from ctrak_lightning.capture.exposures import UnknownExposuresWarning
+from ctrak_lightning.errors import StoreMismatchError
 from ctrak_lightning.gradients import Attention
 from ctrak_lightning.methods.damping import Damping, rule_of
 from ctrak_lightning.methods.ensembles import ensemble_of, weights_of
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.numerics import Numerics, numerics_of
+from ctrak_lightning.methods.presets import by_name
 from ctrak_lightning.methods.trajectories import Generation, Sampler
 from ctrak_lightning.provenance.recording import QueryLog
 from ctrak_lightning.store import TraceStore
+from ctrak_lightning.store.schema import differences
 from ctrak_lightning.tasks import (
     DiffusersTask,
     DiffusionTask,
@@ -55,7 +59,8 @@ class Attributor:
             traced run.
         task: how the module is addressed, if it is no DiffusionTask itself: the
             :class:`~ctrak_lightning.DiffusersTask` that the tracer had, say.
-        method: how to ask; by default as the store was made. Its training side must be the store's.
+        method: how to ask, or the name of a preset; by default as the store was made. Its training
+            side must be the store's.
         sampler: how images are generated.
         given: where the method looks at the states of a generation, which states of an existing
             image it gets: ``"inverted"``, those through which the sampler would have made it
@@ -82,7 +87,7 @@ class Attributor:
         module: Any,
         *,
         task: DiffusersTask | DiffusionTask | None = None,
-        method: Method | None = None,
+        method: Method | str | None = None,
         sampler: Sampler | None = None,
         given: Given = "inverted",
         precision: Precision | None = None,
@@ -98,9 +103,10 @@ class Attributor:
             raise ValueError(f"Attributor(given={given!r}): expected one of {get_args(Given)}.")
         self.task = in_own_precision(resolve_task(module, task))
         self.store = store if isinstance(store, TraceStore) else TraceStore(store)
-        self.method = method or described(
+        stored_method = described(
             self.store, "method", lambda: Method.from_dict(self.store.header.method)
         )
+        self.method = by_name(method) if isinstance(method, str) else method or stored_method
         self.sampler = sampler or Sampler()
         owner: nn.Module = module if isinstance(module, nn.Module) else self.task.denoiser
         stored = described(self.store, "numerics", lambda: numerics_of(self.store.header))
@@ -113,8 +119,17 @@ class Attributor:
             model, self.method, self._generator, given, row_limit, progress
         )
         self._log = QueryLog(self.store.path, self.store.edition, asker) if record else None
-        training = described(self.store, "method", lambda: self.store.header.method["training"])
-        refuse_differences("method.training", training, self.method.training_dict())
+        if stored_method.training_dict() != self.method.training_dict():
+            found = differences(
+                *(stored_method.training_dict(), self.method.training_dict(), "method.training")
+            )
+            raise StoreMismatchError(
+                f"Attributor(method={self.method.name!r}): the store was traced by "
+                f"{stored_method.name!r}, whose training side is another one ({found[0][0]}: the "
+                f"store has {found[0][1]!r}, this method {found[0][2]!r}). Traces of one cannot be "
+                "asked by the other. HINT: leave `method` out to ask as the store was made, or "
+                f"trace again with method={self.method.name!r} into another folder."
+            )
         schedule = self.task.noise_schedule
         refuse_differences("model", *model_facts(self.store, owner, model.trained, schedule))
 
@@ -271,9 +286,8 @@ class Attributor:
             query: from :meth:`query` or :meth:`query_global`.
             damping: another one than the method's; None leaves the kernel out.
         """
-        used = self._used(damping)
+        used, factors = self._used(damping)
         methods = _methods(query, used)
-        factors = self._factors(used)
         scores, dampings = chosen_scores(
             query.features, self.store.checkpoints, rule_of(used.damping), factors=factors
         )
@@ -334,7 +348,7 @@ class Attributor:
             ValueError: ``n`` is below 1.
             CorruptStoreError: the store is damaged.
         """
-        used = self._used(damping)
+        used, factors = self._used(damping)
         processes = processes_of(1 if fabric is None else fabric.world_size)
         found = top_scores(
             query.features,
@@ -342,7 +356,7 @@ class Attributor:
             n,
             rule_of(used.damping),
             weights=weights_of(ensemble_of(used.ensemble), self.store.checkpoints),
-            factors=self._factors(used),
+            factors=factors,
             processes=processes,
         )
         # Of a large store the table of all samples takes more memory than the search.
@@ -401,10 +415,9 @@ class Attributor:
         """Images [B, 3, H, W] in [0, 1], or None where the task has no ``decode``."""
         return self._model.decode(latents)
 
-    def _used(self, damping: Damping | Literal["method"]) -> Method:
-        return self.method if damping == "method" else replace(self.method, damping=damping)
-
-    def _factors(self, used: Method) -> Factors:
+    def _used(self, damping: Damping | Literal["method"]) -> tuple[Method, Factors]:
+        """The method as it is used here, and what it multiplies scores by."""
+        used = self.method if damping == "method" else replace(self.method, damping=damping)
         found = factors_of(used.residual, used.per_exposure, self.store.checkpoints)
         if used.per_exposure and "exposures" not in found:
             warnings.warn(
@@ -413,10 +426,12 @@ class Attributor:
                 "as often as every other. HINT: let training batches have the samples' ids, by a "
                 "field or the task's sample_ids(batch); in a loop of your own, call "
                 "Capture.note_step(batch).",
-                UserWarning,
+                UnknownExposuresWarning,
                 stacklevel=3,
             )
-        return found
+            # What is said of an answer is how it was made.
+            used = replace(used, per_exposure=False)
+        return used, found
 
     def _note(
         self,

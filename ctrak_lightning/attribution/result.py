@@ -411,9 +411,14 @@ class Attribution:
         every = torch.ones(len(self.steps), dtype=torch.float64)
         found = group_shares(self._positive(every, threshold), membership, len(groups))
         if not found.sum() > 0:
+            if threshold is None:
+                problem, hint = "no sample has a positive score", "look at `confidence` first."
+            else:
+                problem = f"no sample's score is {threshold:g} deviations above the median"
+                hint = "a lower threshold, or None, which shares out all positive scores."
             raise ValueError(
-                f"by_group({column!r}, threshold={threshold}): no sample has a positive score for "
-                f"{self.concept.name!r}. HINT: a lower threshold, or None."
+                f"by_group({column!r}, threshold={threshold}): {problem} for "
+                f"{self.concept.name!r}, so there is nothing to share out. HINT: {hint}"
             )
         low, high = bootstrapped_shares(
             lambda drawn: self._positive(drawn, threshold),

@@ -167,20 +167,27 @@ def chosen_scores(
         chosen += [grid[d] for d in best.tolist()]
     scores = torch.cat(parts, 1)
     if factors:
-        each_sample = torch.stack([factor_at(checkpoint, factors) for checkpoint in checkpoints])
+        counts = known_exposures(checkpoints)
+        pairs = zip(checkpoints, counts, strict=True)
+        each_sample = torch.stack([factor_at(one, factors, count) for one, count in pairs])
         scores = scores * each_sample.unsqueeze(1)
     if exposed is not None:  # the dual form leaves what rounding makes of 0
         scores = scores * exposed.unsqueeze(1)
     return scores, chosen
 
 
-def factor_at(checkpoint: Checkpoint, factors: Factors, rows: Rows | None = None) -> Tensor:
-    """What the scores of a checkpoint are multiplied by, float64 [N]; [b] of a block of ``rows``."""
+def factor_at(
+    checkpoint: Checkpoint,
+    factors: Factors,
+    exposures: Tensor | None = None,
+    rows: Rows | None = None,
+) -> Tensor:
+    """What the scores of a checkpoint are multiplied by, float64 [N]; [b] of a block of ``rows``.
+    ``exposures`` [N] are its own of :func:`known_exposures`."""
     product = torch.ones((), dtype=torch.float64)
     if "loss" in factors:
         product = product * (checkpoint.losses() if rows is None else rows.loss).double()
     if "exposures" in factors:
-        exposures = checkpoint.exposures()
         assert exposures is not None, "factors_of() asks"
         product = product * (exposures if rows is None else exposures[rows.index]).double()
     return product
@@ -188,8 +195,8 @@ def factor_at(checkpoint: Checkpoint, factors: Factors, rows: Rows | None = None
 
 def factors_of(residual: bool, per_exposure: bool, checkpoints: Sequence[Checkpoint]) -> Factors:
     """What a :class:`~ctrak_lightning.methods.method.Method` multiplies the samples' scores by; not
-    by their exposures where the store does not know those of every checkpoint."""
-    known = per_exposure and all(each.exposures() is not None for each in checkpoints)
+    by their exposures where the store does not know those of the last checkpoint."""
+    known = per_exposure and all(each is not None for each in known_exposures(checkpoints))
     loss: Factors = ("loss",) if residual else ()
     return (*loss, "exposures") if known else loss
 
@@ -197,11 +204,28 @@ def factors_of(residual: bool, per_exposure: bool, checkpoints: Sequence[Checkpo
 def exposed_at(checkpoints: Sequence[Checkpoint]) -> Tensor | None:
     """Which samples had been trained on at each checkpoint, bool [M, N]; None where all had, as far
     as is known."""
-    each = [checkpoint.exposed() for checkpoint in checkpoints]
+    each = [
+        None if one is None or bool(one.all()) else one > 0 for one in known_exposures(checkpoints)
+    ]
     if all(one is None for one in each):
         return None
     every = torch.ones(checkpoints[0].rows, dtype=torch.bool)
     return torch.stack([every if one is None else one for one in each])
+
+
+def known_exposures(checkpoints: Sequence[Checkpoint]) -> list[Tensor | None]:
+    """How often each sample had entered an optimizer step at each checkpoint, int64 [N].
+
+    Where that is not known, as at the next one where it is: it was at most so often, and not at all
+    where it was not even then. None at those after the last that knows.
+    """
+    found: list[Tensor | None] = []
+    later: Tensor | None = None
+    for checkpoint in reversed(checkpoints):
+        own = checkpoint.exposures()
+        later = later if own is None else own
+        found.append(later)
+    return found[::-1]
 
 
 def exposures_at(checkpoints: Sequence[Checkpoint]) -> Tensor | None:

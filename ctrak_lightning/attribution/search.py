@@ -15,6 +15,7 @@ from ctrak_lightning.attribution.scoring import (
     ensemble,
     exposed_at,
     factor_at,
+    known_exposures,
 )
 from ctrak_lightning.errors import CorruptStoreError
 from ctrak_lightning.methods.damping import DampingRule, choice, grid_of
@@ -188,7 +189,7 @@ class _Question:
         self._checkpoints = checkpoints
         self._processes = processes
         self._factors = factors
-        self._exposed = exposed_at(checkpoints)
+        self._exposed, self._counts = exposed_at(checkpoints), known_exposures(checkpoints)
         solved, known = [], []
         for rows, checkpoint in zip(queries, checkpoints, strict=True):
             kernel = checkpoint.kernel()
@@ -197,8 +198,10 @@ class _Question:
         directions = torch.stack(solved)  # [M, D, Q, k]
         mean, deviation = torch.stack(known, 1).unflatten(2, (len(grid), -1))  # [M, D, Q] each
         # A variance that is the small difference of two large numbers is measured rather than
-        # computed.
+        # computed; so is one that the kernel does not know, which was made of all rows.
+        is_kernels = self._exposed is None or all(c.exposures() is not None for c in checkpoints)
         trusted = bool((deviation.square() > _TRUSTED * mean.square()).all()) and not factors
+        trusted = trusted and is_kernels
         best = torch.zeros(queries.shape[1], dtype=torch.long)
         if len(grid) > 1 or (weights is None and not trusted):
             raw, scored = self._moments(directions)
@@ -234,8 +237,13 @@ class _Question:
 
     def _multipliers(self, block: list[Rows]) -> list[Tensor]:
         """What the scores of a block are multiplied by at each checkpoint, [b] or []."""
-        pairs = zip(self._checkpoints, block, strict=True)
-        return [factor_at(checkpoint, self._factors, rows) for checkpoint, rows in pairs]
+        each = zip(self._checkpoints, self._counts, block, strict=True)
+        found = [factor_at(one, self._factors, counts, rows) for one, counts, rows in each]
+        if self._exposed is None:
+            return found
+        # Rows of what is known to be untrained from a later checkpoint alone are no zeros.
+        masks = self._exposed[:, block[0].index]
+        return [factor * mask for factor, mask in zip(found, masks, strict=True)]
 
     def _require_all(self, seen: int) -> None:
         everywhere, samples = sum(self._processes.gather(seen)), self._checkpoints[0].rows

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
-from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,7 +13,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ctrak_lightning.callbacks.loaders import TrainingLoader
 from ctrak_lightning.capture.capture import Capture
-from ctrak_lightning.capture.exposures import ReachedRows
+from ctrak_lightning.capture.exposures import (
+    ReachedRows,
+    UnknownExposuresWarning,
+    UntracedSampleWarning,
+)
 from ctrak_lightning.utilities.naming import parameters_of
 
 
@@ -163,11 +167,28 @@ class ExposureCounter:
         why = self._capture.exposures.why_unknown
         if why is not None and not self._is_explained:
             self._is_explained = True
-            rank_zero_info(
+            text = (
                 "`ConceptTracer`: how often each sample entered an optimizer step is not known, "
-                f"and not stored: {why}. HINT: let every batch have the samples' ids, or define "
-                "`sample_ids(batch)`."
+                f"and not stored: {why.rstrip('.')}. "
             )
+            hint = "HINT: let every batch have the samples' ids, or define `sample_ids(batch)`."
+            if self._capture.exposures.has_strangers_alone:
+                rank_zero_warn(
+                    f"{text}If these are other samples than the traced ones, no score says what "
+                    "they taught. HINT: the traced samples' ids are like "
+                    f"{self._capture.sample_ids[0]!r}; let both loaders name a sample alike, and "
+                    "`trace_dataloader()` give those that are trained on.",
+                    category=UntracedSampleWarning,
+                )
+            elif self._capture.method.per_exposure:
+                rank_zero_warn(
+                    f"{text}The method {self._capture.method.name!r} multiplies scores by it, "
+                    "which then is left out: a sample that was never trained on may get a score. "
+                    + hint,
+                    category=UnknownExposuresWarning,
+                )
+            else:
+                rank_zero_info(text + hint)
 
     def detach(self) -> None:
         """Stops counting; idempotent."""

@@ -31,6 +31,18 @@ class UntracedSampleWarning(UserWarning):
     """
 
 
+class UnknownExposuresWarning(UserWarning):
+    """How often each sample was trained on is not known, and the method multiplies scores by it;
+    the message says why.
+
+    Why: a gradient does not show whether training ever saw a sample, so that one which it never did
+    may get a score.
+
+    What to do: let training batches have the samples' ids, or define ``sample_ids(batch)``; in a
+    loop of your own, call ``capture.note_step(batch)``.
+    """
+
+
 class ReachedRows:
     """Which rows of a batch's predictions a loss depends on: a sample with a loss weight of 0, or
     one that is masked out, has been in the step and has taught nothing.
@@ -112,6 +124,7 @@ class Exposures:
         self._drawn: list[tuple[Sequence[str], Found]] = []
         self._stepped: list[tuple[list[int | None], Found]] = []  # and not read yet
         self._stranger: str | None = None
+        self._has_own = False  # a step had samples of the table, whatever its loss depended on
         self._outside = self._all_outside = 0
         self._has_warned = False
         self.unknown: str | None = None
@@ -132,6 +145,7 @@ class Exposures:
         for sample_ids, found in self._drawn:
             positions = [self._index.get(sample_id) for sample_id in sample_ids]
             for sample_id, position in zip(sample_ids, positions, strict=True):
+                self._has_own = self._has_own or position is not None
                 if position is None:
                     self._stranger = sample_id
                     self._outside += 1
@@ -144,17 +158,18 @@ class Exposures:
         stepped: list[int] = []
         if self._processes.count > 1 or len(self._stepped) >= _UNREAD:
             stepped = self._read()
-        for places, outside, stranger, unknown in self._processes.gather(
-            (stepped, self._outside, self._stranger, self.unknown)
+        for places, has_own, outside, stranger, unknown in self._processes.gather(
+            (stepped, self._has_own, self._outside, self._stranger, self.unknown)
         ):
             self._add(places)
+            self._has_own = self._has_own or has_own
             self._all_outside += outside
             self._stranger, self.unknown = self._stranger or stranger, self.unknown or unknown
         self._outside = 0
         # Where no sample at all is known, the ids are of another kind: `why_unknown`.
         if self._all_outside and not self._has_warned:
             self._settle()
-            self._has_warned = bool(self._counts.any())
+            self._has_warned = self._knows_samples
         if self._has_warned and not had_warned:
             self._warn_of_untraced_samples(
                 f"so far, such as {self._stranger!r}. The end of the run says how many in all"
@@ -199,12 +214,23 @@ class Exposures:
         )
 
     @property
+    def _knows_samples(self) -> bool:
+        """Whether the ids of steps are of the table's kind. Where not one ever was, they may as
+        well be other names of the same samples."""
+        return self._has_own or bool(self._counts.any())
+
+    @property
+    def has_strangers_alone(self) -> bool:
+        """Whether steps had samples, and none of the table."""
+        return self._stranger is not None and not self._knows_samples
+
+    @property
     def why_unknown(self) -> str | None:
         """Why :meth:`counts` gives None, if it does."""
         if self.unknown is not None:
             return self.unknown
         self._settle()
-        if bool(self._counts.any()):
+        if self._knows_samples:
             return self._contradiction
         if self._stranger is None:
             return "no optimizer step of a training batch was seen"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctrak_lightning.errors import ConceptError, ExtensionError, MethodError, TaskError, visible
+from ctrak_lightning.errors import ExtensionError, MethodError, TaskError, visible
 from ctrak_lightning.gradients import GradientTracer
 from ctrak_lightning.gradients.checks import Cotangent, Forward, naming_extension
 from ctrak_lightning.gradients.tracer import Checked
@@ -20,7 +20,7 @@ from ctrak_lightning.methods.objectives import Objective, Prediction, Side, cota
 from ctrak_lightning.methods.trajectories import State
 from ctrak_lightning.tasks import Condition, DiffusionTask, Encoded, name_of, select, widened
 from ctrak_lightning.tasks.base import condition_of, described
-from ctrak_lightning.utilities.memory import RowLimit
+from ctrak_lightning.utilities.memory import RowLimit, is_out_of_memory
 from ctrak_lightning.utilities.naming import is_own, place_of
 
 FAINT = 1e-3
@@ -152,11 +152,14 @@ def _evaluation(
     if method.training.needs_reference:
         try:
             null = condition_of(task, {}, len(encoded.latents))
-        except ConceptError as error:
+        except Exception as error:  # a task decides how it refuses a spec
+            if isinstance(error, TaskError) or is_out_of_memory(error):
+                raise
             raise MethodError(
                 f"Method({method.name!r}, training={method.training}): the objective is held against "
-                f"the network's prediction without any condition, and there is none ({error}). "
-                "HINT: an objective that needs none, such as methods.influence('condition')."
+                f"the network's prediction without any condition, and there is none "
+                f"({type(error).__name__}: {error}). HINT: let `condition({{}}, n)` give it, or use "
+                "an objective that needs none, such as methods.influence('condition')."
             ) from error
         reference = _predicted(task, tracer, state, null)
     return _Evaluation(task, state, encoded.latents, encoded.condition, reference)

@@ -195,6 +195,7 @@ def _render(attributions: Sequence[Attribution], columns: Columns) -> str:
         samples=len(first.samples),
         untrained=int(first.untrained.sum()),
         knows_exposures=first.exposures is not None,
+        per_exposure=bool(first.method.get("per_exposure")),
         steps=first.steps,
         method=first.method,
         damping_text=damping_text(first.method["damping"]),

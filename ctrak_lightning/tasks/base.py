@@ -433,7 +433,7 @@ def _missing_field(task: DiffusionTask, call: str, batch: Any, error: KeyError) 
     fields = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
     return BatchError(
         f"{name_of(task)}.{call}(batch) asked for {error}, and the batch has {fields}. "
-        f"HINT: let the dataset return that field, or change {call}()."
+        f"HINT: let the dataset return that field, or change `{call}`."
     )
 
 

@@ -80,8 +80,9 @@ class ClassTask(PipelineTask):
         if label is None:
             raise ConceptError(
                 f"{type(self).__name__}.condition({{}}): the model has no label for no class. "
-                "HINT: name another class as the absent side and use Sampler(guidance=1.0); or, "
-                "if it was trained with one, null_class=..."
+                "HINT: if it was trained with one, null_class=...; else trace by a method that asks "
+                "for none, such as methods.influence('condition'), and ask with another class as the "
+                "absent side and Sampler(guidance=1.0)."
             )
         return {"class_labels": torch.full((n,), label, device=self.device)}
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ctrak_lightning.attribution.baselines import random_order
-from ctrak_lightning.attribution.scoring import soft_thresholded
+from ctrak_lightning.attribution.scoring import soft_thresholded, standardised
 from ctrak_lightning.metrics.functional import spearman
 
 from ..emoji_artists.data import EmojiArtists
@@ -40,13 +40,18 @@ CHOSEN_ON = 32
 """The first subsets, on which settings may be chosen."""
 DRAWS = 1000
 THRESHOLD = emoji.THRESHOLD
+SEARCH = "concept_trak"
+"""The search by concept that every row is held against, beside the best one without gradients."""
+JOINED = ("label and grey-level correlation", SEARCH)
+"""Rows that `influence` is also shown with, each in units of its deviation, :data:`SHARE` of it. By
+the first a gradient adds to the best search without one, or does not."""
+SHARE = 0.5
+"""Of one half and one, on the subsets for choosing."""
 METHODS = (
     *("influence", "influence_condition", "influence_null", "random_probe"),
     *("concept_trak", "concept_trak_norm", "concept_trak_published", "trak", "d_trak"),
     *ekfac.ROWS,
 )
-SEARCH = "concept_trak"
-"""The search by concept that every row is held against, beside the best one without gradients."""
 TWINS = {
     "emojione": "emojione-monotone",
     "fluent-emoji-flat": "fluent-emoji-high-contrast",
@@ -211,6 +216,12 @@ def summed(rows: Mapping[str, Tensor], methods: Sequence[str]) -> dict[str, Tens
     for name in methods:
         found[name] = soft_thresholded(rows[name].double(), THRESHOLD)
         found[f"label and {name}"] = label * rows[name]
+    for other in JOINED:
+        if "influence" in methods and other in rows:
+            joint = standardised(rows["influence"].double()) + SHARE * standardised(
+                rows[other].double()
+            )
+            found[f"influence with {other}"] = soft_thresholded(joint, THRESHOLD)
     return found
 
 
@@ -254,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     has_twin = torch.tensor([q.artist in {*TWINS, *TWINS.values()} for q in asked])
     for name, judge in judges(used, args.seeds).items():
         found = scores[name.split(",")[0]]
-        gradients = [*args.methods, *(f"label and {each}" for each in args.methods)]
+        joint = [f"influence with {each}" for each in JOINED]
+        gradients = [*args.methods, *(f"label and {each}" for each in args.methods), *joint]
         lines += ["", f"## Judged by the {name}", "", *table(found, gradients, judge, has_twin)]
     publish(args.results / "influence.md", "\n".join(lines) + "\n")
 

@@ -53,7 +53,10 @@ TESTS = (
 BATCH = 32
 ROWS = ("influence", "influence_null", "concept_trak", "concept_trak_published", "d_trak")
 INLINE = "influence, inline"
-COUNTED = ("label", "label and pixels", "label and judge's features")
+COUNTED = (
+    *("label", "label and pixels", "label and judge's features"),
+    *("label and grey-level correlation", "random"),
+)
 """Rows without gradients that are also shown times the exposures."""
 
 

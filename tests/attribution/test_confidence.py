@@ -69,6 +69,27 @@ def test_what_is_sound_is_not_doubted(tmp_path: Path) -> None:
     assert found.stability == pytest.approx(1)
 
 
+def test_how_often_samples_were_trained_on_is_no_part_of_the_self_check(tmp_path: Path) -> None:
+    """A sample that was seen a hundred times outscores others at their own question."""
+    rows = torch.eye(N, K) + 0.2
+    store = asked_of(tmp_path, [LOSSES], rows, torch.arange(1, N + 1) ** 3).store
+    assert store is not None
+    found = diagnostics.self_check(store.checkpoints, None, factors=("exposures",))
+    assert (found.first, found.asked) == (N, N)
+
+
+def test_equal_samples_are_first_together(tmp_path: Path) -> None:
+    """An image that a data set has twice has the same trace, up to rounding."""
+    rows = torch.eye(N // 2, K).repeat(2, 1) * (1 + 1e-6 * torch.arange(N))[:, None]
+    other = rows.clone()
+    other[0, -1] = 0.3  # and one that is no equal is not taken for one
+    other[N // 2, -1] = 0.6
+    for number, (each, first) in enumerate(((rows, N), (other, N - 1))):
+        store = asked_of(tmp_path / str(number), [LOSSES], each).store
+        assert store is not None
+        assert diagnostics.self_check(store.checkpoints, None) == SelfCheck(first, N)
+
+
 def test_only_what_was_trained_on_is_examined(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,8 +102,31 @@ def test_scores_per_exposure_are_multiplied_by_the_exposures(
     joined = ensemble(scores, None, exposed_at(store.checkpoints))[:, counts[2] > 0]
     found = top_scores(queries, store.checkpoints, 5, Fixed(1.0), factors=factors)
     torch.testing.assert_close(found.scores, joined.float().topk(5, 1).values, rtol=1e-3, atol=1e-4)
-    unknown = store_of(tmp_path / "unknown", phi, [counts[0], None, counts[2]], dtype)
+    unknown = store_of(tmp_path / "unknown", phi, [counts[0], counts[1], None], dtype)
     assert factors_of(True, True, unknown.checkpoints) == ("loss",)
+
+
+@SHAPES
+@pytest.mark.parametrize("per_exposure", [False, True])
+def test_what_is_known_later_bounds_what_was_not_known_before(
+    tmp_path: Path, n: int, k: int, dtype: str, per_exposure: bool
+) -> None:
+    """A sample that was not trained on at a later checkpoint was not at an earlier one either."""
+    phi, queries = traces(n, k, 3)
+    counts = (torch.arange(n) % 4).long()  # every fourth sample 0
+    later = counts + (torch.arange(n) % 8 == 0).long()
+    store = store_of(tmp_path, phi, [None, counts, later], dtype)
+    factors = factors_of(False, per_exposure, store.checkpoints)
+    assert factors == (("exposures",) if per_exposure else ())
+    scores, _ = chosen_scores(queries, store.checkpoints, Fixed(1.0), factors=factors)
+    plain, _ = chosen_scores(queries[:1], store.checkpoints[:1], Fixed(1.0))
+    torch.testing.assert_close(scores[0], plain[0] * (counts if per_exposure else counts > 0))
+    exposed = exposed_at(store.checkpoints)
+    assert exposed is not None
+    assert torch.equal(exposed, torch.stack([counts > 0, counts > 0, later > 0]))
+    joined = ensemble(scores, None, exposed)[:, later > 0]
+    found = top_scores(queries, store.checkpoints, 5, Fixed(1.0), factors=factors)
+    torch.testing.assert_close(found.scores, joined.float().topk(5, 1).values, rtol=1e-3, atol=1e-4)
 
 
 @SHAPES

@@ -4,6 +4,7 @@ saw."""
 import copy
 import logging
 import pickle
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from ctrak_lightning.capture.exposures import (
     Exposures,
     Found,
     ReachedRows,
+    UnknownExposuresWarning,
     UntracedSampleWarning,
 )
 from ctrak_lightning.errors import BatchError
-from ctrak_lightning.methods import inline_trak
+from ctrak_lightning.methods import d_trak, inline_trak
 from ctrak_lightning.methods.objectives import Denoising, Term
 from ctrak_lightning.store import Checkpoint
 from ctrak_lightning.utilities.processes import ALONE, Processes
@@ -324,10 +326,18 @@ def test_they_are_unknown_rather_than_zero(
         ),
     ):
         path = tmp_path / type(module).__name__
-        with caplog.at_level(logging.INFO, logger="lightning"):
+        with (
+            caplog.at_level(logging.INFO, logger="lightning"),
+            warnings.catch_warnings(record=True) as warned,
+        ):
+            warnings.simplefilter("always")
             fit(module, [tracer(path)], data=data, max_epochs=2)
         assert [at.exposures() for at in TraceStore(path / "traces").checkpoints] == [None, None]
-        told = [
+        loud = [str(one.message) for one in warned if one.category is UntracedSampleWarning]
+        assert len(loud) == isinstance(data, Others)  # it may be that nothing traced was trained on
+        if loud:
+            assert "the traced samples' ids are like 'other 0'" in loud[0]
+        told = loud + [
             record.message
             for record in caplog.records
             if "entered an optimizer step is not known" in record.message
@@ -335,6 +345,29 @@ def test_they_are_unknown_rather_than_zero(
         assert len(told) == 1
         assert match in told[0]
         caplog.clear()
+
+
+def test_a_method_that_multiplies_by_what_is_not_known_is_told_of_it(tmp_path: Path) -> None:
+    class Hidden(Small):
+        def encode(self, batch: dict[str, Any]) -> Encoded:
+            names = [f"image {name}" for name in batch["sample_id"]]
+            return Encoded(latents=batch["image"], condition={}, sample_ids=names)
+
+    method = replace(d_trak(timesteps=2), per_exposure=True)
+    with pytest.warns(UnknownExposuresWarning, match=r"'d_trak' multiplies scores.*HINT") as told:
+        fit(Hidden(), [tracer(tmp_path, method=method)], max_epochs=2)
+    assert sum(one.category is UnknownExposuresWarning for one in told) == 1
+
+
+def test_where_the_loss_depends_on_no_sample_none_was_trained_on(tmp_path: Path) -> None:
+    class Weightless(Small):
+        def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+            return 0 * super().training_step(batch, batch_idx)
+
+    module = Weightless()
+    fit(module, [tracer(tmp_path)], max_epochs=1)
+    [checkpoint] = TraceStore(tmp_path / "traces").checkpoints
+    assert known(checkpoint) == [0] * 12
 
 
 def test_samples_that_are_trained_on_and_not_in_the_store_are_told(tmp_path: Path) -> None:

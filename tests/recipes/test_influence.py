@@ -8,6 +8,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from ctrak_lightning.attribution.scoring import soft_thresholded
 from recipes.benchmarks import own_images
 from recipes.benchmarks.influence import (
     Judge,
@@ -107,6 +108,13 @@ def test_contributions_are_summed_and_scores_within_the_label(data: EmojiArtists
     expected = units.sign() * (units.abs() - 2).clamp(min=0)
     torch.testing.assert_close(found["influence"], expected)
     assert found["influence"][:, 7].min() > 2
+    assert not any(name.startswith("influence with") for name in found)
+
+    rows["concept_trak"] = torch.randn(2, 100) * 40
+    joint = summed(rows, ["influence"])["influence with concept_trak"]
+    each = [rows[name].double() for name in ("influence", "concept_trak")]
+    first, second = (one / one.std(1, keepdim=True, correction=0) for one in each)
+    torch.testing.assert_close(joint, soft_thresholded(first + second / 2, 2.0))
 
 
 def test_a_generated_image_is_judged_by_itself(data: EmojiArtists) -> None:
