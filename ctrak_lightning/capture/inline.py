@@ -203,6 +203,12 @@ class InlineCapture(Capture):
         self.exposures.compare(~self._running.zeros())
         exposures = self.exposures.counts()
         visits = self._running.visits()
+        if exposures is not None and not exposures.any():
+            raise GradientError(
+                f"Step {step}: the gradients of all samples are zero, for no loss so far depended on "
+                "one of them: expected training steps that teach something. HINT: look at the "
+                "loss's weights and masks; `every_n_epochs` waits until they are there."
+            )
         if exposures is not None:  # steps whose loss did not depend on a sample are no visit to it
             visits = visits.without(exposures == 0)
         self._running.require_all(exposures)

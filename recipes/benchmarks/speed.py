@@ -217,7 +217,8 @@ def functional(subject: Subject) -> Tensor:
         one = {name: value[None] for name, value in given.items()}
         return (target - predict(weights, x[None], t[None], one)[0]).square().mean()
 
-    with tracing_mode(subject):
+    # torch.func has no rule for the fused kernels.
+    with tracing_mode(subject, attention="math"):
         x_t = subject.x_t.detach().requires_grad_()
         e = predict(parameters, x_t, subject.t, subject.given)
         x0_hat = schedule.x0_hat(e, x_t, subject.t)

@@ -510,11 +510,12 @@ def test_a_store_answers_another_method_with_the_same_traces(tmp_path: Path) -> 
     )  # a whole-image method does not see the concept
     red, bar = Attributor(tmp_path / "s", module, sampler=SAMPLER).attribute_many([RED, BAR])
     assert (red.scores - bar.scores).abs().max() > 0.1
-    with pytest.raises(
-        StoreMismatchError,
-        match=r"method\.training\.objective\.class.*SquaredNorm.*Denoising.*HINT",
-    ):
-        Attributor(tmp_path / "s", module, method=methods.trak(timesteps=2))
+    told = r"'trak'\): the store was traced by 'concept_trak_norm'.*(?:'sample'|SquaredNorm).*HINT"
+    for method in (methods.trak(timesteps=2), "trak"):
+        with pytest.raises(StoreMismatchError, match=told):
+            Attributor(tmp_path / "s", module, method=method)
+    with pytest.raises(ValueError, match="unknown method. Known: concept_trak"):
+        Attributor(tmp_path / "s", module, method="tracks")
 
 
 def test_a_store_of_another_model_is_refused_by_name(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from ctrak_lightning import (
     methods,
 )
 from ctrak_lightning.callbacks import ConceptTracer
+from ctrak_lightning.capture.exposures import UnknownExposuresWarning
 from ctrak_lightning.capture.trace import trace_batch, trace_query
 from ctrak_lightning.capture.trial import try_samples
 from ctrak_lightning.errors import ConceptError, CorruptStoreError, MethodError
@@ -203,7 +204,7 @@ def test_a_model_without_a_null_condition_is_told_which_residual_it_can_have() -
     module = WithoutNull("sample").double().eval()
     tracer, encoded = GradientTracer(module.denoiser, EXACT), samples(ToyDiffusion().double())
     with pytest.raises(
-        MethodError, match=r"none \(no label for no class\).*influence\('condition'\)"
+        MethodError, match=r"none \(ConceptError: no label for no class\).*influence\('condition'\)"
     ):
         trace_batch(module, tracer, methods.influence(), encoded, 0)
     assert trace_batch(module, tracer, methods.influence("condition"), encoded, 0).features.any()
@@ -283,8 +284,11 @@ def test_a_question_about_a_training_image_has_the_noise_of_its_trace(tmp_path: 
     assert row.norm() > 0
     assert (query.features[0, 0] - row).norm() <= 1e-4 * row.norm()
     told = "multiplies a sample's score by how often it was trained on.*HINT: let training batches"
-    with pytest.warns(UserWarning, match=told):
-        attributor.score(query)
+    with pytest.warns(UnknownExposuresWarning, match=told):
+        [result] = attributor.score(query)
+    # What is said of the answer is how it was made.
+    assert not result.method.get("per_exposure")
+    assert attributor.method.per_exposure
 
 
 def test_a_run_multiplies_scores_by_how_often_each_sample_was_trained_on(

@@ -147,6 +147,9 @@ def test_a_module_is_traced_by_names_and_stays_as_it_is(tmp_path: Path) -> None:
         Attributor(store, module)
 
 
+# Their batches have no ids.
+@pytest.mark.filterwarnings("ignore:.*often.* trained on:UserWarning")
+@pytest.mark.filterwarnings("ignore:.ConceptTracer.. how often each sample")
 def test_from_yaml_and_for_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
