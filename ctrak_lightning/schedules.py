@@ -4,7 +4,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -144,7 +144,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``(a, s)`` at timesteps ``t`` [B], each [B] float64 on the CPU."""
+        """``(a, s)`` at timesteps ``t`` [B], each [B] float64, where ``t`` is."""
 
     @abstractmethod
     def epsilon(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -301,7 +301,7 @@ class FlowSchedule(Schedule):
         return 1.0, 0.0
 
     def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        sigma = t.cpu().double() / len(self)
+        sigma = t.to(_widest(t.device)) / len(self)
         return 1 - sigma, sigma
 
     def epsilon(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -322,6 +322,10 @@ class FlowSchedule(Schedule):
 
     def _timesteps_at(self, shares: Tensor) -> Tensor:
         return (len(self) * self.shift * shares / (1 + (self.shift - 1) * shares)).float()
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _is_flow(scheduler: Any) -> bool:
@@ -369,6 +373,11 @@ class NoiseSchedule(Schedule):
     steps_offset: int = 0
     final_alpha_bar: float = 1.0
     clip: float | None = None
+    is_silent: bool = field(init=False, repr=False, compare=False)
+    """Whether there is a timestep without signal (zero terminal SNR)."""
+    _tables: dict[torch.device, Tensor] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -384,6 +393,7 @@ class NoiseSchedule(Schedule):
             raise ValueError(
                 "NoiseSchedule(alpha_bar=...): expected a 1-d tensor of values in [0, 1)."
             )
+        object.__setattr__(self, "is_silent", bool((self.alpha_bar == 0).any()))
 
     @classmethod
     def from_scheduler(
@@ -445,8 +455,12 @@ class NoiseSchedule(Schedule):
         return self.final_alpha_bar**0.5, (1 - self.final_alpha_bar) ** 0.5
 
     def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        power = self.alpha_bar[t.cpu()]
-        return power.sqrt(), (1 - power).sqrt()
+        if t.device not in self._tables:
+            levels = torch.stack([self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()])
+            self._tables[t.device] = levels.to(t.device, _widest(t.device))
+        # Indexed where `t` is: a GPU is not waited for.
+        a, s = self._tables[t.device][:, t.long()]
+        return a, s
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         a, s = self.levels(t, x0)
@@ -474,7 +488,7 @@ class NoiseSchedule(Schedule):
             return output
         if self.prediction_type == "v_prediction":
             return a * x_t - s * output
-        if bool((a == 0).any()):
+        if self.is_silent and bool((a == 0).any()):
             raise ValueError(
                 "NoiseSchedule(prediction_type='epsilon') has a timestep with zero signal (zero "
                 "terminal SNR), where x0_hat is undefined. HINT: train with "

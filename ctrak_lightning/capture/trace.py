@@ -103,8 +103,9 @@ def _trace_rows(
 ) -> Trace:
     task, encoded = widened(task, encoded)
     states = _states(task, tracer, method, encoded, seed)
-    features = torch.zeros(len(encoded.latents), tracer.dim)  # [B, k], on the CPU
-    loss = torch.zeros(len(encoded.latents))  # [B]
+    device = encoded.latents.device
+    features = torch.zeros(len(encoded.latents), tracer.dim, device=device)  # [B, k]
+    loss = torch.zeros(len(encoded.latents), device=device)  # [B]
     for state in states:
         evaluation = _evaluation(task, tracer, method, encoded, state)
         rows = evaluation.vjps(tracer, method.training)  # [B, P] for each part of the objective
@@ -112,7 +113,9 @@ def _trace_rows(
         # one state would be all of the sum.
         features += joined(rows, tracer, method.normalisation)
         loss += evaluation.denoising_loss() / len(states)
-    return Trace(features, loss)
+    # One copy from the device for all states, and nothing that waits for it before.
+    whole = torch.cat([features, loss[:, None]], 1).cpu()
+    return Trace(whole[:, :-1], whole[:, -1])
 
 
 def _states(
@@ -183,8 +186,8 @@ def check_batch(
     evaluation = _evaluation(task, tracer, method, encoded, states[len(states) // 2])
     forward, cotangents = evaluation.passes(method.training)
     checked = tracer.check(forward, cotangents, len(encoded.latents))
-    features = joined([row.cpu() for row in checked.rows], tracer, method.normalisation)
-    return Trace(features, evaluation.denoising_loss()), checked
+    features = joined(checked.rows, tracer, method.normalisation)
+    return Trace(features.cpu(), evaluation.denoising_loss().cpu()), checked
 
 
 def reached_blocks(
@@ -247,14 +250,15 @@ def trace_query(
         parts: also split the features by state and by group of layers, for a sketch per group and
             state.
     """
-    features = torch.zeros(len(x0), tracer.dim)
-    strength = torch.zeros(len(x0))
+    features = torch.zeros(len(x0), tracer.dim, device=x0.device)
+    strength = torch.zeros(len(x0), device=x0.device)
     by_timestep: list[Tensor] = []
     groups = tracer.layer_groups() if parts else {}
     by_group = {name: torch.zeros_like(features) for name in groups}
     for state in states:
         # [B, P] for each part; P numbers, before the sketch to k, in which terms add up exactly.
-        gradients = [torch.zeros(len(x0), tracer.width) for _ in method.training.parts]
+        shape = len(x0), tracer.width
+        gradients = [torch.zeros(*shape, device=x0.device) for _ in method.training.parts]
         predictions: dict[Side, Tensor] = {}  # e [B, ...] under each condition
         # A term that is held against a condition's prediction needs that one first.
         references: dict[Side | None, _Reference] = {}
@@ -279,11 +283,11 @@ def trace_query(
             for name, blocks in groups.items():
                 by_group[name] += joined(gradients, tracer, method.normalisation, blocks)
     if not parts:
-        return QueryTrace(features, strength)
+        return QueryTrace(features.cpu(), strength.cpu())
     timesteps = [int(state.t[0]) for state in states]
-    return QueryTrace(
-        features, strength, FeatureParts(timesteps, torch.stack(by_timestep), by_group)
-    )
+    groups_on_cpu = {name: group.cpu() for name, group in by_group.items()}
+    found = FeatureParts(timesteps, torch.stack(by_timestep).cpu(), groups_on_cpu)
+    return QueryTrace(features.cpu(), strength.cpu(), found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,10 +325,9 @@ class _Evaluation:
         self.prediction: Prediction | None = None
 
     def vjps(self, tracer: GradientTracer, objective: Objective) -> list[Tensor]:
-        """``J^T v`` of the objective's parts, projected but not sketched, each [B, P] on the
-        CPU."""
+        """``J^T v`` of the objective's parts, projected but not sketched, each [B, P]."""
         forward, cotangents = self.passes(objective)
-        found = [row.cpu() for row in tracer.vjps(forward, cotangents, len(self.x0), sketch=False)]
+        found = tracer.vjps(forward, cotangents, len(self.x0), sketch=False)
         self.prediction = None  # it holds the graph of the whole pass
         return found
 
@@ -357,7 +360,7 @@ class _Evaluation:
         """``mean((e - eps)^2)`` [B]."""
         a, s = self.task.noise_schedule.levels(self.state.t, self.state.x_t)  # [B, 1, ...]
         noise = (self.state.x_t - a * self.x0) / s
-        loss: Tensor = (self.e - noise).square().flatten(1).mean(1).float().cpu()
+        loss: Tensor = (self.e - noise).square().flatten(1).mean(1).float()
         return loss
 
 
@@ -404,10 +407,11 @@ def predicted(task: DiffusionTask, x_t: Tensor, t: Tensor, condition: Condition)
 
 def _relative_difference(predictions: Mapping[Side, Tensor], weights: Tensor | None) -> Tensor:
     if len(predictions) < 2:
-        return torch.tensor(float("nan"))
+        device = next(iter(predictions.values())).device if predictions else "cpu"
+        return torch.tensor(float("nan"), device=device)
     seen = (predictions[side] for side in ("present", "absent"))
     present, absent = (
-        (e if weights is None else e * weights.to(e)).flatten(1).float().cpu() for e in seen
+        (e if weights is None else e * weights.to(e)).flatten(1).float() for e in seen
     )
     ratio: Tensor = (present - absent).norm(dim=1) / present.norm(dim=1).clamp(min=1e-12)
     return ratio

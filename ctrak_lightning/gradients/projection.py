@@ -68,6 +68,7 @@ class BlockProjector:
         }
         self._matrices: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
         self._hashes: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+        self._owners: dict[torch.device, tuple[list[Tensor], list[Tensor], Tensor]] = {}
 
     @property
     def dim(self) -> int:
@@ -111,11 +112,13 @@ class BlockProjector:
     def unit_blocks(self, joined: Tensor) -> Tensor:
         """Joined blocks [B, P] with each block of a row scaled to norm 1; an all-zero block stays
         zero."""
-        scaled = joined.clone()
-        for _, part in self._parts(scaled):
-            norm = part.norm(dim=1, keepdim=True)
-            part.div_(torch.where(norm > 0, norm, torch.ones_like(norm)))
-        return scaled
+        # Blocks of one size at once: a network has hundreds, and a device waits for none of them.
+        norms = joined.new_empty(len(joined), len(self.names))  # [B, L]
+        places, blocks, owners = self._places(joined.device)
+        for place, block in zip(places, blocks, strict=True):
+            norms[:, block] = joined[:, place].unflatten(1, (len(block), -1)).norm(dim=2)
+        norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+        return joined / norms[:, owners]
 
     def only(self, joined: Tensor, names: Collection[str]) -> Tensor:
         """Joined blocks [B, P] with zeros in all but the named ones."""
@@ -134,6 +137,22 @@ class BlockProjector:
         return joined.new_zeros(len(joined), self.projection.dim).index_add_(
             1, buckets, joined * signs
         )
+
+    def _places(self, device: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """For each size of blocks where their coordinates are [n * size] and which they are [n]; and
+        the block of each coordinate [P]."""
+        if device not in self._owners:
+            sizes = torch.tensor([self._sizes[name] for name in self.names])
+            owners = torch.arange(len(sizes)).repeat_interleave(sizes)
+            of_size = sizes[owners]
+            places = [(of_size == size).nonzero().flatten() for size in sizes.unique()]
+            blocks = [(sizes == size).nonzero().flatten() for size in sizes.unique()]
+            self._owners[device] = (
+                [place.to(device) for place in places],
+                [block.to(device) for block in blocks],
+                owners.to(device),
+            )
+        return self._owners[device]
 
     def _parts(self, joined: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The blocks of joined rows, as views."""
