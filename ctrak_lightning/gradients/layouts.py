@@ -319,15 +319,17 @@ def _reached(
     finally:
         for handle in handles:
             handle.remove()
-    return [
-        _stacked(each, math.prod(call.leading)) for each, call in zip(found, calls, strict=True)
+    sizes = [math.prod(call.leading) for call in calls]
+    device = outputs[0].device
+    each = [
+        torch.zeros(size, dtype=torch.bool, device=device) if row is None else row.to(device)
+        for rows, size in zip(found, sizes, strict=True)
+        for row in rows
     ]
-
-
-def _stacked(rows: Sequence[Tensor | None], count: int) -> Tensor:
-    return torch.stack(
-        [torch.zeros(count, dtype=torch.bool) if row is None else row.cpu() for row in rows]
-    )
+    # One copy from the device for all of them.
+    together = torch.cat(each).cpu() if each else torch.zeros(0, dtype=torch.bool)
+    parts = together.split([size * len(groups) for size in sizes])
+    return [part.view(len(groups), size) for part, size in zip(parts, sizes, strict=True)]
 
 
 def _cotangent(output: Tensor, samples: Tensor) -> Tensor:
@@ -337,7 +339,7 @@ def _cotangent(output: Tensor, samples: Tensor) -> Tensor:
         torch.arange(output[0].numel(), device=output.device, dtype=torch.float32).mul(0.7).cos()
     )
     v = torch.zeros_like(output)
-    v[samples.to(output.device)] = numbers.reshape(output[0].shape).to(output.dtype)
+    v[samples.nonzero().flatten().to(output.device)] = numbers.reshape(output[0].shape).to(output.dtype)
     return v
 
 
