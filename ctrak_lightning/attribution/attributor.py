@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from ctrak_lightning.attribution.attributions import Attributions, cosines_of, warn_of_alike
@@ -43,7 +44,9 @@ from ctrak_lightning.tasks import (
     Spec,
     in_own_precision,
     resolve_task,
+    task_modules,
 )
+from ctrak_lightning.utilities.dtypes import device_of
 from ctrak_lightning.utilities.memory import RowLimit
 from ctrak_lightning.utilities.processes import processes_of
 
@@ -65,6 +68,9 @@ class Attributor:
         given: where the method looks at the states of a generation, which states of an existing
             image it gets: ``"inverted"``, those through which the sampler would have made it
             (:func:`ctrak_lightning.methods.trajectories.inverted`), or ``"noised"``.
+        device: where questions are computed, and where the model then stays; by default where it
+            is, or, if that is the CPU and there is a GPU, on the GPU: after ``Trainer.fit`` a
+            module is on the CPU again.
         precision: in which the network is run, ``"true"``, ``"bf16-mixed"`` or ``"16-mixed"``; by
             default as the traces were made.
         attention: ``"fused"`` or ``"math"``, as of :func:`ctrak_lightning.gradients.tracing_mode`;
@@ -90,6 +96,7 @@ class Attributor:
         method: Method | str | None = None,
         sampler: Sampler | None = None,
         given: Given = "inverted",
+        device: torch.device | str | None = None,
         precision: Precision | None = None,
         attention: Attention | None = None,
         batch_size: int = 32,
@@ -109,6 +116,7 @@ class Attributor:
         self.method = by_name(method) if isinstance(method, str) else method or stored_method
         self.sampler = sampler or Sampler()
         owner: nn.Module = module if isinstance(module, nn.Module) else self.task.denoiser
+        _move(owner, self.task, device)
         stored = described(self.store, "numerics", lambda: numerics_of(self.store.header))
         numerics = Numerics(attention or stored.attention, precision or stored.precision)
         model = CheckpointModel(self.store, owner, self.task, numerics)
@@ -453,6 +461,25 @@ class Attributor:
                 steps=[checkpoint.step for checkpoint in self.store.checkpoints],
                 samples=samples,
             )
+
+
+def _move(owner: nn.Module, task: DiffusionTask, device: torch.device | str | None) -> None:
+    """Moves what a task computes with to a device, and says so."""
+    present = device_of(task.denoiser)
+    if device is None:
+        target = torch.device(
+            "cuda" if present.type == "cpu" and torch.cuda.is_available() else present
+        )
+    else:
+        target = torch.device(device)
+    if target == present or (target.index is None and target.type == present.type):
+        return
+    for module in (owner, task.denoiser, *task_modules(task)):
+        module.to(target)
+    rank_zero_info(
+        f"Attributor: the model was moved from {present} to {target}, where questions are computed. "
+        f"HINT: Attributor(device={str(present)!r}) leaves it."
+    )
 
 
 def _methods(query: Query, used: Method) -> list[Method]:

@@ -80,8 +80,8 @@ class ConceptTracer(Callback):
             wherever it was measured (``recipes/benchmarks/README.md``).
         rank: of the two-sided projection of each layer.
         dim: length of a trace; None keeps all projected values.
-        batch_size: samples per forward pass; None takes half of the training loader's, with which a
-            capture needs less memory than a training step.
+        batch_size: samples per forward pass; None takes the training loader's. Where memory runs
+            out, half of them are taken from there on.
         dtype: of stored rows, ``"float32"``, ``"float16"`` or ``"int8"`` (a quarter of the size;
             the ranking keeps).
         thumbnails: store small images for reports.

@@ -228,8 +228,8 @@ class TracedRun:
             dtype=settings.dtype,
             thumbnails=settings.thumbnails,
             device=self._module.device,
-            # Half of a training batch: a capture then needs less memory than a training step.
-            rows_at_once=settings.batch_size or (None if size is None else max(1, size // 2)),
+            # As many as a training step has: with its kernels and precision they fit where it does.
+            rows_at_once=settings.batch_size or size,
             progress=self.trainer.progress_bar_callback is not None,
             processes=self._processes,
             questions=self._questions,

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ctrak_lightning.errors import ConceptError, ReportError
 from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import Sampler
 from ctrak_lightning.store import TraceStore
-from ctrak_lightning.tasks import DiffusersTask, Spec
+from ctrak_lightning.tasks import DiffusersTask, Precision, Spec
 
 
 def tracer_task(config: str | Path) -> Any:
@@ -134,6 +134,18 @@ def add_question(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the generated image")
     parser.add_argument("--asker", type=str, default=None, help="who asks, for the store's ledger")
+    parser.add_argument(
+        "--device",
+        type=str,
+        default=None,
+        help="cpu, cuda, cuda:1; by default a GPU, if there is one",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default=None,
+        help="in which the network is run; by default as the traces were made",
+    )
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
     parser.add_argument(
         "--guidance", type=float, default=2.0, help="classifier-free guidance scale"
@@ -272,6 +284,8 @@ def attributor_of(args: Namespace, store: TraceStore) -> Attributor:
         task=tracer_task(args.config),
         method=None if args.method is None else method_at(args.method),
         sampler=sampler,
+        device=args.device,
+        precision=args.precision,
         progress=True,
         asker=args.asker,
     )

@@ -339,7 +339,9 @@ def _cotangent(output: Tensor, samples: Tensor) -> Tensor:
         torch.arange(output[0].numel(), device=output.device, dtype=torch.float32).mul(0.7).cos()
     )
     v = torch.zeros_like(output)
-    v[samples.nonzero().flatten().to(output.device)] = numbers.reshape(output[0].shape).to(output.dtype)
+    v[samples.nonzero().flatten().to(output.device)] = numbers.reshape(output[0].shape).to(
+        output.dtype
+    )
     return v
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ctrak_lightning.errors import GradientError, TrialError
+from ctrak_lightning.utilities.dtypes import device_of
 from ctrak_lightning.utilities.naming import modules_of, parameters_of
 
 Attention = Literal["fused", "math"]
@@ -59,22 +60,33 @@ def tracing_mode(
             "it in `with torch.inference_mode(False):` and `.clone()` there every tensor that was "
             "made in inference mode."
         )
-    submodules = [submodule for root in (module, *others) for submodule in root.modules()]
+    roots = (module, *others)
     with ExitStack() as stack:
-        stack.enter_context(_held_by_this_thread(submodules))
         if attention == "math":
             stack.enter_context(_without_fused_attention())
         stack.enter_context(torch.enable_grad())
-        devices = {
-            parameter.device.type for root in (module, *others) for parameter in root.parameters()
-        }
-        for device in ({"cpu"} | devices) - {"meta"}:
+        for device in {"cpu", *(device_of(root).type for root in roots)} - {"meta"}:
             stack.enter_context(torch.autocast(device, enabled=False))
+        if _is_held_by_this_thread(roots):
+            # In that state already, with all of their parts: of a capture's many passes each would
+            # go through hundreds of modules.
+            yield
+            return
+        submodules = [submodule for root in roots for submodule in root.modules()]
+        stack.enter_context(_held_by_this_thread(submodules))
         if any(map(is_compiled, submodules)):
             # A compiled graph does not call the hooks of its layers.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(evaluation(submodules))
         yield
+
+
+def _is_held_by_this_thread(roots: Sequence[nn.Module]) -> bool:
+    """Whether this thread traces all of these, or what they are parts of."""
+    me = get_ident()
+    with _lock:
+        held = [_held.get(id(root), (None,))[0] for root in roots]
+    return all(thread == me for thread in held) and not any(root.training for root in roots)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from ctrak_lightning.methods.method import Method
 from ctrak_lightning.methods.trajectories import Sampler
 from ctrak_lightning.store import IncompleteStoreWarning, TraceStore
 from ctrak_lightning.tasks import DiffusersTask, DiffusionTask
+from ctrak_lightning.utilities.dtypes import device_of
 from ctrak_lightning.utilities.rng import isolated_rng
 
 
@@ -98,7 +99,13 @@ class Watch:
                 # A look during training is no answer given to anyone, so it is not noted in the
                 # ledger.
                 attributor = Attributor(
-                    store, module, task=task, method=method, sampler=self.sampler, record=False
+                    store,
+                    module,
+                    task=task,
+                    method=method,
+                    sampler=self.sampler,
+                    device=device_of(module),  # it trains there
+                    record=False,
                 )
                 answers = self._answers(attributor)
         self._warn_of_unlearnt(answers)

@@ -91,7 +91,11 @@ def run(name: str, device: Any, states: int, batches: int, log: Log | None) -> d
         if log is not None:
             found["copies"], found["waits"] = log.total(TO_HOST), log.total(*WAITS)
             found["table"] = log.table()
-        attributor = Attributor(folder, module, task=task, sampler=Sampler(steps=3, guidance=2.0))
+        # As after `Trainer.fit`, which moves a module to the CPU.
+        module.to("cpu")
+        options: dict[str, Any] = {"task": task, "sampler": Sampler(steps=3, guidance=2.0)}
+        attributor = Attributor(folder, module, device=device, **options)
+        assert next(module.parameters()).device == torch.device(device)
         last = attributor.store.checkpoints[-1]
         [answer] = attributor.attribute_many([question], 0)
         found["numbers"] = [last.features(), last.losses(), answer.scores]
