@@ -95,8 +95,9 @@ def baselines(asked: list[Question], data: EmojiArtists, images: Tensor) -> dict
     for suffix, queries in (("", images), ("_given", given)):
         rankings[f"pixel_similarity{suffix}"] = image_similarity(queries, shown)
         rankings[f"judge_features{suffix}"] = image_similarity(queries, shown, features)
-    for name, alike in likenesses(given, shown).items():
-        rankings[f"label and {name}, given"] = within(rankings[REFERENCE], alike)
+    alike = likenesses(given, shown)
+    for name in WITHIN:
+        rankings[f"label and {name}, given"] = within(rankings[REFERENCE], alike[name])
     return rankings
 
 

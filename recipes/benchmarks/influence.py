@@ -57,7 +57,12 @@ TWINS = {
     "fluent-emoji-flat": "fluent-emoji-high-contrast",
 }
 """The same outline in another style: mostly these are found."""
-JUDGES = ("real drawing", "generated image", "generated image, drift")
+JUDGES = (
+    *("real drawing", "real drawing, by a classifier's odds", "real drawing, by likeness"),
+    *("generated image", "generated image, by drift"),
+)
+"""By the loss, where nothing else is said: that is what :func:`~ctrak_lightning.methods.influence` is
+a derivative of, and the others are not."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +82,18 @@ class Judge:
 
 def judges(outcomes: Outcomes, seeds: Sequence[int]) -> dict[str, Judge]:
     """Each judge of the 64 questions about objects, from the runs with fixed counts: how much the
-    object's name lowers the loss on the real drawing; the same on the image that each traced model
-    generated; and how near the image that a model generates from the same noise is to that one."""
+    object's name lowers the loss on the real drawing; what an independent classifier sees of the
+    object in generated images, and how like the real drawing these are; how much the name lowers the
+    loss on the image that each traced model generated; and how near the image that a model generates
+    from the same noise is to that one."""
     counts = outcomes.kept.sum(1) // 64
     asked = outcomes.asked_losses.double()[:, list(seeds)]  # [S, T, Q, 4]
-    real = outcomes.strength("object", "loss").double().T  # [Q, S]
+    real = [
+        outcomes.strength("object", measure).double().T.expand(len(seeds), -1, -1)  # [T, Q, S]
+        for measure in ("loss", "judge", "likeness")
+    ]
     strengths = (
-        real.expand(len(seeds), -1, -1),
+        *real,
         (asked[..., 1] - asked[..., 0]).permute(1, 2, 0),
         -outcomes.drift.double()[:, list(seeds)].permute(1, 2, 0),
     )

@@ -14,20 +14,26 @@ from .judge import EmojiJudge
 def likenesses(images: Tensor, shown: Tensor) -> dict[str, Tensor]:
     """How alike training images [N, 3, 32, 32] are to those asked about [Q, 3, 32, 32], all in
     [0, 1], as [Q, N]: by pixels, by grey levels, by what an independent classifier and what the base
-    model makes of them."""
-    return {
+    model makes of them, and by the sum of two of these, which did best on the models for choosing."""
+    found = {
         "pixels": image_similarity(images, shown),
         "grey-level correlation": image_similarity(images, shown, _grey),
         "judge's features": image_similarity(images, shown, EmojiJudge.trained().features),
         "base denoiser's activations": image_similarity(images, shown, denoiser_features),
     }
+    both = (found["grey-level correlation"], found["base denoiser's activations"])
+    return found | {"grey levels and activations": sum(map(standardised, both), torch.zeros(()))}
 
 
 def within(label: Tensor, alike: Tensor) -> Tensor:
     """Scores [Q, N] of images that carry a ``label`` [Q, N], each weighed by exp(z), z its likeness
     in standard deviations over all images; 0 of the others."""
-    z = (alike - alike.mean(1, keepdim=True)) / alike.std(1, keepdim=True)
-    return label * z.exp()
+    return label * standardised(alike).exp()
+
+
+def standardised(alike: Tensor) -> Tensor:
+    """Likenesses [Q, N] in standard deviations over all images."""
+    return (alike - alike.mean(1, keepdim=True)) / alike.std(1, keepdim=True)
 
 
 def _grey(images: Tensor) -> Tensor:

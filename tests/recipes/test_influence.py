@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import mannwhitneyu, spearmanr
 from torch import Tensor
 
 from ctrak_lightning.attribution.scoring import soft_thresholded
@@ -69,6 +69,31 @@ def test_correlations_are_scipys_within_each_count(data: EmojiArtists) -> None:
         assert float(found[q]) == pytest.approx(sum(each) / 2)
 
 
+def test_intervals_are_over_questions_subsets_and_runs_drawn_together(data: EmojiArtists) -> None:
+    """Held against a loop that draws the same and asks scipy, without the counts' own function."""
+    torch.manual_seed(1)
+    judge = judge_of(data, torch.randn(2, 64, 12).double(), subsets=12)
+    rows = {name: torch.randn(2, 64, 448).double() for name in ("ours", "theirs")}
+    found = crossed(rows, judge, draws=3)
+    generator = torch.Generator().manual_seed(0)
+    strata = [list(range(0, 12, 2)), list(range(1, 12, 2))]  # of 2 and of 3 images
+    for draw in range(3):
+        picked = [
+            [own[i] for i in torch.randint(6, (6,), generator=generator).tolist()] for own in strata
+        ]
+        runs = torch.randint(2, (2,), generator=generator).tolist()
+        objects = torch.randint(64, (64,), generator=generator).tolist()
+        for name, scores in rows.items():
+            values = []
+            for run in runs:
+                predicted = (scores[run] @ judge.kept.double().T).numpy()
+                for q in objects:
+                    strengths = judge.strengths[run, q].numpy()
+                    each = [spearmanr(predicted[q, own], strengths[own])[0] for own in picked]
+                    values.append(sum(each) / 2)
+            assert float(found[name][draw]) == pytest.approx(sum(values) / len(values))
+
+
 def test_what_follows_the_truth_is_found_and_a_count_is_not(data: EmojiArtists) -> None:
     asked = [q for q in questions(data.held_out) if q.kind == "object"]
     torch.manual_seed(0)
@@ -123,14 +148,19 @@ def test_a_generated_image_is_judged_by_itself(data: EmojiArtists) -> None:
     asked = torch.rand(4, 2, 64, 4)
     drift = torch.rand(4, 2, 64)
     names = [f"fixed-{i:03d}" for i in range(4)]
-    outcomes = Outcomes(names, kept, torch.zeros(4, 64, 2), losses, losses[..., 0], asked, drift)
+    odds = torch.rand(4, 64, 2)
+    outcomes = Outcomes(names, kept, odds, losses, losses[..., 0], asked, drift)
     found = judges(outcomes, [1])
     # columns: told both names, the artist, the object, nothing
     worth = losses[2, 5, 1].double() - losses[2, 5, 0]
     assert found["real drawing"].strengths[0, 5, 2] == pytest.approx(float(worth))
     worth = asked[2, 1, 5, 1].double() - asked[2, 1, 5, 0]
     assert found["generated image"].strengths[0, 5, 2] == pytest.approx(float(worth))
-    assert found["generated image, drift"].strengths[0, 5, 2] == pytest.approx(-drift[2, 1, 5])
+    assert found["generated image, by drift"].strengths[0, 5, 2] == pytest.approx(-drift[2, 1, 5])
+    seen = found["real drawing, by a classifier's odds"].strengths[0, 5, 2]
+    assert seen == pytest.approx(odds[2, 5, 0])
+    like = found["real drawing, by likeness"].strengths[0, 5, 2]
+    assert like == pytest.approx(losses[2, 5, 0])
     assert found["real drawing"].counts.tolist() == [2, 3, 2, 3]
 
 
@@ -228,6 +258,18 @@ def test_rankings_by_the_answer_are_right_and_those_by_the_image_are_at_chance(
     }
     even = aucs(torch.zeros(64, 512), asked, shown)
     assert all(bool((values == 0.5).all()) for values in even.values())
+    rounded = 1 + 1e-9 * torch.rand(64, 512).double()  # as equal gradients are rounded
+    rounded[:, 0] = 0.0
+    assert float(aucs(rounded, asked, shown)[f"its original > {COPY}"][5]) == 0.5
+    # Of a test with several images on a side, scipy's.
+    scores = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    pairs, parts = shown.images.pairs, shown.design.parts
+    of_object = [i for i in range(448) if pairs[i][0] == asked[9].object]
+    usual, never = (
+        [float(scores[9, i]) for i in of_object if parts[i] == part] for part in ("usual", "never")
+    )
+    expected = mannwhitneyu(usual, never).statistic / (len(usual) * len(never))
+    assert float(aucs(scores, asked, shown)["usual > never"][9]) == pytest.approx(expected)
     low, high = crossed_objects(torch.stack(list(right.values())))
     assert 0.9 < low <= high <= 1
 

@@ -202,7 +202,20 @@ def test_from_yaml_and_for_the_command_line(
     with warnings.catch_warnings():
         # Its batches have no ids, so that nobody knows how often each image was trained on.
         warnings.filterwarnings("ignore", "influence multiplies a sample's score")
-        main([*asked, "a picture by x", "--steps", "10", "--csv", "cat.csv", "--device", "cpu", "--precision", "true"])
+        main(
+            [
+                *asked,
+                "a picture by x",
+                "--steps",
+                "10",
+                "--csv",
+                "cat.csv",
+                "--device",
+                "cpu",
+                "--precision",
+                "true",
+            ]
+        )
     assert len(Path("cat.csv").read_text().splitlines()) == 1 + SAMPLES
     [first] = facts["trainer"]["callbacks+"]
     second = {"class_path": "ConceptTracer", "init_args": {"task": {"class_path": "DiffusersTask"}}}
