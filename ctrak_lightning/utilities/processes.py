@@ -1,6 +1,8 @@
 """The processes of one run, and what they send each other: one alone, or those that a Trainer or
 Fabric has launched."""
 
+import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,7 +13,9 @@ from torch import Tensor
 
 from ctrak_lightning import errors
 
-_LONGEST = timedelta(days=1)
+LONGEST_MINUTES = 120.0
+"""How long processes wait for one that does not answer; the environment's
+``CTRAK_PROCESS_TIMEOUT`` (minutes) says otherwise."""
 
 T = TypeVar("T")
 
@@ -84,7 +88,8 @@ class DistributedProcesses(Processes):
     Raises:
         RuntimeError: ``torch.distributed`` has no processes yet.
         ProcessLostError: by :meth:`gather` and :meth:`sum`, where another process has died, or has
-            not answered for a day.
+            not answered for two hours (:data:`LONGEST_MINUTES`).
+        ValueError: ``CTRAK_PROCESS_TIMEOUT`` is no positive number.
     """
 
     def __init__(self) -> None:
@@ -94,7 +99,7 @@ class DistributedProcesses(Processes):
                 "after `fabric.launch()`, or in a hook of a Trainer that runs DDP."
             )
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo", timeout=_LONGEST)
+        self._group = dist.new_group(backend="gloo", timeout=_longest())
 
     def gather(self, value: T) -> list[T]:
         # Pickled, but only from one process of the run to another: no file is read so.
@@ -120,6 +125,20 @@ class DistributedProcesses(Processes):
                 "memory, stands before this one; then go on with `fit(ckpt_path=...)`, with any "
                 "number of processes."
             ) from error
+
+
+def _longest() -> timedelta:
+    text = os.environ.get("CTRAK_PROCESS_TIMEOUT", str(LONGEST_MINUTES))
+    try:
+        minutes = float(text)
+        if not 0 < minutes < math.inf:
+            raise ValueError
+    except ValueError as error:
+        raise ValueError(
+            f"CTRAK_PROCESS_TIMEOUT={text!r}: expected a positive number of minutes. HINT: "
+            f"{LONGEST_MINUTES:g} is the default."
+        ) from error
+    return timedelta(minutes=minutes)
 
 
 ALONE = Processes()

@@ -1,6 +1,9 @@
 """Several processes trace a data set: each its share, and the store is that of one."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ctrak_lightning import Capture, GradientTracer, Projection, TraceStore, methods
 from ctrak_lightning.errors import DatasetChangedError, GradientError, ProcessLostError
-from ctrak_lightning.utilities.processes import ALONE, DistributedProcesses, Processes
+from ctrak_lightning.utilities.processes import ALONE, DistributedProcesses, Processes, _longest
 
 from ..threads import together
 from ..toy import QuickDiffusion, Toys
@@ -146,3 +149,53 @@ def test_a_process_that_has_gone_is_told_of_with_the_way_on(
     process.rank, process.count, process._group = 1, 3, None
     with pytest.raises(ProcessLostError, match="Process 1 of 3: another.*Connection reset.*HINT"):
         getattr(process, call)(torch.ones(2))
+
+
+HANGING = """
+import sys, time
+import torch.distributed as dist
+from ctrak_lightning.utilities.processes import DistributedProcesses
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+processes = DistributedProcesses()
+processes.gather(rank)
+if rank == 1:
+    time.sleep(120)
+began = time.monotonic()
+try:
+    processes.gather(rank)
+except Exception as error:
+    print(type(error).__name__, time.monotonic() - began)
+    sys.stdout.flush()
+    import os
+    os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_run_within_the_stated_time(tmp_path: Path) -> None:
+    environment = os.environ | {"CTRAK_PROCESS_TIMEOUT": "0.05", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", HANGING]
+    hanging = subprocess.Popen([*command, "1", str(tmp_path / "store")], env=environment)
+    try:
+        waiting = subprocess.run(
+            [*command, "0", str(tmp_path / "store")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=True,
+        )
+    finally:
+        hanging.kill()
+        hanging.wait()
+    kind, seconds = waiting.stdout.split()
+    assert kind == "ProcessLostError"
+    assert 2 < float(seconds) < 20
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "inf"])
+def test_a_time_to_wait_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("CTRAK_PROCESS_TIMEOUT", text)
+    with pytest.raises(ValueError, match="expected a positive number of minutes.*HINT"):
+        _longest()
