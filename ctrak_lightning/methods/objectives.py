@@ -232,10 +232,11 @@ class RandomProbe(Objective):
     def cotangent(self, prediction: Prediction) -> Tensor:
         output = prediction.output.detach()
         known: dict[float, Tensor] = {}
-        for t in prediction.t.tolist():
+        timesteps = prediction.t.tolist()
+        for t in timesteps:
             if t not in known:
                 known[t] = seeded_noise(output.shape[1:], self.seed, t, "random probe")
-        weights = torch.stack([known[t] for t in prediction.t.tolist()])
+        weights = torch.stack([known[t] for t in timesteps])
         return weights.to(output) / _elements(prediction)
 
 

@@ -55,7 +55,7 @@ ROWS = ("influence", "influence_null", "concept_trak", "concept_trak_published",
 INLINE = "influence, inline"
 COUNTED = (
     *("label", "label and pixels", "label and judge's features"),
-    *("label and grey-level correlation", "random"),
+    *("label and grey-level correlation", "label and grey levels and activations", "random"),
 )
 """Rows without gradients that are also shown times the exposures."""
 

@@ -138,7 +138,7 @@ def test_the_images_that_look_like_it_are_the_nearest_ones_with_their_ranks(tmp_
     assert "what training on an image changed, not what the image shows" in other
     assert "did no better than a search by label and likeness" not in other
     assert (
-        "no better than a search by label and likeness, and worse than the label for styles"
+        "not shown to be better than a search by label and likeness, and was worse than the label for styles"
         in other
     )
     for changes in ({"image": None}, {"samples": table_of(40, pictures=False)}):

@@ -193,8 +193,8 @@ def test_traces_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     assert (stores[0] - stores[1]).norm() <= 1e-5 * stores[1].norm()
 
 
-@pytest.mark.parametrize(("given", "most"), [(None, 2), (1, 1), (3, 3)])
-def test_a_forward_pass_has_half_of_a_training_batch_or_what_is_asked(
+@pytest.mark.parametrize(("given", "most"), [(None, 4), (1, 1), (3, 3)])
+def test_a_forward_pass_has_a_training_batch_at_most_or_what_is_asked(
     tmp_path: Path, given: int | None, most: int
 ) -> None:
     class Whole(ToyData):
