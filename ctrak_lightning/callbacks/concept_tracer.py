@@ -77,7 +77,7 @@ class ConceptTracer(Callback):
         at_end: trace when training ends, if that step has no trace yet.
         layers: name patterns of the denoiser's layers to trace; None traces all that train.
             diffusers' cross-attention alone, ``["*attn2*"]``, costs less and was about as good
-            wherever it was measured (``recipes/benchmarks/README.md``).
+            wherever it was measured (``recipes/benchmarks/search_by_concept.md``).
         rank: of the two-sided projection of each layer.
         dim: length of a trace; None keeps all projected values.
         batch_size: samples per forward pass; None takes the training loader's. Where memory runs

@@ -38,7 +38,7 @@ def concept_trak(
     between gradients, not between predictions; the objectives are fixed linear functionals of the
     output on both sides (its mean, and means in which every channel has a random weight); every
     layer weighs the same; and the damping is where the checkpoints agree most.
-    ``recipes/benchmarks/README.md`` has what each is worth, and where it loses. The published
+    ``recipes/benchmarks/search_by_concept.md`` has what each is worth, and where it loses. The published
     setting is :func:`concept_trak_paper`; :func:`concept_trak_norm` costs less and finds more
     images with the same label, and misses combinations that training never showed.
 
