@@ -72,7 +72,9 @@ def test_a_loop_of_the_documentation(
 
     # The same weights, and a callback at the end of a training that does not change them.
     module.configure_optimizers = lambda: torch.optim.SGD(module.unet.parameters(), lr=0.0)  # type: ignore[method-assign]
-    callback = ConceptTracer(str(tmp_path / "callback"), METHOD, task=NAMED, rank=4, dim=128)
+    precision: Any = "bf16-mixed" if loop == "fabric" else None
+    folder = str(tmp_path / "callback")
+    callback = ConceptTracer(folder, METHOD, task=NAMED, rank=4, dim=128, precision=precision)
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",
