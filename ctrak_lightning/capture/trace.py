@@ -385,14 +385,15 @@ def _cotangent(objective: Objective, prediction: Prediction) -> Tensor:
 
 
 def predicted(task: DiffusionTask, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """The network's output, of its input's shape.
+    """The network's output, of its input's shape, in float32 at least: an objective's cotangent of
+    1/D would lose its digits in half of it.
 
     Raises:
         TaskError: it is something else.
     """
     output: Any = task.predict(x_t, t, condition)
     if isinstance(output, Tensor) and output.is_floating_point() and output.shape == x_t.shape:
-        return output
+        return output.to(torch.promote_types(output.dtype, torch.float32))
     hint = "return the network's output alone: with diffusers, `model(..., return_dict=False)[0]`"
     if isinstance(output, Tensor) and output.shape[2:] == x_t.shape[2:]:
         hint = (
