@@ -1,5 +1,8 @@
 """In what dtype a network computes, where its weights are stored in another one."""
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -19,14 +22,17 @@ def computation_dtype(network: nn.Module) -> torch.dtype:
         if hook is not None:
             dtype: torch.dtype = hook.compute_dtype
             return dtype
-    held = (each.dtype for each in (*network.parameters(), *network.buffers()))
-    return next((dtype for dtype in held if dtype in COMPUTED), torch.float32)
+    return next((one.dtype for one in _held(network) if one.dtype in COMPUTED), torch.float32)
 
 
 def device_of(network: nn.Module) -> torch.device:
     """Where a network is: the device of its first parameter or buffer."""
-    held = (each.device for each in (*network.parameters(), *network.buffers()))
-    return next(held, torch.device("cpu"))
+    return next((one.device for one in _held(network)), torch.device("cpu"))
+
+
+def _held(network: nn.Module) -> Iterator[Tensor]:
+    # One by one: most who ask need the first alone, and ask for every state.
+    return itertools.chain(network.parameters(), network.buffers())
 
 
 def input_like(network: nn.Module) -> Tensor:

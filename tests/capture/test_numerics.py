@@ -28,6 +28,7 @@ from ctrak_lightning.errors import MethodError, StoreMismatchError
 from ctrak_lightning.methods.objectives import Denoising, MeanOutput, Prediction
 from ctrak_lightning.methods.trajectories import Noised
 from ctrak_lightning.utilities.dtypes import computation_dtype
+from tests.tasks import tiny
 from tests.toy import QuickDiffusion, ToyData, Toys, scheduler
 
 METHOD = methods.influence("condition", timesteps=2)
@@ -207,3 +208,22 @@ def test_a_network_of_quantised_weights_is_given_floating_point_numbers() -> Non
     cast = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     cast[0].to(torch.float8_e4m3fn)
     assert computation_dtype(cast) == torch.float32
+
+
+def test_a_vae_that_overflows_in_float16_runs_in_float32_and_stays_as_it_is() -> None:
+    task = tiny.task_of("sd1")
+    images = torch.rand(1, 3, 2 * tiny.SIZE, 2 * tiny.SIZE) * 2 - 1
+    task.vae.half()
+    task.vae.register_to_config(force_upcast=False)
+    rounded = task.decode(task.latents(images))
+    task.vae.register_to_config(force_upcast=True)
+    latents = task.latents(images)
+    decoded = task.decode(latents)
+    assert {value.dtype for value in task.vae.parameters()} == {torch.float16}
+    assert not any("wide" in name for name, _ in task.named_parameters())
+    task.vae.float()  # the same weights, which float32 holds exactly
+    assert torch.equal(latents, task.latents(images))
+    assert decoded is not None
+    assert torch.equal(decoded, task.decode(latents))
+    assert rounded is not None
+    assert not torch.equal(decoded, rounded.float())
